@@ -1,0 +1,169 @@
+"""Binds a weighting, and where the short losses come from, to the `forward` of a model."""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from tokenweight.loss import linear_nll, weighted_linear_cross_entropy
+from tokenweight.model import CausalParts, causal_parts, prediction_mask
+from tokenweight.scoring import Scorer
+from tokenweight.weighting import Weighting, as_weighting, refuse_nonfinite
+
+
+@dataclass
+class WeightedLossOutput(ModelOutput):
+    """What a bound model returns when it is given labels. All but `loss` is token-aligned, `[batch, seq]`, without gradient.
+
+    There are no logits: they are never made.
+    """
+
+    loss: Tensor | None = None
+    weights: Tensor | None = None
+    long_nll: Tensor | None = None
+    short_nll: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """What `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
+
+    weighting: Weighting
+    scorer: Scorer | None
+    parts: CausalParts
+    forward: Callable[..., Any]
+
+
+def with_weighted_loss(
+    model: PreTrainedModel, weighting: Callable[[Tensor, Tensor, Tensor], Tensor], scorer: Scorer | None = None
+) -> PreTrainedModel:
+    """Make `model(input_ids, labels, ...).loss` the weighted loss. The model is changed in place and returned.
+
+        model(input_ids, labels, short_nll=None, num_items_in_batch=None, position_ids=None, attention_mask=None)
+
+    The loss is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which
+    a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted tokens of
+    this batch; never by the sum of the weights. Without labels the model answers as before.
+
+    Short losses come from the column `short_nll` (`[batch, seq]`, nats, written by `tokenweight score`): a frozen scorer;
+    or from `scorer`: with `Scorer(model, ...)` the model scores itself, with another model that one scores. A weighting
+    that needs short losses and gets none raises: no token silently weighs 1.
+
+    Args:
+        model: any causal language model of transformers with a decoder and an output head.
+        weighting: one of `tokenweight.weighting`, or any function of (long, short, mask).
+        scorer: scores rows that come without a `short_nll` column.
+
+    Raises:
+        ValueError: if the model is not supported, or the weighting is not one.
+    """
+    bound = getattr(model, "_token_weighting", None)
+    forward = model.forward if bound is None else bound.forward
+    if bound is not None:
+        model.forward = forward
+    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward)
+    # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own model.
+    model.forward = types.MethodType(_forward, model)
+    model.accepts_loss_kwargs = True  # some models deny it, and the Trainer would divide by accumulation steps instead
+    return model
+
+
+def _forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    short_nll: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    bound: _Binding = self._token_weighting
+    if labels is None:
+        return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
+    _refuse(bound, input_ids, labels, short_nll, kwargs)
+    mask = prediction_mask(labels, position_ids)
+    targets = labels.where(mask, -100).flatten()
+    states = bound.parts.states(input_ids, position_ids, attention_mask, **kwargs).flatten(0, 1)
+    self_scored = bound.scorer is not None and bound.scorer.model is self
+
+    def score(long_nll: Tensor) -> Tensor:
+        if short_nll is not None or not bound.weighting.uses_short:
+            return short_nll if short_nll is not None else long_nll
+        return bound.scorer(input_ids, position_ids=position_ids, long_nll=long_nll if self_scored else None)
+
+    weighted_loss = _in_one_pass if bound.weighting.pointwise else _in_two_passes
+    output = weighted_loss(bound, states, targets, mask, score)
+    output.loss = output.loss / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return output
+
+
+def _in_two_passes(
+    bound: _Binding, states: Tensor, targets: Tensor, mask: Bool[Tensor, "batch seq"], score: Callable[[Tensor], Tensor]
+) -> WeightedLossOutput:
+    """For weights that need all losses of a row first: 1 head product for those, 3 for the rows with a weight."""
+    long_nll = linear_nll(states.detach(), targets=targets, **bound.parts.head).view_as(mask)
+    short_nll = score(long_nll)
+    weights = bound.weighting(long_nll, short_nll, mask)
+    loss = weighted_linear_cross_entropy(states, targets=targets, weights=weights.flatten(), **bound.parts.head)
+    return WeightedLossOutput(loss=loss, weights=weights, long_nll=long_nll, short_nll=short_nll)
+
+
+def _in_one_pass(
+    bound: _Binding, states: Tensor, targets: Tensor, mask: Bool[Tensor, "batch seq"], score: Callable[[Tensor], Tensor]
+) -> WeightedLossOutput:
+    """For a weight that depends on its own token's losses only: 3 head products."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    # Not known yet, so NaN; a model that scores itself hands it on for the tokens whose short context is the whole one.
+    long_nll = torch.full(mask.shape, torch.nan, dtype=dtype, device=mask.device)
+    short_nll = score(long_nll).to(dtype, copy=True)
+    weights = torch.zeros_like(long_nll)
+    long_flat, short_flat, weights_flat = long_nll.view(-1), short_nll.view(-1), weights.view(-1)
+
+    def weigh(losses: Tensor, rows: Tensor) -> Tensor:
+        long_flat[rows] = losses
+        short_flat[rows] = torch.where(short_flat[rows].isnan(), losses, short_flat[rows])
+        present = torch.ones_like(rows, dtype=torch.bool)
+        weights_flat[rows] = bound.weighting.weigh(losses[None], short_flat[rows][None], present[None])[0].to(dtype)
+        return weights_flat[rows]
+
+    loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
+    refuse_nonfinite("the long loss", long_nll, mask)
+    refuse_nonfinite(f"the weight by {bound.weighting}", weights, mask)
+    zero = torch.zeros_like(long_nll)
+    return WeightedLossOutput(loss, weights, long_nll.where(mask, zero), short_nll.where(mask, zero))
+
+
+def _refuse(
+    bound: _Binding, input_ids: Tensor | None, labels: Tensor, short_nll: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Refuse what would make the weights silently wrong or absent."""
+    unknown = [
+        name
+        for name in ("inputs_embeds", "shift_labels", "loss_weights", "logits_to_keep")
+        if kwargs.get(name) is not None
+    ]
+    if unknown or input_ids is None:
+        raise ValueError(
+            f"a model with a weighted loss takes input_ids, labels and short_nll: found {', '.join(unknown) or 'no input_ids'}"
+        )
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(input_ids.shape)}")
+    if short_nll is not None:
+        if short_nll.shape != labels.shape:
+            raise ValueError(
+                f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}"
+            )
+        refuse_nonfinite("short_nll", short_nll, labels != -100)
+    elif bound.weighting.uses_short and bound.scorer is None:
+        raise ValueError(
+            f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the model and it has no "
+            "scorer: a collator, packing or remove_unused_columns dropped the column, or the data was never scored. Use "
+            "tokenweight.training.collate, or bind the model with a Scorer"
+        )

@@ -1,0 +1,157 @@
+"""The loss of every token when the model sees only a short context."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokenweight.loss import linear_nll
+from tokenweight.model import causal_parts, evaluating
+from tokenweight.weighting import refuse_nonfinite
+from tokenweight.windows import Window, check_window_setting, windows
+
+
+@dataclass(frozen=True)
+class ShortContext:
+    """The short context: windows of `size` tokens, of which the last `stride` are scored.
+
+    A token then sees `size - stride` to `size - 1` tokens before it (`windows` has the picture). The paper's 8192 and 6144 cost one extra
+    forward pass over a row of 32768; in general `stride = (1 - size / length) * size` does.
+    """
+
+    size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        check_window_setting(self.size, self.stride)
+
+
+class _Pass(NamedTuple):
+    """A window of one row; `document` is where its document begins."""
+
+    row: int
+    document: int
+    window: Window
+
+
+class Scorer:
+    """Scores tokens with a short context, without gradient, in evaluation mode and without KV cache.
+
+    Args:
+        model: the model being trained (it then scores itself, "unfrozen"), a frozen copy, or a smaller model with the same vocabulary.
+        context: size and stride of the windows, in tokens.
+        bos: id of the token that replaces the first token of a window, in documents that begin with it; None replaces nothing.
+        max_tokens: that one forward pass reads at most; at least one window is read.
+
+    Raises:
+        ValueError: if the model is not supported.
+
+    Source: Helm et al. 2025, `calculate_base_loss` of the reference code; its defects are left out (docs/papers.md).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, context: ShortContext, *, bos: int | None = None, max_tokens: int = 32768
+    ) -> None:
+        self.model, self.context, self.bos, self.max_tokens = model, context, bos, max_tokens
+        self.parts = causal_parts(model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        long_nll: Float[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq"]:
+        """The short loss of every token, windows never crossing from one packed document into another.
+
+        Args:
+            tokens: rows of one length.
+            position_ids: where they restart at 0, a document begins; larger jumps (PoSE) stay in the window. By default each row is one document.
+            long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a document
+                are not read again: their short and long context are the same, and so are the losses.
+
+        Returns:
+            Nats, float32. Column t speaks of token t; 0 for the first token of a row or document.
+
+        Raises:
+            ValueError: if a loss is not finite, naming row and position, or a token is not in the model's vocabulary.
+        """
+        self._refuse_unknown(tokens)
+        dtype = torch.promote_types(self.parts.output.weight.dtype, torch.float32)
+        short_nll = (
+            torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
+        )
+        scored = torch.zeros_like(tokens, dtype=torch.bool)
+        skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
+        with evaluating(self.model):
+            for batch in self._batches(self._passes(tokens, position_ids, skip_first=long_nll is not None)):
+                self._score(batch, tokens, position_ids if skips else None, short_nll, scored)
+        refuse_nonfinite("the short loss", short_nll, scored)
+        return short_nll
+
+    def _passes(self, tokens: Tensor, position_ids: Tensor | None, *, skip_first: bool) -> list[_Pass]:
+        num_rows, length = tokens.shape
+        begins = (
+            [[]] * num_rows
+            if position_ids is None
+            else [row.nonzero()[:, 0].tolist() for row in position_ids[:, 1:] == 0]
+        )
+        passes = []
+        for row in range(num_rows):
+            documents = [0, *(t + 1 for t in begins[row]), length]
+            for start, stop in itertools.pairwise(documents):
+                passes += [_Pass(row, start, window) for window in self._windows(stop - start, skip_first)]
+        return passes
+
+    def _windows(self, length: int, skip_first: bool) -> list[Window]:
+        first = [] if skip_first or length < 2 else [Window(0, 1, min(self.context.size, length))]
+        return first + windows(length, self.context.size, self.context.stride)
+
+    def _batches(self, passes: list[_Pass]) -> Iterator[list[_Pass]]:
+        """Longest first, so that windows of one batch have nearly one length and the largest batch comes first."""
+        passes = sorted(passes, key=lambda item: item.window.start - item.window.stop)
+        while passes:
+            count = max(1, self.max_tokens // (passes[0].window.stop - passes[0].window.start))
+            yield passes[:count]
+            passes = passes[count:]
+
+    def _score(
+        self, batch: list[_Pass], tokens: Tensor, position_ids: Tensor | None, short_nll: Tensor, scored: Tensor
+    ) -> None:
+        """Read the windows of `batch` in one forward pass and write the losses of their scored parts."""
+        device, length = tokens.device, tokens.shape[1]
+        width = max(window.stop - window.start for _, _, window in batch)
+        # Made on the host, so that no device is asked anything. A shorter window repeats its last token: causal attention
+        # lets no earlier token see that.
+        columns = torch.stack(
+            [torch.arange(w.start, w.start + width).clamp(max=w.stop - 1) + document for _, document, w in batch]
+        ).to(device)
+        rows = torch.tensor([[row] for row, _, _ in batch], device=device)
+        read = tokens[rows, columns]
+        if self.bos is not None:
+            begins = tokens[rows, torch.tensor([[document] for _, document, _ in batch], device=device)]
+            read[:, :1] = torch.where(begins == self.bos, self.bos, read[:, :1])
+        positions = None if position_ids is None else position_ids[rows, columns] - position_ids[rows, columns[:, :1]]
+        parts = [(i * width + torch.arange(w.first - w.start, w.stop - w.start)) for i, (_, _, w) in enumerate(batch)]
+        whither = [row * length + document + torch.arange(w.first, w.stop) for row, document, w in batch]
+        inside, target = torch.cat(parts).to(device), torch.cat(whither).to(device)
+        states = self.parts.states(read, positions).flatten(0, 1)[inside]
+        losses = linear_nll(states, targets=tokens.flatten()[target], **self.parts.head)
+        short_nll.view(-1)[target] = losses.to(short_nll.dtype)
+        scored.view(-1)[target] = True
+
+    def _refuse_unknown(self, tokens: Tensor) -> None:
+        known = self.parts.output.weight.shape[0]
+        unknown = (tokens < 0) | (tokens >= known)
+        if unknown.any():
+            row, position = unknown.nonzero()[0].tolist()
+            raise ValueError(
+                f"token {tokens[row, position].item()} of row {row}, position {position} is not in the vocabulary of the scoring model "
+                f"({known} tokens): expected a scorer with the tokenizer of the rows"
+            )
