@@ -1,5 +1,12 @@
 """Check the shapes in the signatures of the package while its tests run."""
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import pytest
 
-install_import_hook("tokenweight", "beartype.beartype").install()
+jaxtyping.install_import_hook("tokenweight", "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Call the package as its users do, without checks of signatures: to see its own answer to a wrong argument."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

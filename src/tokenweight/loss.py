@@ -1,8 +1,9 @@
 """Cross-entropy joined to the output projection, weighted per token. The only module that touches the vocabulary axis.
 
-No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and turned
-in place into probabilities and then into their own gradient, which is multiplied away at once. Per chunk and product this is one
-matrix multiplication; a loss with known weights takes three (logits, gradient of the states, gradient of the head).
+No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and
+turned in place into probabilities and then into their own gradient, which is multiplied away at once. Per chunk and
+product this is one matrix multiplication; a loss with known weights takes three (logits, gradient of the states,
+gradient of the head).
 """
 
 from collections.abc import Callable, Iterator
@@ -50,8 +51,8 @@ def linear_nll(
     Raises:
         ValueError: if a target is neither -100 nor a row of `head`.
     """
-    with torch.no_grad():
-        logits = _Logits(hidden, head, bias, scale, softcap)
+    logits = _Logits(hidden, head, bias, scale, softcap)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         losses = torch.zeros(len(hidden), dtype=logits.dtype, device=hidden.device)
         for rows in logits.chunks(_active(targets, len(head)), chunk_size):
             losses[rows] = logits.losses(hidden[rows], targets[rows])
@@ -69,15 +70,15 @@ def weighted_linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over all rows of weight times negative log-likelihood. Not divided: only the caller knows the number of tokens.
+    """Sum over all rows of weight times negative log-likelihood; not divided, since only the caller knows by what.
 
     Weights are constants. Rows of weight 0 are not read: a share k of non-zero rows costs 3k head products (losses,
-    gradient of the states, gradient of the head), or k where no gradient is asked for. The gradients are made in the forward
-    pass, so `backward` can run once.
+    gradient of the states, gradient of the head), or k where no gradient is asked for. The gradients are made in the
+    forward pass, so `backward` can run once.
 
     Args:
-        weights: one per row; or, where a weight depends on nothing but the row's own loss, a function of the losses of a chunk
-            and its row numbers, called under `no_grad` on every row with a target: then one pass serves both.
+        weights: one per row; or, where a weight depends on nothing but the row's own loss, a function of the losses of
+            a chunk and its row numbers, called under `no_grad` on every row with a target: then one pass serves both.
 
     The other arguments, dtypes and errors are those of `linear_nll`. In addition:
 
@@ -99,13 +100,15 @@ class _WeightedLoss(torch.autograd.Function):
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
         loss = torch.zeros((), dtype=logits.dtype, device=hidden.device)
-        for rows in logits.chunks(active, chunk_size):
-            states = hidden[rows]
-            losses = logits.losses(states, targets[rows])
-            chunk_weights = (weights[rows] if isinstance(weights, Tensor) else weights(losses, rows)).to(logits.dtype)
-            loss += chunk_weights @ losses
-            if any(grad is not None for grad in grads):
-                logits.add_gradients(grads, rows, states, targets[rows], chunk_weights)
+        # Autocast would round the sum of the losses to 16 bits; `_Logits` knows by itself what to compute in them.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in logits.chunks(active, chunk_size):
+                states = hidden[rows]
+                losses = logits.losses(states, targets[rows])
+                chosen = (weights[rows] if isinstance(weights, Tensor) else weights(losses, rows)).to(logits.dtype)
+                loss += chosen @ losses
+                if any(grad is not None for grad in grads):
+                    logits.add_gradients(grads, rows, states, targets[rows], chosen)
         ctx.grads, ctx.dtypes = grads, [None if tensor is None else tensor.dtype for tensor in inputs]
         return loss
 
@@ -127,15 +130,14 @@ class _Logits:
         self.head, self.bias, self.scale, self.softcap = head, bias, scale, softcap
         self.compute_dtype = torch.promote_types(hidden.dtype, head.dtype)
         if hidden.device.type == "cpu":
-            # A CPU cannot multiply 16-bit matrices into a float32 result, and logits rounded to bfloat16 are off by up to 0.06
-            # nats: more than the differences we are after.
+            # A CPU cannot multiply 16-bit matrices into a float32 result, and logits rounded to bfloat16 are off by up
+            # to 0.06 nats: more than the differences we are after.
             self.compute_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         elif torch.is_autocast_enabled(hidden.device.type):
             self.compute_dtype = torch.get_autocast_dtype(hidden.device.type)
         self.dtype = torch.promote_types(self.compute_dtype, torch.float32)
         block = len(head) if head.dtype == self.compute_dtype else max(1, CAST_BYTES // (4 * head.shape[1]))
         self.blocks = [slice(i, min(i + block, len(head))) for i in range(0, len(head), block)]
-        self.buffer: Tensor | None = None
 
     def chunks(self, rows: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
         """Split row numbers into chunks of `chunk_size`, or of as many rows as fit the buffer, and evenly so."""
@@ -145,6 +147,7 @@ class _Logits:
             chunk_size = max(16, BUFFER_BYTES // (self.dtype.itemsize * len(self.head)))
         num_chunks = -(-len(rows) // chunk_size)
         chunk_size = -(-len(rows) // num_chunks)
+        # One buffer for all chunks: fresh pages of memory for each would cost a third of a head product.
         self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
         yield from rows.split(chunk_size)
 
@@ -185,8 +188,8 @@ class _Logits:
                 _add_product(product, z[:, block].to(self.compute_dtype), self.head[block].to(self.compute_dtype))
             of_hidden[rows] = product * row_scale
         if of_head is not None:
-            # The weights go into the states, [n, D], rather than into the gradient of the logits, [n, V]. They must be inside the sum
-            # over rows: scaling the finished sum by one number is right for equal weights only.
+            # The weights go into the states, [n, D], rather than into the gradient of the logits, [n, V]. They must be
+            # inside the sum over rows: scaling the finished sum by one number is right for equal weights only.
             weighted = (states * row_scale).to(self.compute_dtype)
             for block in self.blocks:
                 _add_product(of_head[block], z[:, block].to(self.compute_dtype).t(), weighted)

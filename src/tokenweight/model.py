@@ -80,13 +80,14 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
     if not torch.equal(jumps, restarts):
         row, column = (jumps & ~restarts).nonzero()[0].tolist()
         raise ValueError(
-            f"position_ids of row {row} jump to {position_ids[row, column + 1].item()} at token {column + 1}, in a batch with packed "
-            "documents: transformers would take the jump for a document border. Skip positions, or pack documents, not both"
+            f"position_ids of row {row} jump to {position_ids[row, column + 1].item()} at token {column + 1}, in a "
+            "batch with packed documents: transformers would take the jump for a document border. "
+            "Skip positions, or pack documents, not both"
         )
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
-            "position_ids hold packed documents, and attention_mask holds padding: transformers would then let the documents see each "
-            "other. Drop attention_mask, and give the padding labels of -100 and positions that start at 0"
+            "position_ids hold packed documents, and attention_mask holds padding: transformers would then let the "
+            "documents see each other. Drop attention_mask, and give the padding labels of -100 and positions from 0"
         )
     return None
 
@@ -180,9 +181,10 @@ def load_model(
     """Load a causal language model: a plain transformers model that can be trained and saved.
 
     Args:
-        name: a folder, a hub id, or a `.gguf` file. A `.gguf` file is de-quantized once and kept as an ordinary folder in the user's
-            cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second.
-        dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are rounded away.
+        name: a folder, a hub id, or a `.gguf` file. A `.gguf` file is de-quantized once and kept as an ordinary folder
+            in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second.
+        dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
+            rounded away.
         revision: of a hub model.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
 
@@ -201,10 +203,39 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
     return _load(AutoTokenizer, "tokenizer", name, revision=revision)
 
 
+def find_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None if it is a folder that holds no tokenizer."""
+    has_none = Path(name).is_dir() and not any(Path(name).glob("*token*"))
+    return None if has_none else load_tokenizer(name)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if they give every token, special ones included, the same id."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def refuse_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
+) -> None:
+    """Raise a ValueError if rows, by their provenance, were made with another tokenizer than the model's."""
+    theirs = provenance.get("tokenizer_fingerprint")
+    if tokenizer is None or theirs is None or tokenizer_fingerprint(tokenizer) == theirs:
+        return
+    raise ValueError(
+        f"{folder} was made with the tokenizer of {provenance.get('tokenizer')} ({theirs}), but {name} has another "
+        f"({tokenizer_fingerprint(tokenizer)}): prepare the rows with the tokenizer of {name}"
+    )
+
+
+def refuse_length(config: Any, length: int, what: str) -> None:
+    """Raise a ValueError if a model has fewer positions than `length` tokens need."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{what} of {length} tokens: the model has {positions} positions. Raise max_position_embeddings and the "
+            "rotary base (rope_parameters) in its config.json first"
+        )
 
 
 def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -19,12 +19,13 @@ from tokenweight.weighting import Weighting, as_weighting, refuse_nonfinite
 
 @dataclass
 class WeightedLossOutput(ModelOutput):
-    """What a bound model returns when it is given labels. All but `loss` is token-aligned, `[batch, seq]`, without gradient.
+    """What a bound model returns when it is given labels. There are no logits: they are never made.
 
-    There are no logits: they are never made.
+    All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
+    predicted.
     """
 
-    loss: Tensor | None = None
+    loss: Any = None
     weights: Tensor | None = None
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
@@ -47,13 +48,13 @@ def with_weighted_loss(
 
         model(input_ids, labels, short_nll=None, num_items_in_batch=None, position_ids=None, attention_mask=None)
 
-    The loss is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which
-    a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted tokens of
-    this batch; never by the sum of the weights. Without labels the model answers as before.
+    The loss is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch`
+    (which a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the
+    predicted tokens of this batch; never by the sum of the weights. Without labels the model answers as before.
 
-    Short losses come from the column `short_nll` (`[batch, seq]`, nats, written by `tokenweight score`): a frozen scorer;
-    or from `scorer`: with `Scorer(model, ...)` the model scores itself, with another model that one scores. A weighting
-    that needs short losses and gets none raises: no token silently weighs 1.
+    Short losses come from the column `short_nll` (`[batch, seq]`, nats, written by `tokenweight score`): a frozen
+    scorer; or from `scorer`: with `Scorer(model, ...)` the model scores itself, with another model that one scores. A
+    weighting that needs short losses and gets none raises: no token silently weighs 1.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
@@ -63,12 +64,11 @@ def with_weighted_loss(
     Raises:
         ValueError: if the model is not supported, or the weighting is not one.
     """
-    bound = getattr(model, "_token_weighting", None)
-    forward = model.forward if bound is None else bound.forward
-    if bound is not None:
-        model.forward = forward
-    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward)
-    # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own model.
+    if hasattr(model, "_token_weighting"):
+        model.forward = model._token_weighting.forward  # bound before: the new binding replaces the old
+    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), model.forward)
+    # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
+    # model.
     model.forward = types.MethodType(_forward, model)
     model.accepts_loss_kwargs = True  # some models deny it, and the Trainer would divide by accumulation steps instead
     return model
@@ -76,7 +76,7 @@ def with_weighted_loss(
 
 def _forward(
     self: Any,
-    input_ids: Tensor | None = None,
+    input_ids: Any = None,
     labels: Tensor | None = None,
     short_nll: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -91,16 +91,20 @@ def _forward(
     mask = prediction_mask(labels, position_ids)
     targets = labels.where(mask, -100).flatten()
     states = bound.parts.states(input_ids, position_ids, attention_mask, **kwargs).flatten(0, 1)
-    self_scored = bound.scorer is not None and bound.scorer.model is self
 
     def score(long_nll: Tensor) -> Tensor:
-        if short_nll is not None or not bound.weighting.uses_short:
-            return short_nll if short_nll is not None else long_nll
-        return bound.scorer(input_ids, position_ids=position_ids, long_nll=long_nll if self_scored else None)
+        """The short losses; of a model that scores itself, the long ones wherever the contexts are the same."""
+        if short_nll is not None:
+            return short_nll
+        if bound.scorer is None or not bound.weighting.uses_short:
+            return long_nll
+        return bound.scorer(
+            input_ids, position_ids=position_ids, long_nll=long_nll if bound.scorer.model is self else None
+        )
 
     weighted_loss = _in_one_pass if bound.weighting.pointwise else _in_two_passes
     output = weighted_loss(bound, states, targets, mask, score)
-    output.loss = output.loss / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    output.loss /= mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return output
 
 
@@ -151,7 +155,8 @@ def _refuse(
     ]
     if unknown or input_ids is None:
         raise ValueError(
-            f"a model with a weighted loss takes input_ids, labels and short_nll: found {', '.join(unknown) or 'no input_ids'}"
+            "a model with a weighted loss takes input_ids, labels and short_nll: "
+            f"found {', '.join(unknown) or 'no input_ids'}"
         )
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(input_ids.shape)}")
@@ -163,7 +168,7 @@ def _refuse(
         refuse_nonfinite("short_nll", short_nll, labels != -100)
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
-            f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the model and it has no "
-            "scorer: a collator, packing or remove_unused_columns dropped the column, or the data was never scored. Use "
-            "tokenweight.training.collate, or bind the model with a Scorer"
+            f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "
+            "model and it has no scorer: a collator, packing or remove_unused_columns dropped the column, or the data "
+            "was never scored. Use tokenweight.training.collate, or bind the model with a Scorer"
         )

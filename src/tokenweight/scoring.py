@@ -20,8 +20,8 @@ from tokenweight.windows import Window, check_window_setting, windows
 class ShortContext:
     """The short context: windows of `size` tokens, of which the last `stride` are scored.
 
-    A token then sees `size - stride` to `size - 1` tokens before it (`windows` has the picture). The paper's 8192 and 6144 cost one extra
-    forward pass over a row of 32768; in general `stride = (1 - size / length) * size` does.
+    A token then sees `size - stride` to `size - 1` tokens before it (`windows` has the picture). The paper's 8192 and
+    6144 cost one extra forward pass over a row of 32768; in general `stride = (1 - size / length) * size` does.
     """
 
     size: int
@@ -43,9 +43,11 @@ class Scorer:
     """Scores tokens with a short context, without gradient, in evaluation mode and without KV cache.
 
     Args:
-        model: the model being trained (it then scores itself, "unfrozen"), a frozen copy, or a smaller model with the same vocabulary.
+        model: the model being trained (it then scores itself, "unfrozen"), a frozen copy, or a smaller model with the
+            same vocabulary.
         context: size and stride of the windows, in tokens.
-        bos: id of the token that replaces the first token of a window, in documents that begin with it; None replaces nothing.
+        bos: id of the token that replaces the first token of a window, in documents that begin with it; None replaces
+            nothing.
         max_tokens: that one forward pass reads at most; at least one window is read.
 
     Raises:
@@ -72,9 +74,10 @@ class Scorer:
 
         Args:
             tokens: rows of one length.
-            position_ids: where they restart at 0, a document begins; larger jumps (PoSE) stay in the window. By default each row is one document.
-            long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a document
-                are not read again: their short and long context are the same, and so are the losses.
+            position_ids: where they restart at 0, a document begins; larger jumps (PoSE) stay in the window. By default
+                each row is one document.
+            long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a
+                document are not read again: their short and long context are the same, and so are the losses.
 
         Returns:
             Nats, float32. Column t speaks of token t; 0 for the first token of a row or document.
@@ -83,7 +86,7 @@ class Scorer:
             ValueError: if a loss is not finite, naming row and position, or a token is not in the model's vocabulary.
         """
         self._refuse_unknown(tokens)
-        dtype = torch.promote_types(self.parts.output.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.parts.head["head"].dtype, torch.float32)
         short_nll = (
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
         )
@@ -127,8 +130,8 @@ class Scorer:
         """Read the windows of `batch` in one forward pass and write the losses of their scored parts."""
         device, length = tokens.device, tokens.shape[1]
         width = max(window.stop - window.start for _, _, window in batch)
-        # Made on the host, so that no device is asked anything. A shorter window repeats its last token: causal attention
-        # lets no earlier token see that.
+        # Made on the host, so that no device is asked anything. A shorter window repeats its last token: causal
+        # attention lets no earlier token see that.
         columns = torch.stack(
             [torch.arange(w.start, w.start + width).clamp(max=w.stop - 1) + document for _, document, w in batch]
         ).to(device)
@@ -147,11 +150,11 @@ class Scorer:
         scored.view(-1)[target] = True
 
     def _refuse_unknown(self, tokens: Tensor) -> None:
-        known = self.parts.output.weight.shape[0]
+        known = self.parts.head["head"].shape[0]
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():
             row, position = unknown.nonzero()[0].tolist()
             raise ValueError(
-                f"token {tokens[row, position].item()} of row {row}, position {position} is not in the vocabulary of the scoring model "
-                f"({known} tokens): expected a scorer with the tokenizer of the rows"
+                f"token {tokens[row, position].item()} of row {row}, position {position} is not in the vocabulary of "
+                f"the scoring model ({known} tokens): expected a scorer with the tokenizer of the rows"
             )

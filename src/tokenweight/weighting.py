@@ -1,4 +1,4 @@
-"""Two losses of every token -> one weight per token. Each weighting is a frozen dataclass: setting and behavior at once."""
+"""Two losses of every token -> one weight per token. Each weighting is a frozen dataclass: setting and behavior."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,7 +59,8 @@ class Weighting(ABC):
         """
         if not long.shape == short.shape == mask.shape:
             raise ValueError(
-                f"long, short and mask must have one shape: found {list(long.shape)}, {list(short.shape)}, {list(mask.shape)}"
+                f"long, short and mask have shapes {list(long.shape)}, {list(short.shape)} and {list(mask.shape)}: "
+                "expected one shape, [batch, seq]"
             )
         refuse_nonfinite("the long loss", long, mask)
         refuse_nonfinite("the short loss", short, mask)
@@ -117,8 +118,8 @@ class Dense(Weighting):
 class Sparse(Weighting):
     """Train only the tokens with the largest |long - short|, all with the same weight; the mean weight of a row is 1.
 
-    Of T tokens under the mask, n = max(1, floor(keep * T)) are kept and weigh T / n. Tokens with equal scores are taken in
-    the order of a pseudo-random permutation of the positions, which depends on `seed` and nothing else: not on the
+    Of T tokens under the mask, n = max(1, floor(keep * T)) are kept and weigh T / n. Tokens with equal scores are taken
+    in the order of a pseudo-random permutation of the positions, which depends on `seed` and nothing else: not on the
     batch, its order, or the device. In a row where all scores are 0, no token stands out and every token weighs 1.
 
     Args:
@@ -164,8 +165,8 @@ class LongCE(Weighting):
 class PPMI(Weighting):
     """Sparse, by positive pointwise mutual information: tokens that the LONG context predicts better.
 
-    The score is max(log(p_long / p_short) - log(shift), 0); selection and weights are those of `Sparse`. Where fewer tokens than
-    `keep` asks for have a positive score, tokens of score 0 fill up in the order that `seed` gives.
+    The score is max(log(p_long / p_short) - log(shift), 0); selection and weights are those of `Sparse`. Where fewer
+    tokens than `keep` asks for have a positive score, tokens of score 0 fill up in the order that `seed` gives.
 
     Args:
         shift: ratio p_long / p_short above which a score is positive; above 0.
@@ -192,8 +193,8 @@ class PPMI(Weighting):
 class NPMI(PPMI):
     """Sparse, by *negative* pointwise mutual information: tokens that the SHORT context predicts better.
 
-    `PPMI` with the roles of the two losses exchanged: the score is max(log(p_short / p_long) - log(shift), 0). The N does not stand for
-    "normalized".
+    `PPMI` with the roles of the two losses exchanged: the score is max(log(p_short / p_long) - log(shift), 0). The N
+    does not stand for "normalized".
 
     Source: Helm et al. 2025, README of the reference code (`[shift s, max]`).
     """
@@ -241,14 +242,15 @@ def parse_weighting(text: str) -> Weighting:
         ValueError: for an unknown weighting or setting, or a value that it refuses; the line lists what is known.
     """
     name, _, settings_text = text.strip().partition(":")
-    kinds = {kind.__name__.lower(): kind for kind in (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)}
+    kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)}
     if name.lower() in kinds:
         kind = kinds[name.lower()]
     elif "." in name:
         kind = _import(name)
     else:
         raise ValueError(
-            f"unknown weighting {name!r}{_hint(name, kinds)}: expected one of {', '.join(kinds)}, or package.module.function"
+            f"unknown weighting {name!r}{_hint(name, kinds)}: expected one of {', '.join(kinds)}, "
+            "or package.module.function"
         )
     if not isinstance(kind, type):
         if settings_text:
@@ -257,7 +259,7 @@ def parse_weighting(text: str) -> Weighting:
     return as_weighting(kind(**_parse_settings(kind, settings_text)))
 
 
-def _parse_settings(kind: type, text: str) -> dict[str, float | int]:
+def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:
     known = {field.name: field.type for field in dataclasses.fields(kind)}
     settings: dict[str, float | int] = {}
     for item in filter(None, text.split(",")):
@@ -274,7 +276,7 @@ def _parse_settings(kind: type, text: str) -> dict[str, float | int]:
     return settings
 
 
-def _import(path: str) -> Callable:
+def _import(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -293,7 +295,7 @@ def _require(weighting: Weighting, name: str, holds: bool, expected: str) -> Non
 
 
 def _normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """Scale the scores (>= 0, and 0 outside the mask) of each row to mean 1 over the mask; a row of zeros becomes ones."""
+    """Scale the scores of each row (>= 0, and 0 outside the mask) to mean 1 over the mask; only zeros become ones."""
     num_tokens = mask.sum(dim=1, keepdim=True)
     total = scores.sum(dim=1, keepdim=True)
     return torch.where(total > 0, scores * (num_tokens / total), 1.0)
@@ -302,7 +304,7 @@ def _normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq
 def _keep_top(
     scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], keep: float, seed: int
 ) -> Float[Tensor, "batch seq"]:
-    """Keep the max(1, floor(keep * tokens)) largest scores (>= 0) of each row, and normalize; a row of zeros becomes ones."""
+    """Keep the max(1, floor(keep * T)) largest scores (>= 0) of each row, and normalize; only zeros become ones."""
     num_tokens = mask.sum(dim=1, keepdim=True)
     num_kept = (num_tokens.double() * keep).floor().long().clamp(min=1)
     scores = scores.masked_fill(~mask, -1)

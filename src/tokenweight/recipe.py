@@ -1,0 +1,66 @@
+"""The settings of a training run, and reading them from YAML or from the `run.json` of an earlier run."""
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Train a model on rows of tokens with weighted losses.
+
+    Any field of transformers.TrainingArguments is set as `--trainer.NAME VALUE`, or under `trainer:` in the recipe.
+    """
+
+    model: str
+    """Folder, hub id or .gguf file of the model to train."""
+    data: str
+    """Folder of scored rows; with a scorer other than "stored", a folder of rows will do."""
+    out: str
+    """New folder for checkpoints, the trained model, run.json and metrics.jsonl."""
+    weighting: str = "dense"
+    """uniform, dense, sparse, longce, ppmi or npmi, with settings as in sparse:keep=0.1; or package.module.function."""
+    scorer: str = "stored"
+    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
+    size: int | None = None
+    """Tokens of the short context, unless stored; by default a quarter of a row, as in the paper."""
+    stride: int | None = None
+    """Tokens scored by each window, unless stored; by default three quarters of size, as in the paper."""
+    dtype: str = "float32"
+    """Of the weights. In bfloat16, updates much smaller than a weight are rounded away; prefer --trainer.bf16 true."""
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of transformers.TrainingArguments, by their own names."""
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the settings of a recipe (YAML), or of an earlier run (its `run.json`).
+
+    Raises:
+        ValueError: if the file cannot be read, or has a key that no setting has, naming it.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(settings, dict) and "settings" in settings:
+        settings = settings["settings"]
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path} holds a {type(settings).__name__}: expected settings, as in `model: …`")
+    known = [field.name for field in dataclasses.fields(TrainSettings)]
+    for key in settings:
+        refuse_unknown(key, known, f"--config {path}")
+    if not isinstance(settings.get("trainer", {}), dict):
+        raise ValueError(f"--config {path}: trainer is {settings['trainer']!r}: expected fields of TrainingArguments")
+    return settings
+
+
+def refuse_unknown(key: str, known: list[str], where: str) -> None:
+    """Raise a ValueError that names a key nobody knows, and what was probably meant."""
+    if key not in known:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+        raise ValueError(f"{where}: unknown setting {key!r}: {meant}")

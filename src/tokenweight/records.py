@@ -1,0 +1,102 @@
+"""What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Command line, versions, device, source commit and time: what a number needs beside it to mean something."""
+    versions = {"python": platform.python_version()}
+    for package in ("tokenweight", "torch", "transformers", "accelerate", "datasets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions,
+        "device": device_name(),
+        "commit": source_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's with the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def source_commit() -> str | None:
+    """The commit this package was imported from, with `+dirty` after it if files differ; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` under a temporary name and rename it: a reader sees the old file or the new one, never half of
+    it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that `write_json` wrote.
+
+    Raises:
+        ValueError: if it is missing or damaged, naming it.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object")
+    return value
+
+
+def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is known of a folder of rows or scores: `scores.json`, else `rows.json`, else nothing."""
+    for name in ("scores.json", "rows.json"):
+        if (Path(folder) / name).is_file():
+            return read_json(Path(folder) / name)
+    return {}
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one line to a .jsonl file."""
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")

@@ -1,0 +1,254 @@
+"""Documents -> rows of tokens of one length, in a folder that `datasets.load_from_disk` opens."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
+"""Files of a folder that are read as one document each. Any text file may be named directly."""
+_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "document": pa.string(), "offset": pa.int64()})
+
+
+class Document(NamedTuple):
+    """One text; `name` says where it came from: a file, or a file and its line."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class RowSummary:
+    """What became of the documents, counted in documents, rows and tokens."""
+
+    documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    """In rows, special tokens included."""
+    dropped_tokens: int = 0
+    """In the ends of documents, shorter than a row."""
+    short_documents: int = 0
+    """Documents shorter than a row, which give none."""
+    empty_documents: int = 0
+    longest_document: int = 0
+
+    def count(self, num_tokens: int, num_rows: int, length: int, step: int) -> None:
+        """Add a document of `num_tokens` tokens that gave `num_rows` rows of `length`, each with `step` of its
+        tokens."""
+        self.documents += 1
+        self.rows += num_rows
+        self.tokens += num_rows * length
+        self.dropped_tokens += num_tokens - num_rows * step
+        self.short_documents += num_tokens < step
+        self.empty_documents += not num_tokens
+        self.longest_document = max(self.longest_document, num_tokens)
+
+
+def read_documents(paths: Sequence[str | os.PathLike[str]], *, text_column: str = "text") -> Iterator[Document]:
+    """Read text files (one document each), .jsonl files (one document a line), and folders of them, in sorted order.
+
+    Raises:
+        ValueError: naming the file, and the line, that is missing, is not UTF-8, not JSON, or lacks the text column.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        if path.is_dir():
+            files = [
+                file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in (*TEXT_SUFFIXES, ".jsonl")
+            ]
+            if not files:
+                raise ValueError(f"{path}: found no text file in this folder: expected .jsonl, .txt or .md")
+        else:
+            files = [path]
+        for file in files:
+            yield from _read_file(file, text_column)
+
+
+def _read_file(file: Path, text_column: str) -> Iterator[Document]:
+    try:
+        if file.suffix != ".jsonl":
+            yield Document(str(file), file.read_text(encoding="utf-8"))
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Document(f"{file}:{number}", _text_of(line, text_column, f"{file}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+
+
+def _text_of(line: str, text_column: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    text = record.get(text_column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: no text in column {text_column!r}: found {found}")
+    return text
+
+
+def prepare_rows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    out: str | os.PathLike[str],
+    *,
+    max_rows: int | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> RowSummary:
+    """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
+
+    A row belongs to one document. It begins with what the tokenizer puts before a text (BOS, if that is its rule), and
+    no token of the document is lost between rows; the end of a document that fills no row is dropped and counted.
+
+    Args:
+        documents: read one at a time, so that memory does not grow with the corpus.
+        length: tokens of a row.
+        out: a folder that does not exist; made whole or not at all.
+        max_rows: stop after so many.
+        provenance: kept in `rows.json` beside the summary.
+
+    Raises:
+        ValueError: if `out` exists, or no document has `length` tokens.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    prefix, suffix = special_tokens(tokenizer)
+    if length <= len(prefix) + 1:
+        raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
+    summary = RowSummary()
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        with ArrowFile(unfinished / "rows.arrow", _SCHEMA) as file:
+            for document in documents:
+                tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + suffix
+                step = length - len(prefix)
+                offsets = range(0, len(tokens) - step + 1, step)
+                if max_rows is not None:
+                    offsets = offsets[: max_rows - summary.rows]
+                for offset in offsets:
+                    row = np.array(prefix + tokens[offset : offset + step], dtype=np.int32)
+                    file.write({"input_ids": row, "document": document.name, "offset": offset})
+                summary.count(len(tokens), len(offsets), length, step)
+                if summary.rows == max_rows:
+                    break
+        _refuse_no_rows(summary, length)
+        finish_dataset(unfinished, ["rows.arrow"])
+        (unfinished / "rows.json").write_text(
+            json.dumps({**(provenance or {}), "length": length, **asdict(summary)}, indent=2) + "\n"
+        )
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return summary
+
+
+def _refuse_no_rows(summary: RowSummary, length: int) -> None:
+    if summary.documents == summary.empty_documents:
+        raise ValueError(f"the text is empty ({summary.documents} documents without a token)")
+    if summary.rows == 0:
+        raise ValueError(
+            f"--length {length}: none of the {summary.documents} documents is that long; the longest has "
+            f"{summary.longest_document} tokens"
+        )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer, by its own rule, puts before and after a text: ([BOS] or [], [EOS] or [])."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return special[:start], special[start + len(plain) :]
+    raise ValueError(f"{type(tokenizer).__name__}: cannot tell special tokens from text in {special}")
+
+
+class ArrowFile:
+    """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
+
+    def __init__(self, path: Path, schema: pa.Schema, *, rows_per_batch: int = 64) -> None:
+        self.path, self.schema, self.rows_per_batch = path, schema, rows_per_batch
+        self.pending: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "ArrowFile":
+        self.sink = pa.OSFile(str(self.path), "wb")
+        self.stream = pa.ipc.new_stream(self.sink, self.schema)
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row: a value for each column of the schema."""
+        self.pending.append(row)
+        if len(self.pending) >= self.rows_per_batch:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.pending:
+            self.stream.write_batch(pa.RecordBatch.from_pylist(self.pending, schema=self.schema))
+        self.pending = []
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._flush()
+        self.stream.close()
+        self.sink.close()
+
+
+def finish_dataset(folder: Path, files: Sequence[str]) -> None:
+    """Write the two small files that make Arrow files in `folder` a data set for `datasets.load_from_disk`."""
+    parts = [datasets.Dataset.from_file(str(folder / file)) for file in files]
+    parts[0].info.write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": hashlib.sha256("".join(part._fingerprint for part in parts).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+
+def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
+    """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
+
+    Raises:
+        ValueError: if it is not a `datasets` folder, or has no column `input_ids`.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished `datasets` folder: {' '.join(str(error).split())}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        raise ValueError(f"{folder} holds several splits ({', '.join(rows)}): name one of its folders")
+    if "input_ids" not in rows.column_names:
+        raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
+    return rows.with_format("numpy")
+
+
+def rows_fingerprint(rows: datasets.Dataset) -> str:
+    """16 hex digits of all token ids and positions, in order: it changes with any edit of the rows."""
+    columns = [name for name in ("input_ids", "position_ids") if name in rows.column_names]
+    digest = hashlib.sha256(",".join(columns).encode())
+    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+        for name in columns:
+            column = batch.column(name).combine_chunks()
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]

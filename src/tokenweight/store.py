@@ -1,0 +1,252 @@
+"""Scores on disk: rows with their short losses, in shards, with a note of who scored them and how."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.model import (
+    find_tokenizer,
+    load_model,
+    prediction_mask,
+    refuse_length,
+    refuse_tokenizer,
+    token_nll,
+)
+from tokenweight.records import environment, read_json, read_provenance, write_json
+from tokenweight.rows import ArrowFile, finish_dataset, load_rows, rows_fingerprint
+from tokenweight.scoring import Scorer, ShortContext
+
+_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
+SHARD_TOKENS = 1 << 20
+"""Tokens of a shard: what is scored again, at most, after an interruption."""
+
+
+@dataclass
+class ScoreSummary:
+    """What was scored: in all shards, and by this call."""
+
+    rows: int = 0
+    tokens: int = 0
+    new_tokens: int = 0
+    """Scored by this call; the others were there."""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = f", {self.new_tokens / self.seconds:,.0f} tokens/s" if self.new_tokens else ""
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.new_tokens:,} of them scored now{rate}"
+
+
+def score_folder(
+    folder: str | os.PathLike[str],
+    model_name: str,
+    context: ShortContext,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    with_long: bool = False,
+    max_tokens: int = 32768,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> ScoreSummary:
+    """Score a folder of rows with the model of that name, on the GPU if there is one. See `score_rows`.
+
+    Raises:
+        ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
+    """
+    rows = load_rows(folder)
+    made = read_provenance(folder)
+    longest = max(len(row) for row in rows[:64]["input_ids"])
+    if context.size >= longest:
+        raise ValueError(
+            f"--size {context.size}: the rows hold {longest} tokens: no token would have a shorter context"
+        )
+    tokenizer = find_tokenizer(model_name)
+    refuse_tokenizer(tokenizer, model_name, made, folder)
+    model = load_model(model_name, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_length(
+        model.config, longest if with_long else context.size, "--long: rows" if with_long else "--size: windows"
+    )
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    provenance = {
+        "model": model_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "tokenizer": made.get("tokenizer"),
+        "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
+        "size": context.size,
+        "stride": context.stride,
+        "bos": bos,
+        "rows": str(folder),
+        "rows_fingerprint": rows_fingerprint(rows),
+        "environment": environment(),
+    }
+    scorer = Scorer(model, context, bos=bos, max_tokens=max_tokens)
+    return score_rows(rows, scorer, out, provenance=provenance, with_long=with_long, progress=progress)
+
+
+def score_rows(
+    rows: datasets.Dataset,
+    scorer: Scorer,
+    out: str | os.PathLike[str],
+    *,
+    provenance: dict[str, Any],
+    with_long: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> ScoreSummary:
+    """Write `rows` with a column `short_nll` (nats, float32, token-aligned) to the folder `out`.
+
+    Shards are written under a temporary name and renamed. Called again with the same provenance, it scores only the
+    shards that are missing; the folder becomes a data set, which `datasets.load_from_disk` opens, when the last one is
+    there.
+
+    Args:
+        rows: with `input_ids` and, where documents are packed, `position_ids`; all other columns are kept.
+        provenance: written to `scores.json`: whatever the scores depend on.
+        with_long: also write `long_nll`, the losses of the scoring model with the whole row as context.
+        progress: called after each batch with its number of tokens, and that of all rows.
+
+    Raises:
+        ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
+    """
+    out = Path(out)
+    provenance = {**provenance, "long": with_long}
+    _claim(out, provenance)
+    schema = rows.with_format("arrow")[:0].schema.remove_metadata()
+    for name in ("short_nll", "long_nll")[: 1 + with_long]:
+        if name in schema.names:
+            raise ValueError(f"the rows have a column {name} already: score the rows they were made from")
+        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+    shards = _shards(rows)
+    files = [f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    summary = ScoreSummary(rows=len(rows), tokens=sum(len(row) for row in rows.with_format("arrow")["input_ids"]))
+    begun = time.perf_counter()
+    for file, shard in zip(files, shards):
+        chosen = rows.select(shard)
+        if (out / file).is_file():
+            continue
+        unfinished = out / f".{file}.{os.getpid()}"
+        try:
+            with ArrowFile(unfinished, schema) as written:
+                for batch in _batches(chosen, scorer.max_tokens):
+                    for row in _scored(batch, scorer, with_long):
+                        written.write(row)
+                    num_tokens = sum(len(row["input_ids"]) for row in batch)
+                    summary.new_tokens += num_tokens
+                    progress(num_tokens, summary.tokens)
+            os.replace(unfinished, out / file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    summary.seconds = time.perf_counter() - begun
+    finish_dataset(out, files)
+    return summary
+
+
+def load_scores(folder: str | os.PathLike[str]) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Open a scored folder: its rows, and its provenance (empty, if it was not made by `score_rows`).
+
+    Raises:
+        ValueError: if it is not finished or holds no scores.
+    """
+    rows = load_rows(folder)
+    if "short_nll" not in rows.column_names:
+        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
+    path = Path(folder) / "scores.json"
+    return rows, read_json(path) if path.is_file() else {}
+
+
+class ScoredRow(NamedTuple):
+    """One row of a scored folder, as a batch of one, with what reads it."""
+
+    tokens: Int[Tensor, "1 seq"]
+    long_nll: Float[Tensor, "1 seq"]
+    short_nll: Float[Tensor, "1 seq"]
+    mask: Bool[Tensor, "1 seq"]
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def read_row(folder: str | os.PathLike[str], number: int, model_name: str | None = None) -> ScoredRow:
+    """Read one row of a scored folder, with its long losses: stored ones, else those of a model.
+
+    Args:
+        number: of the row, from 0.
+        model_name: gives the long losses if they are not stored, and the tokenizer; by default the scoring model.
+
+    Raises:
+        ValueError: if there is no such row, or no model is named where one is needed.
+    """
+    rows, provenance = load_scores(folder)
+    if not 0 <= number < len(rows):
+        raise ValueError(f"--row {number}: {folder} has rows 0 to {len(rows) - 1}")
+    columns = {name: torch.as_tensor(np.array(value))[None] for name, value in rows[number].items() if name in _NUMBERS}
+    tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+    name = model_name or provenance.get("model")
+    tokenizer = None if name is None else find_tokenizer(name)
+    refuse_tokenizer(tokenizer, str(name), provenance, folder)
+    long_nll = None if model_name else columns.get("long_nll")
+    if long_nll is None:
+        if name is None:
+            raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
+        long_nll = token_nll(load_model(name, dtype=provenance.get("dtype", "auto")), tokens, positions)
+    mask = prediction_mask(columns.get("labels", tokens), positions)
+    return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer)
+
+
+def _claim(out: Path, provenance: dict[str, Any]) -> None:
+    """Note the provenance in a new folder, or compare it with the one that is there."""
+    path = out / "scores.json"
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out {out}: exists and holds no scores; name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, provenance)
+        return
+    there = read_json(path)
+    ours = {key: value for key, value in provenance.items() if key != "environment"}
+    differences = [
+        f"{key} is {there.get(key)!r} there, {value!r} now" for key, value in ours.items() if there.get(key) != value
+    ]
+    if differences:
+        raise ValueError(f"--out {out}: holds scores made otherwise ({'; '.join(differences)}); name a new folder")
+
+
+def _shards(rows: datasets.Dataset) -> list[range]:
+    """Consecutive rows of about `SHARD_TOKENS` tokens; the same for every call, whoever makes it."""
+    length = max(1, len(rows[0]["input_ids"]))
+    step = max(1, SHARD_TOKENS // length)
+    return [range(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+
+
+def _batches(rows: datasets.Dataset, max_tokens: int) -> Iterator[list[dict[str, Any]]]:
+    """Consecutive rows of one length, up to `max_tokens` tokens together."""
+    for length, group in itertools.groupby(rows, key=lambda row: len(row["input_ids"])):
+        yield from map(list, _batched(group, max(1, max_tokens // max(1, length))))
+
+
+def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def _scored(batch: list[dict[str, Any]], scorer: Scorer, with_long: bool) -> Iterator[dict[str, Any]]:
+    device = scorer.model.device
+    tokens = torch.from_numpy(np.stack([row["input_ids"] for row in batch])).long().to(device)
+    positions = None
+    if "position_ids" in batch[0]:
+        positions = torch.from_numpy(np.stack([row["position_ids"] for row in batch])).long().to(device)
+    losses = {"short_nll": scorer(tokens, position_ids=positions)}
+    if with_long:
+        losses["long_nll"] = token_nll(scorer.model, tokens, positions)
+    arrays = {name: values.float().cpu().numpy() for name, values in losses.items()}
+    for i, row in enumerate(batch):
+        yield {**row, **{name: values[i] for name, values in arrays.items()}}

@@ -1,0 +1,197 @@
+"""A stock `transformers.Trainer` around a model with a weighted loss."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer
+from tokenweight.objective import with_weighted_loss
+from tokenweight.recipe import TrainSettings, refuse_unknown
+from tokenweight.records import append_line, environment, read_provenance, write_json
+from tokenweight.rows import load_rows
+from tokenweight.scoring import Scorer, ShortContext
+from tokenweight.weighting import parse_weighting
+
+PAPER_ARGUMENTS = {
+    "learning_rate": 2e-5,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "per_device_train_batch_size": 1,
+    "logging_steps": 1,
+    "report_to": "none",
+}
+"""Used where a recipe says nothing. The first five: `configs/llama3_32k_dense.json` of the paper's code."""
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Make a batch of rows, padded on the right, that carries `short_nll` and packed documents.
+
+    `labels` are the tokens (or the rows' own labels), with -100 where nothing is predicted: padding, and the first
+    token of a row or document. So every Trainer counts the same tokens as the loss. `short_nll` is padded with NaN,
+    which the loss refuses wherever a token counts. Padding of packed rows is a document of its own: an attention mask
+    would switch off the separation of documents.
+
+    Raises:
+        ValueError: if some rows have a column that others lack, or columns of one row differ in length.
+    """
+    columns = [name for name in ("labels", "position_ids", "short_nll") if name in rows[0]]
+    length = max(len(row["input_ids"]) for row in rows)
+    padded = any(len(row["input_ids"]) < length for row in rows)
+    batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
+    for number, row in enumerate(rows):
+        tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
+        for name in columns:
+            if name not in row or len(row[name]) != len(tokens):
+                found = f"{len(row[name])} values" if name in row else "no column"
+                raise ValueError(f"row {number} of the batch has {len(tokens)} tokens and {found} {name}")
+        fill = length - len(tokens)
+        labels = torch.as_tensor(row.get("labels", tokens), dtype=torch.long).clone()
+        labels[:1] = -100
+        if "position_ids" in columns:
+            positions = torch.as_tensor(row["position_ids"], dtype=torch.long)
+            labels[positions == 0] = -100
+            batch["position_ids"].append(torch.cat([positions, torch.arange(fill)]))
+        if "short_nll" in columns:
+            short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
+            batch["short_nll"].append(torch.nn.functional.pad(short_nll, (0, fill), value=torch.nan))
+        batch["input_ids"].append(torch.nn.functional.pad(tokens, (0, fill)))
+        batch["labels"].append(torch.nn.functional.pad(labels, (0, fill), value=-100))
+    if padded and "position_ids" not in columns:
+        batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in rows]
+    return {name: torch.stack(values) for name, values in batch.items()}
+
+
+def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) -> PreTrainedModel:
+    """Run a recipe. The folder `settings.out` then is an ordinary transformers model, with `run.json` and
+    `metrics.jsonl`.
+
+    Raises:
+        ValueError: for settings, rows and models that do not fit, before any work starts.
+    """
+    weighting = parse_weighting(settings.weighting)
+    arguments = training_arguments(settings.trainer, settings.out)
+    rows = load_rows(settings.data)
+    _refuse_missing_scores(settings, rows)
+    provenance = read_provenance(settings.data)
+    length = max(len(row) for row in rows[:64]["input_ids"])
+    context = _short_context(settings, length)
+    model = load_model(settings.model, dtype=settings.dtype)
+    refuse_length(model.config, length, f"{settings.data}: rows")
+    tokenizer = find_tokenizer(settings.model)
+    refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
+    scorer = None
+    if context is not None and weighting.uses_short:
+        scoring = model if settings.scorer == "self" else load_model(settings.scorer).to(arguments.device)
+        bos = None if tokenizer is None else tokenizer.bos_token_id
+        scorer = Scorer(scoring, context, bos=bos)
+    trainer = Trainer(
+        model=with_weighted_loss(model, weighting, scorer),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[_MetricsFile(), *callbacks],
+    )
+    if trainer.is_world_process_zero():
+        resolved = {**dataclasses.asdict(settings), "weighting": str(weighting)}
+        if context is not None:
+            resolved |= {"size": context.size, "stride": context.stride}
+        write_json(Path(settings.out) / "run.json", {"settings": resolved, "data": provenance, **environment()})
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return model
+
+
+def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> TrainingArguments:
+    """`PAPER_ARGUMENTS` overridden by `given`, whose values may be strings of a command line.
+
+    Raises:
+        ValueError: for a field that TrainingArguments does not have, or a value it refuses.
+    """
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for key in given:
+        refuse_unknown(key, known, "trainer")
+    words = []
+    # Without an accelerator the Trainer refuses bf16, unless told that the CPU is meant.
+    defaults = {**PAPER_ARGUMENTS, "use_cpu": not torch.accelerator.is_available()}
+    for key, value in {**defaults, **given, "output_dir": str(out)}.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+    (arguments,) = _Parser(TrainingArguments).parse_args_into_dataclasses(words)
+    _refuse_overwriting(Path(out), arguments)
+    return arguments
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print every field of TrainingArguments and leave."""
+        raise ValueError(f"trainer: {message}")
+
+
+def _refuse_overwriting(out: Path, arguments: TrainingArguments) -> None:
+    if (
+        out.exists()
+        and any(out.iterdir())
+        and arguments.resume_from_checkpoint is None
+        and arguments.process_index == 0
+    ):
+        raise ValueError(f"out: {out} exists; name a new folder, or set trainer.resume_from_checkpoint to go on")
+
+
+def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
+    stored = "short_nll" in rows.column_names
+    needed = parse_weighting(settings.weighting).uses_short
+    if settings.scorer == "stored" and needed and not stored:
+        raise ValueError(
+            f"data: {settings.data} has no column short_nll: score it with `tokenweight score`, or set scorer to self"
+        )
+    if settings.scorer != "stored" and stored:
+        raise ValueError(
+            f"scorer: {settings.scorer!r}, but {settings.data} holds stored scores (short_nll), which would be used: "
+            "set scorer to stored, or data to the rows before scoring"
+        )
+    if settings.scorer == "stored" and (settings.size or settings.stride):
+        raise ValueError("size and stride: stored scores have their own; set them with scorer self, or when scoring")
+
+
+def _short_context(settings: TrainSettings, length: int) -> ShortContext | None:
+    if settings.scorer == "stored":
+        return None
+    size = settings.size or length // 4
+    context = ShortContext(size=size, stride=settings.stride or max(1, size * 3 // 4))
+    if context.size >= length:
+        raise ValueError(f"size: {context.size} tokens, but rows hold {length}: no token would have a shorter context")
+    return context
+
+
+class _MetricsFile(TrainerCallback):
+    """Every line that the Trainer logs, with its step, in `metrics.jsonl`."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            append_line(Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **(logs or {})})
