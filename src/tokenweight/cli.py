@@ -130,8 +130,9 @@ class Show:
         """Print the passage and the list."""
         from rich.console import Console
 
-        from tokenweight.show import view, write_svg
+        from tokenweight.show import view
         from tokenweight.store import read_row
+        from tokenweight.svg import write_svg
         from tokenweight.weighting import parse_weighting
 
         weighting = parse_weighting(self.weighting)

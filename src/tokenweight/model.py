@@ -142,9 +142,12 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     Raises:
         ValueError: if the model's logits are not its head times its decoder's states, scaled and soft-capped.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is None or config is None or getattr(config, "is_encoder_decoder", False):
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = ": bind model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
+        raise ValueError(f"{name} is not a model of transformers{inner}")
+    config, output = model.config, model.get_output_embeddings()
+    if output is None or config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
     if not output.weight.is_floating_point():
         raise ValueError(f"{name} is not supported: its output head is quantized ({output.weight.dtype})")

@@ -86,6 +86,11 @@ def _forward(
 ) -> Any:
     bound: _Binding = self._token_weighting
     if labels is None:
+        if short_nll is not None or num_items_in_batch is not None:
+            raise ValueError(
+                "a model with a weighted loss was asked for a loss but got no labels: label_smoothing_factor and "
+                "compute_loss_func of a Trainer take the labels away, and with them the weights"
+            )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
     _refuse(bound, input_ids, labels, short_nll, kwargs)
     mask = prediction_mask(labels, position_ids)

@@ -136,6 +136,11 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
             values = value if isinstance(value, list) else [value]
             words += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
     (arguments,) = _Parser(TrainingArguments).parse_args_into_dataclasses(words)
+    if arguments.use_liger_kernel or arguments.label_smoothing_factor:
+        raise ValueError(
+            "trainer: use_liger_kernel and label_smoothing_factor put another loss in place of the weighted one: "
+            "expected neither"
+        )
     _refuse_overwriting(Path(out), arguments)
     return arguments
 
