@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from tokenweight.weighting import Uniform as Uniform
     from tokenweight.weighting import Weighting as Weighting
     from tokenweight.weighting import parse_weighting as parse_weighting
-    from tokenweight.windows import Window as Window
-    from tokenweight.windows import windows as windows
 
 _HOME = {
-    "windows": ["Window", "windows"],
     "weighting": ["NPMI", "PPMI", "Dense", "LongCE", "Sparse", "Uniform", "Weighting", "parse_weighting"],
     "loss": ["linear_nll", "weighted_linear_cross_entropy"],
     "model": ["load_model", "load_tokenizer", "token_nll"],

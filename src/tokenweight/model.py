@@ -33,6 +33,8 @@ class CausalParts:
     output: nn.Module
     scale: float
     softcap: float | None
+    separates: bool
+    """Whether documents that are packed into one row do not see each other."""
 
     @property
     def head(self) -> dict[str, Any]:
@@ -59,14 +61,14 @@ class CausalParts:
             ValueError: if the positions do not allow to keep documents apart.
         """
         if position_ids is not None:
-            attention_mask = _separating_mask(position_ids, attention_mask)
+            attention_mask = _separating_mask(position_ids, attention_mask, separates=self.separates)
         outputs = self.decoder(
             input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
         return nn.functional.pad(outputs.last_hidden_state[:, :-1], (0, 0, 1, 0))
 
 
-def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, *, separates: bool) -> Tensor | None:
     """The attention mask with which transformers separates documents where positions restart at 0, and only there.
 
     Without a mask it takes *every* step other than +1 for a new document; with a mask it separates nothing.
@@ -77,6 +79,10 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
     restarts = jumps & (position_ids[:, 1:] == 0)
     if not restarts.any():
         return torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    if not separates:
+        raise ValueError(
+            "position_ids hold packed documents, but this model lets a document see those before it: give each a row"
+        )
     if not torch.equal(jumps, restarts):
         row, column = (jumps & ~restarts).nonzero()[0].tolist()
         raise ValueError(
@@ -155,20 +161,38 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     softcap = getattr(config, "final_logit_softcapping", None)
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
     with torch.no_grad(), evaluating(model):
-        expected = model(input_ids=tokens, use_cache=False).logits.float()
-        plain = output(decoder(input_ids=tokens, use_cache=False).last_hidden_state).float()
-    # Half of the 8 significant bits of bfloat16: far above rounding, far below any scale or cap that matters.
-    tolerance = 2**-4 * expected.abs().max()
+        expected = model(input_ids=tokens, use_cache=False).logits
+        plain = output(decoder(input_ids=tokens, use_cache=False).last_hidden_state)
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (expected, plain))
+    wide = torch.promote_types(plain.dtype, torch.float32)
+    expected, plain = expected.to(wide), plain.to(wide)
+    errors = {}
     for scale in _scales(config):
-        logits = plain * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if (logits - expected).abs().max() <= tolerance:
-            return CausalParts(decoder, output, scale, softcap)
-    raise ValueError(
-        f"{name} is not supported: its logits are not its output head times its decoder's states (they differ by up to "
-        f"{(plain - expected).abs().max().item():.3g}), nor that scaled or soft-capped as its configuration says"
-    )
+        logits = plain * scale if softcap is None else softcap * torch.tanh(plain * scale / softcap)
+        errors[scale] = (logits - expected).abs().max().item()
+    scale = min(errors, key=lambda value: errors[value])
+    # Both are made by the same operations, but for a rounding or two of scale and cap in the model's dtype.
+    if not errors[scale] <= 8 * eps * expected.abs().max().item():
+        raise ValueError(
+            f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
+            f"or soft-capped as its configuration says (they differ by up to {errors[scale]:.3g})"
+        )
+    return CausalParts(decoder, output, scale, softcap, _separates(decoder, tokens))
+
+
+@torch.no_grad()
+def _separates(decoder: nn.Module, tokens: Int[Tensor, "1 seq"]) -> bool:
+    """Whether the second of two packed documents stays the same, to the bit, when the first one changes."""
+    half = tokens.shape[1] // 2
+    positions = torch.arange(tokens.shape[1], device=tokens.device).remainder(half)[None]
+    changed = torch.cat([tokens[:, :half].flip(1), tokens[:, half:]], dim=1)
+    with evaluating(decoder):
+        try:
+            runs = [decoder(input_ids=t, position_ids=positions, use_cache=False) for t in (tokens, changed)]
+        except TypeError:  # it takes no positions
+            return False
+    first, second = (run.last_hidden_state[:, half:] for run in runs)
+    return torch.equal(first, second)
 
 
 def _scales(config: Any) -> list[float]:

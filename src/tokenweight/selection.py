@@ -11,7 +11,7 @@ def normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"
     """Scale the scores of each row (>= 0, and 0 outside the mask) to mean 1 over the mask; only zeros become ones."""
     num_tokens = mask.sum(dim=1, keepdim=True)
     total = scores.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, scores * (num_tokens / total), 1.0)
+    return torch.where(total > 0, scores / total * num_tokens, 1.0)  # T / total could overflow
 
 
 def keep_top(
@@ -37,7 +37,8 @@ def _tie_order(length: int, seed: int, device: torch.device) -> Tensor:
     """A permutation of the positions by a hash of (seed, position): the same on every device, and for every length a
     prefix-consistent order, so that padding does not change it. The constants are those of splitmix64, in 63 bits."""
     top = (1 << 63) - 1
-    x = (torch.arange(length, device=device) + seed * 0x9E3779B9 + 1) * 0x1E3779B97F4A7C15 & top
+    begin = seed * 0x9E3779B97F4A7C15 % (1 << 62) + 1
+    x = (torch.arange(length, device=device) + begin) * 0x1E3779B97F4A7C15 & top
     x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9 & top
     x = (x ^ (x >> 27)) * 0x14D049BB133111EB & top
     return (x ^ (x >> 31)).argsort(stable=True)

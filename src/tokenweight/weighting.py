@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -68,15 +69,18 @@ class Weighting(ABC):
         refuse_nonfinite("the short loss", short, mask)
         dtype = torch.promote_types(torch.promote_types(long.dtype, short.dtype), torch.float32)
         zero = torch.zeros((), dtype=dtype, device=long.device)
-        weights = self.weigh(torch.where(mask, long, zero), torch.where(mask, short, zero), mask)
+        weights = self.weigh(torch.where(mask, long.to(dtype), zero), torch.where(mask, short.to(dtype), zero), mask)
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
         refuse_nonfinite(f"the weight by {self}", weights, mask)
         return torch.where(mask, weights.to(dtype), zero)
 
     def __str__(self) -> str:
-        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return type(self).__name__.lower() + (f":{settings}" if settings else "")
+        fields: tuple[dataclasses.Field, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
+        kind = type(self)
+        name = kind.__name__.lower() if kind.__module__ == __name__ else f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name}:{settings}" if settings else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,11 +262,13 @@ def parse_weighting(text: str) -> Weighting:
         if settings_text:
             raise ValueError(f"weighting {text!r}: a function takes no settings, found {settings_text!r}")
         return as_weighting(kind)
-    return as_weighting(kind(**_parse_settings(kind, settings_text)))
+    if not issubclass(kind, Weighting) or inspect.isabstract(kind):
+        raise ValueError(f"weighting {text!r} is a class that cannot weigh: expected a subclass of Weighting")
+    return kind(**_parse_settings(kind, settings_text))
 
 
 def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:
-    known = {field.name: field.type for field in dataclasses.fields(kind)}
+    known = {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     settings: dict[str, float | int] = {}
     for item in filter(None, text.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
@@ -282,7 +288,7 @@ def _import(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"weighting {path!r} cannot be imported: {error}") from None
 
 
