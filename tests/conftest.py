@@ -1,9 +1,13 @@
 """Check the shapes in the signatures of the package while its tests run."""
 
+import hypothesis
 import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("tokenweight", "beartype.beartype")
+# The same examples in every run, and no limit on the time that one takes: that would test the machine.
+hypothesis.settings.register_profile("tokenweight", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tokenweight")
 
 
 @pytest.fixture

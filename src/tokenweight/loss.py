@@ -87,6 +87,8 @@ def weighted_linear_cross_entropy(
     """
     needs_grad = torch.is_grad_enabled()
     if isinstance(weights, Tensor):
+        if len(weights) != len(hidden):
+            raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
         weights = weights.detach()
     return _WeightedLoss.apply(hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad)
 
@@ -143,6 +145,8 @@ class _Logits:
         """Split row numbers into chunks of `chunk_size`, or of as many rows as fit the buffer, and evenly so."""
         if not len(rows):
             return
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
         if chunk_size is None:
             chunk_size = max(16, BUFFER_BYTES // (self.dtype.itemsize * len(self.head)))
         num_chunks = -(-len(rows) // chunk_size)

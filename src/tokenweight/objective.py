@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from tokenweight.causal import CausalParts, causal_parts, prediction_mask
 from tokenweight.loss import linear_nll, weighted_linear_cross_entropy
-from tokenweight.model import CausalParts, causal_parts, prediction_mask
 from tokenweight.scoring import Scorer
 from tokenweight.weighting import Weighting, as_weighting, refuse_nonfinite
 
@@ -64,9 +64,9 @@ def with_weighted_loss(
     Raises:
         ValueError: if the model is not supported, or the weighting is not one.
     """
-    if hasattr(model, "_token_weighting"):
-        model.forward = model._token_weighting.forward  # bound before: the new binding replaces the old
-    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), model.forward)
+    bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
+    forward = model.forward if bound is None else bound.forward
+    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward)
     # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
     # model.
     model.forward = types.MethodType(_forward, model)
@@ -93,6 +93,8 @@ def _forward(
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
     _refuse(bound, input_ids, labels, short_nll, kwargs)
+    kwargs.pop("return_dict", None)
+    kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
     mask = prediction_mask(labels, position_ids)
     targets = labels.where(mask, -100).flatten()
     states = bound.parts.states(input_ids, position_ids, attention_mask, **kwargs).flatten(0, 1)
@@ -121,7 +123,7 @@ def _in_two_passes(
     short_nll = score(long_nll)
     weights = bound.weighting(long_nll, short_nll, mask)
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=weights.flatten(), **bound.parts.head)
-    return WeightedLossOutput(loss=loss, weights=weights, long_nll=long_nll, short_nll=short_nll)
+    return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0))
 
 
 def _in_one_pass(
@@ -145,19 +147,15 @@ def _in_one_pass(
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
     refuse_nonfinite("the long loss", long_nll, mask)
     refuse_nonfinite(f"the weight by {bound.weighting}", weights, mask)
-    zero = torch.zeros_like(long_nll)
-    return WeightedLossOutput(loss, weights, long_nll.where(mask, zero), short_nll.where(mask, zero))
+    return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0))
 
 
 def _refuse(
     bound: _Binding, input_ids: Tensor | None, labels: Tensor, short_nll: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     """Refuse what would make the weights silently wrong or absent."""
-    unknown = [
-        name
-        for name in ("inputs_embeds", "shift_labels", "loss_weights", "logits_to_keep")
-        if kwargs.get(name) is not None
-    ]
+    unwanted = ("inputs_embeds", "shift_labels", "loss_weights", "logits_to_keep", "return_dict")
+    unknown = [name for name in unwanted if kwargs.get(name) is not None and kwargs[name] is not True]
     if unknown or input_ids is None:
         raise ValueError(
             "a model with a weighted loss takes input_ids, labels and short_nll: "
@@ -170,7 +168,7 @@ def _refuse(
             raise ValueError(
                 f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}"
             )
-        refuse_nonfinite("short_nll", short_nll, labels != -100)
+        refuse_nonfinite("short_nll", short_nll, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "

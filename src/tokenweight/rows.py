@@ -49,7 +49,6 @@ class RowSummary:
         self.tokens += num_rows * length
         self.dropped_tokens += num_tokens - num_rows * step
         self.short_documents += num_tokens < step
-        self.empty_documents += not num_tokens
         self.longest_document = max(self.longest_document, num_tokens)
 
 
@@ -75,16 +74,18 @@ def read_documents(paths: Sequence[str | os.PathLike[str]], *, text_column: str 
 
 
 def _read_file(file: Path, text_column: str) -> Iterator[Document]:
+    where = str(file)
     try:
         if file.suffix != ".jsonl":
             yield Document(str(file), file.read_text(encoding="utf-8"))
             return
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                where = f"{file}, line {number}"
                 if line.strip():
-                    yield Document(f"{file}:{number}", _text_of(line, text_column, f"{file}, line {number}"))
+                    yield Document(f"{file}:{number}", _text_of(line.decode("utf-8"), text_column, where))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+        raise ValueError(f"{where}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
 
 
 def _text_of(line: str, text_column: str, where: str) -> str:
@@ -127,6 +128,8 @@ def prepare_rows(
     if out.exists():
         raise ValueError(f"--out {out}: exists already; name a new folder")
     prefix, suffix = special_tokens(tokenizer)
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"--max_rows {max_rows}: expected at least 1")
     if length <= len(prefix) + 1:
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
     summary = RowSummary()
@@ -135,7 +138,9 @@ def prepare_rows(
     try:
         with ArrowFile(unfinished / "rows.arrow", _SCHEMA) as file:
             for document in documents:
-                tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + suffix
+                tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+                summary.empty_documents += not tokens
+                tokens += suffix
                 step = length - len(prefix)
                 offsets = range(0, len(tokens) - step + 1, step)
                 if max_rows is not None:
@@ -195,9 +200,13 @@ class ArrowFile:
         if len(self.pending) >= self.rows_per_batch:
             self._flush()
 
+    def write_table(self, table: pa.Table) -> None:
+        """Append rows that have the columns of the schema."""
+        self.stream.write_table(table.cast(self.schema))
+
     def _flush(self) -> None:
         if self.pending:
-            self.stream.write_batch(pa.RecordBatch.from_pylist(self.pending, schema=self.schema))
+            self.write_table(pa.Table.from_pylist(self.pending, schema=self.schema))
         self.pending = []
 
     def __exit__(self, *error: object) -> None:
@@ -240,6 +249,13 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     if "input_ids" not in rows.column_names:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
     return rows.with_format("numpy")
+
+
+def row_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    lengths = [np.asarray(batch.column("input_ids").combine_chunks().value_lengths()) for batch in batches]
+    return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:

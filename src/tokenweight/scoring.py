@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenweight.causal import causal_parts, evaluating
 from tokenweight.loss import linear_nll
-from tokenweight.model import causal_parts, evaluating
 from tokenweight.weighting import refuse_nonfinite
 from tokenweight.windows import Window, check_window_setting, windows
 
@@ -69,6 +69,7 @@ class Scorer:
         *,
         position_ids: Int[Tensor, "batch seq"] | None = None,
         long_nll: Float[Tensor, "batch seq"] | None = None,
+        first_row: int = 0,
     ) -> Float[Tensor, "batch seq"]:
         """The short loss of every token, windows never crossing from one packed document into another.
 
@@ -78,6 +79,7 @@ class Scorer:
                 each row is one document.
             long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a
                 document are not read again: their short and long context are the same, and so are the losses.
+            first_row: number of the first row, for error messages.
 
         Returns:
             Nats, float32. Column t speaks of token t; 0 for the first token of a row or document.
@@ -85,7 +87,7 @@ class Scorer:
         Raises:
             ValueError: if a loss is not finite, naming row and position, or a token is not in the model's vocabulary.
         """
-        self._refuse_unknown(tokens)
+        self._refuse_unknown(tokens, first_row)
         dtype = torch.promote_types(self.parts.head["head"].dtype, torch.float32)
         short_nll = (
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
@@ -95,7 +97,7 @@ class Scorer:
         with evaluating(self.model):
             for batch in self._batches(self._passes(tokens, position_ids, skip_first=long_nll is not None)):
                 self._score(batch, tokens, position_ids if skips else None, short_nll, scored)
-        refuse_nonfinite("the short loss", short_nll, scored)
+        refuse_nonfinite("the short loss", short_nll, scored, first_row)
         return short_nll
 
     def _passes(self, tokens: Tensor, position_ids: Tensor | None, *, skip_first: bool) -> list[_Pass]:
@@ -149,12 +151,12 @@ class Scorer:
         short_nll.view(-1)[target] = losses.to(short_nll.dtype)
         scored.view(-1)[target] = True
 
-    def _refuse_unknown(self, tokens: Tensor) -> None:
+    def _refuse_unknown(self, tokens: Tensor, first_row: int) -> None:
         known = self.parts.head["head"].shape[0]
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():
             row, position = unknown.nonzero()[0].tolist()
             raise ValueError(
-                f"token {tokens[row, position].item()} of row {row}, position {position} is not in the vocabulary of "
-                f"the scoring model ({known} tokens): expected a scorer with the tokenizer of the rows"
+                f"token {tokens[row, position].item()} of row {first_row + row}, position {position} is not in the "
+                f"vocabulary of the scoring model ({known} tokens): expected a scorer with the tokenizer of the rows"
             )

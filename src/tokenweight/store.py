@@ -16,16 +16,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.causal import prediction_mask
 from tokenweight.model import (
     find_tokenizer,
     load_model,
-    prediction_mask,
     refuse_length,
     refuse_tokenizer,
     token_nll,
 )
 from tokenweight.records import environment, read_json, read_provenance, write_json
-from tokenweight.rows import ArrowFile, finish_dataset, load_rows, rows_fingerprint
+from tokenweight.rows import ArrowFile, finish_dataset, load_rows, row_lengths, rows_fingerprint
 from tokenweight.scoring import Scorer, ShortContext
 
 _NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
@@ -66,7 +66,7 @@ def score_folder(
     """
     rows = load_rows(folder)
     made = read_provenance(folder)
-    longest = max(len(row) for row in rows[:64]["input_ids"])
+    longest = int(row_lengths(rows).max(initial=0))
     if context.size >= longest:
         raise ValueError(
             f"--size {context.size}: the rows hold {longest} tokens: no token would have a shorter context"
@@ -120,28 +120,26 @@ def score_rows(
         ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
     """
     out = Path(out)
-    provenance = {**provenance, "long": with_long}
-    _claim(out, provenance)
-    schema = rows.with_format("arrow")[:0].schema.remove_metadata()
-    for name in ("short_nll", "long_nll")[: 1 + with_long]:
-        if name in schema.names:
+    names = ("short_nll", "long_nll")[: 1 + with_long]
+    for name in names:
+        if name in rows.column_names:
             raise ValueError(f"the rows have a column {name} already: score the rows they were made from")
-        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
-    shards = _shards(rows)
+    added = {name: datasets.List(datasets.Value("float32")) for name in names}
+    schema = datasets.Features({**rows.features, **added}).arrow_schema
+    _claim(out, {**provenance, "long": with_long})
+    lengths = row_lengths(rows)
+    shards = _shards(lengths)
     files = [f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
-    summary = ScoreSummary(rows=len(rows), tokens=sum(len(row) for row in rows.with_format("arrow")["input_ids"]))
-    begun = time.perf_counter()
+    summary, begun = ScoreSummary(rows=len(rows), tokens=int(lengths.sum())), time.perf_counter()
     for file, shard in zip(files, shards):
-        chosen = rows.select(shard)
         if (out / file).is_file():
             continue
         unfinished = out / f".{file}.{os.getpid()}"
         try:
             with ArrowFile(unfinished, schema) as written:
-                for batch in _batches(chosen, scorer.max_tokens):
-                    for row in _scored(batch, scorer, with_long):
-                        written.write(row)
-                    num_tokens = sum(len(row["input_ids"]) for row in batch)
+                for batch in _batches(shard, lengths, scorer.max_tokens):
+                    written.write_table(_scored(rows, batch, scorer, names))
+                    num_tokens = int(lengths[batch].sum())
                     summary.new_tokens += num_tokens
                     progress(num_tokens, summary.tokens)
             os.replace(unfinished, out / file)
@@ -220,33 +218,32 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         raise ValueError(f"--out {out}: holds scores made otherwise ({'; '.join(differences)}); name a new folder")
 
 
-def _shards(rows: datasets.Dataset) -> list[range]:
+def _shards(lengths: np.ndarray) -> list[range]:
     """Consecutive rows of about `SHARD_TOKENS` tokens; the same for every call, whoever makes it."""
-    length = max(1, len(rows[0]["input_ids"]))
-    step = max(1, SHARD_TOKENS // length)
-    return [range(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+    step = max(1, SHARD_TOKENS // max(1, int(lengths[0])))
+    return [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
 
 
-def _batches(rows: datasets.Dataset, max_tokens: int) -> Iterator[list[dict[str, Any]]]:
+def _batches(shard: range, lengths: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
     """Consecutive rows of one length, up to `max_tokens` tokens together."""
-    for length, group in itertools.groupby(rows, key=lambda row: len(row["input_ids"])):
-        yield from map(list, _batched(group, max(1, max_tokens // max(1, length))))
+    for length, group in itertools.groupby(shard, key=lambda row: int(lengths[row])):
+        numbers, size = list(group), max(1, max_tokens // max(1, length))
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
+def _scored(rows: datasets.Dataset, batch: list[int], scorer: Scorer, names: tuple[str, ...]) -> pa.Table:
+    """The rows of a batch as they are, with the columns `names` appended."""
+    table = rows.with_format("arrow")[batch]
 
+    def column(name: str) -> Tensor:
+        values = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return torch.from_numpy(values.reshape(len(batch), -1).astype(np.int64)).to(scorer.model.device)
 
-def _scored(batch: list[dict[str, Any]], scorer: Scorer, with_long: bool) -> Iterator[dict[str, Any]]:
-    device = scorer.model.device
-    tokens = torch.from_numpy(np.stack([row["input_ids"] for row in batch])).long().to(device)
-    positions = None
-    if "position_ids" in batch[0]:
-        positions = torch.from_numpy(np.stack([row["position_ids"] for row in batch])).long().to(device)
-    losses = {"short_nll": scorer(tokens, position_ids=positions)}
-    if with_long:
-        losses["long_nll"] = token_nll(scorer.model, tokens, positions)
-    arrays = {name: values.float().cpu().numpy() for name, values in losses.items()}
-    for i, row in enumerate(batch):
-        yield {**row, **{name: values[i] for name, values in arrays.items()}}
+    tokens = column("input_ids")
+    positions = column("position_ids") if "position_ids" in table.column_names else None
+    losses = [scorer(tokens, position_ids=positions, first_row=batch[0])]
+    if "long_nll" in names:
+        losses.append(token_nll(scorer.model, tokens, positions))
+    for name, values in zip(names, losses):
+        table = table.append_column(name, pa.array(list(values.float().cpu().numpy()), pa.list_(pa.float32())))
+    return table

@@ -23,7 +23,7 @@ from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_
 from tokenweight.objective import with_weighted_loss
 from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
-from tokenweight.rows import load_rows
+from tokenweight.rows import load_rows, row_lengths
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import parse_weighting
 
@@ -51,7 +51,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     Raises:
         ValueError: if some rows have a column that others lack, or columns of one row differ in length.
     """
-    columns = [name for name in ("labels", "position_ids", "short_nll") if name in rows[0]]
+    columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in rows)]
     length = max(len(row["input_ids"]) for row in rows)
     padded = any(len(row["input_ids"]) < length for row in rows)
     batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
@@ -90,7 +90,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     rows = load_rows(settings.data)
     _refuse_missing_scores(settings, rows)
     provenance = read_provenance(settings.data)
-    length = max(len(row) for row in rows[:64]["input_ids"])
+    length = int(row_lengths(rows).max())
     context = _short_context(settings, length)
     model = load_model(settings.model, dtype=settings.dtype)
     refuse_length(model.config, length, f"{settings.data}: rows")

@@ -16,20 +16,21 @@ from torch import Tensor
 from tokenweight.selection import keep_top, normalize
 
 
-def refuse_nonfinite(name: str, losses: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> None:
-    """Raise a ValueError that names the first non-finite loss under `mask` by row, position and value."""
+def refuse_nonfinite(
+    name: str, losses: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], first_row: int = 0
+) -> None:
+    """Raise a ValueError that names the first non-finite loss under `mask` by row (counted from `first_row`)."""
     bad = mask & ~torch.isfinite(losses)
     if bad.any():
         row, position = bad.nonzero()[0].tolist()
         value = losses[row, position].item()
-        raise ValueError(f"{name} of row {row}, position {position} is {value}: expected a finite number")
+        raise ValueError(f"{name} of row {first_row + row}, position {position} is {value}: expected a finite number")
 
 
 class Weighting(ABC):
-    """How much each token counts in the loss.
+    """How much each token counts in the loss: `weigh` gives the formula, a call checks what goes in and comes out.
 
-    A subclass gives the formula in `weigh`; calling an instance checks what goes in and what comes out. Any function
-    of the same three tensors is a weighting too: `with_weighted_loss` and `parse_weighting` wrap it in `Custom`.
+    Any function of the same three tensors is a weighting too: `with_weighted_loss` wraps it in `Custom`.
     """
 
     uses_short: ClassVar[bool] = True
@@ -215,7 +216,7 @@ class Custom(Weighting):
     """A function of (long, short, mask) as a weighting, with the checks of the others.
 
     Args:
-        function: returns weights of the shape of its arguments, all `[batch, seq]`.
+        function: returns weights, all `[batch, seq]`.
     """
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -229,7 +230,7 @@ class Custom(Weighting):
 
 
 def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weighting:
-    """The weighting itself, or a function of (long, short, mask) made into one."""
+    """The weighting itself, or a function of (long, short, mask) made into one; anything else is a ValueError."""
     if isinstance(weighting, Weighting):
         return weighting
     if not callable(weighting) or isinstance(weighting, type):
@@ -247,7 +248,7 @@ def parse_weighting(text: str) -> Weighting:
     Raises:
         ValueError: for an unknown weighting or setting, or a value that it refuses; the line lists what is known.
     """
-    name, _, settings_text = text.strip().partition(":")
+    name, _, settings_text = (part.strip() for part in text.partition(":"))
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)}
     if name.lower() in kinds:
         kind = kinds[name.lower()]
@@ -268,19 +269,20 @@ def parse_weighting(text: str) -> Weighting:
 
 
 def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:
+    name = f"weighting {kind.__name__.lower()!r}"
     known = {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     settings: dict[str, float | int] = {}
     for item in filter(None, text.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
         if key not in known:
             expected = f"expected one of {', '.join(known)}" if known else "it has none"
-            raise ValueError(
-                f"unknown setting {key!r} of weighting {kind.__name__.lower()!r}{_hint(key, known)}: {expected}"
-            )
+            raise ValueError(f"unknown setting {key!r} of {name}{_hint(key, known)}: {expected}")
+        if key in settings:
+            raise ValueError(f"{name}: {key} is set twice")
         try:
             settings[key] = int(value) if known[key] is int else float(value)
         except ValueError:
-            raise ValueError(f"weighting {kind.__name__.lower()!r}: {key}={value!r} is not a number") from None
+            raise ValueError(f"{name}: {key}={value!r} is not a number") from None
     return settings
 
 
