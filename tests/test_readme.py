@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    fenced = README.split("```")[1::2]
+    return [block.removeprefix(f"{language}\n") for block in fenced if block.startswith(f"{language}\n")]
 
 
 @pytest.mark.slow
@@ -26,7 +27,9 @@ def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_commands_name_existing_commands_and_options() -> None:
-    lines = [line.split() for block in blocks("console") for line in block.splitlines() if line.startswith("$ tokenweight")]
+    lines = [
+        line.split() for block in blocks("console") for line in block.splitlines() if line.startswith("$ tokenweight")
+    ]
     assert len(lines) >= 4
     for _, _, command, *words in lines:
         known = set(COMMANDS[command].__dataclass_fields__)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ class Prepare:
         from tokenweight.rows import prepare_rows, read_documents
 
         if not self.texts:
-            raise ValueError("prepare: name at least one text file or folder")
+            raise ValueError("name at least one text file or folder")
         tokenizer = load_tokenizer(self.tokenizer)
         provenance = {
             "tokenizer": self.tokenizer,
@@ -58,7 +59,7 @@ class Prepare:
             )
         print(
             f"{self.out}: {summary.rows} rows of {self.length} tokens from {summary.documents} documents; "
-            f"{summary.dropped_tokens} tokens left over at their ends, {summary.short_documents} documents shorter "
+            f"{summary.dropped_tokens} of their tokens are in no row, {summary.short_documents} documents shorter "
             f"than a row ({summary.empty_documents} of them empty)"
         )
 
@@ -136,6 +137,10 @@ class Show:
         from tokenweight.weighting import parse_weighting
 
         weighting = parse_weighting(self.weighting)
+        if self.num < 1 or self.top < 0:
+            raise ValueError(f"--num {self.num} --top {self.top}: expected at least 1 token, and no negative number")
+        if self.svg is not None and not self.svg.parent.is_dir():
+            raise ValueError(f"--svg {self.svg}: no such folder")
         row = read_row(self.scored, self.row, self.model)
         picture = view(row, weighting, start=self.start, num=self.num, top=self.top)
         Console().print(*picture, sep="\n\n")
@@ -178,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _parse_train(words[1:]) if words[0] == "train" else _parse(words[0], words[1:])
         if command is not None:
             _run(command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"tokenweight {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -197,7 +202,8 @@ def _run(command: Any) -> None:
         from tokenweight.training import train
 
         train(command)
-        print(f"{command.out}: the trained model, run.json and metrics.jsonl")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{command.out}: the trained model, run.json and metrics.jsonl")
     else:
         command.run()
 
@@ -273,7 +279,8 @@ def _progress(unit: str) -> Iterator[Callable[..., None]]:
             return Text(f"{unit}, {task.speed or 0:,.0f} a second")
 
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(unit, total=None)
 
         def advance(done: int, total: int | None = None) -> None:

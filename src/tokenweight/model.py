@@ -104,6 +104,16 @@ def refuse_length(config: Any, length: int, what: str) -> None:
         )
 
 
+def refuse_tokens(config: Any, smallest: int, largest: int, folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if rows hold a token id that a model's vocabulary does not have."""
+    if smallest < 0 or largest >= config.vocab_size:
+        token = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"{folder}: token {token} is not in the vocabulary of the model, which has {config.vocab_size} tokens: "
+            "expected rows made with its tokenizer"
+        )
+
+
 def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> Any:
     path = Path(name)
     if path.suffix == ".gguf":
@@ -112,6 +122,9 @@ def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> 
         path = _converted(path)
     elif path.exists() and not path.is_dir():
         raise ValueError(f"{what} {str(name)!r} is a file: expected a folder, a hub id or a .gguf file")
+    dtype = kwargs.get("dtype", "auto")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: expected auto, float32, bfloat16, float16 or float64")
     try:
         return kind.from_pretrained(str(path), **kwargs)
     except (OSError, ValueError) as error:

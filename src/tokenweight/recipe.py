@@ -44,7 +44,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(settings, dict) and "settings" in settings:
         settings = settings["settings"]
@@ -53,8 +53,12 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     for key in settings:
         refuse_unknown(key, known, f"--config {path}")
-    if not isinstance(settings.get("trainer", {}), dict):
-        raise ValueError(f"--config {path}: trainer is {settings['trainer']!r}: expected fields of TrainingArguments")
+    number, fields = ((int, type(None)), "a whole number"), ((dict,), "fields of TrainingArguments")
+    expected = {"size": number, "stride": number, "trainer": fields}
+    for key, value in settings.items():
+        kinds, name = expected.get(key, ((str,), "text"))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"--config {path}: {key} is {value!r}: expected {name}")
     return settings
 
 

@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "tokenweight"), *sys.argv[1:]],
         "versions": versions,
         "device": device_name(),
         "commit": source_commit(),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
@@ -35,7 +36,7 @@ class RowSummary:
     tokens: int = 0
     """In rows, special tokens included."""
     dropped_tokens: int = 0
-    """In the ends of documents, shorter than a row."""
+    """In no row: the ends of documents, and what `max_rows` left unread of the last one."""
     short_documents: int = 0
     """Documents shorter than a row, which give none."""
     empty_documents: int = 0
@@ -62,15 +63,18 @@ def read_documents(paths: Sequence[str | os.PathLike[str]], *, text_column: str 
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         if path.is_dir():
-            files = [
-                file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in (*TEXT_SUFFIXES, ".jsonl")
-            ]
+            files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
             if not files:
                 raise ValueError(f"{path}: found no text file in this folder: expected .jsonl, .txt or .md")
         else:
             files = [path]
         for file in files:
             yield from _read_file(file, text_column)
+
+
+def _is_text(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and file.suffix in (*TEXT_SUFFIXES, ".jsonl")
 
 
 def _read_file(file: Path, text_column: str) -> Iterator[Document]:
@@ -242,12 +246,16 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
     try:
         rows = datasets.load_from_disk(str(folder))
+    except IndexError:  # so `datasets` says that there are none
+        raise ValueError(f"{folder} holds no rows") from None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is not a finished `datasets` folder: {' '.join(str(error).split())}") from error
     if isinstance(rows, datasets.DatasetDict):
         raise ValueError(f"{folder} holds several splits ({', '.join(rows)}): name one of its folders")
     if "input_ids" not in rows.column_names:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise ValueError(f"{folder} holds no rows")
     return rows.with_format("numpy")
 
 
@@ -256,6 +264,13 @@ def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     lengths = [np.asarray(batch.column("input_ids").combine_chunks().value_lengths()) for batch in batches]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+
+
+def token_range(rows: datasets.Dataset) -> tuple[int, int]:
+    """The smallest and the largest token id of all rows."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    ranges = [pc.min_max(batch.column("input_ids").combine_chunks().flatten()).as_py() for batch in batches]
+    return min(found["min"] for found in ranges), max(found["max"] for found in ranges)
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:

@@ -59,6 +59,8 @@ class Scorer:
     def __init__(
         self, model: PreTrainedModel, context: ShortContext, *, bos: int | None = None, max_tokens: int = 32768
     ) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
         self.model, self.context, self.bos, self.max_tokens = model, context, bos, max_tokens
         self.parts = causal_parts(model)
 

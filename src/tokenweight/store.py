@@ -22,10 +22,11 @@ from tokenweight.model import (
     load_model,
     refuse_length,
     refuse_tokenizer,
+    refuse_tokens,
     token_nll,
 )
 from tokenweight.records import environment, read_json, read_provenance, write_json
-from tokenweight.rows import ArrowFile, finish_dataset, load_rows, row_lengths, rows_fingerprint
+from tokenweight.rows import ArrowFile, finish_dataset, load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.scoring import Scorer, ShortContext
 
 _NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
@@ -74,6 +75,7 @@ def score_folder(
     tokenizer = find_tokenizer(model_name)
     refuse_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_tokens(model.config, *token_range(rows), folder)
     refuse_length(
         model.config, longest if with_long else context.size, "--long: rows" if with_long else "--size: windows"
     )
@@ -210,7 +212,8 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         write_json(path, provenance)
         return
     there = read_json(path)
-    ours = {key: value for key, value in provenance.items() if key != "environment"}
+    # The rows are compared by their fingerprint, not by the path that led to them.
+    ours = {key: value for key, value in provenance.items() if key not in ("environment", "rows")}
     differences = [
         f"{key} is {there.get(key)!r} there, {value!r} now" for key, value in ours.items() if there.get(key) != value
     ]

@@ -1,6 +1,8 @@
 """A stock `transformers.Trainer` around a model with a weighted loss."""
 
+import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer
+from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
-from tokenweight.rows import load_rows, row_lengths
+from tokenweight.rows import load_rows, row_lengths, token_range
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import parse_weighting
 
@@ -94,6 +96,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     context = _short_context(settings, length)
     model = load_model(settings.model, dtype=settings.dtype)
     refuse_length(model.config, length, f"{settings.data}: rows")
+    refuse_tokens(model.config, *token_range(rows), settings.data)
     tokenizer = find_tokenizer(settings.model)
     refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
     scorer = None
@@ -101,21 +104,23 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         scoring = model if settings.scorer == "self" else load_model(settings.scorer).to(arguments.device)
         bos = None if tokenizer is None else tokenizer.bos_token_id
         scorer = Scorer(scoring, context, bos=bos)
+    resolved = {**dataclasses.asdict(settings), "weighting": str(weighting)}
+    if context is not None:
+        resolved |= {"size": context.size, "stride": context.stride}
     trainer = Trainer(
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[_MetricsFile(), *callbacks],
+        callbacks=[_Records({"settings": resolved, "data": provenance, **environment()}), *callbacks],
     )
-    if trainer.is_world_process_zero():
-        resolved = {**dataclasses.asdict(settings), "weighting": str(weighting)}
-        if context is not None:
-            resolved |= {"size": context.size, "stride": context.stride}
-        write_json(Path(settings.out) / "run.json", {"settings": resolved, "data": provenance, **environment()})
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
+    try:
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        trainer.save_model()
+    finally:
+        with contextlib.suppress(OSError):  # the folder that the Trainer made, if nothing was written to it
+            Path(settings.out).rmdir()
     return model
 
 
@@ -128,13 +133,14 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for key in given:
         refuse_unknown(key, known, "trainer")
-    words = []
+    if "output_dir" in given:
+        raise ValueError("trainer: output_dir is the setting out of the recipe: name it there")
+    words: list[str] = []
     # Without an accelerator the Trainer refuses bf16, unless told that the CPU is meant.
     defaults = {**PAPER_ARGUMENTS, "use_cpu": not torch.accelerator.is_available()}
     for key, value in {**defaults, **given, "output_dir": str(out)}.items():
         if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+            words += [f"--{key}", *(_word(key, item) for item in (value if isinstance(value, list) else [value]))]
     (arguments,) = _Parser(TrainingArguments).parse_args_into_dataclasses(words)
     if arguments.use_liger_kernel or arguments.label_smoothing_factor:
         raise ValueError(
@@ -143,6 +149,18 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
         )
     _refuse_overwriting(Path(out), arguments)
     return arguments
+
+
+def _word(key: str, value: Any) -> str:
+    """A value as a word of a command line, on which mappings are JSON."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"trainer: {key}={value} is not JSON: {error}") from None
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Parser(HfArgumentParser):
@@ -173,22 +191,33 @@ def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> N
             f"scorer: {settings.scorer!r}, but {settings.data} holds stored scores (short_nll), which would be used: "
             "set scorer to stored, or data to the rows before scoring"
         )
-    if settings.scorer == "stored" and (settings.size or settings.stride):
+    if settings.scorer == "stored" and (settings.size, settings.stride) != (None, None):
         raise ValueError("size and stride: stored scores have their own; set them with scorer self, or when scoring")
 
 
 def _short_context(settings: TrainSettings, length: int) -> ShortContext | None:
     if settings.scorer == "stored":
         return None
-    size = settings.size or length // 4
-    context = ShortContext(size=size, stride=settings.stride or max(1, size * 3 // 4))
+    size = length // 4 if settings.size is None else settings.size
+    stride = max(1, size * 3 // 4) if settings.stride is None else settings.stride
+    context = ShortContext(size=size, stride=stride)
     if context.size >= length:
         raise ValueError(f"size: {context.size} tokens, but rows hold {length}: no token would have a shorter context")
     return context
 
 
-class _MetricsFile(TrainerCallback):
-    """Every line that the Trainer logs, with its step, in `metrics.jsonl`."""
+class _Records(TrainerCallback):
+    """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(args.output_dir) / "run.json", self.run)
 
     def on_log(
         self,

@@ -234,9 +234,7 @@ def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weigh
     if isinstance(weighting, Weighting):
         return weighting
     if not callable(weighting) or isinstance(weighting, type):
-        raise ValueError(
-            f"weighting is {weighting!r}: expected an instance such as Dense() or a function of (long, short, mask)"
-        )
+        raise ValueError(f"weighting is {weighting!r}: expected an instance such as Dense(), or a function")
     return Custom(weighting)
 
 
@@ -255,10 +253,8 @@ def parse_weighting(text: str) -> Weighting:
     elif "." in name:
         kind = _import(name)
     else:
-        raise ValueError(
-            f"unknown weighting {name!r}{_hint(name, kinds)}: expected one of {', '.join(kinds)}, "
-            "or package.module.function"
-        )
+        known = f"{', '.join(kinds)}, or package.module.function"
+        raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: expected one of {known}")
     if not isinstance(kind, type):
         if settings_text:
             raise ValueError(f"weighting {text!r}: a function takes no settings, found {settings_text!r}")
@@ -287,9 +283,8 @@ def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:
 
 
 def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"weighting {path!r} cannot be imported: {error}") from None
 

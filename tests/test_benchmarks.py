@@ -1,0 +1,161 @@
+"""The benchmarks run, their rows are complete, and their FLOP counts are what torch counts."""
+
+import csv
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
+COLUMNS += ["device", "versions", "commit", "date", "command"]
+METRICS = {
+    "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
+    "scoring": {"time", "tokens read per second", "tokens read per second / forward of the windows"},
+    "training": {"time", "time / uniform", "arithmetic / uniform", "measured / arithmetic"},
+}
+
+
+def load(name):
+    """A script of the benchmarks as a module; they import each other by their plain names."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)
+        patch.syspath_prepend(str(BENCHMARKS))
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def common():
+    return load("common")
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    """All three at once, on one thread each: most of their time is spent on imports."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    commands = {
+        name: [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(folder / f"{name}.csv")]
+        for name in METRICS
+    }
+    settings = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    runs = {
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+        for name, command in commands.items()
+    }
+    outputs = {name: run.communicate(timeout=120)[0] for name, run in runs.items()}
+    return {name: (run.returncode, outputs[name], folder / f"{name}.csv") for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, quick_runs):
+    returncode, output, path = quick_runs[name]
+    assert returncode == 0, output
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS
+    assert {row["metric"] for row in rows} >= METRICS[name]
+    for row in rows:
+        assert all(row.values()), row
+        assert row["benchmark"] == name
+        assert row["command"].startswith(f"python benchmarks/{name}.py --quick")
+        assert all(math.isfinite(float(row[column])) and float(row[column]) > 0 for column in ("p50", "p20", "p80")), (
+            row
+        )
+        assert row["implementation"].split(",")[0] in output
+    assert len({(row["x"], row["implementation"], row["metric"]) for row in rows}) == len(rows)
+
+
+def test_rows_are_appended_under_one_header(common, tmp_path, capsys):
+    for seconds in ([3.0, 1.0, 2.0], [4.0]):
+        report = common.Report("loss", tmp_path / "results.csv")
+        report.add(what="w", x="N=1", implementation="ours", metric="time", unit="s", values=seconds)
+        report.finish()
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(float(row["p20"]), float(row["p50"]), float(row["p80"])) for row in rows] == [(1.4, 2, 2.6), (4, 4, 4)]
+
+
+def test_a_ratio_is_the_ratio_of_medians(common):
+    report = common.Report("loss", None)
+    report.add_ratio(what="w", x="x", implementation="i", metric="m", over=[1.0, 2.0, 9.0], under=[1.0, 4.0, 3.0])
+    assert report.rows[0].p50 == pytest.approx(2 / 3, rel=1e-4)
+
+
+def test_all_runs_take_turns_and_the_first_round_does_not_count(common):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = common.alternately(runs, 2)
+    assert "".join(order) in ("abccbaabc", "cbaabccba")
+    assert [len(values) for values in seconds.values()] == [2, 2, 2]
+
+
+def test_all_implementations_of_the_loss_agree():
+    loss = load("loss")
+    case = loss.Case(50, 300, 8)
+    weights = loss.weights_of("dense", case.num_tokens)
+    gradients = {}
+    for name in case.timed:
+        tensors = loss.inputs(case)
+        loss.step(loss.IMPLEMENTATIONS[name], tensors, weights)
+        gradients[name] = tensors["hidden"].grad, tensors["head"].grad
+    for found in gradients.values():
+        torch.testing.assert_close(found, gradients[loss.FULL])
+
+
+def test_peak_memory_of_full_logits_is_that_of_the_arrays_autograd_must_hold(quick_runs):
+    with quick_runs["loss"][2].open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["metric"] == "peak memory over inputs and gradients"]
+    gib = {row["implementation"]: float(row["p50"]) for row in found}
+    logits = 1024 * 8192 * 4 / 2**30
+    # Log-probabilities and their gradient at least; at most also the logits and the gradient of those, and 16 MiB for
+    # the allocator and the packing buffers of the products.
+    assert 2 * logits <= gib["full logits"] <= 4 * logits + 2**-6
+    assert logits <= gib["tokenweight, dense weights"] <= logits + 2**-6  # all of these few rows fit one chunk
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_torch_counts(common):
+    num_tokens, model = 24, common.tiny_llama(attn_implementation="eager")
+    tokens = torch.arange(num_tokens)[None]
+    # Some versions of transformers multiply positions and frequencies by `matmul`, others by `*`, which is not counted.
+    rotary = counted(lambda: model.model.rotary_emb(torch.zeros(1), tokens))
+    head = common.head_flops(model, num_tokens)
+
+    # Eager attention multiplies every query with every key and masks afterwards.
+    full = common.decoder_flops(model, [num_tokens], causal=False)
+    assert counted(lambda: model.model(tokens)) == full + rotary
+    assert counted(lambda: model(tokens)) == full + head + rotary
+
+    # One token at a time on a cache multiplies each query with the keys up to its own, and with no others.
+    def one_by_one():
+        cache = None
+        for t in range(num_tokens):
+            cache = model.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+
+    assert counted(one_by_one) == common.decoder_flops(model, [num_tokens]) + rotary
+
+    # Forward and backward are three forward passes; the rotary table has no gradient.
+    def forward_and_backward():
+        model(tokens, labels=tokens).loss.backward()
+
+    assert counted(forward_and_backward) == 3 * (full + head) + rotary
+
+
+def test_flops_of_several_rows_add_up(common):
+    model = common.tiny_llama()
+    assert common.decoder_flops(model, [5, 7]) == common.decoder_flops(model, [5]) + common.decoder_flops(model, [7])

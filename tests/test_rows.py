@@ -1,0 +1,284 @@
+"""Rows against the tokens of their documents, for tokenizers that frame a text with BOS and EOS and that do not."""
+
+import json
+import shutil
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokenweight.rows import Document, load_rows, prepare_rows, read_documents, rows_fingerprint, special_tokens
+
+EXCERPT = Path(__file__).parent / "texts" / "moby_dick.txt"
+TEXT = EXCERPT.read_text(encoding="utf-8")
+BOS, EOS = 0, 1
+
+
+@cache
+def trained_tokenizer(*, framed: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the excerpt; a framed one puts BOS before a text and EOS after it, as a rule of its own."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(TEXT.splitlines(), trainer)
+    if framed:
+        special = [("<s>", BOS), ("</s>", EOS)]
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def plain_ids(text: str) -> list[int]:
+    return trained_tokenizer()(text)["input_ids"]
+
+
+def of_tokens(num: int) -> str:
+    """A text of exactly so many tokens: spaces apart, one letter each."""
+    text = "\x01" * num  # a byte that nothing is merged with
+    assert len(plain_ids(text)) == num
+    return text
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "framed"])
+def framed(request):
+    return request.param
+
+
+@pytest.fixture
+def documents():
+    pieces = [TEXT[:2000], "", "short", TEXT[2000:2300], of_tokens(15), of_tokens(16), of_tokens(14), TEXT[3000:9000]]
+    return [Document(f"file:{number}", text) for number, text in enumerate(pieces)]
+
+
+def expected_tokens(documents, framed):
+    return {name: plain_ids(text) + [EOS] * framed for name, text in documents}
+
+
+@pytest.mark.parametrize("length", [3, 16, 57])
+def test_rows_are_the_documents_cut_with_nothing_lost_between(documents, framed, length, tmp_path):
+    prepare_rows(documents, trained_tokenizer(framed=framed), length, tmp_path / "rows")
+    rows = list(datasets.load_from_disk(str(tmp_path / "rows")))
+    assert {len(row["input_ids"]) for row in rows} == {length}
+    prefix = [BOS] * framed
+    step = length - len(prefix)
+    expected = expected_tokens(documents, framed)
+    long_enough = [name for name in expected if len(expected[name]) >= step]
+    assert [name for name, _ in groupby(row["document"] for row in rows)] == long_enough
+    for name in long_enough:
+        own = [row for row in rows if row["document"] == name]
+        kept = len(expected[name]) // step * step
+        assert all(row["input_ids"][: len(prefix)] == prefix for row in own)
+        assert [t for row in own for t in row["input_ids"][len(prefix) :]] == expected[name][:kept]
+        assert [row["offset"] for row in own] == list(range(0, kept, step))
+
+
+def test_the_last_token_of_a_framed_document_that_fills_its_rows_is_eos(tmp_path):
+    prepare_rows([Document("a", of_tokens(29))], trained_tokenizer(framed=True), 16, tmp_path / "rows")
+    rows = load_rows(tmp_path / "rows")["input_ids"]
+    letter = plain_ids(of_tokens(1))
+    assert [list(row) for row in rows] == [[BOS, *letter * 15], [BOS, *letter * 14, EOS]]
+
+
+def test_summary_counts_every_document_and_token(documents, framed, tmp_path):
+    length, step = 16, 16 - framed
+    summary = prepare_rows(documents, trained_tokenizer(framed=framed), length, tmp_path / "rows")
+    lengths = [len(tokens) for tokens in expected_tokens(documents, framed).values()]
+    assert summary.documents == len(documents)
+    assert summary.rows == sum(length // step for length in lengths) == len(load_rows(tmp_path / "rows"))
+    assert summary.tokens == summary.rows * length
+    assert summary.dropped_tokens == sum(length % step for length in lengths)
+    assert summary.rows * step + summary.dropped_tokens == sum(lengths)
+    assert summary.short_documents == sum(length < step for length in lengths) > 1
+    assert summary.empty_documents == 1
+    assert summary.longest_document == max(lengths)
+    note = json.loads((tmp_path / "rows" / "rows.json").read_text())
+    assert note == {**vars(summary), "length": length}
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 1000])
+def test_max_rows_gives_the_first_rows_and_reads_no_further(documents, framed, max_rows, tmp_path):
+    tokenizer, read = trained_tokenizer(framed=framed), []
+    prepare_rows(documents, tokenizer, 16, tmp_path / "all")
+    summary = prepare_rows(
+        (read.append(d.name) or d for d in documents), tokenizer, 16, tmp_path / "some", max_rows=max_rows
+    )
+    every, some = load_rows(tmp_path / "all"), load_rows(tmp_path / "some")
+    assert len(some) == summary.rows == min(max_rows, len(every))
+    assert some.to_dict() == every.select(range(len(some))).to_dict()
+    assert (len(read) == 1) == (max_rows < 1000)
+
+
+@pytest.mark.parametrize("max_rows", [0, -1])
+def test_max_rows_below_one_is_refused_by_name(documents, max_rows, tmp_path):
+    with pytest.raises(ValueError, match="max_rows"):
+        prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows", max_rows=max_rows)
+
+
+def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "b").mkdir(parents=True)
+    for name, text in (("c.txt", "sea"), ("a.md", "ship — Größe"), ("b/x.txt", "whale"), ("ignored.pdf", "\x00")):
+        (folder / name).write_text(text, encoding="utf-8")
+    lines = [json.dumps({"body": text, "text": 3}, ensure_ascii=ascii) for text, ascii in (("wahr", 1), ("naïve\n", 0))]
+    (folder / "d.jsonl").write_text(f"{lines[0]}\n\n  \n{lines[1]}", encoding="utf-8")
+    found = list(read_documents([folder, tmp_path / "texts" / "c.txt"], text_column="body"))
+    expected = [("a.md", "ship — Größe"), ("b/x.txt", "whale"), ("c.txt", "sea"), ("d.jsonl:1", "wahr")]
+    expected += [("d.jsonl:4", "naïve\n"), ("c.txt", "sea")]
+    assert found == [(f"{folder}/{name}", text) for name, text in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "missing.txt: no such file or folder"),
+        ("a.txt", b"abc\xff", r"a.txt: not UTF-8 text \(byte 3 is 0xff\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', r"a.jsonl, line 2: not JSON \(.+\)"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"body": "b", "id": 4}',
+            "a.jsonl, line 3: no text in column 'text': found body",
+        ),
+        ("a.jsonl", b'{"text": null}', "a.jsonl, line 1: no text in column 'text': found text"),
+        ("a.jsonl", b'["text"]', "a.jsonl, line 1: no text in column 'text': found list"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl.*: not UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_by_file_and_line(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents([tmp_path / name]))
+
+
+def test_a_bad_byte_far_into_a_jsonl_file_is_refused_by_its_place(tmp_path):
+    good = b'{"text": "%s"}\n' % (b"a" * 1000)
+    (tmp_path / "a.jsonl").write_bytes(good * 50 + b'{"text": "\xe9"}\n')
+    place = 50 * len(good) + 10
+    with pytest.raises(ValueError, match=rf"a\.jsonl.*(line 51\b|byte {place}\b)"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
+def test_a_folder_without_text_is_refused_by_name(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{tmp_path}: found no text file"):
+        list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_empty_text_is_refused_and_leaves_nothing(texts, framed, tmp_path):
+    documents = [Document("a", text) for text in texts]
+    with pytest.raises(ValueError, match="empty"):
+        prepare_rows(documents, trained_tokenizer(framed=framed), 16, tmp_path / "rows")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_that_are_all_too_short_are_refused_with_the_longest(framed, tmp_path):
+    documents = [Document("a", of_tokens(5)), Document("b", of_tokens(9))]
+    longest = 9 + framed
+    message = f"--length 16: none of the 2 documents is that long; the longest has {longest} tokens"
+    with pytest.raises(ValueError, match=message):
+        prepare_rows(documents, trained_tokenizer(framed=framed), 16, tmp_path / "rows")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_length_without_room_for_a_prediction_is_refused(framed, documents, tmp_path):
+    with pytest.raises(ValueError, match=f"--length {1 + framed}: expected at least {2 + framed} tokens"):
+        prepare_rows(documents, trained_tokenizer(framed=framed), 1 + framed, tmp_path / "rows")
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind(documents, tmp_path):
+    def interrupted():
+        yield from documents
+        assert len(list(tmp_path.iterdir())) == 1  # unfinished, and not under its final name
+        assert not (tmp_path / "rows").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_rows(interrupted(), trained_tokenizer(), 16, tmp_path / "rows")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused_and_kept(documents, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"--out .*rows: exists already"):
+        prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows")
+    assert (tmp_path / "rows" / "notes").read_text() == "mine"
+
+
+def test_special_tokens_are_found_by_the_rule_of_the_tokenizer(framed):
+    assert special_tokens(trained_tokenizer(framed=framed)) == (([BOS], [EOS]) if framed else ([], []))
+
+
+def folder_of(columns, folder):
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "no such folder of rows; make one with `tokenweight prepare`"),
+        (lambda folder: folder.mkdir(), "is not a finished `datasets` folder"),
+        (lambda folder: folder_of({"tokens": [[1]], "b": [1]}, folder), "no column input_ids: found tokens, b"),
+        (
+            lambda folder: datasets.DatasetDict(
+                {name: datasets.Dataset.from_dict({"input_ids": [[1]]}) for name in ("train", "test")}
+            ).save_to_disk(str(folder)),
+            r"holds several splits \(train, test\)",
+        ),
+    ],
+    ids=["missing", "empty", "column", "splits"],
+)
+def test_what_is_no_folder_of_rows_is_refused_by_name(make, message, tmp_path):
+    make(tmp_path / "rows")
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_rows(tmp_path / "rows")
+    assert str(tmp_path / "rows") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_rows_are_opened_where_they_were_moved(documents, tmp_path):
+    prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows")
+    before = load_rows(tmp_path / "rows").to_dict()
+    shutil.move(tmp_path / "rows", tmp_path / "moved")
+    assert load_rows(tmp_path / "moved").to_dict() == before
+
+
+ROWS = {"input_ids": [[5, 6, 7], [8, 9]], "position_ids": [[0, 1, 0], [0, 1]]}
+
+
+def test_the_fingerprint_of_rows_is_theirs_however_they_are_stored():
+    rows = datasets.Dataset.from_dict(ROWS)
+    wide = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ROWS})
+    same = [
+        rows.with_format("numpy"),
+        rows.cast(wide),
+        datasets.Dataset.from_dict({"name": ["a", "b"], **ROWS}),
+        datasets.Dataset.from_dict({name: values[::-1] for name, values in ROWS.items()}).select([1, 0]),
+        datasets.concatenate_datasets([rows.select([0]), rows.select([1])]),
+    ]
+    assert {rows_fingerprint(other) for other in same} == {rows_fingerprint(rows)}
+
+
+def test_the_fingerprint_of_rows_changes_with_any_edit_of_tokens_or_positions():
+    edits = [
+        ROWS,
+        {**ROWS, "input_ids": [[5, 6, 4], [8, 9]]},
+        {**ROWS, "input_ids": [[8, 9], [5, 6, 7]]},
+        {"input_ids": [[5, 6], [7, 8, 9]], "position_ids": [[0, 1], [0, 0, 1]]},
+        {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 0, 0, 1]]},
+        {"input_ids": [[5, 6, 7, 8, 9], []], "position_ids": [[0, 1, 0, 0, 1], []]},
+        {**ROWS, "position_ids": [[0, 1, 2], [0, 1]]},
+        {"input_ids": ROWS["input_ids"]},
+        {"input_ids": ROWS["position_ids"], "position_ids": ROWS["input_ids"]},
+    ]
+    fingerprints = [rows_fingerprint(datasets.Dataset.from_dict(columns)) for columns in edits]
+    assert len(set(fingerprints)) == len(edits)
