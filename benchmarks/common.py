@@ -114,7 +114,8 @@ def device() -> str:
     with contextlib.suppress(OSError):  # Linux only
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} cores"
+    num_cores = torch.get_num_threads()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {num_cores} core{'s' * (num_cores != 1)}"
 
 
 def versions() -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,9 @@ def test_links_lead_to_files() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_benchmark_table_is_what_the_results_say() -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks/table.py"))
+    shown = README[README.index(made["BEGIN"]) + len(made["BEGIN"]) : README.index(made["END"])]
+    assert shown.strip() == made["table"]().strip()

