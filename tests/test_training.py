@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer, default_data_collator
 
 import models
 from distributed import LENGTHS, fit, fit_weighted, some_rows
@@ -280,3 +280,18 @@ def test_a_trained_model_is_read_like_the_one_that_was_saved(bf16, settings):
     trained = train(dataclasses.replace(settings, trainer={**settings.trainer, "bf16": bf16}))
     tokens = models.some_tokens(2, 30)
     assert torch.equal(token_nll(trained, tokens), token_nll(load_model(settings.out), tokens))
+
+
+def test_a_trainer_that_divides_gradients_twice_is_refused(tmp_path, monkeypatch):
+    class Dividing(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            monkeypatch.setitem(self.accelerator.gradient_state.plugin_kwargs, "num_steps", 4)  # all Trainers share it
+
+    models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    some_rows().save_to_disk(str(tmp_path / "rows"))
+    monkeypatch.setattr("tokenweight.training.Trainer", Dividing)
+    settings = TrainSettings(str(tmp_path / "model"), str(tmp_path / "rows"), str(tmp_path / "out"), "uniform")
+    with pytest.raises(ValueError, match="divides gradients by the 4 accumulation steps a second time"):
+        train(settings)
+    assert not (tmp_path / "out").exists()

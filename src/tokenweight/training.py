@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     HfArgumentParser,
@@ -116,6 +117,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         callbacks=[_Records({"settings": resolved, "data": provenance, **environment()}), *callbacks],
     )
     try:
+        _refuse_double_division(trainer)
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         trainer.save_model()
     finally:
@@ -177,6 +179,16 @@ def _refuse_overwriting(out: Path, arguments: TrainingArguments) -> None:
         and arguments.process_index == 0
     ):
         raise ValueError(f"out: {out} exists; name a new folder, or set trainer.resume_from_checkpoint to go on")
+
+
+def _refuse_double_division(trainer: Trainer) -> None:
+    """Some versions of transformers let Accelerate divide gradients that the loss has divided already (docs/log.md)."""
+    steps = trainer.accelerator.gradient_accumulation_steps
+    if steps > 1 and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
+            "second time: expected transformers 5.8 or newer"
+        )
 
 
 def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
