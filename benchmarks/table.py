@@ -82,7 +82,9 @@ def table() -> str:
     ratio = results.value("scoring", "tokenweight.Scorer", "tokens read per second / forward of the windows")
     scoring = f"Scoring ({results.settings('scoring')}) reads {ratio:.2f} times as many tokens a second as the plain "
     scoring += "forward pass of the same model over the same windows, logits included."
-    spread = "Medians of a few rounds on a shared machine: differences of a tenth may be noise (p20 and p80 are in the file)."
+    spread = (
+        "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
+    )
     notes = [spread, *(f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring"))]
     return "\n".join([*loss_table(results), "", *training_table(results), "", scoring, "", *notes, ""])
 
