@@ -1,5 +1,6 @@
 """Documents -> rows of tokens of one length, in a folder that `datasets.load_from_disk` opens."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -128,27 +129,21 @@ def prepare_rows(
     Raises:
         ValueError: if `out` exists, or no document has `length` tokens.
     """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
     prefix, suffix = special_tokens(tokenizer)
+    step = length - len(prefix)  # tokens of its document that a row holds
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"--max_rows {max_rows}: expected at least 1")
-    if length <= len(prefix) + 1:
+    if step < 2:
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
     summary = RowSummary()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        with ArrowFile(unfinished / "rows.arrow", _SCHEMA) as file:
+    with _new_folder(Path(out)) as folder:
+        with ArrowFile(folder / "rows.arrow", _SCHEMA) as file:
             for document in documents:
                 tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
                 summary.empty_documents += not tokens
                 tokens += suffix
-                step = length - len(prefix)
-                offsets = range(0, len(tokens) - step + 1, step)
-                if max_rows is not None:
-                    offsets = offsets[: max_rows - summary.rows]
+                room = None if max_rows is None else max_rows - summary.rows
+                offsets = range(0, len(tokens) - step + 1, step)[:room]
                 for offset in offsets:
                     row = np.array(prefix + tokens[offset : offset + step], dtype=np.int32)
                     file.write({"input_ids": row, "document": document.name, "offset": offset})
@@ -156,14 +151,24 @@ def prepare_rows(
                 if summary.rows == max_rows:
                     break
         _refuse_no_rows(summary, length)
-        finish_dataset(unfinished, ["rows.arrow"])
-        (unfinished / "rows.json").write_text(
-            json.dumps({**(provenance or {}), "length": length, **asdict(summary)}, indent=2) + "\n"
-        )
+        finish_dataset(folder, ["rows.arrow"])
+        note = {**(provenance or {}), "length": length, **asdict(summary)}
+        (folder / "rows.json").write_text(json.dumps(note, indent=2) + "\n")
+    return summary
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that gets its name when it is whole, and leaves nothing behind otherwise."""
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return summary
 
 
 def _refuse_no_rows(summary: RowSummary, length: int) -> None:

@@ -1,5 +1,6 @@
 """Scores on disk: rows with their short losses, in shards, with a note of who scored them and how."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -136,17 +137,12 @@ def score_rows(
     for file, shard in zip(files, shards):
         if (out / file).is_file():
             continue
-        unfinished = out / f".{file}.{os.getpid()}"
-        try:
-            with ArrowFile(unfinished, schema) as written:
-                for batch in _batches(shard, lengths, scorer.max_tokens):
-                    written.write_table(_scored(rows, batch, scorer, names))
-                    num_tokens = int(lengths[batch].sum())
-                    summary.new_tokens += num_tokens
-                    progress(num_tokens, summary.tokens)
-            os.replace(unfinished, out / file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with _shard_file(out / file, schema) as written:
+            for batch in _batches(shard, lengths, scorer.max_tokens):
+                written.write_table(_scored(rows, batch, scorer, names))
+                num_tokens = int(lengths[batch].sum())
+                summary.new_tokens += num_tokens
+                progress(num_tokens, summary.tokens)
     summary.seconds = time.perf_counter() - begun
     finish_dataset(out, files)
     return summary
@@ -219,6 +215,18 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     ]
     if differences:
         raise ValueError(f"--out {out}: holds scores made otherwise ({'; '.join(differences)}); name a new folder")
+
+
+@contextlib.contextmanager
+def _shard_file(path: Path, schema: pa.Schema) -> Iterator[ArrowFile]:
+    """A shard that gets its name when it is whole, and leaves nothing behind otherwise."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with ArrowFile(unfinished, schema) as written:
+            yield written
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _shards(lengths: np.ndarray) -> list[range]:
