@@ -3,6 +3,9 @@
 import hypothesis
 import jaxtyping
 import pytest
+import torch
+
+import models
 
 jaxtyping.install_import_hook("tokenweight", "beartype.beartype")
 # The same examples in every run, and no limit on the time that one takes: that would test the machine.
@@ -14,3 +17,11 @@ hypothesis.settings.load_profile("tokenweight")
 def unchecked(monkeypatch):
     """Call the package as its users do, without checks of signatures: to see its own answer to a wrong argument."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Rows, and a model without a tokenizer, in `tmp_path`."""
+    models.some_rows().save_to_disk(str(tmp_path / "rows"))
+    models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    return tmp_path

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import datasets
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -67,6 +68,16 @@ def tiny(
 def some_tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
     """Random token ids without the BOS of the models above."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+LENGTH, NUM_ROWS = 24, 7
+
+
+def some_rows(**columns) -> datasets.Dataset:
+    """Rows of random tokens, with more columns or others."""
+    tokens = some_tokens(NUM_ROWS, LENGTH)
+    columns = {"input_ids": tokens.tolist(), "document": list("abcdefg"), "offset": list(range(NUM_ROWS)), **columns}
+    return datasets.Dataset.from_dict(columns).with_format("numpy")
 
 
 def emphasize(long: Tensor, short: Tensor, mask: Tensor) -> Tensor:

@@ -111,15 +111,15 @@ def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
     data, note = datasets.load_from_disk(str(place / "rows")), read_json(place / "rows" / "rows.json")
     assert (len(data), note["length"], note["texts"]) == (note["rows"], 64, ["book.txt"])
     assert rows == (
-        f"rows: {len(data)} rows of 64 tokens from 1 documents; {note['dropped_tokens']} of their tokens are "
-        "in no row, 0 documents shorter than a row (0 of them empty)\n"
+        f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 documents; {note['dropped_tokens']} of their tokens "
+        "are in no row; 0 documents are shorter than a row (0 of them empty)\n"
     )
     assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
 
 
 def test_score_scores_once(scored, run, place):
     num = 64 * len(datasets.load_from_disk(str(place / "rows")))
-    assert re.search(rf"{num:,} tokens, {num:,} of them scored now, [\d,]+ tokens/s", scored)
+    assert re.search(rf"{num:,} tokens, {num:,} of them scored now in [\d,]+ s, [\d,]+ tokens/s", scored)
     status, printed, errors = run(*SCORE, "--out", "scored")
     assert (status, errors) == (0, "")
     assert printed.endswith(f"{num:,} tokens, 0 of them scored now\n")
@@ -166,12 +166,16 @@ def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, 
         (["prepare", "book.txt", *PREPARE, "--out", "rows"], "--out rows: exists already"),
         (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "the longest has"),
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
-        (["prepare", *PREPARE, "--out", "out"], "name at least one text file or folder"),
+        (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
         (["prepare", "book.txt", *PREPARE], "--out"),
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght"),
         ([*SCORE[:4], "--size", "64", "--stride", "48", "--out", "out"], "--size 64: the rows hold 64 tokens"),
         ([*SCORE[:4], "--size", "8", "--stride", "8", "--out", "out"], "stride=8 does not fit size=8"),
-        ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size"),
+        ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size small: expected a number of tokens"),
+        ([*SCORE[:4], "--size", "8,16", "--stride", "8", "--out", "out"], "--stride 8: expected one number for each"),
+        ([*SCORE[:4], "--size", "8,8", "--out", "out"], "size: expected different sizes, found 8, 8"),
+        ([*SCORE, "--shard", "2/2", "--out", "out"], "--shard 2/2: expected i/n, from 0/n to n-1/n"),
+        ([*SCORE, "--shard", "1", "--out", "out"], "--shard 1: expected i/n"),
         ([*SCORE[:4], "--size", "16", "--stride", "11", "--out", "scored"], "stride is 12 there, 11 now"),
         ([*SCORE, "--long", "--out", "scored"], "long is False there, True now"),
         ([*SCORE, "--out", "notes"], "--out notes: exists and holds no scores"),
@@ -205,7 +209,7 @@ def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, 
         (["show", "scored", "--model", "other"], "scored was made with the tokenizer of model ("),
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
-        (["trian"], "unknown command 'trian': expected one of prepare, score, train, show, demo"),
+        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, demo"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -233,7 +237,7 @@ def test_help_of_every_command_comes_without_torch():
     script = """
 import sys
 from tokenweight.cli import COMMANDS, main
-assert [main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))] == [0] * 8
+assert [main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))] == [0] * 9
 assert main(["train", "--model", "m", "--help"]) == 0
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """

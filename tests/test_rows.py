@@ -11,7 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tokenweight.rows import Document, load_rows, prepare_rows, read_documents, rows_fingerprint, special_tokens
+from tokenweight import rows
+from tokenweight.documents import Document
+from tokenweight.rows import load_rows, prepare_rows, rows_fingerprint, special_tokens
 
 EXCERPT = Path(__file__).parent / "texts" / "moby_dick.txt"
 TEXT = EXCERPT.read_text(encoding="utf-8")
@@ -59,7 +61,7 @@ def documents():
 
 
 def expected_tokens(documents, framed):
-    return {name: plain_ids(text) + [EOS] * framed for name, text in documents}
+    return {name: plain_ids(text) + [EOS] * (framed and bool(text)) for name, text in documents}
 
 
 @pytest.mark.parametrize("length", [3, 16, 57])
@@ -100,11 +102,12 @@ def test_summary_counts_every_document_and_token(documents, framed, tmp_path):
     assert summary.empty_documents == 1
     assert summary.longest_document == max(lengths)
     note = json.loads((tmp_path / "rows" / "rows.json").read_text())
-    assert note == {**vars(summary), "length": length}
+    assert note == {**vars(summary), "length": length, "short": "drop", "max_rows": None}
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 1000])
-def test_max_rows_gives_the_first_rows_and_reads_no_further(documents, framed, max_rows, tmp_path):
+def test_max_rows_gives_the_first_rows_and_reads_no_further(documents, framed, max_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BATCH_CHARACTERS", 1)
     tokenizer, read = trained_tokenizer(framed=framed), []
     prepare_rows(documents, tokenizer, 16, tmp_path / "all")
     summary = prepare_rows(
@@ -120,56 +123,6 @@ def test_max_rows_gives_the_first_rows_and_reads_no_further(documents, framed, m
 def test_max_rows_below_one_is_refused_by_name(documents, max_rows, tmp_path):
     with pytest.raises(ValueError, match="max_rows"):
         prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows", max_rows=max_rows)
-
-
-def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_path):
-    folder = tmp_path / "texts"
-    (folder / "b").mkdir(parents=True)
-    for name, text in (("c.txt", "sea"), ("a.md", "ship — Größe"), ("b/x.txt", "whale"), ("ignored.pdf", "\x00")):
-        (folder / name).write_text(text, encoding="utf-8")
-    lines = [json.dumps({"body": text, "text": 3}, ensure_ascii=ascii) for text, ascii in (("wahr", 1), ("naïve\n", 0))]
-    (folder / "d.jsonl").write_text(f"{lines[0]}\n\n  \n{lines[1]}", encoding="utf-8")
-    found = list(read_documents([folder, tmp_path / "texts" / "c.txt"], text_column="body"))
-    expected = [("a.md", "ship — Größe"), ("b/x.txt", "whale"), ("c.txt", "sea"), ("d.jsonl:1", "wahr")]
-    expected += [("d.jsonl:4", "naïve\n"), ("c.txt", "sea")]
-    assert found == [(f"{folder}/{name}", text) for name, text in expected]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.txt", None, "missing.txt: no such file or folder"),
-        ("a.txt", b"abc\xff", r"a.txt: not UTF-8 text \(byte 3 is 0xff\)"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', r"a.jsonl, line 2: not JSON \(.+\)"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\n{"body": "b", "id": 4}',
-            "a.jsonl, line 3: no text in column 'text': found body",
-        ),
-        ("a.jsonl", b'{"text": null}', "a.jsonl, line 1: no text in column 'text': found text"),
-        ("a.jsonl", b'["text"]', "a.jsonl, line 1: no text in column 'text': found list"),
-        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl.*: not UTF-8"),
-    ],
-)
-def test_a_text_that_cannot_be_read_is_refused_by_file_and_line(name, content, message, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_documents([tmp_path / name]))
-
-
-def test_a_bad_byte_far_into_a_jsonl_file_is_refused_by_its_place(tmp_path):
-    good = b'{"text": "%s"}\n' % (b"a" * 1000)
-    (tmp_path / "a.jsonl").write_bytes(good * 50 + b'{"text": "\xe9"}\n')
-    place = 50 * len(good) + 10
-    with pytest.raises(ValueError, match=rf"a\.jsonl.*(line 51\b|byte {place}\b)"):
-        list(read_documents([tmp_path / "a.jsonl"]))
-
-
-def test_a_folder_without_text_is_refused_by_name(tmp_path):
-    (tmp_path / "a.pdf").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{tmp_path}: found no text file"):
-        list(read_documents([tmp_path]))
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
@@ -194,11 +147,10 @@ def test_a_length_without_room_for_a_prediction_is_refused(framed, documents, tm
         prepare_rows(documents, trained_tokenizer(framed=framed), 1 + framed, tmp_path / "rows")
 
 
-def test_a_failure_in_the_middle_leaves_nothing_behind(documents, tmp_path):
+def test_a_failure_in_the_first_shard_leaves_nothing_behind(documents, tmp_path):
     def interrupted():
         yield from documents
-        assert len(list(tmp_path.iterdir())) == 1  # unfinished, and not under its final name
-        assert not (tmp_path / "rows").exists()
+        assert [file.name for file in tmp_path.iterdir()] == ["rows.unfinished"]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

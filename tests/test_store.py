@@ -8,27 +8,27 @@ import pytest
 import torch
 
 import models
+from models import LENGTH, NUM_ROWS, some_rows
 from test_rows import trained_tokenizer
 from tokenweight import Scorer, ShortContext, load_tokenizer, store, token_nll
+from tokenweight.columns import RowScorer
 from tokenweight.model import tokenizer_fingerprint
 from tokenweight.rows import load_rows
-from tokenweight.store import load_scores, read_row, score_folder, score_rows
+from tokenweight.scored import load_scores
+from tokenweight.store import score_folder, score_rows
 
 CONTEXT = ShortContext(8, 5)
-LENGTH, NUM_ROWS = 24, 7
 # Windows of other rows in the same forward pass change how float32 sums are rounded: through two layers, some dozen
 # roundings of losses up to 16.
 OTHER_BATCH = {"rtol": 0, "atol": 4e-5}
 
 
-def some_rows(**columns):
-    tokens = models.some_tokens(NUM_ROWS, LENGTH)
-    columns = {"input_ids": tokens.tolist(), "document": list("abcdefg"), "offset": list(range(NUM_ROWS)), **columns}
-    return datasets.Dataset.from_dict(columns).with_format("numpy")
+def tiny_scorer(kind=RowScorer, **settings):
+    return kind(models.tiny(dtype=torch.float32), [CONTEXT], **settings)
 
 
-def tiny_scorer(kind=Scorer, **settings):
-    return kind(models.tiny(dtype=torch.float32), CONTEXT, **settings)
+def short_losses(tokens, **settings):
+    return Scorer(models.tiny(dtype=torch.float32), CONTEXT)(tokens, **settings)
 
 
 def tensor_of(rows, name):
@@ -46,12 +46,13 @@ def shards_of_two(monkeypatch):
 
 @pytest.mark.parametrize("with_long", [False, True])
 def test_stored_losses_are_those_of_the_scorer_bit_for_bit(with_long, tmp_path):
-    rows, scorer = some_rows(), tiny_scorer()
-    score_rows(rows, scorer, tmp_path / "scored", provenance={}, with_long=with_long)
+    rows, scorer = some_rows(), tiny_scorer(with_long=with_long)
+    score_rows(rows, scorer, tmp_path / "scored", provenance={})
     scored = datasets.load_from_disk(str(tmp_path / "scored"))
     tokens = tensor_of(rows, "input_ids")
-    expected = {"short_nll": scorer(tokens)} | ({"long_nll": token_nll(scorer.model, tokens)} if with_long else {})
-    assert scored.column_names == [*rows.column_names, *expected]
+    long_nll = token_nll(models.tiny(dtype=torch.float32), tokens) if with_long else None
+    expected = ({"long_nll": long_nll} if with_long else {}) | {"short_nll": short_losses(tokens, long_nll=long_nll)}
+    assert scored.column_names == [*rows.column_names, *scorer.features]
     for name, losses in expected.items():
         assert torch.equal(torch.tensor(scored[name][:]), losses)
         assert scored.features[name].feature.dtype == "float32"
@@ -62,7 +63,7 @@ def test_shards_and_batches_do_not_change_the_scores(max_tokens, shards_of_two, 
     rows = some_rows()
     score_rows(rows, tiny_scorer(max_tokens=max_tokens), tmp_path / "scored", provenance={})
     assert len(list((tmp_path / "scored").glob("*.arrow"))) == 4
-    expected = tiny_scorer()(tensor_of(rows, "input_ids"))
+    expected = short_losses(tensor_of(rows, "input_ids"))
     torch.testing.assert_close(tensor_of(load_rows(tmp_path / "scored"), "short_nll"), expected, **OTHER_BATCH)
 
 
@@ -92,50 +93,55 @@ def test_rows_of_unequal_lengths_have_the_scores_they_have_alone(lengths, tmp_pa
     data = datasets.Dataset.from_dict({"input_ids": [row[0].tolist() for row in rows]}).with_format("numpy")
     score_rows(data, tiny_scorer(), tmp_path / "scored", provenance={})
     for row, losses in zip(rows, load_rows(tmp_path / "scored")["short_nll"], strict=True):
-        torch.testing.assert_close(torch.tensor(losses)[None], tiny_scorer()(row), **OTHER_BATCH)
+        torch.testing.assert_close(torch.tensor(losses)[None], short_losses(row), **OTHER_BATCH)
 
 
 def test_packed_documents_are_scored_apart(tmp_path):
     positions = [[*range(10), *range(14)]] * 3 + [list(range(24))] * 4
     rows = some_rows(position_ids=positions)
-    score_rows(rows, tiny_scorer(), tmp_path / "scored", provenance={}, with_long=True)
+    score_rows(rows, tiny_scorer(with_long=True), tmp_path / "scored", provenance={})
     scored, tokens = load_rows(tmp_path / "scored"), tensor_of(rows, "input_ids")
-    scorer, positions = tiny_scorer(), torch.tensor(positions)
-    assert torch.equal(tensor_of(scored, "short_nll"), scorer(tokens, position_ids=positions))
-    assert torch.equal(tensor_of(scored, "long_nll"), token_nll(scorer.model, tokens, positions))
-    assert (scorer(tokens) - tensor_of(scored, "short_nll"))[:3, 10:].abs().max() > 0.01
+    positions = torch.tensor(positions)
+    long_nll = token_nll(models.tiny(dtype=torch.float32), tokens, positions)
+    assert torch.equal(tensor_of(scored, "long_nll"), long_nll)
+    expected = short_losses(tokens, position_ids=positions, long_nll=long_nll)
+    assert torch.equal(tensor_of(scored, "short_nll"), expected)
+    assert (short_losses(tokens) - expected)[:3, 10:].abs().max() > 0.01
 
 
-class Interrupted(Scorer):
+class Interrupted(RowScorer):
     """Scores two batches; an interruption is what stops a third."""
 
     calls = 0
 
-    def __call__(self, *args, **kwargs):
+    def score(self, *args, **kwargs):
         self.calls += 1
         if self.calls == 3:
             raise KeyboardInterrupt
-        return super().__call__(*args, **kwargs)
+        return super().score(*args, **kwargs)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_as_if_undisturbed(shards_of_two, tmp_path):
-    rows, settings = some_rows(), {"provenance": {"size": 8}, "with_long": True}
+    rows, settings = some_rows(), {"provenance": {"size": 8}}
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    score_rows(rows, tiny_scorer(), undisturbed, **settings)
+    score_rows(rows, tiny_scorer(with_long=True), undisturbed, **settings)
     with pytest.raises(KeyboardInterrupt):
-        score_rows(rows, tiny_scorer(Interrupted), resumed, **settings)
-    left = sorted(file.name for file in resumed.iterdir())
-    assert left == ["scores-00000-of-00004.arrow", "scores-00001-of-00004.arrow", "scores.json"]
+        score_rows(rows, tiny_scorer(Interrupted, with_long=True), resumed, **settings)
+    left = sorted(file.name for file in resumed.iterdir() if not file.name.endswith(".lock"))
+    shards = [f"scores-0000{number}-of-00004.{kind}" for number in (0, 1) for kind in ("arrow", "json")]
+    assert left == [*shards, "scores.json"]
     with pytest.raises(ValueError, match="is not a finished `datasets` folder"):
         load_scores(resumed)
     reported = []
-    summary = score_rows(rows, tiny_scorer(), resumed, **settings, progress=lambda *now: reported.append(now))
-    assert reported == [(2 * LENGTH, NUM_ROWS * LENGTH), (LENGTH, NUM_ROWS * LENGTH)]
+    summary = score_rows(
+        rows, tiny_scorer(with_long=True), resumed, **settings, progress=lambda *now: reported.append(now)
+    )
+    assert reported == [(num * LENGTH, NUM_ROWS * LENGTH) for num in (2, 2, 2, 1)]
     assert (summary.rows, summary.tokens, summary.new_tokens) == (NUM_ROWS, NUM_ROWS * LENGTH, 3 * LENGTH)
     assert arrow_bytes(resumed) == arrow_bytes(undisturbed)
     assert {file.name for file in resumed.iterdir()} == {file.name for file in undisturbed.iterdir()}
     assert load_rows(resumed).to_dict() == load_rows(undisturbed).to_dict()
-    assert score_rows(rows, tiny_scorer(Interrupted), resumed, **settings).new_tokens == 0
+    assert score_rows(rows, tiny_scorer(Interrupted, with_long=True), resumed, **settings).new_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -153,15 +159,16 @@ def test_going_on_with_another_setting_is_refused_by_its_name(now, with_long, me
         score_rows(some_rows(), tiny_scorer(Interrupted), tmp_path / "scored", provenance=before)
     kept = {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()}
     with pytest.raises(ValueError, match=f"--out .*scored: holds scores made otherwise.*{message}") as refusal:
-        score_rows(some_rows(), tiny_scorer(), tmp_path / "scored", provenance=now, with_long=with_long)
+        score_rows(some_rows(), tiny_scorer(with_long=with_long), tmp_path / "scored", provenance=now)
     assert "environment" not in str(refusal.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()} == kept
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
 def test_a_loss_that_is_not_finite_is_refused_by_row_and_not_stored(number, shards_of_two, tmp_path):
-    scorer, last = tiny_scorer(), models.VOCABULARY - 1
-    scorer.model.get_input_embeddings().weight.data[last] = torch.nan
+    model, last = models.tiny(dtype=torch.float32), models.VOCABULARY - 1
+    scorer = RowScorer(model, [CONTEXT])
+    model.get_input_embeddings().weight.data[last] = torch.nan
     tokens = models.some_tokens(NUM_ROWS, LENGTH).clamp(max=last - 1)
     tokens[number, 11] = last
     with pytest.raises(ValueError, match=rf"row {number}, position \d+ is nan"):
@@ -182,7 +189,7 @@ def test_a_token_outside_the_vocabulary_is_refused_by_row(shards_of_two, tmp_pat
 def test_rows_that_have_scores_already_are_refused_before_anything_is_written(column, with_long, tmp_path):
     rows = some_rows(**{column: [[0.0] * LENGTH] * NUM_ROWS})
     with pytest.raises(ValueError, match=f"the rows have a column {column} already"):
-        score_rows(rows, tiny_scorer(), tmp_path / "scored", provenance={}, with_long=with_long)
+        score_rows(rows, tiny_scorer(with_long=with_long), tmp_path / "scored", provenance={})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,23 +201,16 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     assert [file.name for file in (tmp_path / "scored").iterdir()] == ["notes"]
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Rows, and a model without a tokenizer, in `tmp_path`."""
-    some_rows().save_to_disk(str(tmp_path / "rows"))
-    models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
-    return tmp_path
-
-
 def test_a_folder_is_scored_with_the_model_of_that_name_and_its_provenance_is_kept(folders):
     rows, model, out = str(folders / "rows"), str(folders / "model"), folders / "scored"
-    summary = score_folder(rows, model, CONTEXT, out, dtype="float64", with_long=True)
+    summary = score_folder(rows, model, [CONTEXT], out, dtype="float64", with_long=True)
     scored, provenance = load_scores(out)
     assert (len(scored), summary.new_tokens) == (NUM_ROWS, NUM_ROWS * LENGTH)
     assert provenance["environment"]["versions"]["torch"] == torch.__version__
     told = {"model": model, "dtype": "float64", "size": 8, "stride": 5, "rows": rows, "long": True, "bos": None}
     assert {name: provenance[name] for name in told} == told
-    expected = Scorer(models.tiny(dtype=torch.float32).double(), CONTEXT)(tensor_of(some_rows(), "input_ids"))
+    tokens, wide = tensor_of(some_rows(), "input_ids"), models.tiny(dtype=torch.float32).double()
+    expected = Scorer(wide, CONTEXT)(tokens, long_nll=token_nll(wide, tokens))
     assert torch.equal(tensor_of(scored, "short_nll"), expected.float())
 
 
@@ -227,7 +227,7 @@ def test_windows_rows_and_models_that_do_not_fit_are_refused(context, length, wi
     longer = datasets.Dataset.from_dict({"input_ids": models.some_tokens(2, length).tolist()})
     longer.save_to_disk(str(folders / "longer"))
     with pytest.raises(ValueError, match=message):
-        score_folder(folders / "longer", str(folders / "model"), context, folders / "scored", with_long=with_long)
+        score_folder(folders / "longer", str(folders / "model"), [context], folders / "scored", with_long=with_long)
     assert not (folders / "scored").exists()
 
 
@@ -236,7 +236,7 @@ def test_all_rows_are_looked_at_before_work_starts(num_short, folders):
     rows = [models.some_tokens(1, length)[0].tolist() for length in [9] * num_short + [150]]
     datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(str(folders / "longer"))
     with pytest.raises(ValueError, match="--long: rows of 150 tokens: the model has 128 positions"):
-        score_folder(folders / "longer", str(folders / "model"), CONTEXT, folders / "scored", with_long=True)
+        score_folder(folders / "longer", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
     assert not (folders / "scored").exists()
 
 
@@ -249,51 +249,9 @@ def test_rows_of_another_tokenizer_are_refused_by_both_names(folders):
         rf"rows was made with the tokenizer of theirs \(0123456789abcdef\), but .*model has another \({fingerprint}\)"
     )
     with pytest.raises(ValueError, match=message):
-        score_folder(folders / "rows", str(folders / "model"), CONTEXT, folders / "scored")
+        score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored")
     assert not (folders / "scored").exists()
     note["tokenizer_fingerprint"] = fingerprint
     (folders / "rows" / "rows.json").write_text(json.dumps(note))
-    score_folder(folders / "rows", str(folders / "model"), CONTEXT, folders / "scored")
+    score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored")
     assert load_scores(folders / "scored")[1]["tokenizer_fingerprint"] == fingerprint
-
-
-def test_an_unscored_folder_holds_no_scores(folders):
-    with pytest.raises(ValueError, match="rows has no column short_nll: score it with `tokenweight"):
-        load_scores(folders / "rows")
-
-
-@pytest.mark.parametrize("with_long", [True, False])
-def test_a_row_is_read_with_stored_long_losses_or_those_of_the_scoring_model(with_long, folders):
-    score_folder(folders / "rows", str(folders / "model"), CONTEXT, folders / "scored", with_long=with_long)
-    if with_long:
-        (folders / "model" / "model.safetensors").unlink()  # not needed then
-    row = read_row(folders / "scored", 4)
-    scored = load_rows(folders / "scored")
-    assert row.tokens.tolist() == [scored[4]["input_ids"].tolist()]
-    assert torch.equal(row.short_nll[0], torch.tensor(scored[4]["short_nll"]))
-    expected = token_nll(models.tiny(dtype=torch.float32), row.tokens)
-    torch.testing.assert_close(row.long_nll, expected, **OTHER_BATCH)
-    assert row.mask.tolist() == [[False] + [True] * (LENGTH - 1)]
-    assert row.tokenizer is None
-
-
-def test_a_row_is_read_with_the_long_losses_of_the_model_that_is_named(folders):
-    score_folder(folders / "rows", str(folders / "model"), CONTEXT, folders / "scored", with_long=True)
-    other = models.tiny(seed=1, dtype=torch.float32)
-    other.save_pretrained(folders / "other")
-    row = read_row(folders / "scored", 2, str(folders / "other"))
-    torch.testing.assert_close(row.long_nll, token_nll(other, row.tokens), **OTHER_BATCH)
-
-
-@pytest.mark.parametrize("number", [-1, NUM_ROWS])
-def test_a_row_that_is_not_there_is_refused_with_those_that_are(number, folders):
-    score_folder(folders / "rows", str(folders / "model"), CONTEXT, folders / "scored")
-    with pytest.raises(ValueError, match=f"--row {number}: .*scored has rows 0 to 6"):
-        read_row(folders / "scored", number)
-
-
-def test_long_losses_that_nobody_stored_need_a_model(folders):
-    some_rows(short_nll=[[0.0] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
-    with pytest.raises(ValueError, match=r"--model: .*foreign stores no long losses"):
-        read_row(folders / "foreign", 0)
-    assert read_row(folders / "foreign", 0, str(folders / "model")).short_nll.tolist() == [[0.0] * LENGTH]

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tokenweight.loss import linear_nll
+
 
 @dataclass(frozen=True)
 class CausalParts:
@@ -57,6 +59,16 @@ class CausalParts:
         )
         return nn.functional.pad(outputs.last_hidden_state[:, :-1], (0, 0, 1, 0))
 
+    @torch.no_grad()
+    def nll(
+        self, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq"]:
+        """The loss of every token given all tokens before it in its row or document: `model.token_nll`."""
+        targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
+        with evaluating(self.decoder):
+            states = self.states(tokens, position_ids).flatten(0, 1)
+        return linear_nll(states, targets=targets, **self.head).view_as(tokens)
+
 
 def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_packed_rows: float) -> Tensor | None:
     """The attention mask with which transformers separates documents where positions restart at 0, and only there.
@@ -99,6 +111,16 @@ def prediction_mask(
         mask &= position_ids != 0
     mask[:, 0] = False
     return mask
+
+
+def num_before(
+    tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+) -> Int[Tensor, "batch seq"]:
+    """How many tokens of its row, or of its document where `position_ids` restart at 0, stand before each token."""
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if position_ids is None:
+        return places
+    return places - places.where(position_ids == 0, 0).cummax(dim=1).values
 
 
 @contextlib.contextmanager

@@ -8,14 +8,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tokenweight.documents import Document
 from tokenweight.evaluation import PositionBin, losses_by_position
 from tokenweight.model import load_tokenizer, token_nll, tokenizer_fingerprint
 from tokenweight.recipe import TrainSettings
 from tokenweight.records import environment
-from tokenweight.rows import Document, load_rows, prepare_rows
+from tokenweight.rows import load_rows, prepare_rows
+from tokenweight.scored import read_row
 from tokenweight.scoring import ShortContext
 from tokenweight.show import view
-from tokenweight.store import read_row, score_folder
+from tokenweight.store import score_folder
 from tokenweight.training import train
 from tokenweight.weighting import parse_weighting
 
@@ -50,7 +52,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     _prepare(out, model)
     say(f"Scoring each token with windows of {CONTEXT.size} tokens; on the held-out message also with all {LENGTH}")
     for name, with_long in (("train", False), ("held-out", True)):
-        summary = score_folder(out / f"rows-{name}", model, CONTEXT, out / name, with_long=with_long, dtype="float32")
+        summary = score_folder(out / f"rows-{name}", model, [CONTEXT], out / name, with_long=with_long, dtype="float32")
         console.print(f"      {name}: {summary}")
     row = read_row(out / "held-out", 0)
     say(_contrast(row.long_nll, row.short_nll))

@@ -15,13 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.causal import causal_parts, evaluating, prediction_mask
-from tokenweight.loss import linear_nll
+from tokenweight.causal import causal_parts
 
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def token_nll(
     model: PreTrainedModel, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
 ) -> Float[Tensor, "batch seq"]:
@@ -32,13 +30,7 @@ def token_nll(
     Returns:
         Nats, float32. Column t speaks of token t; 0 for the first token of a row or document, which nothing predicts.
     """
-    parts = causal_parts(model)
-    mask = prediction_mask(tokens, position_ids)
-    with evaluating(model):
-        states = parts.states(tokens, position_ids)
-        return linear_nll(states.flatten(0, 1), targets=tokens.where(mask, -100).flatten(), **parts.head).view_as(
-            tokens
-        )
+    return causal_parts(model).nll(tokens, position_ids)
 
 
 def load_model(
@@ -79,6 +71,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if they give every token, special ones included, the same id."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits of all weights, with their names, shapes and types."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, value in sorted(model.state_dict().items()):
+        if value.data_ptr() not in seen:  # of tied weights, one
+            seen.add(value.data_ptr())
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def refuse_tokenizer(

@@ -27,9 +27,9 @@ class TrainSettings:
     scorer: str = "stored"
     """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
     size: int | None = None
-    """Tokens of the short context, unless stored; by default a quarter of a row, as in the paper."""
+    """Tokens of the short context: which of several that are stored; else by default a quarter of a row (the paper)."""
     stride: int | None = None
-    """Tokens scored by each window, unless stored; by default three quarters of size, as in the paper."""
+    """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
     dtype: str = "float32"
     """Of the weights. In bfloat16, updates much smaller than a weight are rounded away; prefer --trainer.bf16 true."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,6 +87,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object")
     return value
+
+
+def differences(there: dict[str, Any], ours: dict[str, Any], *, ignored: Sequence[str] = ("environment",)) -> str:
+    """What our settings have otherwise than those written down, in one line; empty if nothing."""
+    return "; ".join(
+        f"{key} is {there.get(key)!r} there, {value!r} now"
+        for key, value in ours.items()
+        if key not in ignored and there.get(key) != value
+    )
 
 
 def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:

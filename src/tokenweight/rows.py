@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
-import json
+import itertools
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,93 +16,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
-"""Files of a folder that are read as one document each. Any text file may be named directly."""
-_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "document": pa.string(), "offset": pa.int64()})
+from tokenweight.documents import Document
+from tokenweight.packing import Cutter, RowSummary
+from tokenweight.records import differences, read_json, write_json
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, strip_note
 
+logger = logging.getLogger(__name__)
 
-class Document(NamedTuple):
-    """One text; `name` says where it came from: a file, or a file and its line."""
-
-    name: str
-    text: str
-
-
-@dataclass
-class RowSummary:
-    """What became of the documents, counted in documents, rows and tokens."""
-
-    documents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    """In rows, special tokens included."""
-    dropped_tokens: int = 0
-    """In no row: the ends of documents, and what `max_rows` left unread of the last one."""
-    short_documents: int = 0
-    """Documents shorter than a row, which give none."""
-    empty_documents: int = 0
-    longest_document: int = 0
-
-    def count(self, num_tokens: int, num_rows: int, length: int, step: int) -> None:
-        """Add a document of `num_tokens` tokens that gave `num_rows` rows of `length`, each with `step` of its
-        tokens."""
-        self.documents += 1
-        self.rows += num_rows
-        self.tokens += num_rows * length
-        self.dropped_tokens += num_tokens - num_rows * step
-        self.short_documents += num_tokens < step
-        self.longest_document = max(self.longest_document, num_tokens)
-
-
-def read_documents(paths: Sequence[str | os.PathLike[str]], *, text_column: str = "text") -> Iterator[Document]:
-    """Read text files (one document each), .jsonl files (one document a line), and folders of them, in sorted order.
-
-    Raises:
-        ValueError: naming the file, and the line, that is missing, is not UTF-8, not JSON, or lacks the text column.
-    """
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
-            if not files:
-                raise ValueError(f"{path}: found no text file in this folder: expected .jsonl, .txt or .md")
-        else:
-            files = [path]
-        for file in files:
-            yield from _read_file(file, text_column)
-
-
-def _is_text(file: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.parts)
-    return not hidden and file.suffix in (*TEXT_SUFFIXES, ".jsonl")
-
-
-def _read_file(file: Path, text_column: str) -> Iterator[Document]:
-    where = str(file)
-    try:
-        if file.suffix != ".jsonl":
-            yield Document(str(file), file.read_text(encoding="utf-8"))
-            return
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                if line.strip():
-                    yield Document(f"{file}:{number}", _text_of(line.decode("utf-8"), text_column, where))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
-
-
-def _text_of(line: str, text_column: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    text = record.get(text_column) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: no text in column {text_column!r}: found {found}")
-    return text
+SHARD_TOKENS = 1 << 24
+"""Tokens of a shard: what is cut again, at most, after an interruption."""
+BATCH_CHARACTERS = 1 << 22
+"""Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
+_TOKENS = pa.list_(pa.int32())
+_SCHEMAS = {
+    "drop": pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()}),
+    "pack": pa.schema(
+        {
+            "input_ids": _TOKENS,
+            "position_ids": _TOKENS,
+            "documents": pa.list_(pa.string()),
+            "offsets": pa.list_(pa.int64()),
+        }
+    ),
+}
 
 
 def prepare_rows(
@@ -111,64 +47,181 @@ def prepare_rows(
     length: int,
     out: str | os.PathLike[str],
     *,
+    short: str = "drop",
     max_rows: int | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> RowSummary:
     """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
 
-    A row belongs to one document. It begins with what the tokenizer puts before a text (BOS, if that is its rule), and
-    no token of the document is lost between rows; the end of a document that fills no row is dropped and counted.
+    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), and no token of a document is
+    lost between its rows. `Cutter` says what becomes of short documents and of the ends of long ones.
+
+    Until it is whole, the folder is called `out.unfinished`. An interrupted call, made again with the same documents
+    and settings, goes on after the last whole shard; the rows are the same to the byte.
 
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
         length: tokens of a row.
-        out: a folder that does not exist; made whole or not at all.
+        short: "drop", each row belongs to one document, as in the paper; "pack", what fills no row of its own shares
+            rows, in which `position_ids` restart at 0 with each document.
         max_rows: stop after so many.
         provenance: kept in `rows.json` beside the summary.
 
     Raises:
-        ValueError: if `out` exists, or no document has `length` tokens.
+        ValueError: if `out` exists, an unfinished folder was begun otherwise, or there is no row.
     """
+    out = Path(out)
     prefix, suffix = special_tokens(tokenizer)
-    step = length - len(prefix)  # tokens of its document that a row holds
+    if short not in _SCHEMAS:
+        raise ValueError(f"--short {short}: expected drop or pack")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"--max_rows {max_rows}: expected at least 1")
-    if step < 2:
+    if length < len(prefix) + 2:
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
-    summary = RowSummary()
-    with _new_folder(Path(out)) as folder:
-        with ArrowFile(folder / "rows.arrow", _SCHEMA) as file:
-            for document in documents:
-                tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-                summary.empty_documents += not tokens
-                tokens += suffix
-                room = None if max_rows is None else max_rows - summary.rows
-                offsets = range(0, len(tokens) - step + 1, step)[:room]
-                for offset in offsets:
-                    row = np.array(prefix + tokens[offset : offset + step], dtype=np.int32)
-                    file.write({"input_ids": row, "document": document.name, "offset": offset})
-                summary.count(len(tokens), len(offsets), length, step)
-                if summary.rows == max_rows:
-                    break
-        _refuse_no_rows(summary, length)
-        finish_dataset(folder, ["rows.arrow"])
-        note = {**(provenance or {}), "length": length, **asdict(summary)}
-        (folder / "rows.json").write_text(json.dumps(note, indent=2) + "\n")
-    return summary
+    settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
+    with _unfinished(out, settings) as folder:
+        cutter, source = Cutter(length, prefix, suffix, pack=short == "pack"), _Read(documents)
+        checksums = _resume(folder, cutter, source)
+        tables = _tables(source, tokenizer, cutter, _SCHEMAS[short], max_rows)
+        for number in itertools.count(len(checksums)):
+            if (table := next(tables, None)) is None:
+                break
+            with new_shard(folder / _name(number), _SCHEMAS[short]) as (file, note):
+                while table is not None:
+                    file.write(table)
+                    table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
+                note.update(source=source.state(), cutter=cutter.state())
+            checksums.append(note["sha256"])
+        _refuse_no_rows(cutter.summary, length)
+        for number in range(len(checksums)):
+            strip_note(folder / _name(number))
+        write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+        finish_dataset(folder, [_name(number) for number in range(len(checksums))], checksums)
+    return cutter.summary
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that gets its name when it is whole, and leaves nothing behind otherwise."""
+def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
     if out.exists():
         raise ValueError(f"--out {out}: exists already; name a new folder")
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    folder = out.with_name(f"{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "rows.json"
+    with locked(note) as alone:
+        if not alone:
+            raise ValueError(f"--out {out}: another process is making it")
+        try:
+            if not note.is_file():
+                write_json(note, settings)
+            elif found := differences(read_json(note), settings):
+                raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
+            yield folder
+            folder.rename(out)
+        finally:
+            if folder.is_dir() and not any(folder.glob("*.arrow")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(number: int) -> str:
+    return f"rows-{number:05d}.arrow"
+
+
+def _resume(folder: Path, cutter: Cutter, source: "_Read") -> list[str]:
+    """The checksums of the shards that are there and whole; cutter and source go on after the last of them."""
+    checksums: list[str] = []
+    state: dict[str, Any] = {}
+    for number in itertools.count():
+        try:
+            note = read_note(folder / _name(number))
+        except ValueError as error:
+            logger.warning("%s; it is made again, and those after it", error)
+            note = None
+        if note is None:
+            break
+        checksums.append(note["sha256"])
+        state = note
+    for shard in folder.glob("rows-*.arrow"):
+        if shard.name >= _name(len(checksums)):
+            shard.unlink()
+    if state:
+        cutter.restore(state["cutter"])
+        source.skip(state["source"], folder)
+    return checksums
+
+
+class _Read:
+    """Documents, counted and hashed as they are read."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.documents, self.num, self.digest = iter(documents), 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.num += 1
+            self.digest.update(f"{len(document.name)} {len(document.text)} {document.name}".encode())
+            self.digest.update(document.text.encode())
+            yield document
+
+    def state(self) -> dict[str, Any]:
+        return {"documents": self.num, "sha256": self.digest.hexdigest()}
+
+    def skip(self, state: dict[str, Any], folder: Path) -> None:
+        for _ in itertools.islice(self, state["documents"]):
+            pass
+        if self.state() != state:
+            raise ValueError(f"the texts have changed since {folder} was begun: remove it to start again")
+
+
+def _batches(source: _Read) -> Iterator[list[Document]]:
+    """Documents of about `BATCH_CHARACTERS`. None is read ahead, so that what was read is what is in a batch."""
+    batch: list[Document] = []
+    size = 0
+    for document in source:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tables(
+    source: _Read, tokenizer: PreTrainedTokenizerBase, cutter: Cutter, schema: pa.Schema, max_rows: int | None
+) -> Iterator[pa.Table]:
+    """The rows of each batch of documents, where there are any."""
+
+    def table(rows: Iterable[dict[str, Any]]) -> list[pa.Table]:
+        room = None if max_rows is None else max_rows - cutter.summary.rows
+        chosen = list(itertools.islice(rows, room))
+        return [_table(chosen, schema)] if chosen else []
+
+    for batch in _batches(source):
+        tokens = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        arrays = (np.array(ids, dtype=np.int32) for ids in tokens)
+        yield from table(row for document, ids in zip(batch, arrays) for row in cutter.rows(document.name, ids))
+        if cutter.summary.rows == max_rows:
+            return
+    yield from table(cutter.last_rows())
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        if field.type == _TOKENS:
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(values)))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _refuse_no_rows(summary: RowSummary, length: int) -> None:
@@ -189,56 +242,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
         if special[start : start + len(plain)] == plain:
             return special[:start], special[start + len(plain) :]
     raise ValueError(f"{type(tokenizer).__name__}: cannot tell special tokens from text in {special}")
-
-
-class ArrowFile:
-    """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
-
-    def __init__(self, path: Path, schema: pa.Schema, *, rows_per_batch: int = 64) -> None:
-        self.path, self.schema, self.rows_per_batch = path, schema, rows_per_batch
-        self.pending: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "ArrowFile":
-        self.sink = pa.OSFile(str(self.path), "wb")
-        self.stream = pa.ipc.new_stream(self.sink, self.schema)
-        return self
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row: a value for each column of the schema."""
-        self.pending.append(row)
-        if len(self.pending) >= self.rows_per_batch:
-            self._flush()
-
-    def write_table(self, table: pa.Table) -> None:
-        """Append rows that have the columns of the schema."""
-        self.stream.write_table(table.cast(self.schema))
-
-    def _flush(self) -> None:
-        if self.pending:
-            self.write_table(pa.Table.from_pylist(self.pending, schema=self.schema))
-        self.pending = []
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._flush()
-        self.stream.close()
-        self.sink.close()
-
-
-def finish_dataset(folder: Path, files: Sequence[str]) -> None:
-    """Write the two small files that make Arrow files in `folder` a data set for `datasets.load_from_disk`."""
-    parts = [datasets.Dataset.from_file(str(folder / file)) for file in files]
-    parts[0].info.write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": file} for file in files],
-        "_fingerprint": hashlib.sha256("".join(part._fingerprint for part in parts).encode()).hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:

@@ -1,11 +1,13 @@
 """The loss of every token when the model sees only a short context."""
 
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +16,9 @@ from tokenweight.causal import causal_parts, evaluating
 from tokenweight.loss import linear_nll
 from tokenweight.weighting import refuse_nonfinite
 from tokenweight.windows import Window, check_window_setting, windows
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Scorer:
         context: size and stride of the windows, in tokens.
         bos: id of the token that replaces the first token of a window, in documents that begin with it; None replaces
             nothing.
-        max_tokens: that one forward pass reads at most; at least one window is read.
+        max_tokens: that one forward pass reads at most; at least one window is read. When memory does not suffice, the
+            scorer halves it and goes on, with a warning.
 
     Raises:
         ValueError: if the model is not supported.
@@ -95,12 +101,64 @@ class Scorer:
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
         )
         scored = torch.zeros_like(tokens, dtype=torch.bool)
+        passes = self._passes(tokens, position_ids, skip_first=long_nll is not None)
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
         with evaluating(self.model):
-            for batch in self._batches(self._passes(tokens, position_ids, skip_first=long_nll is not None)):
-                self._score(batch, tokens, position_ids if skips else None, short_nll, scored)
+            self._in_batches(
+                passes,
+                lambda item: item.window.stop - item.window.start,
+                lambda batch: self._score(batch, tokens, position_ids if skips else None, short_nll, scored),
+            )
         refuse_nonfinite("the short loss", short_nll, scored, first_row)
         return short_nll
+
+    def long_nll(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        first_row: int = 0,
+    ) -> Float[Tensor, "batch seq"]:
+        """The loss of every token with the whole row (or packed document) as context, by the same model.
+
+        Args, Returns, Raises: as for the short loss.
+        """
+        self._refuse_unknown(tokens, first_row)
+        losses: dict[int, Tensor] = {}
+
+        def read(rows: list[int]) -> None:
+            positions = None if position_ids is None else position_ids[rows]
+            losses.update(zip(rows, self.parts.nll(tokens[rows], positions)))
+
+        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read)
+        long_nll = torch.stack([losses[row] for row in range(len(tokens))])
+        refuse_nonfinite("the long loss", long_nll, torch.ones_like(tokens, dtype=torch.bool), first_row)
+        return long_nll
+
+    def _in_batches(
+        self, items: list[Item], num_tokens: Callable[[Item], int], run: Callable[[list[Item]], None]
+    ) -> None:
+        """Run over all items, `max_tokens` at a time; half as many from when memory does not suffice.
+
+        Longest first, so that items of one batch have nearly one length and the largest batch comes first.
+        """
+        items = sorted(items, key=num_tokens, reverse=True)
+        while items:
+            longest = num_tokens(items[0])
+            batch = items[: max(1, self.max_tokens // longest)]
+            try:
+                run(batch)
+                items = items[len(batch) :]
+                continue
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(batch) == 1:
+                    raise ValueError(f"{longest} tokens in one pass do not fit in memory: {error}") from error
+            # Only here does nothing hold the tensors of the failed pass any more.
+            clear_device_cache(garbage_collection=True)
+            self.max_tokens = len(batch) // 2 * longest
+            logger.warning("out of memory: from now on %d tokens in one pass", self.max_tokens)
 
     def _passes(self, tokens: Tensor, position_ids: Tensor | None, *, skip_first: bool) -> list[_Pass]:
         num_rows, length = tokens.shape
@@ -119,14 +177,6 @@ class Scorer:
     def _windows(self, length: int, skip_first: bool) -> list[Window]:
         first = [] if skip_first or length < 2 else [Window(0, 1, min(self.context.size, length))]
         return first + windows(length, self.context.size, self.context.stride)
-
-    def _batches(self, passes: list[_Pass]) -> Iterator[list[_Pass]]:
-        """Longest first, so that windows of one batch have nearly one length and the largest batch comes first."""
-        passes = sorted(passes, key=lambda item: item.window.start - item.window.stop)
-        while passes:
-            count = max(1, self.max_tokens // (passes[0].window.stop - passes[0].window.start))
-            yield passes[:count]
-            passes = passes[count:]
 
     def _score(
         self, batch: list[_Pass], tokens: Tensor, position_ids: Tensor | None, short_nll: Tensor, scored: Tensor

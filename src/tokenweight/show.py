@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.store import ScoredRow
+from tokenweight.scored import ScoredRow
 from tokenweight.weighting import Weighting
 
 # Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full

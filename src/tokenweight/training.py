@@ -27,8 +27,10 @@ from tokenweight.objective import with_weighted_loss
 from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
 from tokenweight.rows import load_rows, row_lengths, token_range
+from tokenweight.scored import has_scores, load_scores
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import parse_weighting
+from tokenweight.windows import default_stride
 
 PAPER_ARGUMENTS = {
     "learning_rate": 2e-5,
@@ -90,9 +92,10 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     """
     weighting = parse_weighting(settings.weighting)
     arguments = training_arguments(settings.trainer, settings.out)
-    rows = load_rows(settings.data)
+    rows, provenance = load_rows(settings.data), read_provenance(settings.data)
     _refuse_missing_scores(settings, rows)
-    provenance = read_provenance(settings.data)
+    if settings.scorer == "stored" and weighting.uses_short:
+        rows, provenance = load_scores(settings.data, size=settings.size, stride=settings.stride)
     length = int(row_lengths(rows).max())
     context = _short_context(settings, length)
     model = load_model(settings.model, dtype=settings.dtype)
@@ -192,7 +195,7 @@ def _refuse_double_division(trainer: Trainer) -> None:
 
 
 def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
-    stored = "short_nll" in rows.column_names
+    stored = has_scores(rows)
     needed = parse_weighting(settings.weighting).uses_short
     if settings.scorer == "stored" and needed and not stored:
         raise ValueError(
@@ -203,15 +206,13 @@ def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> N
             f"scorer: {settings.scorer!r}, but {settings.data} holds stored scores (short_nll), which would be used: "
             "set scorer to stored, or data to the rows before scoring"
         )
-    if settings.scorer == "stored" and (settings.size, settings.stride) != (None, None):
-        raise ValueError("size and stride: stored scores have their own; set them with scorer self, or when scoring")
 
 
 def _short_context(settings: TrainSettings, length: int) -> ShortContext | None:
     if settings.scorer == "stored":
         return None
     size = length // 4 if settings.size is None else settings.size
-    stride = max(1, size * 3 // 4) if settings.stride is None else settings.stride
+    stride = default_stride(size) if settings.stride is None else settings.stride
     context = ShortContext(size=size, stride=stride)
     if context.size >= length:
         raise ValueError(f"size: {context.size} tokens, but rows hold {length}: no token would have a shorter context")

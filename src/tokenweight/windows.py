@@ -55,3 +55,8 @@ def windows(length: int, size: int, stride: int) -> list[Window]:
         Window(start=first - (size - stride), first=first, stop=min(first + stride, length))
         for first in range(size, length, stride)
     ]
+
+
+def default_stride(size: int) -> int:
+    """Three quarters of a window, as in the paper: 6144 of 8192."""
+    return max(1, size * 3 // 4)

@@ -1,0 +1,138 @@
+"""Documents cut into rows of one length: a document a row, or several to a row."""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HELD_ROWS = 4
+"""As many rows' tokens are held back, so that pieces can be found that fill a row."""
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one document, `offset` tokens after its first."""
+
+    document: str
+    offset: int
+    tokens: np.ndarray
+
+
+@dataclass
+class RowSummary:
+    """What became of the documents, counted in documents, rows and tokens."""
+
+    documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    """In rows, special tokens included."""
+    dropped_tokens: int = 0
+    """Of documents, in no row: the ends of documents, or what filled no last row."""
+    short_documents: int = 0
+    """Documents shorter than a row."""
+    empty_documents: int = 0
+    longest_document: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens from {self.documents:,} documents; {self.dropped_tokens:,} of "
+            f"their tokens are in no row; {self.short_documents:,} documents are shorter than a row "
+            f"({self.empty_documents:,} of them empty)"
+        )
+
+
+@dataclass
+class Cutter:
+    """Cuts documents into rows of exactly `length` tokens, and counts.
+
+    A document ends with `suffix`. A row of a long one belongs to it alone: it begins with `prefix`, and no token is
+    lost between two rows. What fills no row, the end of a document or a short one, is dropped; or, with `pack`, shares
+    rows with others of its kind: each begins with `prefix` and at position 0, the longest that fits goes in first, and
+    where none fits, the longest of all is cut. One token or two that are left of a row then, too few for a piece, are
+    documents of one token, which nothing predicts and nothing sees.
+    """
+
+    length: int
+    prefix: list[int]
+    suffix: list[int]
+    pack: bool = False
+    summary: RowSummary = field(default_factory=RowSummary)
+    held: list[Piece] = field(default_factory=list)
+    """Pieces that wait for a row, the shortest first."""
+
+    @property
+    def step(self) -> int:
+        """Tokens of its document that a row holds."""
+        return self.length - len(self.prefix)
+
+    def rows(self, document: str, tokens: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The rows that are full after this document, whose tokens are without `prefix` and `suffix`."""
+        count = self.summary
+        count.documents += 1
+        count.empty_documents += not len(tokens)
+        if len(tokens):
+            tokens = np.append(tokens, np.array(self.suffix, np.int32))
+        count.short_documents += len(tokens) < self.step
+        count.longest_document = max(count.longest_document, len(tokens))
+        count.dropped_tokens += len(tokens)
+        whole = len(tokens) // self.step * self.step
+        for offset in range(0, whole, self.step):
+            yield self._row([Piece(document, offset, tokens[offset : offset + self.step])])
+        if self.pack and len(tokens) > whole:
+            self._hold(Piece(document, whole, tokens[whole:]))
+            while self._num_held() >= HELD_ROWS * self.length:
+                yield self._packed()
+
+    def last_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that the pieces held back fill."""
+        while self._num_held() >= self.length:
+            yield self._packed()
+
+    def state(self) -> dict[str, Any]:
+        """What must be kept to go on in another process, as JSON."""
+        held = [[piece.document, piece.offset, piece.tokens.tolist()] for piece in self.held]
+        return {"summary": vars(self.summary), "held": held}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.summary = RowSummary(**state["summary"])
+        self.held = [Piece(name, offset, np.array(tokens, np.int32)) for name, offset, tokens in state["held"]]
+
+    def _hold(self, piece: Piece) -> None:
+        bisect.insort(self.held, piece, key=_size)
+
+    def _num_held(self) -> int:
+        return sum(len(self.prefix) + len(piece.tokens) for piece in self.held)
+
+    def _packed(self) -> dict[str, Any]:
+        pieces, room, least = [], self.length, len(self.prefix) + 2
+        while room >= least:
+            place = bisect.bisect_right(self.held, room - len(self.prefix), key=_size)
+            piece = self.held.pop(place - 1)  # with none that fits, place is 0 and the last, the longest, is taken
+            fits = room - len(self.prefix)
+            if len(piece.tokens) > fits:
+                self._hold(Piece(piece.document, piece.offset + fits, piece.tokens[fits:]))
+                piece = piece._replace(tokens=piece.tokens[:fits])
+            pieces.append(piece)
+            room -= len(self.prefix) + len(piece.tokens)
+        return self._row(pieces)
+
+    def _row(self, pieces: list[Piece]) -> dict[str, Any]:
+        prefix = np.array(self.prefix, np.int32)
+        parts = [np.append(prefix, piece.tokens) for piece in pieces]
+        num_tokens = sum(map(len, parts))
+        parts += [part[:1] for part in parts[:1]] * (self.length - num_tokens)
+        self.summary.rows += 1
+        self.summary.tokens += self.length
+        self.summary.dropped_tokens -= num_tokens - len(self.prefix) * len(pieces)
+        row = {"input_ids": np.concatenate(parts)}
+        if not self.pack:
+            return {**row, "document": pieces[0].document, "offset": pieces[0].offset}
+        positions = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
+        names, offsets = [piece.document for piece in pieces], [piece.offset for piece in pieces]
+        return {**row, "position_ids": positions, "documents": names, "offsets": offsets}
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.tokens)

@@ -1,0 +1,125 @@
+"""Scored rows from disk: proved to be those that were scored."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.causal import prediction_mask
+from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, token_nll
+from tokenweight.records import read_json
+from tokenweight.rows import load_rows
+from tokenweight.shards import dataset_files, read_note
+
+logger = logging.getLogger(__name__)
+_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
+
+
+def load_scores(
+    folder: str | os.PathLike[str], *, size: int | None = None, stride: int | None = None
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Open a scored folder: its rows, and its provenance (empty, if it was not made by `score_rows`).
+
+    The chosen scores are the column `short_nll`. Settings of windows that these were not made with are warned of.
+
+    Args:
+        size: of the short context, where scores of several are stored.
+        stride: expected.
+
+    Raises:
+        ValueError: if it is not finished, holds no scores (of that size), or is not what was scored.
+    """
+    rows = load_rows(folder)
+    provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
+    if provenance:
+        for file in _scored_files(folder):
+            _refuse_changed(file)
+    return _chosen(rows, provenance, folder, size, stride), provenance
+
+
+def has_scores(rows: datasets.Dataset) -> bool:
+    """Whether the rows have short losses, of one context or several."""
+    return any(name.startswith("short_nll") for name in rows.column_names)
+
+
+def _chosen(
+    rows: datasets.Dataset, provenance: dict[str, Any], folder: object, size: int | None, stride: int | None
+) -> datasets.Dataset:
+    if not has_scores(rows):
+        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
+    found = {"size": provenance.get("size"), "stride": provenance.get("stride")}
+    if "short_nll" not in rows.column_names:
+        sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
+        if size not in sizes:
+            known = ", ".join(map(str, sizes))
+            raise ValueError(f"size: {folder} holds scores with contexts of {known} tokens; found {size}: name one")
+        rows = rows.rename_column(f"short_nll_{size}", "short_nll")
+        strides = dict(zip(found["size"] or (), found["stride"] or ()))
+        found = {"size": size, "stride": strides.get(size)}
+    for name, ours in (("size", size), ("stride", stride)):
+        if None not in (ours, found[name]) and ours != found[name]:
+            logger.warning("%s was scored with %s %s, not %s: it is used as it is", folder, name, found[name], ours)
+    return rows
+
+
+def _scored_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The Arrow files of a scored folder, all of them shards that `score_rows` wrote."""
+    files = [Path(folder) / name for name in dataset_files(Path(folder))]
+    for file in files:
+        if not file.name.startswith("scores-"):
+            raise ValueError(f"{folder} was changed after it was scored: its rows are in {file.name}; score them again")
+    return files
+
+
+def _refuse_changed(file: Path) -> None:
+    try:
+        read_note(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; `tokenweight score` with the same options makes it again") from None
+
+
+class ScoredRow(NamedTuple):
+    """One row of a scored folder, as a batch of one, with what reads it."""
+
+    tokens: Int[Tensor, "1 seq"]
+    long_nll: Float[Tensor, "1 seq"]
+    short_nll: Float[Tensor, "1 seq"]
+    mask: Bool[Tensor, "1 seq"]
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def read_row(
+    folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
+) -> ScoredRow:
+    """Read one row of a scored folder, with its long losses: stored ones, else those of a model.
+
+    Args:
+        number: of the row, from 0.
+        model_name: gives the long losses if they are not stored, and the tokenizer; by default the scoring model.
+        size: of the short context, where scores of several are stored.
+
+    Raises:
+        ValueError: if there is no such row, or no model is named where one is needed.
+    """
+    rows, provenance = load_scores(folder, size=size)
+    if not 0 <= number < len(rows):
+        raise ValueError(f"--row {number}: {folder} has rows 0 to {len(rows) - 1}")
+    columns = {name: torch.as_tensor(np.array(value))[None] for name, value in rows[number].items() if name in _NUMBERS}
+    tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+    name = model_name or provenance.get("model")
+    tokenizer = None if name is None else find_tokenizer(name)
+    refuse_tokenizer(tokenizer, str(name), provenance, folder)
+    long_nll = None if model_name else columns.get("long_nll")
+    if long_nll is None:
+        if name is None:
+            raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
+        long_nll = token_nll(load_model(name, dtype=provenance.get("dtype", "auto")), tokens, positions)
+    mask = prediction_mask(columns.get("labels", tokens), positions)
+    return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer)
