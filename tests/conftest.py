@@ -25,3 +25,9 @@ def folders(tmp_path):
     models.some_rows().save_to_disk(str(tmp_path / "rows"))
     models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
     return tmp_path
+
+
+@pytest.fixture
+def shards_of_two(monkeypatch):
+    """Scores are stored in shards of two rows of `models.some_rows`."""
+    monkeypatch.setattr("tokenweight.store.SHARD_TOKENS", 2 * models.LENGTH + 1)

@@ -54,10 +54,14 @@ def framed(request):
     return request.param
 
 
-@pytest.fixture
-def documents():
+def some_documents():
     pieces = [TEXT[:2000], "", "short", TEXT[2000:2300], of_tokens(15), of_tokens(16), of_tokens(14), TEXT[3000:9000]]
     return [Document(f"file:{number}", text) for number, text in enumerate(pieces)]
+
+
+@pytest.fixture
+def documents():
+    return some_documents()
 
 
 def expected_tokens(documents, framed):

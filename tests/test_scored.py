@@ -6,7 +6,7 @@ import torch
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from test_store import CONTEXT, OTHER_BATCH
-from tokenweight import token_nll
+from tokenweight import ShortContext, token_nll
 from tokenweight.rows import load_rows
 from tokenweight.scored import load_scores, read_row
 from tokenweight.store import score_folder
@@ -52,3 +52,68 @@ def test_long_losses_that_nobody_stored_need_a_model(folders):
     with pytest.raises(ValueError, match=r"--model: .*foreign stores no long losses"):
         read_row(folders / "foreign", 0)
     assert read_row(folders / "foreign", 0, str(folders / "model")).short_nll.tolist() == [[0.0] * LENGTH]
+
+
+LADDER = [ShortContext(4, 2), CONTEXT]
+
+
+def score(folders, *contexts, **settings):
+    score_folder(folders / "rows", str(folders / "model"), contexts, folders / "scored", **settings)
+    return folders / "scored"
+
+
+def test_of_several_contexts_one_is_chosen_by_its_size(folders):
+    scored = score(folders, *LADDER)
+    for context in LADDER:
+        rows, provenance = load_scores(scored, size=context.size)
+        assert torch.equal(
+            torch.tensor(rows["short_nll"][:]), torch.tensor(load_rows(scored)[f"short_nll_{context.size}"][:])
+        )
+        assert (provenance["size"], provenance["stride"]) == ([4, 8], [2, 5])
+    assert torch.equal(read_row(scored, 3, size=4).short_nll[0], torch.tensor(load_rows(scored)["short_nll_4"][3]))
+    for size in (None, 5):
+        with pytest.raises(
+            ValueError, match=f"size: .*scored holds scores with contexts of 4, 8 tokens; found {size}: name"
+        ):
+            load_scores(scored, size=size)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "settings", "warning"),
+    [
+        ([CONTEXT], {"size": 9}, "scored was scored with size 8, not 9"),
+        ([CONTEXT], {"size": 8, "stride": 4}, "scored was scored with stride 5, not 4"),
+        (LADDER, {"size": 4, "stride": 3}, "scored was scored with stride 2, not 3"),
+        ([CONTEXT], {"size": 8, "stride": 5}, None),
+        ([CONTEXT], {}, None),
+        (LADDER, {"size": 8, "stride": 5}, None),
+    ],
+)
+def test_settings_of_other_windows_are_warned_of_with_the_difference(contexts, settings, warning, folders, caplog):
+    scored = score(folders, *contexts)
+    load_scores(scored, **settings)
+    assert caplog.text == "" if warning is None else warning in caplog.text
+
+
+@pytest.mark.parametrize("read", [load_scores, lambda folder: read_row(folder, 0)])
+def test_a_shard_that_changed_since_is_refused_with_what_mends_it(read, folders):
+    scored = score(folders, CONTEXT)
+    (shard,) = scored.glob("*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[-200] ^= 1
+    shard.write_bytes(content)
+    message = f"{shard} is damaged.*; `tokenweight score` with the same options makes it again"
+    with pytest.raises(ValueError, match=message):
+        read(scored)
+    score(folders, CONTEXT)
+    read(scored)
+
+
+def test_rows_edited_after_they_were_scored_are_refused(folders):
+    scored = score(folders, CONTEXT)
+    edited = load_rows(scored).with_format(None).map(lambda row: {"input_ids": row["input_ids"][::-1]})
+    edited.save_to_disk(str(folders / "edited"))
+    assert load_scores(folders / "edited")[1] == {}  # its origin is unknown
+    (folders / "edited" / "scores.json").write_bytes((scored / "scores.json").read_bytes())
+    with pytest.raises(ValueError, match=r"edited was changed after it was scored: its rows are in data-00000"):
+        load_scores(folders / "edited")

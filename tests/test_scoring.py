@@ -217,3 +217,54 @@ def test_dropout_is_off_while_scoring_and_on_again_afterwards(kind):
     modes = {name: module.training for name, module in model.named_modules()}
     torch.testing.assert_close(Scorer(model, context)(tokens), expected, **CLOSE[kind])
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+class Small:
+    """A memory in which a forward pass over more than `most` tokens does not fit."""
+
+    def __init__(self, model, most, error):
+        self.sizes, self.most, self.error = [], most, error
+        model.base_model.register_forward_pre_hook(self.read, with_kwargs=True)
+
+    def read(self, module, arguments, settings):
+        self.sizes.append(settings["input_ids"].numel())
+        if self.sizes[-1] > self.most:
+            raise self.error
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("call", [lambda s, t: s(t), lambda s, t: s.long_nll(t)], ids=["short", "long"])
+def test_fewer_windows_are_read_at_a_time_when_memory_does_not_suffice(call, error, caplog):
+    model, tokens = models.tiny(), models.some_tokens(8, 24)
+    expected = call(Scorer(model, ShortContext(8, 4)), tokens)
+    scorer = Scorer(model, ShortContext(8, 4), max_tokens=192)
+    memory = Small(model, 50, error)
+    torch.testing.assert_close(call(scorer, tokens), expected, rtol=0, atol=1e-12)  # other batches, float64
+    assert memory.sizes[:3] == [192, 96, 48]
+    assert max(memory.sizes[2:]) <= 48
+    assert scorer.max_tokens == 48
+    assert [record.message for record in caplog.records] == [
+        f"out of memory: from now on {num} tokens in one pass" for num in (96, 48)
+    ]
+
+
+def test_a_window_that_does_not_fit_alone_is_refused(caplog):
+    model = models.tiny()
+    scorer = Scorer(model, ShortContext(8, 4))
+    Small(model, 7, ERRORS[0])
+    with pytest.raises(ValueError, match="8 tokens in one pass do not fit in memory: CUDA out of memory"):
+        scorer(models.some_tokens(2, 24))
+
+
+def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory():
+    model = models.tiny()
+    scorer = Scorer(model, ShortContext(8, 4))
+    Small(model, 7, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        scorer(models.some_tokens(2, 24))

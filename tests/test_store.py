@@ -10,7 +10,7 @@ import torch
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from test_rows import trained_tokenizer
-from tokenweight import Scorer, ShortContext, load_tokenizer, store, token_nll
+from tokenweight import Scorer, ShortContext, load_tokenizer, token_nll
 from tokenweight.columns import RowScorer
 from tokenweight.model import tokenizer_fingerprint
 from tokenweight.rows import load_rows
@@ -37,11 +37,6 @@ def tensor_of(rows, name):
 
 def arrow_bytes(folder):
     return {file.name: file.read_bytes() for file in folder.glob("*.arrow")}
-
-
-@pytest.fixture
-def shards_of_two(monkeypatch):
-    monkeypatch.setattr(store, "SHARD_TOKENS", 2 * LENGTH + 1)
 
 
 @pytest.mark.parametrize("with_long", [False, True])

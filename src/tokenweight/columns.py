@@ -1,7 +1,7 @@
 """The columns that scoring adds to rows: losses with each context, and what the long one gives to a row."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -113,7 +113,7 @@ def _rows(values: Tensor) -> list[np.ndarray]:
     return list(values.float().cpu().numpy())
 
 
-def _equal_lengths(rows: Sequence[Any]) -> Iterator[tuple[int, int]]:
+def _equal_lengths(rows: Iterable[Any]) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive rows of one length."""
     start = 0
     for _, group in itertools.groupby(rows, key=len):
