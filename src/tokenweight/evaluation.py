@@ -1,9 +1,15 @@
-"""What training did: losses by position."""
+"""What training did: losses by position, and losses of the same tokens by context."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tokenweight.intervals import Sums, row_sums
+from tokenweight.scoring import Scorer
 
 
 class PositionBin(NamedTuple):
@@ -25,11 +31,89 @@ def losses_by_position(
         mask: True where a token was predicted and counts; bins without one are left out.
         first: tokens of the first bin.
     """
-    bins = []
-    start, stop = 0, first
-    while start < nll.shape[1]:
-        chosen = nll[:, start:stop][mask[:, start:stop]]
-        if chosen.numel():
-            bins.append(PositionBin(start, min(stop, nll.shape[1]), chosen.double().mean().item(), chosen.numel()))
-        start, stop = stop, 2 * stop
-    return bins
+    edges = position_edges(nll.shape[1], first=first)
+    columns = torch.arange(nll.shape[1], device=nll.device).expand(nll.shape)
+    bins = zip(pairwise(edges), sums_by_position(nll, mask, columns, edges))
+    return [
+        PositionBin(start, stop, sums.mean, int(sums.num_tokens.sum()))
+        for (start, stop), sums in bins
+        if sums.num_tokens.any()
+    ]
+
+
+def position_edges(length: int, *, first: int = 256) -> list[int]:
+    """Edges of bins that double: 0, first, 2 first, 4 first and so on, and at last `length`.
+
+    Raises:
+        ValueError: if `first` is not at least 1.
+    """
+    if first < 1:
+        raise ValueError(f"first={first}: expected at least 1 token")
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(max(first, 2 * edges[-1]), length))
+    return edges
+
+
+def document_positions(
+    tokens: Int[Tensor, "rows seq"], position_ids: Int[Tensor, "rows seq"] | None = None
+) -> Int[Tensor, "rows seq"]:
+    """How many tokens of its own document come before each token: the context that the model has.
+
+    Args:
+        position_ids: where they restart at 0, a document begins; skipped positions (PoSE) hold no tokens. By default
+            each row is one document.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    if position_ids is None:
+        return columns
+    return columns - columns.where(position_ids == 0, 0).cummax(dim=1).values
+
+
+def sums_by_position(
+    nll: Float[Tensor, "rows seq"],
+    mask: Bool[Tensor, "rows seq"],
+    positions: Int[Tensor, "rows seq"],
+    edges: Sequence[int],
+) -> list[Sums]:
+    """Losses of the tokens of each row at positions `[edges[0], edges[1])`, `[edges[1], edges[2])` and so on.
+
+    With edges `[0, size]`, the size that of the short context, this is the loss at short range: what training with
+    token weights may have cost. Rows shorter than `size` count there whole.
+
+    Args:
+        nll: loss of each token, in nats, token-aligned.
+        mask: True where a token was predicted and counts (`prediction_mask`).
+        positions: of each token in its document (`document_positions`).
+        edges: rising; tokens outside them do not count.
+    """
+    return [row_sums(nll, mask & (start <= positions) & (positions < stop)) for start, stop in pairwise(edges)]
+
+
+def losses_by_context(
+    scorers: Sequence[Scorer],
+    tokens: Int[Tensor, "rows seq"],
+    long_nll: Float[Tensor, "rows seq"],
+    mask: Bool[Tensor, "rows seq"],
+    position_ids: Int[Tensor, "rows seq"] | None = None,
+) -> list[Sums]:
+    """Losses of the same tokens with short contexts and with all of it: what the model gains from a longer context.
+
+    The tokens are those at positions of at least the largest size in their documents, so that every context is as
+    short as it says: of a scorer with `ShortContext(size, size // 2)`, they see `size // 2` to `size - 1` tokens.
+    Shorter documents have no such token. The gain of more context is `paired_difference` of two entries.
+
+    Args:
+        scorers: one for each context, all with one model.
+        tokens: rows of one length.
+        long_nll: losses with the whole context, by the same model (`token_nll`).
+        mask: True where a token was predicted and counts (`prediction_mask`).
+        position_ids: where they restart at 0, a document begins.
+
+    Returns:
+        Sums of each row, for each scorer and then for the whole context.
+    """
+    longest = max(scorer.context.size for scorer in scorers)
+    targets = mask & (document_positions(tokens, position_ids) >= longest)
+    short_nll = [scorer(tokens, position_ids=position_ids, long_nll=long_nll) for scorer in scorers]
+    return [row_sums(nll, targets) for nll in (*short_nll, long_nll)]
