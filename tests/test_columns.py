@@ -9,7 +9,7 @@ import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, token_nll
 from tokenweight.benefit import context_benefit
-from tokenweight.causal import num_before, prediction_mask
+from tokenweight.causal import document_positions, prediction_mask
 from tokenweight.columns import RowScorer
 
 LADDER = [ShortContext(4, 2), ShortContext(8, 5), ShortContext(16, 4)]
@@ -35,7 +35,7 @@ def test_every_column_is_what_the_scorer_of_its_context_says(contexts, columns):
         short_nll = Scorer(model, context)(tokens, position_ids=positions, long_nll=long_nll)
         assert torch.equal(tensor(scored[f"short_nll{suffix}"]), short_nll.float())
         mask = prediction_mask(torch.tensor(columns["labels"]) if "labels" in columns else tokens, positions)
-        mask &= num_before(tokens, positions) >= context.size
+        mask &= document_positions(tokens, positions) >= context.size
         for name, expected in context_benefit(long_nll, short_nll, mask)._asdict().items():
             assert np.array_equal(scored[f"{name}{suffix}"], expected, equal_nan=True)
 
@@ -46,7 +46,7 @@ def test_beyond_the_window_is_where_the_losses_differ():
     scored = RowScorer(models.tiny(), [context], with_long=True)(rows[:])
     differs = tensor(scored["long_nll"]) != tensor(scored["short_nll"])
     tokens, positions = tensor(rows["input_ids"]), torch.tensor(POSITIONS)
-    assert torch.equal(differs, num_before(tokens, positions) >= context.size)
+    assert torch.equal(differs, document_positions(tokens, positions) >= context.size)
 
 
 def test_totals_add_up_to_the_differences_of_all_rows():

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenweight.weighting import refuse_nonfinite
+
 
 class Benefit(NamedTuple):
     """Of each row, over the tokens that count; NaN where none does. The benefit of a token is short - long, in nats."""
@@ -20,13 +22,32 @@ class Benefit(NamedTuple):
 
 
 def key_tokens(
-    long_nll: Float[Tensor, "*shape"], short_nll: Float[Tensor, "*shape"], *, alpha: float = 2.0, beta: float = -2.0
-) -> Bool[Tensor, "*shape"]:
-    """True where the long context raises the log-likelihood by more than `alpha` nats, to more than `beta`.
+    long_nll: Float[Tensor, "rows seq"],
+    short_nll: Float[Tensor, "rows seq"],
+    mask: Bool[Tensor, "rows seq"],
+    *,
+    alpha: float = 2.0,
+    beta: float = -2.0,
+) -> Bool[Tensor, "rows seq"]:
+    """True where the long context helps much, and enough: short - long > alpha, and -long > beta.
 
-    Source: Fang et al. 2024 (arXiv 2410.23771), key tokens of LongPPL, with its defaults.
+    Args:
+        long_nll: the evaluator's loss of each token with the whole context, in nats.
+        short_nll: its loss with the short context.
+        mask: True where a token was predicted and counts; no other is a key token.
+        alpha: least gain in log-likelihood, in nats, at least 0.
+        beta: least log-likelihood, in nats.
+
+    Raises:
+        ValueError: if `alpha` is negative, or a loss under `mask` is not finite.
+
+    Source: Fang et al. 2025 (arXiv 2410.23771), key tokens of LongPPL, with its defaults.
     """
-    return (short_nll - long_nll > alpha) & (-long_nll > beta)
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha}: expected at least 0 (tokens without a short context have a gain of 0)")
+    refuse_nonfinite("the evaluator's long loss", long_nll, mask)
+    refuse_nonfinite("the evaluator's short loss", short_nll, mask)
+    return mask & (short_nll - long_nll > alpha) & (-long_nll > beta)
 
 
 def context_benefit(
@@ -49,5 +70,5 @@ def context_benefit(
         benefit_mean=(benefit * mask).sum(dim=1) / number,
         benefit_positive=share(benefit > 0),
         benefit_p90=benefit.masked_fill(~mask, torch.nan).nanquantile(0.9, dim=1),
-        key_token_ratio=share(key_tokens(long_nll, short_nll)),
+        key_token_ratio=share(key_tokens(long_nll, short_nll, mask)),
     )

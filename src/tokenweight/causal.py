@@ -113,14 +113,19 @@ def prediction_mask(
     return mask
 
 
-def num_before(
-    tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
-) -> Int[Tensor, "batch seq"]:
-    """How many tokens of its row, or of its document where `position_ids` restart at 0, stand before each token."""
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+def document_positions(
+    tokens: Int[Tensor, "rows seq"], position_ids: Int[Tensor, "rows seq"] | None = None
+) -> Int[Tensor, "rows seq"]:
+    """How many tokens of its own document come before each token: the context that the model has.
+
+    Args:
+        position_ids: where they restart at 0, a document begins; skipped positions (PoSE) hold no tokens. By default
+            each row is one document.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     if position_ids is None:
-        return places
-    return places - places.where(position_ids == 0, 0).cummax(dim=1).values
+        return columns
+    return columns - columns.where(position_ids == 0, 0).cummax(dim=1).values
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.benefit import Benefit, context_benefit
-from tokenweight.causal import num_before, prediction_mask
+from tokenweight.causal import document_positions, prediction_mask
 from tokenweight.scoring import Scorer, ShortContext
 
 
@@ -102,7 +102,7 @@ class RowScorer:
             columns[f"short_nll{suffix}"] += _rows(short_nll)
             if long_nll is not None:
                 mask = prediction_mask(tokens if labels is None else labels, positions)
-                mask &= num_before(tokens, positions) >= scorer.context.size
+                mask &= document_positions(tokens, positions) >= scorer.context.size
                 for name, values in context_benefit(long_nll, short_nll, mask)._asdict().items():
                     columns[f"{name}{suffix}"] += values.tolist()
                 difference = (long_nll - short_nll)[mask].abs().double()

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenweight.causal import document_positions
 from tokenweight.intervals import Sums, row_sums
 from tokenweight.scoring import Scorer
 
@@ -53,21 +54,6 @@ def position_edges(length: int, *, first: int = 256) -> list[int]:
     while edges[-1] < length:
         edges.append(min(max(first, 2 * edges[-1]), length))
     return edges
-
-
-def document_positions(
-    tokens: Int[Tensor, "rows seq"], position_ids: Int[Tensor, "rows seq"] | None = None
-) -> Int[Tensor, "rows seq"]:
-    """How many tokens of its own document come before each token: the context that the model has.
-
-    Args:
-        position_ids: where they restart at 0, a document begins; skipped positions (PoSE) hold no tokens. By default
-            each row is one document.
-    """
-    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    if position_ids is None:
-        return columns
-    return columns - columns.where(position_ids == 0, 0).cummax(dim=1).values
 
 
 def sums_by_position(

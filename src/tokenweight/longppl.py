@@ -29,47 +29,20 @@ Source: Fang et al. 2025 (arXiv 2410.23771) and the package `longppl` 0.3.0.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.benefit import key_tokens
 from tokenweight.causal import prediction_mask
 from tokenweight.model import refuse_length, token_nll
 from tokenweight.scoring import Scorer, ShortContext
-from tokenweight.weighting import refuse_nonfinite
 
 PAPER_CONTEXT = ShortContext(size=4096 + 1024, stride=1024)
 """The package's `trunc_len=4096, sliding_window=1024`: tokens see 4096 to 5119 tokens before them.
 
 Windows and key tokens are the same. That the package begins to score at 4096, not at 5120, makes no difference: its
 first window is the whole context of these tokens, whose losses are then the same and which are never key."""
-
-
-def key_tokens(
-    long_nll: Float[Tensor, "rows seq"],
-    short_nll: Float[Tensor, "rows seq"],
-    mask: Bool[Tensor, "rows seq"],
-    *,
-    alpha: float = 2.0,
-    beta: float = -2.0,
-) -> Bool[Tensor, "rows seq"]:
-    """True where the long context helps much, and enough: short - long > alpha, and -long > beta.
-
-    Args:
-        long_nll: the evaluator's loss of each token with the whole context, in nats.
-        short_nll: its loss with the short context.
-        mask: True where a token was predicted and counts; no other is a key token.
-        alpha: least gain in log-likelihood, in nats, at least 0.
-        beta: least log-likelihood, in nats.
-
-    Raises:
-        ValueError: if `alpha` is negative, or a loss under `mask` is not finite.
-    """
-    if not alpha >= 0:
-        raise ValueError(f"alpha={alpha}: expected at least 0 (tokens without a short context have a gain of 0)")
-    refuse_nonfinite("the evaluator's long loss", long_nll, mask)
-    refuse_nonfinite("the evaluator's short loss", short_nll, mask)
-    return mask & (short_nll - long_nll > alpha) & (-long_nll > beta)
 
 
 def key_tokens_of_text(
