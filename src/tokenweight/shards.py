@@ -32,7 +32,8 @@ class ArrowFile:
         """Append rows that have the columns of the schema."""
         self.stream.write_table(table.cast(self.schema))
         self.num_rows += len(table)
-        self.num_tokens += len(table.column("input_ids").combine_chunks().flatten())
+        if "input_ids" in table.column_names:
+            self.num_tokens += len(table.column("input_ids").combine_chunks().flatten())
 
     def __exit__(self, *error: object) -> None:
         try:
@@ -54,7 +55,7 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
     try:
         with ArrowFile(unfinished, schema) as file:
             yield file, note
-        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=_sha256(unfinished))
+        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
         write_json(_note(path), note)
         os.replace(unfinished, path)
     finally:
@@ -70,10 +71,16 @@ def read_note(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     note = read_json(_note(path))
-    found = _sha256(path)
+    found = checksum(path)
     if note.get("sha256") != found:
         raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}…, {str(note.get('sha256'))[:16]}… was written")
     return note
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def strip_note(path: Path) -> None:
@@ -126,8 +133,3 @@ def dataset_files(folder: Path) -> list[str]:
 
 def _note(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
