@@ -146,7 +146,7 @@ def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> Dyna
     if tokens:
         parts.states(torch.tensor([tokens], device=model.device), past_key_values=cache)
     # Recurrent layers, if they have read something, take several more tokens at once for a new text.
-    if cache.get_seq_length() != len(tokens) or any(hasattr(layer, "conv_states") for layer in cache.layers):
+    if any(hasattr(layer, "conv_states") for layer in cache.layers) or cache.get_seq_length() != len(tokens):
         raise ValueError(
             f"{type(model).__name__} has layers without a KV cache: probes can be scored by generation only"
         )
