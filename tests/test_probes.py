@@ -105,6 +105,18 @@ def test_links_of_a_thread_lie_in_its_direction(direction, depth, num_links):
         places = [probe.prompt.index(f"From {key} the") for key, _ in links]
         assert len(links) == num_links
         assert places == sorted(places, reverse=direction == -1)
+        order = [key for key, _ in facts_of(probe)]
+        assert all(
+            (order.index(end) - order.index(key)) * direction > 0 for key, end in facts_of(probe) if end in order
+        )
+
+
+def test_a_variable_is_set_before_it_is_copied_in_every_chain():
+    for probe in make("variable_tracking", num=3):
+        order = [name for name, _ in facts_of(probe)]
+        copies = [(name, source) for name, source in facts_of(probe) if source in order]
+        assert len(copies) == 8
+        assert all(order.index(source) < order.index(name) for name, source in copies)
 
 
 @pytest.mark.parametrize("family", PLACED)
@@ -142,6 +154,12 @@ def test_a_probe_fills_its_length_but_for_less_than_a_sentence_and_never_exceeds
         # What `framed` puts after a text is not read.
         longest = max(len(tokenizer(text)["input_ids"]) - framed for text in texts)
         assert length - unit < longest <= length
+
+
+def test_a_prompt_begins_and_does_not_end_with_what_the_tokenizer_puts_around_a_text():
+    plain, framed = (trained_tokenizer(framed=framed) for framed in (False, True))
+    assert prompt_tokens(plain, "Call me") == plain("Call me")["input_ids"]
+    assert prompt_tokens(framed, "Call me") == framed("Call me")["input_ids"][:-1] != prompt_tokens(plain, "Call me")
 
 
 def test_room_is_left_free_if_the_answers_need_less():

@@ -245,6 +245,14 @@ def test_probes_that_do_not_fit_the_model_are_refused(score):
         score(tiny(), trained_tokenizer(), [long])
 
 
+def test_what_may_be_generated_needs_positions_too():
+    tokenizer = trained_tokenizer()
+    (probe,) = make_probes("single", tokenizer, length=640, depth=0.5, num=1, seed=0)
+    score_by_likelihood(tiny(), tokenizer, [probe])
+    with pytest.raises(ValueError, match=r"^a probe of .* tokens: the model has 640 positions"):
+        score_by_generation(tiny(), tokenizer, [probe])
+
+
 def test_a_model_without_a_cache_of_keys_and_values_is_refused_by_likelihood():
     settings = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings))
