@@ -1,0 +1,298 @@
+"""Longer contexts for rotary models: what to write into the config before loading, and the proof that it took."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tokenweight.frequencies import frequencies
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "base": ("theta",),
+    "linear": (),
+    "dynamic": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow"),
+    "longrope": ("short_factor", "long_factor", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Of each method, what a user may set."""
+
+_READ: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings", *_SETTINGS["yarn"], "truncate"),
+    "longrope": ("factor", "original_max_position_embeddings", *_SETTINGS["longrope"]),
+    "llama3": ("original_max_position_embeddings", *_SETTINGS["llama3"]),
+}
+"""Of each `rope_type` of transformers, what it reads besides base and rotary share; it silently ignores the rest."""
+
+_TOLERANCE = 2e-4
+"""Relative. transformers computes in float32: a power of base b errs by at most (ln b + 10) 2^-24, 2e-6 for b = 1e9; a
+blend of f and f / factor (yarn, llama3) multiplies that by up to factor, so 64 gives 1e-4. Frequencies rounded to
+bfloat16 err by up to 2^-9 = 2e-3, to float16 by up to 2^-11 = 5e-4."""
+
+
+def extend_context(
+    config: PreTrainedConfig, length: int, method: str = "base", *, original: int | None = None, **settings: Any
+) -> PreTrainedConfig:
+    """A config with which `load_model(name, config=...)` gives a rotary model that reads `length` tokens.
+
+        base      theta (default: theta * s^(d / (d - 2)), d rotary dimensions of a head)
+        linear    -
+        dynamic   -  (max_position_embeddings stays: transformers takes it for the length before the extension)
+        yarn      beta_fast=32, beta_slow=1, attention_factor=0.1 ln(s) + 1
+        longrope  short_factor and long_factor (d / 2 numbers each, to be given),
+                  attention_factor=sqrt(1 + ln(s) / ln(original))
+        llama3    low_freq_factor=1, high_freq_factor=4, factor=s
+
+    s is `length / original`; for "base" it is `length` over the positions that the model has now. "base" keeps a
+    scaling that the model has (a Llama 3.1 stays smoothed); every other method replaces it, never stacks on it. Layers
+    with sliding attention that have rotary settings of their own keep them.
+
+    Args:
+        config: left as it is.
+        length: tokens, more than the model has positions.
+        method: "base", "linear", "dynamic", "yarn", "longrope" or "llama3".
+        original: positions the model was pretrained with; by default what its config records.
+        settings: those of the method.
+
+    Raises:
+        ValueError: if the model has no rotary embeddings, or a setting is unknown, missing or senseless.
+
+    Source: docs/context-extension.md has the formula of each method, its paper, and what the paper's authors chose.
+    """
+    if method not in _SETTINGS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(_SETTINGS)}")
+    layers = _layers(config)
+    positions = context_length(config)
+    if length <= positions:
+        raise ValueError(f"length {length}: the model reads {positions} tokens already: expected more")
+    parameters = layers.get("full_attention") or layers[None]
+    dim, now = _rotary_dim(config, parameters), parameters["rope_theta"]
+    _refuse_settings(method, settings, dim)
+    new = copy.deepcopy(config)
+    new.max_position_embeddings = length
+    if method == "base":
+        if parameters["rope_type"] in ("dynamic", "longrope"):
+            raise ValueError(f"method 'base' cannot extend {_describe(config, parameters)}: expected another method")
+        changed = {**parameters, "rope_theta": _raised_base(now, length / positions, dim, **settings)}
+    else:
+        original = _original(config, parameters) if original is None else original
+        if not 1 < original < length:
+            raise ValueError(f"original={original}: expected positions above 1 and below length, {length}")
+        kept = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+        changed = {"rope_type": method, **kept, **_scaling(method, length / original, original, settings)}
+        if method == "dynamic":
+            new.max_position_embeddings = original
+        if hasattr(new, "original_max_position_embeddings"):  # phi3
+            new.original_max_position_embeddings = original
+    changed = changed if None in layers else {**config.rope_parameters, "full_attention": changed}
+    new.rope_parameters = copy.deepcopy(changed)
+    try:
+        new.validate_rope()
+    except ValueError as error:
+        raise ValueError(f"method {method!r} does not suit {config.model_type}: {error}") from None
+    return new
+
+
+def context_length(config: PreTrainedConfig) -> Any:
+    """Tokens that a model of this config reads, or None if that has no limit.
+
+    This is `max_position_embeddings`, and `factor` times that for "dynamic", where it means the original positions.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or not getattr(config, "rope_parameters", None):
+        return positions
+    parameters = config.rope_parameters.get("full_attention") or config.rope_parameters
+    return round(positions * parameters["factor"]) if parameters.get("rope_type") == "dynamic" else positions
+
+
+def describe_rope(config: PreTrainedConfig) -> str:
+    """The rotary setting in one line, such as "yarn x4 from 8192 to 32768, theta 500000", for logs and model cards."""
+    if not getattr(config, "rope_parameters", None):
+        return f"no rotary embeddings, {context_length(config)} positions"
+    lines = {name: _describe(config, parameters) for name, parameters in _layers(config).items()}
+    return "; ".join(line if name is None else f"{name}: {line}" for name, line in lines.items())
+
+
+def refuse_stale_windows(config: PreTrainedConfig, size: int) -> None:
+    """Raise a ValueError if windows of `size` tokens would be read with the frequencies of a longer row before them.
+
+    With "dynamic", transformers goes back to the original frequencies only for inputs shorter than the original
+    positions; any other input keeps those of the longest one so far.
+    """
+    layers = _layers(config) if getattr(config, "rope_parameters", None) else {}
+    dynamic = any(parameters["rope_type"] == "dynamic" for parameters in layers.values())
+    if dynamic and size >= config.max_position_embeddings:
+        raise ValueError(
+            f"windows of {size} tokens would keep the dynamic rotary frequencies of longer rows read before: "
+            f"expected a size below {config.max_position_embeddings}"
+        )
+
+
+def prove_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Prove that a loaded model turns its queries and keys by the angles that `config` asks for.
+
+    Every rotary frequency in the model, and the factor of cosine and sine, is compared with the formula of the method,
+    computed here in float64, when the model reads a short input, one of the full length, and a short one after that
+    ("dynamic" and "longrope" change with the length). `model.config`, which is saved with the model, must ask for the
+    same.
+
+    Args:
+        model: left as it is.
+        config: what was asked for, such as the result of `extend_context`.
+
+    Raises:
+        ValueError: naming the module, what was found and what was expected.
+    """
+    modules = {name: module for name, module in model.named_modules() if _is_rotary(module)}
+    longest = max(context_length(config), context_length(model.config) or 0)
+    for origin, asked in {"config": config, "model.config": model.config}.items():
+        for layer_type, parameters in _layers(asked).items():
+            if not modules:
+                raise ValueError(f"{type(model).__name__} has no module with rotary frequencies (inv_freq)")
+            wanted = f"{origin} asks for {_describe(asked, parameters)}"
+            for name, module in modules.items():
+                # A copy, because reading a long input may change it.
+                _prove(name, copy.deepcopy(module), layer_type, asked, parameters, longest, wanted)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+
+
+def _prove(
+    name: str,
+    module: Any,
+    layer_type: str | None,
+    config: PreTrainedConfig,
+    parameters: dict[str, Any],
+    longest: int,
+    wanted: str,
+) -> None:
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    name, buffer = f"{name}.{prefix}inv_freq", getattr(module, f"{prefix}inv_freq", None)
+    if buffer is None or buffer.is_meta:
+        raise ValueError(f"{name} {'is absent' if buffer is None else 'has no values'}: {wanted}")
+    if buffer.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} was rounded to {buffer.dtype}: load the model with dtype=..., and do not cast it after"
+        )
+    dim = _rotary_dim(config, parameters)
+    for length in (1, longest, 1):
+        positions = torch.tensor([[0, length - 1]], device=buffer.device)
+        module(positions.float(), positions, **({"layer_type": layer_type} if layer_type else {}))
+        expected, scaling = frequencies(parameters, dim, config.max_position_embeddings, length)
+        expected.append(scaling)
+        found = getattr(module, f"{prefix}inv_freq").double().tolist()
+        found.append(getattr(module, f"{prefix}attention_scaling", 1.0))
+        if len(found) != len(expected):
+            raise ValueError(f"{name} has {len(found) - 1} frequencies: {wanted}, which has {len(expected) - 1}")
+        for i, (one, other) in enumerate(zip(found, expected)):
+            if not abs(one - other) <= _TOLERANCE * other:  # also for NaN
+                part = f"{name}[{i}]" if i < len(found) - 1 else name.replace("inv_freq", "attention_scaling")
+                raise ValueError(f"{part} is {one:.6g}: {wanted}, which gives {other:.6g} at {length} tokens")
+
+
+def _layers(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """`rope_parameters` by layer type, or under None if they hold for all layers, without any that would be ignored."""
+    kind, found = config.model_type, getattr(config, "rope_parameters", None)
+    if not found:
+        raise ValueError(f"{kind} has no rope_parameters: it has no rotary embeddings that transformers could extend")
+    layers: dict[str | None, dict[str, Any]] = {None: found}
+    if any(isinstance(value, dict) for value in found.values()):
+        present = getattr(config, "layer_types", None) or ()
+        layers = {name: found[name] for name in sorted(found) if name in present}
+        if "full_attention" not in layers or not found.keys() <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"rope_parameters of {kind} are those of {', '.join(found)}: expected one setting for all layers, or "
+                "those of full_attention and sliding_attention, the first of which a layer has"
+            )
+    for name in ("rope_theta", "partial_rotary_factor"):
+        late, values = getattr(config, name, None), [parameters.get(name) for parameters in layers.values()]
+        if late is not None and late not in values:
+            raise ValueError(f"config.{name} is {late}, which transformers ignores: rope_parameters say {values[0]}")
+    for parameters in layers.values():
+        rope_type, theta = parameters.get("rope_type"), parameters.get("rope_theta")
+        if rope_type not in _READ:
+            raise ValueError(f"rope_type of {kind} is {rope_type!r}: expected one of {', '.join(_READ)}")
+        if theta is None:
+            raise ValueError(f"rope_parameters of {kind} have no rope_theta: expected the rotary base")
+        known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_READ[rope_type])
+        if ignored := [name for name, value in parameters.items() if name not in known and value is not None]:
+            raise ValueError(f"rope_parameters hold {', '.join(ignored)}, which {rope_type} ignores")
+    # As transformers reads it: phi3 keeps it beside rope_parameters.
+    own = getattr(config, "original_max_position_embeddings", None)
+    for layer_type, parameters in layers.items():
+        if "original_max_position_embeddings" in _READ[parameters["rope_type"]]:
+            recorded = own or parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+            layers[layer_type] = {**parameters, "original_max_position_embeddings": recorded}
+    return layers
+
+
+def _rotary_dim(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _refuse_settings(method: str, settings: dict[str, Any], dim: int) -> None:
+    for name, value in settings.items():
+        if name not in _SETTINGS[method]:
+            known = ", ".join(_SETTINGS[method]) or "none"
+            raise ValueError(f"method {method!r} has no setting {name!r}: it has {known}")
+        count, values = None, (value,)
+        if name in ("short_factor", "long_factor"):
+            count, values = dim // 2, tuple(value) if isinstance(value, list | tuple) else ()
+        finite = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values)
+        if not finite or len(values) != (count or 1):
+            expected = "a finite number above 0" if count is None else f"a list of {count} finite numbers above 0"
+            raise ValueError(f"{method}: {name}={value!r} is not {expected}")
+    if method == "longrope" and not {"short_factor", "long_factor"} <= settings.keys():
+        raise ValueError(f"longrope needs short_factor and long_factor, {dim // 2} numbers each: found {[*settings]}")
+    if method in ("base", "dynamic") and dim <= 2 and "theta" not in settings:
+        raise ValueError(f"method {method!r}: the rule for the base needs more than {dim} rotary dimensions")
+
+
+def _raised_base(now: float, ratio: float, dim: int, theta: float | None = None) -> float:
+    """The base that slows the slowest rotation down by `ratio`, unless one is given."""
+    theta = now * ratio ** (dim / (dim - 2)) if theta is None else theta
+    if theta <= now:
+        raise ValueError(f"theta={theta:g} is not above the model's base, {now:g}")
+    return float(theta)
+
+
+def _original(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
+    """The positions that the model was pretrained with, if its config says so."""
+    if parameters["rope_type"] == "linear":
+        raise ValueError(f"{describe_rope(config)} does not say from how many positions: give original=")
+    return parameters.get("original_max_position_embeddings", config.max_position_embeddings)
+
+
+def _scaling(method: str, factor: float, original: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a method other than "base" writes, with every default written out."""
+    record = {} if method in ("linear", "dynamic") else {"original_max_position_embeddings": original}
+    defaults: dict[str, dict[str, Any]] = {
+        "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(factor) + 1},
+        "longrope": {"attention_factor": math.sqrt(1 + math.log(factor) / math.log(original))},
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    }
+    chosen = {"factor": factor, **record, **defaults.get(method, {}), **settings}
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        if low in chosen and not chosen[low] < chosen[high]:
+            raise ValueError(f"{method}: {low}={chosen[low]:g} is not below {high}={chosen[high]:g}")
+    if chosen["factor"] < 1:
+        raise ValueError(f"{method}: factor={chosen['factor']:g} is below 1")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def _describe(config: PreTrainedConfig, parameters: dict[str, Any]) -> str:
+    rope_type, longest = parameters["rope_type"], context_length(config)
+    span, factor = f", {longest} positions", parameters.get("factor")
+    if rope_type not in ("default", "linear"):
+        start = _original(config, parameters)
+        span, factor = f" from {start} to {longest}", factor or longest / start
+    return f"{rope_type}{f' x{factor:g}' if factor else ''}{span}, theta {parameters['rope_theta']:g}"
