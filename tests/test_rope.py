@@ -1,6 +1,7 @@
 """Longer contexts: configs that say what was asked for, and models whose rotary embeddings do it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,12 +230,15 @@ def test_frequencies_damaged_after_loading_are_caught(damage, message):
 def test_the_proof_leaves_a_model_as_it_was_and_holds_also_after_long_inputs(method):
     model = extended_model(method)
     rotary = model.model.rotary_emb
-    before = rotary.inv_freq.clone()
-    prove_rope(model, model.config)
-    assert torch.equal(rotary.inv_freq, before)
+    short = rotary.inv_freq.clone()
     model(models.some_tokens(1, 200))
-    assert not torch.equal(rotary.inv_freq, before)
+    long = rotary.inv_freq.clone()
+    assert not torch.equal(long, short)
     prove_rope(model, model.config)
+    assert torch.equal(rotary.inv_freq, long)
+    rotary.original_inv_freq *= 1.01  # what a short input goes back to
+    with pytest.raises(ValueError, match=r"inv_freq\[0\] is 1.01: .* which gives 1 at 1 tokens"):
+        prove_rope(model, model.config)
 
 
 def test_windows_that_would_keep_the_dynamic_frequencies_of_longer_rows_are_refused():
@@ -274,3 +278,11 @@ def test_every_weighting_trains_with_every_method_and_scores_windows_as_if_they_
         expected = token_nll(alone, tokens[:, start:stop])[:, first - start :]
         # Some sums of these models are in float32, in other orders for batches of other sizes.
         torch.testing.assert_close(output.short_nll[:, first:stop], expected.to(output.short_nll), rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_of_the_page_runs(tmp_path, capsys):
+    models.tiny(**SIZES).save_pretrained(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "context-extension.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    exec(example.replace("MODEL", str(tmp_path)), {})
+    assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip()

@@ -84,7 +84,7 @@ def extend_context(
         original = _original(config, parameters) if original is None else original
         if not 1 < original < length:
             raise ValueError(f"original={original}: expected positions above 1 and below length, {length}")
-        kept = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+        kept: dict[str, Any] = {n: parameters[n] for n in ("rope_theta", "partial_rotary_factor") if n in parameters}
         changed = {"rope_type": method, **kept, **_scaling(method, length / original, original, settings)}
         if method == "dynamic":
             new.max_position_embeddings = original
