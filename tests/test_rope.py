@@ -280,6 +280,13 @@ def test_every_weighting_trains_with_every_method_and_scores_windows_as_if_they_
         torch.testing.assert_close(output.short_nll[:, first:stop], expected.to(output.short_nll), rtol=1e-5, atol=1e-5)
 
 
+def test_phi3_counts_from_the_positions_it_keeps_beside_rope_parameters():
+    config = extend_context(config_of("phi3"), 512, "longrope", **settings_of("longrope"))
+    config.original_max_position_embeddings = 64
+    assert describe_rope(config) == "longrope x4 from 64 to 512, theta 10000"
+    prove_rope(AutoModelForCausalLM.from_config(config), config)
+
+
 def test_the_example_of_the_page_runs(tmp_path, capsys):
     models.tiny(**SIZES).save_pretrained(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "context-extension.md").read_text()
