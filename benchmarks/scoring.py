@@ -10,18 +10,24 @@ read, overlaps included, whether they are scored or not. Two baselines run `mode
     forward of the row        the row at its full length, once: what scoring costs beside the long context
 """
 
+import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import tyro
 
 from common import RESULTS, Report, alternately, model_and_row
 from tokenweight import Scorer, ShortContext
+from tokenweight.columns import RowScorer
+from tokenweight.store import score_rows
 from tokenweight.windows import windows
 
 SCORER = "tokenweight.Scorer"
+STORED = "tokenweight.score_rows, to disk"
 WINDOWS = "forward of the windows"
 ROW = "forward of the row"
 
@@ -60,21 +66,26 @@ def main(
     name, model, tokens = model_and_row(length, quick=quick)
     scorer = Scorer(model, ShortContext(size, stride))
     batch = window_batch(tokens, scorer.context)
+    rows = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
+    row_scorer = RowScorer(model, [scorer.context])
+    folder = tempfile.TemporaryDirectory()
+    numbers = count()
     runs: dict[str, Callable[[], Any]] = {
         SCORER: lambda: scorer(tokens),
+        STORED: lambda: score_rows(rows, row_scorer, Path(folder.name) / str(next(numbers)), provenance={}),
         WINDOWS: lambda: model(input_ids=batch, use_cache=False).logits,
         ROW: lambda: model(input_ids=tokens, use_cache=False).logits,
     }
-    with torch.no_grad():
+    with folder, torch.no_grad():
         seconds = alternately(runs, rounds)
-    num_read = {SCORER: batch.numel(), WINDOWS: batch.numel(), ROW: tokens.numel()}
+    num_read = {SCORER: batch.numel(), STORED: batch.numel(), WINDOWS: batch.numel(), ROW: tokens.numel()}
     speeds = {run: [num_read[run] / value for value in values] for run, values in seconds.items()}
     x = f"{name}, row {length}, {len(batch)} windows {size}/{stride}, float32"
     for run, values in seconds.items():
         setting = {"what": "scoring a row with a short context", "x": x, "implementation": run}
         report.add(**setting, metric="time", unit="s", values=values)
         report.add(**setting, metric="tokens read per second", unit="tokens/s", values=speeds[run])
-        for other in (WINDOWS, ROW) if run == SCORER else ():
+        for other in (WINDOWS, ROW) if run in (SCORER, STORED) else ():
             report.add_ratio(
                 **setting, metric=f"tokens read per second / {other}", over=speeds[run], under=speeds[other]
             )

@@ -76,17 +76,43 @@ def training_table(results: Results) -> list[str]:
     return lines
 
 
+def corpus_table(results: Results) -> list[str]:
+    read = "tokens read per second / forward of the windows"
+    scorer, stored = (
+        results.value("scoring", name, read) for name in ("tokenweight.Scorer", "tokenweight.score_rows, to disk")
+    )
+    prepare = results.value("corpus", "tokenweight.prepare_rows", "tokens per second / datasets.map")
+    memory = {
+        name: " / ".join(
+            f"{results.value('corpus', f'tokenweight.{name}', f'most anonymous memory, {times} x'):.2f}"
+            for times in (1, 10)
+        )
+        for name in ("prepare_rows", "score_rows")
+    }
+    sizes = (results.value("corpus", kind, "per million tokens") for kind in ("rows", "scored", "scored --long"))
+    return [
+        f"From texts to scores (scoring: {results.settings('scoring')}):",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| preparing: tokens per second / `datasets.map` with the same tokenizer | {prepare:.2f} |",
+        f"| scoring: tokens read per second / plain forward pass over the same windows, logits included | {scorer:.2f} |",
+        f"| the same, written to disk | {stored:.2f} |",
+        f"| memory for a corpus / ten times as large: preparing, GiB | {memory['prepare_rows']} |",
+        f"| memory for a corpus / ten times as large: scoring with a tiny model, GiB | {memory['score_rows']} |",
+        f"| a million tokens as rows / scored / with long losses, MB | {' / '.join(f'{size:.1f}' for size in sizes)} |",
+    ]
+
+
 def table() -> str:
     """Markdown."""
     results = Results()
-    ratio = results.value("scoring", "tokenweight.Scorer", "tokens read per second / forward of the windows")
-    scoring = f"Scoring ({results.settings('scoring')}) reads {ratio:.2f} times as many tokens a second as the plain "
-    scoring += "forward pass of the same model over the same windows, logits included."
     spread = (
         "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
     )
-    notes = [spread, *(f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring"))]
-    return "\n".join([*loss_table(results), "", *training_table(results), "", scoring, "", *notes, ""])
+    conditions = [f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring", "corpus")]
+    parts = (loss_table(results), training_table(results), corpus_table(results), [spread, *conditions])
+    return "\n".join(line for part in parts for line in [*part, ""])
 
 
 def main() -> None:

