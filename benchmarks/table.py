@@ -96,7 +96,7 @@ def corpus_table(results: Results) -> list[str]:
         "| | |",
         "|---|---|",
         f"| preparing: tokens per second / `datasets.map` with the same tokenizer | {prepare:.2f} |",
-        f"| scoring: tokens read per second / plain forward pass over the same windows, logits included | {scorer:.2f} |",
+        f"| scoring: tokens read per second / plain forward pass over the same windows, with logits | {scorer:.2f} |",
         f"| the same, written to disk | {stored:.2f} |",
         f"| memory for a corpus / ten times as large: preparing, GiB | {memory['prepare_rows']} |",
         f"| memory for a corpus / ten times as large: scoring with a tiny model, GiB | {memory['score_rows']} |",

@@ -143,12 +143,14 @@ def folders(tmp_path_factory):
     rows = {
         "rows": some_rows((40,) * 4, scored=False),
         "scored": some_rows((40,) * 4),
+        "ladder": some_rows((40,) * 4).rename_column("short_nll", "short_nll_8"),
         "long": some_rows((150,), scored=False),
         "late-long": some_rows((40,) * 64 + (150,), scored=False),
         "unknown": datasets.Dataset.from_dict({"input_ids": [[5] * 39 + [61]]}),
         "none": some_rows((40,), scored=False).select([]),
         "theirs": some_rows((40,), scored=False),
     }
+    rows["ladder"] = rows["ladder"].add_column("short_nll_16", rows["ladder"]["short_nll_8"][:])
     for name, data in rows.items():
         data.save_to_disk(str(root / name))
     (root / "theirs" / "rows.json").write_text('{"tokenizer": "other", "tokenizer_fingerprint": "0123"}')
@@ -171,8 +173,14 @@ NO_SHORTER = "rows hold 40: no token would have a shorter context"
         ({"data": "rows"}, "rows has no column short_nll: score it with `tokenweight score`, or set scorer to self"),
         ({"scorer": "self"}, "scorer: 'self', but"),
         ({"scorer": "model"}, "holds stored scores (short_nll), which would be used"),
-        ({"size": 8}, "size and stride: stored scores have their own"),
-        ({"stride": 8}, "size and stride: stored scores have their own"),
+        ({"data": "ladder"}, "ladder holds scores with contexts of 8, 16 tokens; found None: name one"),
+        ({"data": "ladder", "size": 9}, "ladder holds scores with contexts of 8, 16 tokens; found 9: name one"),
+        ({"data": "ladder", "scorer": "self"}, "holds stored scores (short_nll), which would be used"),
+        ({"extend": {"lenght": 256}}, "extend: unknown setting 'lenght': did you mean 'length'?"),
+        ({"extend": {"method": "yarn"}}, "extend: found method: expected length, the tokens to extend to"),
+        ({"extend": {"length": "100"}}, "length 100: the model reads 128 tokens already"),
+        ({"extend": {"length": 256, "method": "yran"}}, "method 'yran': expected one of base, linear"),
+        ({"extend": {"length": 256, "method": "linear", "theta": 3}}, "theta"),
         ({"data": "rows", "scorer": "self", "size": 40}, f"size: 40 tokens, but {NO_SHORTER}"),
         ({"data": "rows", "scorer": "self", "size": 41, "stride": 3}, f"size: 41 tokens, but {NO_SHORTER}"),
         ({"data": "rows", "scorer": "self", "size": 8, "stride": 8}, "stride=8 does not fit size=8"),

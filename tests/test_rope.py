@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 import models
 from tokenweight import NPMI, PPMI, Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, load_model, token_nll
 from tokenweight.objective import with_weighted_loss
-from tokenweight.rope import context_length, describe_rope, extend_context, prove_rope, refuse_stale_windows
+from tokenweight.positions import context_length, refuse_stale_windows
+from tokenweight.rope import describe_rope, extend_context, prove_rope
 from tokenweight.windows import windows
 
 METHODS = ["base", "linear", "dynamic", "yarn", "longrope", "llama3"]

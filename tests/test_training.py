@@ -180,7 +180,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     models.tiny(dtype=torch.float32).save_pretrained(root / "model")
     some_rows((40,) * 8, scored=False).save_to_disk(str(root / "rows"))
-    score_folder(root / "rows", str(root / "model"), ShortContext(10, 7), root / "scored")
+    score_folder(root / "rows", str(root / "model"), [ShortContext(10, 7)], root / "scored")
     return root
 
 

@@ -92,14 +92,14 @@ def _parse(name: str, argv: list[str], default: Any = tyro.MISSING) -> Any:
 
 
 def _parse_train(argv: list[str]) -> TrainSettings | None:
-    """A recipe, overridden by options, of which `--trainer.NAME` are fields of TrainingArguments."""
+    """A recipe, overridden by options, of which `--trainer.NAME` are fields of TrainingArguments, `--extend.NAME`
+    arguments of `extend_context`."""
     argv, recipes = _take(argv, "--config")
-    argv, trainer = _take(argv, "--trainer.")
     settings = read_recipe(recipes["--config"]) if recipes else {}
-    settings["trainer"] = {
-        **settings.get("trainer", {}),
-        **{name[len("--trainer.") :]: trainer[name] for name in trainer},
-    }
+    for group in ("trainer", "extend"):
+        argv, taken = _take(argv, f"--{group}.")
+        named = {option.removeprefix(f"--{group}."): value for option, value in taken.items()}
+        settings[group] = {**settings.get(group, {}), **named}
     required = {
         field.name: tyro.MISSING
         for field in dataclasses.fields(TrainSettings)

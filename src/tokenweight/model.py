@@ -7,15 +7,18 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.causal import causal_parts
+from tokenweight.positions import context_length
+from tokenweight.rope import extend_context, prove_rope
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,12 @@ def token_nll(
 
 
 def load_model(
-    name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", revision: str | None = None, **kwargs: Any
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    extend: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model: a plain transformers model that can be trained and saved.
 
@@ -44,12 +52,18 @@ def load_model(
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
         revision: of a hub model.
+        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; proved after loading.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
 
     Raises:
         ValueError: one line that says what was not found or could not be read.
     """
-    return _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
+    if extend:
+        kwargs["config"] = extend_context(_load(AutoConfig, "model", name, revision=revision), **extend)
+    model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
+    if extend:
+        prove_rope(model, kwargs["config"])
+    return model
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -100,11 +114,11 @@ def refuse_tokenizer(
 
 def refuse_length(config: Any, length: int, what: str) -> None:
     """Raise a ValueError if a model has fewer positions than `length` tokens need."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = context_length(config)
     if positions is not None and length > positions:
         raise ValueError(
-            f"{what} of {length} tokens: the model has {positions} positions. Raise max_position_embeddings and the "
-            "rotary base (rope_parameters) in its config.json first"
+            f"{what} of {length} tokens: the model has {positions} positions. Extend its context first "
+            "(docs/context-extension.md)"
         )
 
 

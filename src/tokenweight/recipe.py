@@ -30,6 +30,8 @@ class TrainSettings:
     """Tokens of the short context: which of several that are stored; else by default a quarter of a row (the paper)."""
     stride: int | None = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
+    extend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """A longer context: length, method and its settings, also as `--extend.length N` (docs/context-extension.md)."""
     dtype: str = "float32"
     """Of the weights. In bfloat16, updates much smaller than a weight are rounded away; prefer --trainer.bf16 true."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,7 +56,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key in settings:
         refuse_unknown(key, known, f"--config {path}")
     number, fields = ((int, type(None)), "a whole number"), ((dict,), "fields of TrainingArguments")
-    expected = {"size": number, "stride": number, "trainer": fields}
+    arguments = ((dict,), "length, method and its settings")
+    expected = {"size": number, "stride": number, "trainer": fields, "extend": arguments}
     for key, value in settings.items():
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):

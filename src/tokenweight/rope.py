@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenweight.frequencies import frequencies
+from tokenweight.positions import context_length
 
-_SETTINGS: dict[str, tuple[str, ...]] = {
+SETTINGS: dict[str, tuple[str, ...]] = {
     "base": ("theta",),
     "linear": (),
     "dynamic": (),
@@ -24,9 +25,9 @@ _READ: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings", *_SETTINGS["yarn"], "truncate"),
-    "longrope": ("factor", "original_max_position_embeddings", *_SETTINGS["longrope"]),
-    "llama3": ("original_max_position_embeddings", *_SETTINGS["llama3"]),
+    "yarn": ("factor", "original_max_position_embeddings", *SETTINGS["yarn"], "truncate"),
+    "longrope": ("factor", "original_max_position_embeddings", *SETTINGS["longrope"]),
+    "llama3": ("original_max_position_embeddings", *SETTINGS["llama3"]),
 }
 """Of each `rope_type` of transformers, what it reads besides base and rotary share; it silently ignores the rest."""
 
@@ -65,8 +66,8 @@ def extend_context(
 
     Source: docs/context-extension.md has the formula of each method, its paper, and what the paper's authors chose.
     """
-    if method not in _SETTINGS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(_SETTINGS)}")
+    if method not in SETTINGS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(SETTINGS)}")
     layers = _layers(config)
     positions = context_length(config)
     if length <= positions:
@@ -99,39 +100,12 @@ def extend_context(
     return new
 
 
-def context_length(config: PreTrainedConfig) -> Any:
-    """Tokens that a model of this config reads, or None if that has no limit.
-
-    This is `max_position_embeddings`, and `factor` times that for "dynamic", where it means the original positions.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or not getattr(config, "rope_parameters", None):
-        return positions
-    parameters = config.rope_parameters.get("full_attention") or config.rope_parameters
-    return round(positions * parameters["factor"]) if parameters.get("rope_type") == "dynamic" else positions
-
-
 def describe_rope(config: PreTrainedConfig) -> str:
     """The rotary setting in one line, such as "yarn x4 from 8192 to 32768, theta 500000", for logs and model cards."""
     if not getattr(config, "rope_parameters", None):
         return f"no rotary embeddings, {context_length(config)} positions"
     lines = {name: _describe(config, parameters) for name, parameters in _layers(config).items()}
     return "; ".join(line if name is None else f"{name}: {line}" for name, line in lines.items())
-
-
-def refuse_stale_windows(config: PreTrainedConfig, size: int) -> None:
-    """Raise a ValueError if windows of `size` tokens would be read with the frequencies of a longer row before them.
-
-    With "dynamic", transformers goes back to the original frequencies only for inputs shorter than the original
-    positions; any other input keeps those of the longest one so far.
-    """
-    layers = _layers(config) if getattr(config, "rope_parameters", None) else {}
-    dynamic = any(parameters["rope_type"] == "dynamic" for parameters in layers.values())
-    if dynamic and size >= config.max_position_embeddings:
-        raise ValueError(
-            f"windows of {size} tokens would keep the dynamic rotary frequencies of longer rows read before: "
-            f"expected a size below {config.max_position_embeddings}"
-        )
 
 
 def prove_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -241,8 +215,8 @@ def _rotary_dim(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
 
 def _refuse_settings(method: str, settings: dict[str, Any], dim: int) -> None:
     for name, value in settings.items():
-        if name not in _SETTINGS[method]:
-            known = ", ".join(_SETTINGS[method]) or "none"
+        if name not in SETTINGS[method]:
+            known = ", ".join(SETTINGS[method]) or "none"
             raise ValueError(f"method {method!r} has no setting {name!r}: it has {known}")
         count, values = None, (value,)
         if name in ("short_factor", "long_factor"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tokenweight.causal import causal_parts, evaluating
 from tokenweight.loss import linear_nll
+from tokenweight.positions import refuse_stale_windows, turns_by_length
 from tokenweight.weighting import refuse_nonfinite
 from tokenweight.windows import Window, check_window_setting, windows
 
@@ -57,7 +58,7 @@ class Scorer:
             scorer halves it and goes on, with a warning.
 
     Raises:
-        ValueError: if the model is not supported.
+        ValueError: if the model is not supported, or would read windows with the rotary angles of longer rows.
 
     Source: Helm et al. 2025, `calculate_base_loss` of the reference code; its defects are left out (docs/papers.md).
     """
@@ -67,6 +68,7 @@ class Scorer:
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+        refuse_stale_windows(model.config, context.size)
         self.model, self.context, self.bos, self.max_tokens = model, context, bos, max_tokens
         self.parts = causal_parts(model)
 
@@ -86,7 +88,8 @@ class Scorer:
             position_ids: where they restart at 0, a document begins; larger jumps (PoSE) stay in the window. By default
                 each row is one document.
             long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a
-                document are not read again: their short and long context are the same, and so are the losses.
+                document are not read again: their short and long context are the same, and so are the losses. (With
+                rotary angles that depend on the length of the input they are not, and are read.)
             first_row: number of the first row, for error messages.
 
         Returns:
@@ -101,7 +104,8 @@ class Scorer:
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
         )
         scored = torch.zeros_like(tokens, dtype=torch.bool)
-        passes = self._passes(tokens, position_ids, skip_first=long_nll is not None)
+        skip_first = long_nll is not None and not turns_by_length(self.model.config)
+        passes = self._passes(tokens, position_ids, skip_first=skip_first)
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
         with evaluating(self.model):
             self._in_batches(

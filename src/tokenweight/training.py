@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_
 from tokenweight.objective import with_weighted_loss
 from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
+from tokenweight.rope import SETTINGS, extend_context
 from tokenweight.rows import load_rows, row_lengths, token_range
 from tokenweight.scored import has_scores, load_scores
 from tokenweight.scoring import Scorer, ShortContext
@@ -98,7 +100,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         rows, provenance = load_scores(settings.data, size=settings.size, stride=settings.stride)
     length = int(row_lengths(rows).max())
     context = _short_context(settings, length)
-    model = load_model(settings.model, dtype=settings.dtype)
+    model = load_model(settings.model, dtype=settings.dtype, extend=_extension(settings.extend))
     refuse_length(model.config, length, f"{settings.data}: rows")
     refuse_tokens(model.config, *token_range(rows), settings.data)
     tokenizer = find_tokenizer(settings.model)
@@ -111,13 +113,15 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     resolved = {**dataclasses.asdict(settings), "weighting": str(weighting)}
     if context is not None:
         resolved |= {"size": context.size, "stride": context.stride}
+    run = {"settings": resolved, "data": provenance, **environment()}
+    run["rope_parameters"] = getattr(model.config, "rope_parameters", None)
     trainer = Trainer(
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[_Records({"settings": resolved, "data": provenance, **environment()}), *callbacks],
+        callbacks=[_Records(run), *callbacks],
     )
     try:
         _refuse_double_division(trainer)
@@ -127,6 +131,24 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         with contextlib.suppress(OSError):  # the folder that the Trainer made, if nothing was written to it
             Path(settings.out).rmdir()
     return model
+
+
+def _extension(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `extend_context`, whose numbers may be strings of a command line, or of YAML, as 15.3e6 is."""
+    known = [name for name in inspect.signature(extend_context).parameters if name not in ("config", "settings")]
+    known += [name for names in SETTINGS.values() for name in names]
+    for key in given:
+        refuse_unknown(key, known, "extend")
+    if given and "length" not in given:
+        raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
+    return {key: _number(value) for key, value in given.items()}
+
+
+def _number(value: Any) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(value) if isinstance(value, str) else value
+    return value
 
 
 def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> TrainingArguments:
