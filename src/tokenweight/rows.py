@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.documents import Document
 from tokenweight.packing import Cutter, RowSummary
 from tokenweight.records import differences, read_json, write_json
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note, strip_note
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, remove_locks, strip_note
 
 logger = logging.getLogger(__name__)
 
@@ -80,24 +80,25 @@ def prepare_rows(
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
     with _unfinished(out, settings) as folder:
-        cutter, source = Cutter(length, prefix, suffix, pack=short == "pack"), _Read(documents)
-        checksums = _resume(folder, cutter, source)
-        tables = _tables(source, tokenizer, cutter, _SCHEMAS[short], max_rows)
-        for number in itertools.count(len(checksums)):
-            if (table := next(tables, None)) is None:
-                break
-            with new_shard(folder / _name(number), _SCHEMAS[short]) as (file, note):
-                while table is not None:
-                    file.write(table)
-                    table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
-                note.update(source=source.state(), cutter=cutter.state())
-            checksums.append(note["sha256"])
-        _refuse_no_rows(cutter.summary, length)
-        for number in range(len(checksums)):
-            strip_note(folder / _name(number))
-        write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
-        finish_dataset(folder, [_name(number) for number in range(len(checksums))], checksums)
-    return cutter.summary
+        if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
+            cutter, source = Cutter(length, prefix, suffix, pack=short == "pack"), _Read(documents)
+            num_shards = _resume(folder, cutter, source)
+            tables = _tables(source, tokenizer, cutter, _SCHEMAS[short], max_rows)
+            for number in itertools.count(num_shards):
+                if (table := next(tables, None)) is None:
+                    break
+                with new_shard(folder / _name(number), _SCHEMAS[short]) as (file, note):
+                    while table is not None:
+                        file.write(table)
+                        table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
+                    note.update(source=source.state(), cutter=cutter.state())
+            _refuse_no_rows(cutter.summary, length)
+            write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
+        for shard in folder.glob("rows-*.arrow"):
+            strip_note(shard)
+        summary = read_json(folder / "rows.json")
+    return RowSummary(**{name: summary[name] for name in vars(RowSummary())})
 
 
 @contextlib.contextmanager
@@ -111,12 +112,15 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     with locked(note) as alone:
         if not alone:
             raise ValueError(f"--out {out}: another process is making it")
+        for left in folder.glob(".rows-*"):  # of a process that was killed
+            left.unlink()
         try:
             if not note.is_file():
                 write_json(note, settings)
             elif found := differences(read_json(note), settings):
                 raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
+            remove_locks(folder)
             folder.rename(out)
         finally:
             if folder.is_dir() and not any(folder.glob("*.arrow")):
@@ -127,9 +131,8 @@ def _name(number: int) -> str:
     return f"rows-{number:05d}.arrow"
 
 
-def _resume(folder: Path, cutter: Cutter, source: "_Read") -> list[str]:
-    """The checksums of the shards that are there and whole; cutter and source go on after the last of them."""
-    checksums: list[str] = []
+def _resume(folder: Path, cutter: Cutter, source: "_Read") -> int:
+    """How many shards are there and whole; cutter and source go on after the last of them."""
     state: dict[str, Any] = {}
     for number in itertools.count():
         try:
@@ -139,15 +142,14 @@ def _resume(folder: Path, cutter: Cutter, source: "_Read") -> list[str]:
             note = None
         if note is None:
             break
-        checksums.append(note["sha256"])
         state = note
     for shard in folder.glob("rows-*.arrow"):
-        if shard.name >= _name(len(checksums)):
+        if shard.name >= _name(number):
             shard.unlink()
     if state:
         cutter.restore(state["cutter"])
         source.skip(state["source"], folder)
-    return checksums
+    return number
 
 
 class _Read:

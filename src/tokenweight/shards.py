@@ -95,18 +95,24 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
         return
     try:
-        for left in path.parent.glob(f".{path.name}.*.*"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.stem}.*"):  # of a process that was killed: this file, or its note
+            if left.suffix != ".lock":
+                left.unlink(missing_ok=True)
         yield True
     finally:
         lock.release()
 
 
-def finish_dataset(folder: Path, files: Sequence[str], checksums: Sequence[str]) -> None:
-    """Write the two small files that make Arrow files in `folder` a data set for `datasets.load_from_disk`."""
+def remove_locks(folder: Path) -> None:
+    """Remove the files of locks, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
         lock.unlink(missing_ok=True)
-    datasets.Dataset.from_file(str(folder / files[0])).info.write_to_directory(str(folder))
+
+
+def finish_dataset(folder: Path, files: Sequence[str]) -> None:
+    """Write the two small files that make shards in `folder` a data set for `datasets.load_from_disk`."""
+    checksums = [read_json(_note(folder / file))["sha256"] for file in files]
+    info, state_file = folder / "dataset_info.json", folder / "state.json"
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
         "_fingerprint": hashlib.sha256("".join(checksums).encode()).hexdigest()[:16],
@@ -116,7 +122,10 @@ def finish_dataset(folder: Path, files: Sequence[str], checksums: Sequence[str])
         "_output_all_columns": False,
         "_split": None,
     }
-    write_json(folder / "state.json", state)
+    features = datasets.Dataset.from_file(str(folder / files[0])).features
+    with locked(info, wait=True), locked(state_file, wait=True):  # the last processes may come here together
+        write_json(info, {"features": features.to_dict()})
+        write_json(state_file, state)
 
 
 def dataset_files(folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ from tokenweight.model import (
 from tokenweight.records import differences, environment, read_json, read_provenance, write_json
 from tokenweight.rows import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.scoring import ShortContext
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, remove_locks
 
 logger = logging.getLogger(__name__)
 
@@ -253,5 +253,6 @@ def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSumma
             sums = summary.differences.get(suffix, [0, 0, 0])
             summary.differences[suffix] = [a + b for a, b in zip(sums, values)]
     if not summary.missing_shards:
-        finish_dataset(out, [file.name for file in files], [note["sha256"] for note in notes if note])
+        finish_dataset(out, [file.name for file in files])
+        remove_locks(out)
     return summary
