@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.documents import Document
 from tokenweight.packing import Cutter, RowSummary
-from tokenweight.records import differences, read_json, write_json
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note, remove_locks, strip_note
+from tokenweight.records import differences, read_json
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock, verify, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def prepare_rows(
                         table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
                     note.update(source=source.state(), cutter=cutter.state())
             _refuse_no_rows(cutter.summary, length)
-            write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
             finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
         for shard in folder.glob("rows-*.arrow"):
             strip_note(shard)
@@ -104,8 +104,6 @@ def prepare_rows(
 @contextlib.contextmanager
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
-    if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
     folder = out.with_name(f"{out.name}.unfinished")
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "rows.json"
@@ -115,12 +113,14 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         for left in folder.glob(".rows-*"):  # of a process that was killed
             left.unlink()
         try:
-            if not note.is_file():
-                write_json(note, settings)
+            if out.exists():
+                raise ValueError(f"--out {out}: exists already; name a new folder")
+            if not any(folder.glob("*.arrow")):
+                write_note(note, settings)
             elif found := differences(read_json(note), settings):
                 raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
-            remove_locks(folder)
+            unlock(folder)
             folder.rename(out)
         finally:
             if folder.is_dir() and not any(folder.glob("*.arrow")):
@@ -250,10 +250,11 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
 
     Raises:
-        ValueError: if it is not a `datasets` folder, or has no column `input_ids`.
+        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is damaged.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
+    verify(Path(folder))
     try:
         rows = datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none

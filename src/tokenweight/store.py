@@ -22,10 +22,10 @@ from tokenweight.model import (
     refuse_tokens,
     weights_fingerprint,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import differences, environment, read_json, read_provenance
 from tokenweight.rows import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.scoring import ShortContext
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note, remove_locks
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +152,11 @@ def score_rows(
     ours = list(zip(files, shards))[share[0] :: share[1]]
     total = sum(int(lengths[shard].sum()) for _, shard in ours)
     for file, shard in ours:
-        if _is_whole(file):
-            progress(int(lengths[shard].sum()), total)
-            continue
         with locked(file) as alone:
-            if not alone or file.is_file():  # another process is at it, or was
+            if not alone:  # another process is at it
+                continue
+            if _is_whole(file):
+                progress(int(lengths[shard].sum()), total)
                 continue
             with new_shard(file, schema) as (written, note):
                 for batch in _batches(shard, lengths, scorer.max_tokens):
@@ -196,7 +196,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=True):
             if not path.is_file():
-                write_json(path, provenance)
+                write_note(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
     if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
         raise ValueError(f"--out {out}: holds scores made otherwise ({found}); name a new folder")
@@ -254,5 +254,5 @@ def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSumma
             summary.differences[suffix] = [a + b for a, b in zip(sums, values)]
     if not summary.missing_shards:
         finish_dataset(out, [file.name for file in files])
-        remove_locks(out)
+        unlock(out)
     return summary
