@@ -61,24 +61,22 @@ def main(
     if quick:
         length, size, stride, rounds = length // 64, size // 64, stride // 64, 1
     if (length - size) % stride:
-        raise SystemExit(f"stride={stride} does not divide length - size = {length - size}: expected full windows")
+        raise SystemExit(f"stride={stride}: expected a divisor of length - size = {length - size}")
     report = Report("scoring", csv if quick or csv else RESULTS)
     name, model, tokens = model_and_row(length, quick=quick)
     scorer = Scorer(model, ShortContext(size, stride))
     batch = window_batch(tokens, scorer.context)
-    rows = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
-    row_scorer = RowScorer(model, [scorer.context])
-    folder = tempfile.TemporaryDirectory()
-    numbers = count()
+    rows, row_scorer = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}), RowScorer(model, [scorer.context])
+    folder, numbers = tempfile.mkdtemp(), count()
     runs: dict[str, Callable[[], Any]] = {
         SCORER: lambda: scorer(tokens),
-        STORED: lambda: score_rows(rows, row_scorer, Path(folder.name) / str(next(numbers)), provenance={}),
+        STORED: lambda: score_rows(rows, row_scorer, Path(folder) / str(next(numbers)), provenance={}),
         WINDOWS: lambda: model(input_ids=batch, use_cache=False).logits,
         ROW: lambda: model(input_ids=tokens, use_cache=False).logits,
     }
-    with folder, torch.no_grad():
+    with torch.no_grad():
         seconds = alternately(runs, rounds)
-    num_read = {SCORER: batch.numel(), STORED: batch.numel(), WINDOWS: batch.numel(), ROW: tokens.numel()}
+    num_read = {**dict.fromkeys(runs, batch.numel()), ROW: tokens.numel()}
     speeds = {run: [num_read[run] / value for value in values] for run, values in seconds.items()}
     x = f"{name}, row {length}, {len(batch)} windows {size}/{stride}, float32"
     for run, values in seconds.items():
@@ -86,9 +84,8 @@ def main(
         report.add(**setting, metric="time", unit="s", values=values)
         report.add(**setting, metric="tokens read per second", unit="tokens/s", values=speeds[run])
         for other in (WINDOWS, ROW) if run in (SCORER, STORED) else ():
-            report.add_ratio(
-                **setting, metric=f"tokens read per second / {other}", over=speeds[run], under=speeds[other]
-            )
+            metric = f"tokens read per second / {other}"
+            report.add_ratio(**setting, metric=metric, over=speeds[run], under=speeds[other])
     report.finish()
 
 

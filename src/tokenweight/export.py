@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from tokenweight.causal import prediction_mask
 from tokenweight.records import environment, write_json
 from tokenweight.scored import load_scores
-from tokenweight.shards import ArrowFile, checksum, finish_dataset
+from tokenweight.shards import finish_dataset, new_shard, unlock
 from tokenweight.weighting import Weighting, refuse_nonfinite
 
 _ROWS_PER_BATCH = 16
@@ -73,7 +73,7 @@ def export_weights(
 ) -> ExportSummary:
     """Weigh the rows of a scored folder and write them to the new folder `out`, made whole or not at all.
 
-    `out` opens with `datasets.load_from_disk`, or as the Arrow file `rows.arrow` in it. `weights.json` beside it says
+    `out` opens with `datasets.load_from_disk`, or as the Arrow file `data.arrow` in it. `weights.json` beside it says
     which scores and which weighting made the weights.
 
     Args:
@@ -218,8 +218,9 @@ def _write(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
     if not batch:
         raise ValueError("no token is predicted in any row: expected labels other than -100")
     schema = pa.schema([(name, _TYPES[name]) for name in batch[0]])
-    with ArrowFile(folder / "rows.arrow", schema) as file:
+    with new_shard(folder / "data.arrow", schema) as (file, _):
         while batch:
             file.write(pa.Table.from_pylist(batch, schema=schema))
             batch = list(itertools.islice(rows, _ROWS_PER_BATCH))
-    finish_dataset(folder, ["rows.arrow"], [checksum(folder / "rows.arrow")])
+    finish_dataset(folder, ["data.arrow"])
+    unlock(folder)

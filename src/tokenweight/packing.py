@@ -89,6 +89,18 @@ class Cutter:
         while self._num_held() >= self.length:
             yield self._packed()
 
+    def refuse_no_rows(self) -> None:
+        """Raise a ValueError if all documents together gave no row."""
+        count = self.summary
+        if count.documents == count.empty_documents:
+            raise ValueError(f"the text is empty ({count.documents} documents without a token)")
+        if count.rows == 0:
+            held = f", all together {self._num_held()}" if self.pack else ""
+            raise ValueError(
+                f"--length {self.length}: none of the {count.documents} documents is that long; the longest has "
+                f"{count.longest_document} tokens{held}"
+            )
+
     def state(self) -> dict[str, Any]:
         """What must be kept to go on in another process, as JSON."""
         held = [[piece.document, piece.offset, piece.tokens.tolist()] for piece in self.held]

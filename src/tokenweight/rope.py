@@ -1,4 +1,15 @@
-"""Longer contexts for rotary models: what to write into the config before loading, and the proof that it took."""
+"""Longer contexts for rotary models: what to write into the config before loading, and the proof that it took.
+
+The methods of `extend_context` and their settings, for s times the length:
+
+    base      theta (default: theta * s^(d / (d - 2)), d rotary dimensions of a head)
+    linear    -
+    dynamic   -  (max_position_embeddings stays: transformers takes it for the length before the extension)
+    yarn      beta_fast=32, beta_slow=1, attention_factor=0.1 ln(s) + 1
+    longrope  short_factor and long_factor (d / 2 numbers each, to be given),
+              attention_factor=sqrt(1 + ln(s) / ln(original))
+    llama3    low_freq_factor=1, high_freq_factor=4, factor=s
+"""
 
 import copy
 import math
@@ -42,14 +53,6 @@ def extend_context(
 ) -> PreTrainedConfig:
     """A config with which `load_model(name, config=...)` gives a rotary model that reads `length` tokens.
 
-        base      theta (default: theta * s^(d / (d - 2)), d rotary dimensions of a head)
-        linear    -
-        dynamic   -  (max_position_embeddings stays: transformers takes it for the length before the extension)
-        yarn      beta_fast=32, beta_slow=1, attention_factor=0.1 ln(s) + 1
-        longrope  short_factor and long_factor (d / 2 numbers each, to be given),
-                  attention_factor=sqrt(1 + ln(s) / ln(original))
-        llama3    low_freq_factor=1, high_freq_factor=4, factor=s
-
     s is `length / original`; for "base" it is `length` over the positions that the model has now. "base" keeps a
     scaling that the model has (a Llama 3.1 stays smoothed); every other method replaces it, never stacks on it. Layers
     with sliding attention that have rotary settings of their own keep them.
@@ -64,7 +67,7 @@ def extend_context(
     Raises:
         ValueError: if the model has no rotary embeddings, or a setting is unknown, missing or senseless.
 
-    Source: docs/context-extension.md has the formula of each method, its paper, and what the paper's authors chose.
+    Source: docs/context-extension.md has each method's formula, its paper, and what its authors chose.
     """
     if method not in SETTINGS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(SETTINGS)}")
@@ -73,20 +76,17 @@ def extend_context(
     if length <= positions:
         raise ValueError(f"length {length}: the model reads {positions} tokens already: expected more")
     parameters = layers.get("full_attention") or layers[None]
-    dim, now = _rotary_dim(config, parameters), parameters["rope_theta"]
+    dim, new = _rotary_dim(config, parameters), copy.deepcopy(config)
     _refuse_settings(method, settings, dim)
-    new = copy.deepcopy(config)
     new.max_position_embeddings = length
     if method == "base":
         if parameters["rope_type"] in ("dynamic", "longrope"):
             raise ValueError(f"method 'base' cannot extend {_describe(config, parameters)}: expected another method")
-        changed = {**parameters, "rope_theta": _raised_base(now, length / positions, dim, **settings)}
+        theta = _raised_base(parameters["rope_theta"], length / positions, dim, **settings)
+        changed = {**parameters, "rope_theta": theta}
     else:
         original = _original(config, parameters) if original is None else original
-        if not 1 < original < length:
-            raise ValueError(f"original={original}: expected positions above 1 and below length, {length}")
-        kept: dict[str, Any] = {n: parameters[n] for n in ("rope_theta", "partial_rotary_factor") if n in parameters}
-        changed = {"rope_type": method, **kept, **_scaling(method, length / original, original, settings)}
+        changed = _scaled(parameters, method, length, original, settings)
         if method == "dynamic":
             new.max_position_embeddings = original
         if hasattr(new, "original_max_position_embeddings"):  # phi3
@@ -246,15 +246,28 @@ def _original(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
     return parameters.get("original_max_position_embeddings", config.max_position_embeddings)
 
 
-def _scaling(method: str, factor: float, original: int, settings: dict[str, Any]) -> dict[str, Any]:
+def _scaled(
+    parameters: dict[str, Any], method: str, length: int, original: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """What a method other than "base" writes, with every default written out."""
+    if not 1 < original < length:
+        raise ValueError(f"original={original}: expected positions above 1 and below length, {length}")
+    factor = length / original
+    kept = {name: value for name, value in parameters.items() if name in ("rope_theta", "partial_rotary_factor")}
     record = {} if method in ("linear", "dynamic") else {"original_max_position_embeddings": original}
     defaults: dict[str, dict[str, Any]] = {
         "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(factor) + 1},
         "longrope": {"attention_factor": math.sqrt(1 + math.log(factor) / math.log(original))},
         "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
     }
-    chosen = {"factor": factor, **record, **defaults.get(method, {}), **settings}
+    chosen: dict[str, Any] = {
+        "rope_type": method,
+        **kept,
+        "factor": factor,
+        **record,
+        **defaults.get(method, {}),
+        **settings,
+    }
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         if low in chosen and not chosen[low] < chosen[high]:
             raise ValueError(f"{method}: {low}={chosen[low]:g} is not below {high}={chosen[high]:g}")

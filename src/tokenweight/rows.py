@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.documents import Document
 from tokenweight.packing import Cutter, RowSummary
-from tokenweight.records import differences, read_json, write_json
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note, strip_note
+from tokenweight.records import differences, read_json
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock, verify, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -80,56 +80,67 @@ def prepare_rows(
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
     with _unfinished(out, settings) as folder:
-        cutter, source = Cutter(length, prefix, suffix, pack=short == "pack"), _Read(documents)
-        checksums = _resume(folder, cutter, source)
-        tables = _tables(source, tokenizer, cutter, _SCHEMAS[short], max_rows)
-        for number in itertools.count(len(checksums)):
-            if (table := next(tables, None)) is None:
-                break
-            with new_shard(folder / _name(number), _SCHEMAS[short]) as (file, note):
-                while table is not None:
-                    file.write(table)
-                    table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
-                note.update(source=source.state(), cutter=cutter.state())
-            checksums.append(note["sha256"])
-        _refuse_no_rows(cutter.summary, length)
-        for number in range(len(checksums)):
-            strip_note(folder / _name(number))
-        write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
-        finish_dataset(folder, [_name(number) for number in range(len(checksums))], checksums)
-    return cutter.summary
+        if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
+            cutter = Cutter(length, prefix, suffix, pack=short == "pack")
+            _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
+            cutter.refuse_no_rows()
+            write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
+        for shard in folder.glob("rows-*.arrow"):
+            strip_note(shard)
+        summary = read_json(folder / "rows.json")
+    return RowSummary(**{name: summary[name] for name in vars(RowSummary())})
 
 
 @contextlib.contextmanager
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
-    if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
     folder = out.with_name(f"{out.name}.unfinished")
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "rows.json"
     with locked(note) as alone:
         if not alone:
             raise ValueError(f"--out {out}: another process is making it")
+        for left in folder.glob(".rows-*"):  # of a process that was killed
+            left.unlink()
         try:
-            if not note.is_file():
-                write_json(note, settings)
+            if out.exists():
+                raise ValueError(f"--out {out}: exists already; name a new folder")
+            if not any(folder.glob("*.arrow")):
+                write_note(note, settings)
             elif found := differences(read_json(note), settings):
                 raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
+            unlock(folder)
             folder.rename(out)
         finally:
             if folder.is_dir() and not any(folder.glob("*.arrow")):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _write_shards(
+    folder: Path, source: "_Read", tokenizer: PreTrainedTokenizerBase, cutter: Cutter, max_rows: int | None
+) -> None:
+    """Write the shards that are not there yet."""
+    schema = _SCHEMAS["pack" if cutter.pack else "drop"]
+    num_shards = _resume(folder, cutter, source)
+    tables = _tables(source, tokenizer, cutter, schema, max_rows)
+    for number in itertools.count(num_shards):
+        if (table := next(tables, None)) is None:
+            return
+        with new_shard(folder / _name(number), schema) as (file, note):
+            while table is not None:
+                file.write(table)
+                table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
+            note.update(source=source.state(), cutter=cutter.state())
+
+
 def _name(number: int) -> str:
     return f"rows-{number:05d}.arrow"
 
 
-def _resume(folder: Path, cutter: Cutter, source: "_Read") -> list[str]:
-    """The checksums of the shards that are there and whole; cutter and source go on after the last of them."""
-    checksums: list[str] = []
+def _resume(folder: Path, cutter: Cutter, source: "_Read") -> int:
+    """How many shards are there and whole; cutter and source go on after the last of them."""
     state: dict[str, Any] = {}
     for number in itertools.count():
         try:
@@ -139,15 +150,14 @@ def _resume(folder: Path, cutter: Cutter, source: "_Read") -> list[str]:
             note = None
         if note is None:
             break
-        checksums.append(note["sha256"])
         state = note
     for shard in folder.glob("rows-*.arrow"):
-        if shard.name >= _name(len(checksums)):
+        if shard.name >= _name(number):
             shard.unlink()
     if state:
         cutter.restore(state["cutter"])
         source.skip(state["source"], folder)
-    return checksums
+    return number
 
 
 class _Read:
@@ -224,16 +234,6 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _refuse_no_rows(summary: RowSummary, length: int) -> None:
-    if summary.documents == summary.empty_documents:
-        raise ValueError(f"the text is empty ({summary.documents} documents without a token)")
-    if summary.rows == 0:
-        raise ValueError(
-            f"--length {length}: none of the {summary.documents} documents is that long; the longest has "
-            f"{summary.longest_document} tokens"
-        )
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer, by its own rule, puts before and after a text: ([BOS] or [], [EOS] or [])."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -248,10 +248,11 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
 
     Raises:
-        ValueError: if it is not a `datasets` folder, or has no column `input_ids`.
+        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is damaged.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
+    verify(Path(folder))
     try:
         rows = datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none

@@ -16,7 +16,7 @@ from tokenweight.causal import prediction_mask
 from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, token_nll
 from tokenweight.records import read_json
 from tokenweight.rows import load_rows
-from tokenweight.shards import dataset_files, read_note
+from tokenweight.shards import dataset_files
 
 logger = logging.getLogger(__name__)
 _NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
@@ -39,9 +39,11 @@ def load_scores(
     rows = load_rows(folder)
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance:
-        for file in _scored_files(folder):
-            _refuse_changed(file)
-    return _chosen(rows, provenance, folder, size, stride), provenance
+        _refuse_resaved(Path(folder))
+    rows = _chosen(rows, provenance, folder, size, stride)
+    if not provenance:
+        logger.warning("%s does not say who scored it: its scores are used as they are", folder)
+    return rows, provenance
 
 
 def has_scores(rows: datasets.Dataset) -> bool:
@@ -69,20 +71,10 @@ def _chosen(
     return rows
 
 
-def _scored_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The Arrow files of a scored folder, all of them shards that `score_rows` wrote."""
-    files = [Path(folder) / name for name in dataset_files(Path(folder))]
-    for file in files:
-        if not file.name.startswith("scores-"):
-            raise ValueError(f"{folder} was changed after it was scored: its rows are in {file.name}; score them again")
-    return files
-
-
-def _refuse_changed(file: Path) -> None:
-    try:
-        read_note(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; `tokenweight score` with the same options makes it again") from None
+def _refuse_resaved(folder: Path) -> None:
+    for name in dataset_files(folder):
+        if not name.startswith("scores-"):
+            raise ValueError(f"{folder} was changed after it was scored: its rows are in {name}; score them again")
 
 
 class ScoredRow(NamedTuple):

@@ -16,6 +16,16 @@ import pyarrow as pa
 from tokenweight.records import read_json, write_json
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in one line which folder could not be written to, and why: a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error if error.errno is None else os.strerror(error.errno)
+        raise OSError(f"cannot write to {folder}: {reason}") from error
+
+
 class ArrowFile:
     """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
 
@@ -24,22 +34,25 @@ class ArrowFile:
         self.num_rows = self.num_tokens = 0
 
     def __enter__(self) -> "ArrowFile":
-        self.sink = pa.OSFile(str(self.path), "wb")
-        self.stream = pa.ipc.new_stream(self.sink, self.schema)
+        with _writing(self.path.parent):
+            self.sink = pa.OSFile(str(self.path), "wb")
+            self.stream = pa.ipc.new_stream(self.sink, self.schema)
         return self
 
     def write(self, table: pa.Table) -> None:
         """Append rows that have the columns of the schema."""
-        self.stream.write_table(table.cast(self.schema))
+        with _writing(self.path.parent):
+            self.stream.write_table(table.cast(self.schema))
         self.num_rows += len(table)
         if "input_ids" in table.column_names:
             self.num_tokens += len(table.column("input_ids").combine_chunks().flatten())
 
     def __exit__(self, *error: object) -> None:
-        try:
-            self.stream.close()
-        finally:
-            self.sink.close()
+        with _writing(self.path.parent):
+            try:
+                self.stream.close()
+            finally:
+                self.sink.close()
 
 
 @contextlib.contextmanager
@@ -55,11 +68,17 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
     try:
         with ArrowFile(unfinished, schema) as file:
             yield file, note
-        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
-        write_json(_note(path), note)
+        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=_sha256(unfinished))
+        write_note(_note(path), note)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_note(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file of a folder of rows or scores."""
+    with _writing(path.parent):
+        write_json(path, value)
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -71,22 +90,16 @@ def read_note(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     note = read_json(_note(path))
-    found = checksum(path)
+    found = _sha256(path)
     if note.get("sha256") != found:
         raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}…, {str(note.get('sha256'))[:16]}… was written")
     return note
 
 
-def checksum(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def strip_note(path: Path) -> None:
     """Leave in the note of a shard what is said of every shard."""
     note = read_json(_note(path))
-    write_json(_note(path), {key: note[key] for key in ("rows", "tokens", "sha256")})
+    write_note(_note(path), {key: note[key] for key in ("rows", "tokens", "sha256")})
 
 
 @contextlib.contextmanager
@@ -102,18 +115,24 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
         return
     try:
-        for left in path.parent.glob(f".{path.name}.*.*"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.stem}.*"):  # of a process that was killed: this file, or its note
+            if left.suffix != ".lock":
+                left.unlink(missing_ok=True)
         yield True
     finally:
         lock.release()
 
 
-def finish_dataset(folder: Path, files: Sequence[str], checksums: Sequence[str]) -> None:
-    """Write the two small files that make Arrow files in `folder` a data set for `datasets.load_from_disk`."""
+def unlock(folder: Path) -> None:
+    """Remove the files of locks, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
         lock.unlink(missing_ok=True)
-    datasets.Dataset.from_file(str(folder / files[0])).info.write_to_directory(str(folder))
+
+
+def finish_dataset(folder: Path, files: Sequence[str]) -> None:
+    """Write the two small files that make shards in `folder` a data set for `datasets.load_from_disk`."""
+    checksums = [read_json(_note(folder / file))["sha256"] for file in files]
+    info, state_file = folder / "dataset_info.json", folder / "state.json"
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
         "_fingerprint": hashlib.sha256("".join(checksums).encode()).hexdigest()[:16],
@@ -123,7 +142,28 @@ def finish_dataset(folder: Path, files: Sequence[str], checksums: Sequence[str])
         "_output_all_columns": False,
         "_split": None,
     }
-    write_json(folder / "state.json", state)
+    features = datasets.Dataset.from_file(str(folder / files[0])).features
+    with locked(info, wait=True), locked(state_file, wait=True):  # the last processes may come here together
+        write_note(info, {"features": features.to_dict()})
+        write_note(state_file, state)
+
+
+def verify(folder: Path) -> None:
+    """Raise a ValueError that names a shard of a finished folder that is not what was written, and what mends it."""
+    remedies = {
+        "rows": f"remove {folder} and prepare the rows again",
+        "scores": "`tokenweight score` with the same options makes it again",
+    }
+    for kind, remedy in remedies.items():
+        if not ((folder / f"{kind}.json").is_file() and (folder / "state.json").is_file()):
+            continue
+        for path in (folder / name for name in dataset_files(folder) if name.startswith(f"{kind}-")):
+            try:
+                note = read_note(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; {remedy}") from None
+            if note is None:
+                raise ValueError(f"{path} is missing; {remedy}")
 
 
 def dataset_files(folder: Path) -> list[str]:
@@ -133,3 +173,8 @@ def dataset_files(folder: Path) -> list[str]:
 
 def _note(path: Path) -> Path:
     return path.with_suffix(".json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,10 +22,10 @@ from tokenweight.model import (
     refuse_tokens,
     weights_fingerprint,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import differences, environment, read_json, read_provenance
 from tokenweight.rows import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.scoring import ShortContext
-from tokenweight.shards import finish_dataset, locked, new_shard, read_note
+from tokenweight.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,9 @@ def score_rows(
 ) -> ScoreSummary:
     """Write `rows` with the columns of `scorer` to the folder `out`.
 
-    Shards are written under a temporary name and renamed. Called again with the same provenance, it scores only the
-    shards that are missing, and, with a warning, those that are damaged; a shard that another process is at is left to
-    it. The folder becomes a data set, which `datasets.load_from_disk` opens, when the last shard is there.
+    Called again with the same provenance, it scores only the shards that are missing, and, with a warning, those that
+    are damaged; a shard that another process is at is left to it. The folder becomes a data set, which
+    `datasets.load_from_disk` opens, when the last shard is there.
 
     Args:
         rows: with `input_ids` and, where documents are packed, `position_ids`; all other columns are kept.
@@ -140,31 +140,27 @@ def score_rows(
         ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
     """
     out = Path(out)
-    for name in scorer.features:
-        if name in rows.column_names:
-            raise ValueError(f"the rows have a column {name} already: score the rows they were made from")
-    schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
+    if there := [name for name in scorer.features if name in rows.column_names]:
+        raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
     _claim(out, {**provenance, "long": scorer.with_long})
     lengths = row_lengths(rows)
     shards = _shards(lengths)
     files = [out / f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
     summary, begun = ScoreSummary(shards=len(shards)), time.perf_counter()
+    schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
     ours = list(zip(files, shards))[share[0] :: share[1]]
     total = sum(int(lengths[shard].sum()) for _, shard in ours)
     for file, shard in ours:
-        if _is_whole(file):
-            progress(int(lengths[shard].sum()), total)
-            continue
         with locked(file) as alone:
-            if not alone or file.is_file():  # another process is at it, or was
+            if not alone or _is_whole(file):  # another process is at it, or was
+                progress(int(lengths[shard].sum()), total)
                 continue
             with new_shard(file, schema) as (written, note):
+                note["differences"] = {}
                 for batch in _batches(shard, lengths, scorer.max_tokens):
                     table, totals = _scored(rows, batch, scorer)
                     written.write(table)
-                    for suffix, values in totals.items():
-                        sums = note.setdefault("differences", {})
-                        sums[suffix] = [a + b for a, b in zip(sums.get(suffix, [0, 0, 0]), values)]
+                    _add(note["differences"], totals)
                     progress(int(lengths[batch].sum()), total)
             summary.new_tokens += note["tokens"]
     summary.seconds = time.perf_counter() - begun
@@ -196,7 +192,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=True):
             if not path.is_file():
-                write_json(path, provenance)
+                write_note(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
     if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
         raise ValueError(f"--out {out}: holds scores made otherwise ({found}); name a new folder")
@@ -240,6 +236,11 @@ def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tup
     return table, totals
 
 
+def _add(sums: dict[str, list[float]], more: dict[str, list[float]]) -> None:
+    for suffix, values in more.items():
+        sums[suffix] = [a + b for a, b in zip(sums.get(suffix, [0, 0, 0]), values)]
+
+
 def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSummary:
     """Sum up the shards that are there; if they all are, the folder becomes a data set."""
     notes = [read_json(file.with_suffix(".json")) if file.is_file() else None for file in files]
@@ -249,9 +250,8 @@ def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSumma
             continue
         summary.rows += note["rows"]
         summary.tokens += note["tokens"]
-        for suffix, values in note.get("differences", {}).items():
-            sums = summary.differences.get(suffix, [0, 0, 0])
-            summary.differences[suffix] = [a + b for a, b in zip(sums, values)]
+        _add(summary.differences, note["differences"])
     if not summary.missing_shards:
-        finish_dataset(out, [file.name for file in files], [note["sha256"] for note in notes if note])
+        finish_dataset(out, [file.name for file in files])
+        unlock(out)
     return summary
