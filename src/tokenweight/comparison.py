@@ -145,7 +145,7 @@ def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[s
     if len(table) > 1:
         lines.append(f"Below a value: its change from {_model(table[0])}, and the 95 % interval, drawing {unit}s anew")
         lines[-1] += " (probes: facts)."
-        lines.append("* no change lies outside the interval. Changes of % are in points, those of LongPPL ratios (x).")
+        lines.append("* the interval does not hold 0 (of a ratio, 1). Changes of % are points, of LongPPL ratios (x).")
     if any(entry.change is not None and entry.low is None for entry in entries):
         lines.append(f"- for an interval: too few {unit}s hold such a token to make one.")
     if any(entry.value is None for entry in entries):

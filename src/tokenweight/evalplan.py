@@ -106,6 +106,7 @@ def make_plan(settings: EvalSettings, length: int) -> Plan:
     _require("--short", short, 2 <= short <= length, f"2 to {length} tokens, the length of a row")
     _require("--num_probes", settings.num_probes, settings.num_probes >= 1, "at least 1")
     _require("--max_tokens", settings.max_tokens, settings.max_tokens >= 1, "at least 1")
+    text = read_haystack(settings)
     long_context, whose = _long_context(settings, length)
     families = _families(settings.probes)
     lengths = [length // 4, length // 2, length]
@@ -126,11 +127,28 @@ def make_plan(settings: EvalSettings, length: int) -> Plan:
         depths=depths if families else [],
         num_probes=settings.num_probes if families else 0,
         probe_by=settings.probe_by,
-        haystack_sha256=None if settings.haystack is None else _sha256(settings.haystack),
+        haystack_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
         num_rows=settings.num_rows,
         seed=settings.seed,
         dtype=settings.dtype,
     )
+
+
+def read_haystack(settings: EvalSettings) -> str | None:
+    """The text that probes hide their facts in; None for noise.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no text.
+    """
+    if settings.haystack is None:
+        return None
+    try:
+        text = settings.haystack.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--haystack {settings.haystack}: cannot be read as UTF-8 text ({error})") from None
+    if not text.split():
+        raise ValueError(f"--haystack {settings.haystack}: holds no text")
+    return text
 
 
 def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
@@ -175,7 +193,3 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 def _require(option: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{option} {value}: expected {expected}")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

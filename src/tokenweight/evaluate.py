@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tokenweight.comparison import Entry, Measure, compare, csv_text, markdown
-from tokenweight.evalplan import EvalSettings, Plan, make_plan
+from tokenweight.evalplan import EvalSettings, Plan, make_plan, read_haystack
 from tokenweight.measures import Rows, find_key_tokens, measure_model, open_weights
 from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, refuse_tokens, tokenizer_fingerprint
 from tokenweight.probes import WITHOUT_DEPTH, make_probes
@@ -160,8 +160,7 @@ def _open_rows(settings: EvalSettings) -> Rows:
     lengths = row_lengths(data)
     if not lengths.all():
         raise ValueError(f"{settings.data}: row {int(np.argmin(lengths))} is empty")
-    haystack = None if settings.haystack is None else settings.haystack.read_text(encoding="utf-8")
-    return Rows(data, lengths, None, haystack, settings.max_tokens)
+    return Rows(data, lengths, None, read_haystack(settings), settings.max_tokens)
 
 
 def _earlier(settings: EvalSettings) -> dict[str, Any] | None:
