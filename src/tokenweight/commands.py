@@ -242,13 +242,13 @@ class Eval(EvalSettings):
         """Write the folder and print the table."""
         from rich.console import Console
 
-        from tokenweight.comparison import notes, terminal_table
+        from tokenweight.comparison import notes, terminal_tables
         from tokenweight.evaluate import evaluate, read_table
 
         with _progress("tokens") as advance:
             record = evaluate(self, progress=advance)
         table = read_table(record)
-        Console().print(terminal_table(table), *notes(table, unit=record["unit"]), sep="\n")
+        Console().print(*terminal_tables(table), *notes(table, unit=record["unit"]), sep="\n")
         print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
 
 

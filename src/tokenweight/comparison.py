@@ -13,6 +13,9 @@ from rich.text import Text
 
 from tokenweight.intervals import Sums, paired_difference
 
+_WIDTH = 8
+"""Measures of a table in the terminal."""
+
 
 class Measure(NamedTuple):
     """What one model gets in one respect, with a sum for each document, so that models can be compared in pairs."""
@@ -105,21 +108,29 @@ def _head(model: str, measure: Measure) -> tuple[str, str, str, str, str | None,
     return model, measure.name, measure.group, measure.unit, measure.better, measure.value
 
 
-def terminal_table(table: Sequence[Sequence[Entry]]) -> Table:
-    """The measures of the summary, a model a row: value, change, and below it the interval of the change."""
-    columns = _columns([[entry for entry in row if entry.summary] for row in table])
-    titles = {name: _title(entry).split() for name, entry in columns.items()}
-    height = max(map(len, titles.values()), default=0)
+def terminal_tables(table: Sequence[Sequence[Entry]]) -> list[Table]:
+    """The measures of the summary, a model a row: value, change, and below it the interval of the change.
+
+    With many measures these are several tables, each as wide as a terminal of 100 columns.
+    """
+    columns = list(_columns([[entry for entry in row if entry.summary] for row in table]).values())
+    return [_terminal_table(table, columns[i : i + _WIDTH]) for i in range(0, len(columns), _WIDTH)]
+
+
+def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> Table:
+    titles = [_title(entry).split() for entry in columns]
+    height = max(map(len, titles))
     shown = Table("model", box=SIMPLE_HEAD, show_lines=True, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    shown.columns[0].overflow = "fold"
     group = ""
-    for name, entry in columns.items():
+    for entry, words in zip(columns, titles):
         # A word a line, and the group above its first column, as high as the tallest title.
-        lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(titles[name]))]
-        shown.add_column("\n".join([*lines, *titles[name][:-2], " ".join(titles[name][-2:])]), justify="right")
+        lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
+        shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right", no_wrap=True)
         group = entry.group
     for row in table:
         found = {entry.measure: entry for entry in row}
-        shown.add_row(_model(row), *(_terminal_cell(found.get(name)) for name in columns))
+        shown.add_row(row[0].model, *(_terminal_cell(found.get(entry.measure)) for entry in columns))
     return shown
 
 
@@ -143,8 +154,8 @@ def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[s
     entries = [entry for row in table for entry in row]
     lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a column."]
     if len(table) > 1:
-        lines.append(f"Below a value: its change from {_model(table[0])}, and the 95 % interval, drawing {unit}s anew")
-        lines[-1] += " (probes: facts)."
+        drawn = f"drawing {unit}s (of probes: facts) anew"
+        lines.append(f"Changes are from the first model, with 95 % intervals, {drawn}.")
         lines.append("* the interval does not hold 0 (of a ratio, 1). Changes of % are points, of LongPPL ratios (x).")
     if any(entry.change is not None and entry.low is None for entry in entries):
         lines.append(f"- for an interval: too few {unit}s hold such a token to make one.")
@@ -159,8 +170,8 @@ def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str
     lines = [["model", *(f"{entry.group}: {_title(entry)}" for entry in columns.values())]]
     for row in table:
         found = {entry.measure: entry for entry in row}
-        lines.append([_model(row), *(_markdown_cell(found.get(name)) for name in columns)])
-    whole = [["group", "measure", "unit", "documents", *map(_model, table)]]
+        lines.append([row[0].model, *(_markdown_cell(found.get(name)) for name in columns)])
+    whole = [["group", "measure", "unit", "documents", *(row[0].model for row in table)]]
     for name, entry in _columns(table).items():
         cells = [next((entry for entry in row if entry.measure == name), None) for row in table]
         head = [entry.group, _title(entry), entry.unit, str(entry.num_documents)]
@@ -199,10 +210,6 @@ def _columns(table: Sequence[Sequence[Entry]]) -> dict[str, Entry]:
     entries = {entry.measure: entry for row in table for entry in row}
     groups = list(dict.fromkeys(["long", "short", "cost", *(entry.group for entry in entries.values())]))
     return dict(sorted(entries.items(), key=lambda item: groups.index(item[1].group)))
-
-
-def _model(row: Sequence[Entry]) -> str:
-    return row[0].model
 
 
 def _title(entry: Entry) -> str:
