@@ -212,3 +212,17 @@ def test_probes_are_summed_by_the_fact_they_ask_for(by, with_tokenizer, tmp_path
             if by == "likelihood":
                 assert found[f"{name}_margin"]["total"] == [sum(r.margins[i] for r in records) for i in range(3)]
     assert sum(name.startswith("probe_") for name in found) == (12 if by == "likelihood" else 3)
+
+
+def batches_of(lengths, max_tokens, **columns):
+    data = datasets.Dataset.from_dict({"input_ids": [[3] * length for length in lengths], **columns})
+    rows = measures.Rows(data, np.array(lengths), None, None, max_tokens)
+    return [(batch.start, batch.stop, place.start, place.stop) for batch, place in rows.batches()]
+
+
+def test_a_batch_has_rows_of_one_length_and_a_row_at_least_and_one_row_if_documents_are_packed():
+    lengths = [4, 4, 4, 2, 9, 4]
+    expected = [(0, 2, 0, 8), (2, 3, 8, 12), (3, 4, 12, 14), (4, 5, 14, 23), (5, 6, 23, 27)]
+    assert batches_of(lengths, 8) == expected
+    packed = batches_of(lengths, 8, position_ids=[[*range(length)] for length in lengths])
+    assert [(start, stop) for start, stop, *_ in packed] == [(i, i + 1) for i in range(6)]
