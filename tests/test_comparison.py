@@ -107,7 +107,7 @@ def test_a_measure_that_only_some_models_have_is_compared_where_it_can_be():
 
 def printed(table, width=100):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(*terminal_tables(table), sep="\n")
+    console.print(*terminal_tables(table, width=width), sep="\n")
     return console.export_text()
 
 
@@ -159,13 +159,19 @@ def test_more_measures_than_fit_take_another_table():
     ]
 
 
-def test_long_names_of_models_take_lines_not_digits():
-    names = ["a" * 60, "organization/a-model-with-a-long-name-4x8B-base", "runs/dense"]
-    text = printed(realistic(names))
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_narrow_terminals_and_long_names_of_models_take_lines_not_digits(width):
+    table = realistic(["a" * 60, "organization/a-model-with-a-long-name-4x8B-base", "runs/dense"])
+    text = printed(table, width)
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= width
     assert text.count("a") > 60
-    assert len([word for row in realistic(names) for word in [f"{row[0].value:.4f}"] if word in text]) == 3
+    for entry in (entry for row in table for entry in row if entry.summary):
+        value = f"{entry.value:.1%}" if entry.unit == "share" else f"{entry.value:.4f}"
+        assert value in text
+        if entry.unit == "nats" and entry.low is not None:
+            assert f"[{entry.low:+.4f}," in text
+            assert f"{entry.high:+.4f}]" in text
 
 
 def test_columns_of_one_group_stand_together_long_then_short_then_cost():

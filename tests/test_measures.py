@@ -155,7 +155,7 @@ def count_tokens_read(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("evaluator", [None, "judge"])
+@pytest.mark.parametrize("evaluator", [None, "judge", "trained"])
 def test_a_row_is_read_once_whole_and_once_in_the_windows_of_each_context(place, tmp_path, monkeypatch, evaluator):
     read = count_tokens_read(monkeypatch)
     evaluate(settings(place, tmp_path / "out", baseline="base", evaluator=evaluator))

@@ -248,7 +248,9 @@ class Eval(EvalSettings):
         with _progress("tokens") as advance:
             record = evaluate(self, progress=advance)
         table = read_table(record)
-        Console().print(*terminal_tables(table), *notes(table, unit=record["unit"]), sep="\n")
+        console = Console()
+        tables = terminal_tables(table, width=console.width)
+        console.print(*tables, *notes(table, unit=record["unit"]), sep="\n")
         print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from tokenweight.intervals import Sums, paired_difference
 
-_WIDTH = 8
-"""Measures of a table in the terminal."""
+_NAME, _COLUMN = 12, 11
+"""Characters that the name of a model needs in a line, and a measure: its widest word or number."""
 
 
 class Measure(NamedTuple):
@@ -108,13 +108,16 @@ def _head(model: str, measure: Measure) -> tuple[str, str, str, str, str | None,
     return model, measure.name, measure.group, measure.unit, measure.better, measure.value
 
 
-def terminal_tables(table: Sequence[Sequence[Entry]]) -> list[Table]:
+def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
     """The measures of the summary, a model a row: value, change, and below it the interval of the change.
 
-    With many measures these are several tables, each as wide as a terminal of 100 columns.
+    Args:
+        table: of `compare`.
+        width: characters of a line; several tables are made if one is wider.
     """
     columns = list(_columns([[entry for entry in row if entry.summary] for row in table]).values())
-    return [_terminal_table(table, columns[i : i + _WIDTH]) for i in range(0, len(columns), _WIDTH)]
+    num = max(1, (width - _NAME) // _COLUMN)
+    return [_terminal_table(table, columns[i : i + num]) for i in range(0, len(columns), num)]
 
 
 def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> Table:
@@ -126,7 +129,7 @@ def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> T
     for entry, words in zip(columns, titles):
         # A word a line, and the group above its first column, as high as the tallest title.
         lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
-        shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right", no_wrap=True)
+        shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
         group = entry.group
     for row in table:
         found = {entry.measure: entry for entry in row}
