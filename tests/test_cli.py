@@ -48,6 +48,7 @@ os._exit(0)
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out"]
 SCORE = ["score", "rows", "--model", "model", "--size", "16", "--stride", "12"]
+EVAL = ["eval", "model", "--data", "rows", "--probes", "none"]
 PREPARE = ["--tokenizer", "model", "--length", "64"]
 
 
@@ -156,6 +157,21 @@ def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, 
     assert logged(place / "again") == logged(place / "trained")
 
 
+def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, run, place):
+    assert run(*EVAL, "--out", "before")[0] == 0
+    status, printed, errors = run(*EVAL, "--baseline", "before", "--out", "after")
+    assert (status, errors) == (0, "")
+    assert printed.endswith("after: eval.json, table.csv, and table.md with every measure\n")
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "+0.0000" in printed
+    assert "too few documents hold such a token" in printed  # all rows are of one book
+    record = read_json(place / "after" / "eval.json")
+    assert [model["model"] for model in record["models"]] == ["model", "model"]
+    loss = record["models"][0]["measures"][0]["value"]
+    assert f" {loss:.4f} " in printed
+    assert f"| {loss:.4f} |" in (place / "after" / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -207,9 +223,16 @@ def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, 
         (["show", "scored", "--row", "999"], "--row 999: scored has rows 0 to"),
         (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),
         (["show", "scored", "--model", "other"], "scored was made with the tokenizer of model ("),
+        ([*EVAL, "--out", "notes"], "--out notes: exists already; name a new folder"),
+        ([*EVAL], "--out"),
+        ([*EVAL, "--out", "out", "--sizes", "64"], "--sizes 64: expected rising numbers from 2 to 63, below the 64"),
+        ([*EVAL, "--out", "out", "--baseline", "other"], "rows was made with the tokenizer of model ("),
+        ([*EVAL, "--out", "out", "--evaluator", "gone"], "'gone' cannot be loaded"),
+        ([*EVAL, "--out", "out", "--haystack", "gone.txt"], "--haystack gone.txt: cannot be read"),
+        ([*EVAL[:4], "--out", "out"], "length 16 is too short for probes 'single': they need at least"),
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
-        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, demo"),
+        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, eval, demo"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -237,7 +260,7 @@ def test_help_of_every_command_comes_without_torch():
     script = """
 import sys
 from tokenweight.cli import COMMANDS, main
-assert [main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))] == [0] * 9
+assert [main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))] == [0] * 10
 assert main(["train", "--model", "m", "--help"]) == 0
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """

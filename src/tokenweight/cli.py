@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from tokenweight.commands import Demo, Export, Prepare, Score, Show
+from tokenweight.commands import Demo, Eval, Export, Prepare, Score, Show
 from tokenweight.recipe import TrainSettings, read_recipe
 
 COMMANDS: dict[str, Any] = {
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "train": TrainSettings,
     "export": Export,
     "show": Show,
+    "eval": Eval,
     "demo": Demo,
 }
 

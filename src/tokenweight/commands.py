@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
+from tokenweight.evalplan import EvalSettings
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
@@ -227,6 +229,29 @@ class Demo:
         from tokenweight.demo import run_demo
 
         run_demo(self.out, self.weighting)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(EvalSettings):
+    """Measure a model at long and at short range, and compare it with its baseline in one table."""
+
+    model: tyro.conf.Positional[str]
+    """Folder, hub id or .gguf file of the model."""
+
+    def run(self) -> None:
+        """Write the folder and print the table."""
+        from rich.console import Console
+
+        from tokenweight.comparison import notes, terminal_tables
+        from tokenweight.evaluate import evaluate, read_table
+
+        with _progress("tokens") as advance:
+            record = evaluate(self, progress=advance)
+        table = read_table(record)
+        console = Console()
+        tables = terminal_tables(table, width=console.width)
+        console.print(*tables, *notes(table, unit=record["unit"]), sep="\n")
+        print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,237 @@
+"""Models side by side: the value of every measure, its change from the baseline, and how far that may be chance."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from tokenweight.intervals import Sums, paired_difference
+
+_NAME, _COLUMN = 12, 11
+"""Characters that the name of a model needs in a line, and a measure: its widest word or number."""
+
+
+class Measure(NamedTuple):
+    """What one model gets in one respect, with a sum for each document, so that models can be compared in pairs."""
+
+    name: str
+    group: str
+    """"long", "short" or "cost"; any other gets columns of its own."""
+    unit: str
+    """"nats", "share", or "perplexity": this is `exp` of the mean of sums in nats, and its change is a ratio."""
+    better: str | None
+    """"lower", "higher", or None where neither is."""
+    total: list[float]
+    """Sum over the tokens (or probes) of each document."""
+    num_tokens: list[float]
+    """How many these are, or the sum of their weights."""
+    summary: bool = False
+    """Whether it is in the table that the terminal shows."""
+
+    @property
+    def sums(self) -> Sums:
+        """The sums of the documents, as `paired_difference` takes them."""
+        return Sums(*(torch.tensor(column, dtype=torch.float64) for column in (self.total, self.num_tokens)))
+
+    @property
+    def value(self) -> float | None:
+        """The mean over all tokens, of a perplexity its `exp`; None if there is no token."""
+        mean = self.sums.mean
+        return None if math.isnan(mean) else math.exp(mean) if self.unit == "perplexity" else mean
+
+
+class Entry(NamedTuple):
+    """One cell of the table: a measure of a model, and its change from the first model."""
+
+    model: str
+    measure: str
+    group: str
+    unit: str
+    better: str | None
+    value: float | None
+    change: float | None
+    """Value less that of the baseline, of a perplexity the ratio of the two; None for the baseline."""
+    low: float | None
+    """Limits of the 95 % interval of the change; None where there are too few documents for one."""
+    high: float | None
+    clear: bool
+    """Whether the interval excludes that nothing changed."""
+    best: bool
+    """Whether no model has a better value, and one has a worse."""
+    num_documents: int
+    """That hold a token of this measure; of a probe, the facts asked for."""
+    summary: bool
+
+
+def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -> list[list[Entry]]:
+    """The row of each model, the first one being the baseline: each has the measures of all, where it has them.
+
+    Args:
+        models: name and measures, of the same documents in the same order.
+        seed: of the draws of documents (`paired_difference`).
+    """
+    names = list(dict.fromkeys(measure.name for _, measures in models for measure in measures))
+    known = [{measure.name: measure for measure in measures} for _, measures in models]
+    columns = {name: [measures[name].value for measures in known if name in measures] for name in names}
+    table = []
+    for (model, _), measures in zip(models, known):
+        first = known[0] if measures is not known[0] else {}
+        table.append(
+            [_entry(model, measures[name], first.get(name), columns[name], seed) for name in names if name in measures]
+        )
+    return table
+
+
+def _entry(model: str, measure: Measure, baseline: Measure | None, values: list[float | None], seed: int) -> Entry:
+    numbers = [value for value in values if value is not None]
+    best = {"lower": min, "higher": max}.get(measure.better or "")
+    is_best = best is not None and len(set(numbers)) > 1 and measure.value == best(numbers)
+    change = low = high = None
+    clear = False
+    if baseline is not None and None not in (measure.value, baseline.value):
+        change, interval, _ = paired_difference(measure.sums, baseline.sums, seed=seed)
+        low, high = (None, None) if interval is None else interval
+        clear = interval is not None and not interval[0] <= 0 <= interval[1]
+        if measure.unit == "perplexity":
+            change, low, high = (None if number is None else math.exp(number) for number in (change, low, high))
+    num_documents = int((measure.sums.num_tokens > 0).sum())
+    return Entry(*_head(model, measure), change, low, high, clear, is_best, num_documents, measure.summary)
+
+
+def _head(model: str, measure: Measure) -> tuple[str, str, str, str, str | None, float | None]:
+    return model, measure.name, measure.group, measure.unit, measure.better, measure.value
+
+
+def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
+    """The measures of the summary, a model a row: value, change, and below it the interval of the change.
+
+    Args:
+        table: of `compare`.
+        width: characters of a line; several tables are made if one is wider.
+    """
+    columns = list(_columns([[entry for entry in row if entry.summary] for row in table]).values())
+    num = max(1, (width - _NAME) // _COLUMN)
+    return [_terminal_table(table, columns[i : i + num]) for i in range(0, len(columns), num)]
+
+
+def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> Table:
+    titles = [_title(entry).split() for entry in columns]
+    height = max(map(len, titles))
+    shown = Table("model", box=SIMPLE_HEAD, show_lines=True, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    shown.columns[0].overflow = "fold"
+    group = ""
+    for entry, words in zip(columns, titles):
+        # A word a line, and the group above its first column, as high as the tallest title.
+        lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
+        shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
+        group = entry.group
+    for row in table:
+        found = {entry.measure: entry for entry in row}
+        shown.add_row(row[0].model, *(_terminal_cell(found.get(entry.measure)) for entry in columns))
+    return shown
+
+
+def _terminal_cell(entry: Entry | None) -> Text:
+    if entry is None:
+        return Text("-")
+    text = Text().append(_value(entry), "bold" if entry.best else "")
+    if entry.change is not None:
+        text.append(f"\n{_change(entry)}")
+        limits = "-" if entry.low is None else f"[{_changed(entry, entry.low)},\n{_changed(entry, entry.high)}]"
+        text.append(f"\n{limits}", "dim")
+    return text
+
+
+def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[str]:
+    """What one must know to read the tables, a line each.
+
+    Args:
+        unit: what the sums of the measures of rows belong to, "document" or "row".
+    """
+    entries = [entry for row in table for entry in row]
+    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a column."]
+    if len(table) > 1:
+        drawn = f"drawing {unit}s (of probes: facts) anew"
+        lines.append(f"Changes are from the first model, with 95 % intervals, {drawn}.")
+        lines.append("* the interval does not hold 0 (of a ratio, 1). Changes of % are points, of LongPPL ratios (x).")
+    if any(entry.change is not None and entry.low is None for entry in entries):
+        lines.append(f"- for an interval: too few {unit}s hold such a token to make one.")
+    if any(entry.value is None for entry in entries):
+        lines.append("- for a value: there is no such token.")
+    return lines
+
+
+def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str:
+    """The summary, a model a row, and below it every measure, a model a column; `unit` as in `notes`."""
+    columns = _columns([[entry for entry in row if entry.summary] for row in table])
+    lines = [["model", *(f"{entry.group}: {_title(entry)}" for entry in columns.values())]]
+    for row in table:
+        found = {entry.measure: entry for entry in row}
+        lines.append([row[0].model, *(_markdown_cell(found.get(name)) for name in columns)])
+    whole = [["group", "measure", "unit", "documents", *(row[0].model for row in table)]]
+    for name, entry in _columns(table).items():
+        cells = [next((entry for entry in row if entry.measure == name), None) for row in table]
+        head = [entry.group, _title(entry), entry.unit, str(entry.num_documents)]
+        whole.append([*head, *map(_markdown_cell, cells)])
+    text = "\n".join(f"- {line}" for line in notes(table, unit=unit))
+    return f"{_markdown(lines)}\n\n{text}\n\n## Every measure\n\n{_markdown(whole)}\n"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _markdown_cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "-"
+    value = f"**{_value(entry)}**" if entry.best else _value(entry)
+    if entry.change is None:
+        return value
+    limits = "-" if entry.low is None else f"[{_changed(entry, entry.low)}, {_changed(entry, entry.high)}]"
+    return f"{value} ({_change(entry)} {limits})"
+
+
+def csv_text(table: Sequence[Sequence[Entry]]) -> str:
+    """Every entry a line, with all digits."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(Entry._fields)
+    writer.writerows(entry for row in table for entry in row)
+    return file.getvalue()
+
+
+def _columns(table: Sequence[Sequence[Entry]]) -> dict[str, Entry]:
+    """An entry of each measure, those of one group together."""
+    entries = {entry.measure: entry for row in table for entry in row}
+    groups = list(dict.fromkeys(["long", "short", "cost", *(entry.group for entry in entries.values())]))
+    return dict(sorted(entries.items(), key=lambda item: groups.index(item[1].group)))
+
+
+def _title(entry: Entry) -> str:
+    arrow = {"lower": " ↓", "higher": " ↑"}.get(entry.better or "", "")
+    return entry.measure.replace("_", " ").replace("longppl", "LongPPL") + arrow
+
+
+def _value(entry: Entry) -> str:
+    if entry.value is None:
+        return "-"
+    return f"{entry.value:.1%}" if entry.unit == "share" else f"{entry.value:.4f}"
+
+
+def _change(entry: Entry) -> str:
+    return _changed(entry, entry.change) + "*" * entry.clear
+
+
+def _changed(entry: Entry, number: float | None) -> str:
+    assert number is not None
+    if entry.unit == "perplexity":
+        return f"x {number:.3f}"
+    return f"{100 * number:+.1f}" if entry.unit == "share" else f"{number:+.4f}"
