@@ -17,10 +17,10 @@ from tokenweight.comparison import Entry, Measure, compare, csv_text, markdown
 from tokenweight.evalplan import EvalSettings, Plan, make_plan, read_haystack
 from tokenweight.measures import Rows, find_key_tokens, measure_model, open_weights
 from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, refuse_tokens, tokenizer_fingerprint
+from tokenweight.positions import context_length, refuse_stale_windows
 from tokenweight.probes import WITHOUT_DEPTH, make_probes
 from tokenweight.probing import generation_budget
 from tokenweight.records import differences, environment, read_json, read_provenance, write_json
-from tokenweight.rope import context_length, refuse_stale_windows
 from tokenweight.rows import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.shards import checksum
 
@@ -206,7 +206,7 @@ def _refuse_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> 
         if positions is not None and length > positions:
             raise ValueError(
                 f"{what} of {length} tokens: {name} has {positions} positions; extend its context first "
-                "(tokenweight.rope.extend_context, docs/context-extension.md)"
+                "(docs/context-extension.md)"
             )
     for size in [*plan.sizes, plan.long_context[0]]:
         refuse_stale_windows(config, size)

@@ -68,7 +68,7 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
     try:
         with ArrowFile(unfinished, schema) as file:
             yield file, note
-        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=_sha256(unfinished))
+        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
         write_note(_note(path), note)
         os.replace(unfinished, path)
     finally:
@@ -90,7 +90,7 @@ def read_note(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     note = read_json(_note(path))
-    found = _sha256(path)
+    found = checksum(path)
     if note.get("sha256") != found:
         raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}…, {str(note.get('sha256'))[:16]}… was written")
     return note
@@ -175,6 +175,7 @@ def _note(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
