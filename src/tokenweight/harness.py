@@ -19,7 +19,13 @@ from tokenweight.intervals import Difference, Sums, paired_difference
 from tokenweight.model import refuse_length
 from tokenweight.suites import Part, is_ruler, load_tasks
 
-_USUAL = ("`pretrained` model kwarg is not", "Custom kwargs can be passed", "No aggregation function defined")
+# What the harness warns of in every run like ours.
+_USUAL = (
+    "`pretrained` model kwarg",
+    "already-initialized model",
+    "Custom kwargs can",
+    "No aggregation function defined",
+)
 
 
 class Fit(NamedTuple):
@@ -92,7 +98,7 @@ def preflight(
     Raises:
         ValueError: one line, if a suite is not known, cannot be loaded, or does not fit.
     """
-    with _harness(model, tokenizer, max_length, 1) as lm:
+    with _harness(model, tokenizer, max_length, 1, limit) as lm:
         return _fits(lm, load_tasks(tokenizer, suites, lengths, num_fewshot, seed), limit, seed, allow_truncated)
 
 
@@ -128,7 +134,7 @@ def run_suites(
     Raises:
         ValueError: one line, if a suite is not known, cannot be loaded, or does not fit (`preflight`).
     """
-    with _collected_warnings() as warnings, _harness(model, tokenizer, max_length, batch_size) as lm:
+    with _collected_warnings() as warnings, _harness(model, tokenizer, max_length, batch_size, limit) as lm:
         from lm_eval.evaluator import evaluate
 
         parts = load_tasks(tokenizer, suites, lengths, num_fewshot, seed)
@@ -153,28 +159,24 @@ def difference(model: TaskResult, baseline: TaskResult, **settings: Any) -> Diff
     for result in (model, baseline):
         if result.values is None:
             raise ValueError(f"{result.task}: {result.metric} has no value for each sample to compare")
-    asked = [(result.task, result.length, result.metric, result.fingerprint) for result in (model, baseline)]
-    if asked[0] != asked[1]:
-        raise ValueError(
-            f"the model's result is of {asked[0]}, the baseline's of {asked[1]}: expected the same samples"
-        )
-    return paired_difference(_sums(model), _sums(baseline), **settings)
-
-
-def _sums(result: TaskResult) -> Sums:
-    values = torch.tensor(result.values, dtype=torch.float64)
-    return Sums(values, torch.ones_like(values))
+    ours, theirs = ((one.task, one.length, one.metric, one.fingerprint) for one in (model, baseline))
+    if ours != theirs:
+        raise ValueError(f"the model's result is of {ours}, the baseline's of {theirs}: expected the same samples")
+    values = [torch.tensor(result.values, dtype=torch.float64) for result in (model, baseline)]
+    return paired_difference(*(Sums(value, torch.ones_like(value)) for value in values), **settings)
 
 
 @contextlib.contextmanager
 def _harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, limit: int | None
 ) -> Iterator[Any]:
     """The model as the harness wants it; model, tokenizer and random states are afterwards as before."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ValueError(f"suites need a package that is missing: pip install 'tokenweight[eval]' ({error})") from error
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1 sample of each task")
     refuse_length(model.config, max_length, f"max_length={max_length}: requests")
     devices = [model.device] if model.device.type == "cuda" else []
     states = random.getstate(), numpy.random.get_state()
@@ -189,7 +191,7 @@ def _harness(
 
 @contextlib.contextmanager
 def _collected_warnings() -> Iterator[list[str]]:
-    """What the harness logs as a warning or worse, but for what it says of every run like ours."""
+    """What the harness warns of, but for what it says of every run like ours."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -222,8 +224,8 @@ def _fits(lm: Any, parts: list[Part], limit: int | None, seed: int, allow_trunca
                     f"{_named(name, part.length)} generates up to {budget} tokens: max_length={lm.max_length} leaves "
                     "no room for a prompt"
                 )
-            truncated = sum(need > lm.max_length for need in needs)
-            fits.append(Fit(name, part.length, len(needs), truncated, max(needs), budget))
+            cut = sum(need > lm.max_length for need in needs)
+            fits.append(Fit(name, part.length, len(needs), cut, max(needs), budget))
     for fit in fits:
         if fit.num_truncated > allow_truncated:
             raise ValueError(

@@ -68,6 +68,8 @@ def load_tasks(
     spread = [name for suite in suites for name in (named.get(suite, (suite,)) if isinstance(suite, str) else (suite,))]
     sized = [name for name in spread if isinstance(name, str) and any(name in of for of in _WITH_LENGTH.values())]
     others = [name for name in spread if name not in sized]
+    if not spread or (sized and not lengths):
+        raise ValueError(f"suites={list(suites)}, lengths={list(lengths)}: expected at least one of each")
     parts = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         if sized:
@@ -91,9 +93,9 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
     from lm_eval import tasks
 
     folder = Path(tasks.__file__).parent
-    manager = tasks.TaskManager(
-        include_defaults=False, include_path=[folder / suite for suite in SUITES], metadata=metadata
-    )
+    families = {"ruler" if is_ruler(name) else name.partition("_")[0] for name in names} & set(SUITES)
+    own = [folder / family for family in sorted(families)]
+    manager = tasks.TaskManager(include_defaults=False, include_path=own, metadata=metadata)
     if not set(names) <= set(manager.all_tasks):
         manager = tasks.TaskManager(metadata=metadata)
     unknown = [name for name in names if name not in manager.all_tasks]
