@@ -22,7 +22,7 @@ wonderwords = pytest.importorskip("wonderwords", reason="not installed: wonderwo
 
 RULER_TEXT = """The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. Memorize and
 track the chain(s) of variable assignment hidden in the text. Question: Find all variables that have the value"""
-# The least lengths, in steps of 128 tokens, at which each task has samples with the tokenizer below.
+# Short, but long enough for the samples of each task with the tokenizer below; of the others, 256.
 LENGTHS = {"niah_multikey_3": 512, "ruler_vt": 1024, "ruler_cwe": 1024}
 
 
@@ -205,12 +205,12 @@ def test_ruler_is_scored_by_its_answers_at_every_length(tokenizer):
 @pytest.mark.parametrize("task", [pytest.param(task, marks=pytest.mark.slow) for task in OFFLINE_RULER])
 def test_samples_depend_on_the_seed_only(task, tokenizer):
     length = LENGTHS.get(task, 256)
-    settings = {"max_length": length + 200, "limit": 3}
+    settings = {"max_length": length + 264, "limit": 3}
     first, again, other = (
         run_suites(tiny(model), tokenizer, suites, lengths=lengths, seed=seed, **settings).tasks[-1]
         for model, suites, lengths, seed in [
             (0, [task], [length], 5),
-            (1, ["niah_single_1", task], [length - 64, length], 5),
+            (1, ["niah_single_1", task], [length + 64, length], 5),
             (0, [task], [length], 6),
         ]
     )

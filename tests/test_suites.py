@@ -138,18 +138,23 @@ def test_examples_are_as_many_as_asked_for_and_none_where_a_task_says_so(tokeniz
         assert [task.get_config("num_fewshot") for part in parts for task in part.tasks.values()] == expected
 
 
-def test_model_tokenizer_and_random_numbers_stay_as_they_were(tokenizer, tmp_path):
+def random_states():
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_model_tokenizer_and_random_numbers_stay_as_they_were(tokenizer, tmp_path, unchecked):
+    # Unchecked, since beartype draws the items that it checks.
     model = tiny(dropout=0.5).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attributes, config = set(vars(model)), model.config.to_dict()
-    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    states = random_states()
     first, again = (
         run_suites(model, tokenizer, [local(tmp_path), local_generation(tmp_path)], max_length=512) for _ in range(2)
     )
     assert first == again  # no dropout
-    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert random_states() == states
     assert [module.training for module in model.modules()] == modes
     assert (set(vars(model)), model.config.to_dict()) == (attributes, config)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -17,15 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenweight.causal import evaluating
 from tokenweight.intervals import Difference, Sums, paired_difference
 from tokenweight.model import refuse_length
-from tokenweight.suites import Part, is_ruler, load_tasks
-
-# What the harness warns of in every run like ours.
-_USUAL = (
-    "`pretrained` model kwarg",
-    "already-initialized model",
-    "Custom kwargs can",
-    "No aggregation function defined",
-)
+from tokenweight.suites import Part, collected_warnings, is_ruler, load_tasks
 
 
 class Fit(NamedTuple):
@@ -134,7 +125,7 @@ def run_suites(
     Raises:
         ValueError: one line, if a suite is not known, cannot be loaded, or does not fit (`preflight`).
     """
-    with _collected_warnings() as warnings, _harness(model, tokenizer, max_length, batch_size, limit) as lm:
+    with collected_warnings() as warnings, _harness(model, tokenizer, max_length, batch_size, limit) as lm:
         from lm_eval.evaluator import evaluate
 
         parts = load_tasks(tokenizer, suites, lengths, num_fewshot, seed)
@@ -189,21 +180,8 @@ def _harness(
         numpy.random.set_state(states[1])
 
 
-@contextlib.contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """What the harness warns of, but for what it says of every run like ours."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lm_eval").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("lm_eval").removeHandler(handler)
-        messages[:] = [message for message in messages if not any(usual in message for usual in _USUAL)]
-
-
 def _seed(seed: int, tasks: dict[str, Any]) -> None:
+    """Before requests are built, so that both times they hold the same examples."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import logging
 import random
 import sys
 import tempfile
@@ -32,6 +33,14 @@ _DATA_SETS = {
 
 # Of BABILong, the five questions that exist at every length (its group babilong_longctx).
 _WITH_LENGTH = {"ruler": tuple(_DATA_SETS), "babilong": tuple(f"babilong_qa{number}" for number in range(1, 6))}
+
+# What the harness warns of in every run like ours.
+_USUAL = (
+    "`pretrained` model kwarg",
+    "already-initialized model",
+    "Custom kwargs can",
+    "No aggregation function defined",
+)
 
 
 class Part(NamedTuple):
@@ -157,6 +166,20 @@ def _refuse_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) 
             needed = max(needed, tokens(f"{example}\n{text} {numbered}") + 128)
     if length < needed:
         raise ValueError(f"length {length} is too short for {name}: it needs {needed} tokens with this tokenizer")
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What the harness warns of, but for what it says of every run like ours."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lm_eval").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("lm_eval").removeHandler(handler)
+        messages[:] = [message for message in messages if not any(usual in message for usual in _USUAL)]
 
 
 @contextlib.contextmanager
