@@ -98,7 +98,7 @@ def slow_choice(model, tokenizer, question, by_length):
     """The choice of least loss in the whole text (by letter, if asked), each by a forward pass of its own."""
     losses = []
     for choice in question["choices"]:
-        prompt = tokenizer(question["text"]).input_ids
+        prompt = tokenizer(question["text"].rstrip()).input_ids  # a space at its end belongs to the choices
         tokens = tokenizer(f"{question['text']} {choice}").input_ids
         loss = token_nll(model, torch.tensor([tokens]))[0, len(prompt) :].double().sum().item()
         losses.append(loss / len(choice) if by_length else loss)
