@@ -41,6 +41,12 @@ class EvalSettings:
     """Whether the answer must be likelier than its decoys, or is looked for in greedy output."""
     haystack: Path | None = None
     """Text file that probes hide their facts in; by default sentences of noise."""
+    suites: str | None = None
+    """Standard suites, as in ruler,mmlu, or tasks of lm-evaluation-harness: docs/suites.md."""
+    suite_lengths: str | None = None
+    """Tokens of RULER and BABILong; by default half of a row."""
+    suite_limit: int | None = None
+    """Samples of each task; by default all."""
     num_rows: int | None = None
     """Read only the first rows."""
     seed: int = 0
@@ -72,6 +78,9 @@ class Plan:
     num_probes: int
     probe_by: Literal["likelihood", "generation"]
     haystack_sha256: str | None
+    suites: list[str]
+    suite_lengths: list[int]
+    suite_limit: int | None
     num_rows: int | None
     seed: int
     dtype: str
@@ -104,17 +113,8 @@ def make_plan(settings: EvalSettings, length: int) -> Plan:
         )
     short = min(1024, length // 4) if settings.short is None else settings.short
     _require("--short", short, 2 <= short <= length, f"2 to {length} tokens, the length of a row")
-    _require("--num_probes", settings.num_probes, settings.num_probes >= 1, "at least 1")
     _require("--max_tokens", settings.max_tokens, settings.max_tokens >= 1, "at least 1")
-    text = read_haystack(settings)
     long_context, whose = _long_context(settings, length)
-    families = _families(settings.probes)
-    lengths = [length // 4, length // 2, length]
-    if settings.probe_lengths is not None:
-        lengths = _numbers("--probe_lengths", settings.probe_lengths, int)
-    depths = _numbers("--depths", settings.depths, float)
-    for depth in depths:
-        _require("--depths", settings.depths, 0 <= depth <= 1, "numbers from 0 (beginning) to 1 (end)")
     return Plan(
         length=length,
         edges=edges,
@@ -122,16 +122,43 @@ def make_plan(settings: EvalSettings, length: int) -> Plan:
         short=short,
         long_context=long_context,
         long_context_is=whose,
-        families=families,
-        probe_lengths=lengths if families else [],
-        depths=depths if families else [],
-        num_probes=settings.num_probes if families else 0,
-        probe_by=settings.probe_by,
-        haystack_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
+        **_probe_plan(settings, length),
+        **_suite_plan(settings, length),
         num_rows=settings.num_rows,
         seed=settings.seed,
         dtype=settings.dtype,
     )
+
+
+def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
+    _require("--num_probes", settings.num_probes, settings.num_probes >= 1, "at least 1")
+    text, families = read_haystack(settings), _families(settings.probes)
+    lengths = [length // 4, length // 2, length]
+    if settings.probe_lengths is not None:
+        lengths = _numbers("--probe_lengths", settings.probe_lengths, int)
+    depths = _numbers("--depths", settings.depths, float)
+    for depth in depths:
+        _require("--depths", settings.depths, 0 <= depth <= 1, "numbers from 0 (beginning) to 1 (end)")
+    return {
+        "families": families,
+        "probe_lengths": lengths if families else [],
+        "depths": depths if families else [],
+        "num_probes": settings.num_probes if families else 0,
+        "probe_by": settings.probe_by,
+        "haystack_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def _suite_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
+    suites = [] if settings.suites is None else settings.suites.split(",")
+    lengths = [length // 2]
+    if settings.suite_lengths is not None:
+        lengths = _numbers("--suite_lengths", settings.suite_lengths, int)
+    return {
+        "suites": suites,
+        "suite_lengths": lengths if suites else [],
+        "suite_limit": settings.suite_limit if suites else None,
+    }
 
 
 def read_haystack(settings: EvalSettings) -> str | None:

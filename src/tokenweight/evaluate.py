@@ -213,11 +213,13 @@ def _refuse_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> 
 
 
 def _refuse_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
-    """Raise a ValueError if a family does not fit the shortest length."""
+    """Raise a ValueError if a family does not fit the shortest length, or there is no tokenizer to ask with."""
     if plan.families and rows.tokenizer is None:
         raise ValueError(
             f"--probes: {settings.model} has no tokenizer to make them with: expected one, or --probes none"
         )
+    if plan.suites and rows.tokenizer is None:
+        raise ValueError(f"--suites: {settings.model} has no tokenizer: expected one")
     for family, depth in product(plan.families, plan.depths):
         assert rows.tokenizer is not None
         room = generation_budget(family) if plan.probe_by == "generation" else 0

@@ -1,4 +1,4 @@
-"""Every measure of one model: losses of rows by position and context, LongPPL, retrieval probes.
+"""Every measure of one model: losses of rows by position and context, LongPPL, and what it answers.
 
 docs/evaluation.md says what each measure is. A row is read once with its whole context, and once more in windows for
 each short context; whatever is said of its tokens is summed up at once, so that memory does not grow with the rows.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenweight.answers import probe_measures, suite_measures
 from tokenweight.benefit import key_tokens
 from tokenweight.causal import document_positions, prediction_mask
 from tokenweight.comparison import Measure
@@ -23,7 +24,6 @@ from tokenweight.evalplan import Plan
 from tokenweight.evaluation import losses_by_context, sums_by_position
 from tokenweight.intervals import Sums, document_sums, row_sums
 from tokenweight.model import load_model, weights_fingerprint
-from tokenweight.probing import probe_grid
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import LongCE
 
@@ -94,6 +94,7 @@ def measure_model(
         ValueError: if a loss is not finite, or the model is not supported.
     """
     model = _loaded(name, plan)
+    asked = suite_measures(model, rows.tokenizer, plan)  # first: what they refuse, they refuse before any work
     scorers = [_scorer(model, rows, size, size // 2) for size in plan.sizes]
     finder = _scorer(model, rows, *plan.long_context) if writes_weights else None
     found: dict[str, list[Sums]] = {}
@@ -103,7 +104,7 @@ def measure_model(
         progress(place.stop - place.start)
     names = rows.documents
     documents = {key: document_sums(Sums(*map(torch.cat, zip(*sums))), names) for key, sums in found.items()}
-    measures = [*_row_measures(documents, plan), *_probe_measures(model, rows, plan)]
+    measures = [*_row_measures(documents, plan), *probe_measures(model, rows.tokenizer, rows.haystack, plan), *asked]
     return {**_identity(name, model), "measures": measures}
 
 
@@ -227,40 +228,6 @@ def _row_measures(found: dict[str, Sums], plan: Plan) -> list[Measure]:
         ),
         measure("all", "cost", found["all"], summary=True),
     ]
-
-
-def _probe_measures(model: PreTrainedModel, rows: Rows, plan: Plan) -> list[Measure]:
-    """Accuracy and margin of each family, and of each family and length.
-
-    The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
-    """
-    measures: list[Measure] = []
-    if not plan.families:
-        return measures
-    assert rows.tokenizer is not None
-    for family in plan.families:
-        grid = probe_grid(
-            model,
-            rows.tokenizer,
-            [family],
-            plan.probe_lengths,
-            plan.depths,
-            plan.num_probes,
-            plan.seed,
-            rows.haystack,
-            plan.probe_by,
-        )
-        for length in [None, *plan.probe_lengths]:
-            records = [record for record in grid if length in (None, record.length)]
-            name = f"probe_{family}" if length is None else f"probe_{family}_{length}"
-            total = [sum(values) for values in zip(*(record.accuracies for record in records))]
-            num = [float(len(records))] * plan.num_probes
-            measures.append(Measure(name, "long", "share", "higher", total, num, length is None))
-            margins = [record.margins for record in records if record.margins is not None]
-            if margins:
-                total = [sum(values) for values in zip(*margins)]
-                measures.append(Measure(f"{name}_margin", "long", "nats", "higher", total, num))
-    return measures
 
 
 def open_weights(path: Path, num_tokens: int) -> np.memmap:

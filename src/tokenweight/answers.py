@@ -1,0 +1,82 @@
+"""Measures of what a model answers: to retrieval probes, and in standard suites."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenweight.comparison import Measure
+from tokenweight.evalplan import Plan
+from tokenweight.harness import TaskResult, run_suites
+from tokenweight.positions import context_length
+from tokenweight.probing import probe_grid
+from tokenweight.suites import SHORT_SUITES
+
+
+def probe_measures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, haystack: str | None, plan: Plan
+) -> list[Measure]:
+    """Accuracy and margin of each family, and of each family and length.
+
+    The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
+    """
+    measures: list[Measure] = []
+    for family in plan.families:
+        assert tokenizer is not None
+        grid = probe_grid(
+            model,
+            tokenizer,
+            [family],
+            plan.probe_lengths,
+            plan.depths,
+            plan.num_probes,
+            plan.seed,
+            haystack,
+            plan.probe_by,
+        )
+        for length in [None, *plan.probe_lengths]:
+            records = [record for record in grid if length in (None, record.length)]
+            name = f"probe_{family}" if length is None else f"probe_{family}_{length}"
+            total = [sum(values) for values in zip(*(record.accuracies for record in records))]
+            num = [float(len(records))] * plan.num_probes
+            measures.append(Measure(name, "long", "share", "higher", total, num, length is None))
+            margins = [record.margins for record in records if record.margins is not None]
+            if margins:
+                total = [sum(values) for values in zip(*margins)]
+                measures.append(Measure(f"{name}_margin", "long", "nats", "higher", total, num))
+    return measures
+
+
+def suite_measures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan) -> list[Measure]:
+    """The first metric of each task of the suites, and over all samples of each suite; the unit is the sample.
+
+    Raises:
+        ValueError: in one line, before any sample is read, if a suite cannot be loaded or would be cut.
+    """
+    measures = []
+    for suite in plan.suites:
+        assert tokenizer is not None
+        room = context_length(model.config) or max(plan.suite_lengths) + 128
+        results = run_suites(
+            model,
+            tokenizer,
+            [suite],
+            max_length=room,
+            lengths=plan.suite_lengths,
+            limit=plan.suite_limit,
+            seed=plan.seed,
+        )
+        first = list({(result.task, result.length): result for result in reversed(results.tasks)}.values())[::-1]
+        group = "short" if suite in SHORT_SUITES else "long"
+        if all(result.values for result in first):
+            measures.append(_measure(suite, group, first, summary=True))
+        for result in first:
+            name = result.task if result.length is None else f"{result.task}_{result.length}"
+            measures.append(_measure(name, group, [result]))
+    return measures
+
+
+def _measure(name: str, group: str, results: Sequence[TaskResult], *, summary: bool = False) -> Measure:
+    """Of all samples of the results; of one that has no value for each sample, its own value, without an interval."""
+    total = [value for result in results for value in result.values or (result.value,)]
+    unit = "share" if all(0 <= value <= 1 for value in total) else "score"
+    return Measure(name, group, unit, "higher", total, [1.0] * len(total), summary)
