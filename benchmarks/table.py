@@ -104,14 +104,35 @@ def corpus_table(results: Results) -> list[str]:
     ]
 
 
+def evaluation_table(results: Results) -> list[str]:
+    native = results.value("evaluation", "tokenweight", "time / forward passes")
+    package = results.value("evaluation", "tokenweight", "time / longppl 0.3.0")
+    return [
+        f"Evaluation ({results.settings('evaluation')}):",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| native measures of a model: time / that of the forward passes they need | {native:.2f} |",
+        f"| LongPPL: time / that of its authors' package, to the same value | {package:.2f} |",
+    ]
+
+
 def table() -> str:
     """Markdown."""
     results = Results()
     spread = (
         "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
     )
-    conditions = [f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring", "corpus")]
-    parts = (loss_table(results), training_table(results), corpus_table(results), [spread, *conditions])
+    conditions = [
+        f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring", "corpus", "evaluation")
+    ]
+    parts = (
+        loss_table(results),
+        training_table(results),
+        corpus_table(results),
+        evaluation_table(results),
+        [spread, *conditions],
+    )
     return "\n".join(line for part in parts for line in [*part, ""])
 
 

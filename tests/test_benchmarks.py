@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
 COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
+    "evaluation": {"time", "time / forward passes"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
     "scoring": {"time", "tokens read per second", "tokens read per second / forward of the windows"},
     "training": {"time", "time / uniform", "arithmetic / uniform", "measured / arithmetic"},

@@ -95,6 +95,21 @@ def measure_model(
     """
     model = _loaded(name, plan)
     asked = suite_measures(model, rows.tokenizer, plan)  # first: what they refuse, they refuse before any work
+    read = row_measures(model, plan, rows, weights, writes_weights=writes_weights, progress=progress)
+    probed = probe_measures(model, rows.tokenizer, rows.haystack, plan)
+    return {**_identity(name, model), "measures": [*read, *probed, *asked]}
+
+
+def row_measures(
+    model: PreTrainedModel,
+    plan: Plan,
+    rows: Rows,
+    weights: np.ndarray,
+    *,
+    writes_weights: bool = False,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Measure]:
+    """The measures that a model's losses on the rows give; arguments as of `measure_model`."""
     scorers = [_scorer(model, rows, size, size // 2) for size in plan.sizes]
     finder = _scorer(model, rows, *plan.long_context) if writes_weights else None
     found: dict[str, list[Sums]] = {}
@@ -104,8 +119,7 @@ def measure_model(
         progress(place.stop - place.start)
     names = rows.documents
     documents = {key: document_sums(Sums(*map(torch.cat, zip(*sums))), names) for key, sums in found.items()}
-    measures = [*_row_measures(documents, plan), *probe_measures(model, rows.tokenizer, rows.haystack, plan), *asked]
-    return {**_identity(name, model), "measures": measures}
+    return _named_measures(documents, plan)
 
 
 def find_key_tokens(
@@ -161,7 +175,7 @@ def _batch_sums(
     finder: Scorer | None,
     weights: np.ndarray,
 ) -> dict[str, Sums]:
-    """The sums of each row, by the names of `_row_measures`."""
+    """The sums of each row, by the names of `_named_measures`."""
     tokens, positions, mask = _columns(batch, scorers[0].model.device)
     long_nll = scorers[0].long_nll(tokens, position_ids=positions, first_row=first_row)
     if finder is not None:
@@ -201,7 +215,7 @@ def _write_weights(
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
 
 
-def _row_measures(found: dict[str, Sums], plan: Plan) -> list[Measure]:
+def _named_measures(found: dict[str, Sums], plan: Plan) -> list[Measure]:
     """The measures of the rows, in the order of the tables."""
 
     def measure(name: str, group: str, sums: Sums, *, unit: str = "nats", **settings: Any) -> Measure:

@@ -1,0 +1,127 @@
+"""Evaluating a model: time beside the forward passes that cannot be avoided, and LongPPL beside its authors' package.
+
+    python benchmarks/evaluation.py            about 10 minutes on two cores
+    python benchmarks/evaluation.py --quick    seconds, on a tiny model: says nothing
+
+The native measures of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
+read each row once with its whole context, and in windows for each short context. `forward passes` are the decoder's
+passes over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
+
+LongPPL: the function `compute_longppl` of the package `longppl` 0.3.0, with one model as evaluator and evaluated,
+beside ours with the same windows on the same text. The values must agree to 1e-3, or the benchmark stops.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import tyro
+
+from common import RESULTS, Report, alternately, model_and_row
+from tokenweight import Scorer, ShortContext
+from tokenweight.benefit import key_tokens
+from tokenweight.causal import prediction_mask
+from tokenweight.evalplan import EvalSettings, Plan, make_plan
+from tokenweight.intervals import row_sums
+from tokenweight.measures import Rows, open_weights, row_measures
+from tokenweight.windows import windows
+
+OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
+
+
+def inputs(plan: Plan, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What the native measures read of a row: the row, and for each context the windows beyond the first."""
+    contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
+    read = [tokens]
+    for size, stride in contexts:
+        spans = windows(tokens.shape[1], size, stride)
+        read.append(torch.stack([tokens[0, w.start : w.start + size] for w in spans if w.stop - w.start == size]))
+    return read
+
+
+def native(report: Report, rounds: int, length: int, quick: bool) -> None:
+    name, model, tokens = model_and_row(length, quick=quick)
+    data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
+    plan = make_plan(EvalSettings(name, Path("rows"), Path("out"), probes="none"), length)
+    rows = Rows(data, np.array([length]), None, None, 32768)
+    weights = open_weights(Path(tempfile.mkdtemp()) / "weights.npy", length)
+    read = inputs(plan, tokens)
+
+    def forward() -> None:
+        for batch in read:
+            states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+            model.lm_head(states if batch is tokens else states[:, states.shape[1] // 2 :])
+
+    runs = {OURS: lambda: row_measures(model, plan, rows, weights, writes_weights=True), PASSES: forward}
+    with torch.no_grad():
+        seconds = alternately(runs, rounds)
+    contexts = ", ".join(map(str, plan.sizes))
+    x = f"{name}, row {length}, contexts {contexts}, LongPPL {'/'.join(map(str, plan.long_context))}, float32"
+    for run, values in seconds.items():
+        setting = {"what": "native measures of one model", "x": x, "implementation": run}
+        report.add(**setting, metric="time", unit="s", values=values)
+    setting |= {"implementation": OURS}
+    report.add_ratio(**setting, metric=f"time / {PASSES}", over=seconds[OURS], under=seconds[PASSES])
+
+
+def longppl(report: Report, rounds: int, length: int) -> None:
+    from longppl.longppl import compute_longppl
+
+    from tokenweight import load_tokenizer
+    from tokenweight.demo import packaged_model
+
+    name, model, tokens = model_and_row(length, quick=False)
+    tokenizer = load_tokenizer(packaged_model())
+    text = tokenizer.decode(tokens[0], clean_up_tokenization_spaces=False, skip_special_tokens=True)
+    trunc_len, step = length // 4, length // 16
+    again = tokenizer(text, return_tensors="pt").input_ids
+    scorer = Scorer(model, ShortContext(trunc_len + step, step))
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        long_nll = scorer.long_nll(again)
+        key = key_tokens(long_nll, scorer(again, long_nll=long_nll), prediction_mask(again))
+        found[OURS] = math.exp(row_sums(long_nll, key).mean)
+
+    def theirs() -> None:
+        settings = {"trunc_len": trunc_len, "sliding_window": step}
+        result = compute_longppl(text, model, model, tokenizer, tokenizer, **settings)
+        found[PACKAGE] = float(result["longppl"])
+
+    runs: dict[str, Callable[[], Any]] = {OURS: ours, PACKAGE: theirs}
+    with torch.no_grad():
+        seconds = alternately(runs, rounds)
+    if abs(found[OURS] - found[PACKAGE]) > 1e-3:
+        raise SystemExit(f"LongPPL is {found[OURS]} here and {found[PACKAGE]} there: expected the same to 1e-3")
+    x = f"{name}, text of {again.shape[1]} tokens, {trunc_len}/{step}, float32"
+    for run, values in seconds.items():
+        setting = {"what": "LongPPL of a text", "x": x, "implementation": run}
+        report.add(**setting, metric="time", unit="s", values=values)
+        report.add(**setting, metric="LongPPL", unit="1", values=[found[run]])
+    setting |= {"implementation": OURS}
+    report.add_ratio(**setting, metric=f"time / {PACKAGE}", over=seconds[OURS], under=seconds[PACKAGE])
+
+
+def main(*, rounds: int = 3, length: int = 2048, quick: bool = False, csv: Path | None = None) -> None:
+    """Time of an evaluation.
+
+    Args:
+        rounds: of timings, after one that is not counted.
+        length: tokens of the row and of the text.
+        quick: a tiny model and a short row, one round, no LongPPL; writes no file unless `csv` is given.
+        csv: file to append rows to; by default results.csv beside this script.
+    """
+    report = Report("evaluation", csv if quick or csv else RESULTS)
+    native(report, 1 if quick else rounds, 64 if quick else length, quick)
+    if not quick:
+        longppl(report, rounds, length)
+    report.finish()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
