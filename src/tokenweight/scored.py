@@ -36,7 +36,13 @@ def load_scores(
     Raises:
         ValueError: if it is not finished, holds no scores (of that size), or is not what was scored.
     """
-    rows = load_rows(folder)
+    return choose_scores(load_rows(folder), folder, size=size, stride=stride)
+
+
+def choose_scores(
+    rows: datasets.Dataset, folder: str | os.PathLike[str], *, size: int | None = None, stride: int | None = None
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """`load_scores` of rows that `load_rows` has opened."""
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance:
         _refuse_resaved(Path(folder))

@@ -29,7 +29,7 @@ from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
 from tokenweight.rope import SETTINGS, extend_context
 from tokenweight.rows import load_rows, row_lengths, token_range
-from tokenweight.scored import has_scores, load_scores
+from tokenweight.scored import choose_scores, has_scores
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import parse_weighting
 from tokenweight.windows import default_stride
@@ -97,7 +97,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     rows, provenance = load_rows(settings.data), read_provenance(settings.data)
     _refuse_missing_scores(settings, rows)
     if settings.scorer == "stored" and weighting.uses_short:
-        rows, provenance = load_scores(settings.data, size=settings.size, stride=settings.stride)
+        rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
     length = int(row_lengths(rows).max())
     context = _short_context(settings, length)
     model = load_model(settings.model, dtype=settings.dtype, extend=_extension(settings.extend))
