@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tokenweight.comparison import Entry, Measure, compare, csv_text, markdown, notes, terminal_tables
+from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markdown, markdown, notes, terminal_tables
 from tokenweight.intervals import Sums, paired_difference
 
 NUM = [10.0, 30.0, 0.0, 20.0]  # tokens of four documents, one of which has none
@@ -220,3 +220,28 @@ def test_a_bar_in_the_name_of_a_model_does_not_end_its_cell():
 def test_an_entry_goes_through_json_by_its_names():
     entry = compare(some_models())[1][0]
     assert Entry(**entry._asdict()) == entry
+
+
+def test_probes_are_tabulated_by_length_and_depth():
+    def cell(family, length, depth, accuracy):
+        return {"family": family, "length": length, "depth": depth, "accuracy": accuracy, "margin": None}
+
+    base = [cell("single", 64, 0.1, 1.0), cell("single", 64, 0.9, 0.5), cell("common_words", 64, None, 0.25)]
+    longer = [*base[:2], cell("single", 128, 0.1, 0.125)]
+    assert grid_markdown([("base", base), ("longer", longer)]).splitlines() == [
+        "",
+        "## Probes: single",
+        "",
+        "| model | length | depth 0.1 | depth 0.9 |",
+        "| --- | ---: | ---: | ---: |",
+        "| base | 64 | 100.0% | 50.0% |",
+        "| longer | 64 | 100.0% | 50.0% |",
+        "| longer | 128 | 12.5% | - |",
+        "",
+        "## Probes: common words",
+        "",
+        "| model | length | any depth |",
+        "| --- | ---: | ---: |",
+        "| base | 64 | 25.0% |",
+    ]
+    assert grid_markdown([("base", []), ("longer", [])]) == ""

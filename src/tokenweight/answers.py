@@ -8,33 +8,32 @@ from tokenweight.comparison import Measure
 from tokenweight.evalplan import Plan
 from tokenweight.harness import TaskResult, run_suites
 from tokenweight.positions import context_length
-from tokenweight.probing import probe_grid
+from tokenweight.probing import ProbeRecord, probe_grid
 from tokenweight.suites import SHORT_SUITES
 
 
-def probe_measures(
+def ask_probes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, haystack: str | None, plan: Plan
-) -> list[Measure]:
+) -> list[ProbeRecord]:
+    """What the model answers, at each length and depth of each family."""
+    if not plan.families:
+        return []
+    assert tokenizer is not None
+    lengths, depths = plan.probe_lengths, plan.depths
+    return probe_grid(
+        model, tokenizer, plan.families, lengths, depths, plan.num_probes, plan.seed, haystack, plan.probe_by
+    )
+
+
+def probe_measures(grid: Sequence[ProbeRecord], plan: Plan) -> list[Measure]:
     """Accuracy and margin of each family, and of each family and length.
 
     The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
     """
     measures: list[Measure] = []
     for family in plan.families:
-        assert tokenizer is not None
-        grid = probe_grid(
-            model,
-            tokenizer,
-            [family],
-            plan.probe_lengths,
-            plan.depths,
-            plan.num_probes,
-            plan.seed,
-            haystack,
-            plan.probe_by,
-        )
         for length in [None, *plan.probe_lengths]:
-            records = [record for record in grid if length in (None, record.length)]
+            records = [record for record in grid if record.family == family and length in (None, record.length)]
             name = f"probe_{family}" if length is None else f"probe_{family}_{length}"
             total = [sum(values) for values in zip(*(record.accuracies for record in records))]
             num = [float(len(records))] * plan.num_probes

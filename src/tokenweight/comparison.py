@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -15,6 +15,10 @@ from tokenweight.intervals import Sums, paired_difference
 
 _NAME, _COLUMN = 12, 11
 """Characters that the name of a model needs in a line, and a measure: its widest word or number."""
+
+
+GRID = ("family", "length", "depth", "accuracy", "margin")
+"""What an evaluation says of the probes of one family, length and depth."""
 
 
 class Measure(NamedTuple):
@@ -181,6 +185,25 @@ def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str
         whole.append([*head, *map(_markdown_cell, cells)])
     text = "\n".join(f"- {line}" for line in notes(table, unit=unit))
     return f"{_markdown(lines)}\n\n{text}\n\n## Every measure\n\n{_markdown(whole)}\n"
+
+
+def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """The accuracy in probes by length and depth, a table for each family; empty without probes.
+
+    Args:
+        models: name, and the probes as `GRID` says.
+    """
+    parts = []
+    for family in dict.fromkeys(cell["family"] for _, cells in models for cell in cells):
+        own = [(name, [cell for cell in cells if cell["family"] == family]) for name, cells in models]
+        depths = list(dict.fromkeys(cell["depth"] for _, cells in own for cell in cells))
+        lines = [["model", "length", *("any depth" if depth is None else f"depth {depth:g}" for depth in depths)]]
+        for name, cells in own:
+            for length in dict.fromkeys(cell["length"] for cell in cells):
+                found = {cell["depth"]: f"{cell['accuracy']:.1%}" for cell in cells if cell["length"] == length}
+                lines.append([name, str(length), *(found.get(depth, "-") for depth in depths)])
+        parts.append(f"\n## Probes: {family.replace('_', ' ')}\n\n{_markdown(lines)}\n")
+    return "".join(parts)
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.comparison import Entry, Measure, compare, csv_text, markdown
+from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markdown, markdown
 from tokenweight.evalplan import EvalSettings, Plan, make_plan, read_haystack
 from tokenweight.measures import Rows, find_key_tokens, measure_model, open_weights
 from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, refuse_tokens, tokenizer_fingerprint
@@ -74,7 +74,8 @@ def evaluate(
         record = _record(task, settings, unfinished / _WEIGHTS, lambda done: progress(done, total))
         write_json(unfinished / "eval.json", record)
         table = read_table(record)
-        (unfinished / "table.md").write_text(markdown(table, unit=record["unit"]), encoding="utf-8")
+        grid = grid_markdown([(model["model"], model.get("probe_grid", [])) for model in record["models"]])
+        (unfinished / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
         (unfinished / "table.csv").write_text(csv_text(table), encoding="utf-8")
         unfinished.rename(settings.out)
     finally:
@@ -125,7 +126,7 @@ def _measured(
             judge = find_key_tokens(name, task.plan, task.rows, weights, progress=progress)
             continue
         record = measure_model(name, task.plan, task.rows, weights, writes_weights=finds, progress=progress)
-        judge = {key: value for key, value in record.items() if key != "measures"} if finds else judge
+        judge = {key: record[key] for key in record if key not in ("measures", "probe_grid")} if finds else judge
         records[name] = {**record, "measures": [{**m._asdict(), "value": m.value} for m in record["measures"]]}
     if not task.earlier:
         weights.flush()

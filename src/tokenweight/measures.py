@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.answers import probe_measures, suite_measures
+from tokenweight.answers import ask_probes, probe_measures, suite_measures
 from tokenweight.benefit import key_tokens
 from tokenweight.causal import document_positions, prediction_mask
-from tokenweight.comparison import Measure
+from tokenweight.comparison import GRID, Measure
 from tokenweight.evalplan import Plan
 from tokenweight.evaluation import losses_by_context, sums_by_position
 from tokenweight.intervals import Sums, document_sums, row_sums
@@ -88,7 +88,7 @@ def measure_model(
         progress: called with the number of tokens of each batch of rows.
 
     Returns:
-        Who the model is, and `measures`, a list of `Measure`.
+        Who the model is; `measures`, a list of `Measure`; and `probe_grid`, probes by family, length and depth.
 
     Raises:
         ValueError: if a loss is not finite, or the model is not supported.
@@ -96,8 +96,10 @@ def measure_model(
     model = _loaded(name, plan)
     asked = suite_measures(model, rows.tokenizer, plan)  # first: what they refuse, they refuse before any work
     read = row_measures(model, plan, rows, weights, writes_weights=writes_weights, progress=progress)
-    probed = probe_measures(model, rows.tokenizer, rows.haystack, plan)
-    return {**_identity(name, model), "measures": [*read, *probed, *asked]}
+    grid = ask_probes(model, rows.tokenizer, rows.haystack, plan)
+    measures = [*read, *probe_measures(grid, plan), *asked]
+    cells = [{name: getattr(record, name) for name in GRID} for record in grid]
+    return {**_identity(name, model), "measures": measures, "probe_grid": cells}
 
 
 def row_measures(
