@@ -164,7 +164,7 @@ def main(*, rounds: int = 5, quick: bool = False, csv: Path | None = None) -> No
     length = 256 if quick else LENGTH
     begun = time.perf_counter()
     speed(report, documents, length, 1 if quick else rounds)
-    memory(report, len(documents), 64 if quick else 512, length)
+    memory(report, len(documents), 64 if quick else 128, length)
     size_on_disk(report, documents[: 20 if quick else 60], length)
     print(f"{time.perf_counter() - begun:.0f} s")
     report.finish()
