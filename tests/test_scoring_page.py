@@ -24,7 +24,11 @@ WORKERS = "import ray\nray.init(num_cpus=2, include_dashboard=False)\n"
 
 
 def run(block, folder):
-    block = block.replace("num_gpus=1", "num_cpus=1").replace("ShortContext(8192, 6144)", "ShortContext(8, 5)")
+    block = (
+        block.replace("num_gpus=1", "num_cpus=1")
+        .replace("cuda", "cpu")
+        .replace("ShortContext(8192, 6144)", "ShortContext(8, 5)")
+    )
     places = [str(Path(__file__).parents[1] / "src"), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", WORKERS + block], cwd=folder, env=environment, capture_output=True)

@@ -9,7 +9,7 @@ from tokenweight.evalplan import Plan
 from tokenweight.harness import TaskResult, run_suites
 from tokenweight.positions import context_length
 from tokenweight.probing import ProbeRecord, probe_grid
-from tokenweight.suites import SHORT_SUITES
+from tokenweight.suites import SHORT_SUITES, is_ruler
 
 
 def ask_probes(
@@ -45,37 +45,43 @@ def probe_measures(grid: Sequence[ProbeRecord], plan: Plan) -> list[Measure]:
     return measures
 
 
-def suite_measures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan) -> list[Measure]:
+def suite_measures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan
+) -> tuple[list[Measure], dict[str, str]]:
     """The first metric of each task of the suites, and over all samples of each suite; the unit is the sample.
+
+    Returns:
+        The measures; and a fingerprint of the samples of each task, with the version of the harness.
 
     Raises:
         ValueError: in one line, before any sample is read, if a suite cannot be loaded or would be cut.
     """
-    measures = []
+    measures, samples = [], {}
     for suite in plan.suites:
         assert tokenizer is not None
         room = context_length(model.config) or max(plan.suite_lengths) + 128
-        results = run_suites(
-            model,
-            tokenizer,
-            [suite],
-            max_length=room,
-            lengths=plan.suite_lengths,
-            limit=plan.suite_limit,
-            seed=plan.seed,
-        )
+        lengths, limit = plan.suite_lengths, plan.suite_limit
+        try:
+            results = run_suites(
+                model, tokenizer, [suite], max_length=room, lengths=lengths, limit=limit, seed=plan.seed
+            )
+        except ValueError as error:
+            raise ValueError(f"--suites {suite}: {error}") from error
         first = list({(result.task, result.length): result for result in reversed(results.tasks)}.values())[::-1]
         group = "short" if suite in SHORT_SUITES else "long"
-        if all(result.values for result in first):
+        if all((result.values and result.metric == first[0].metric) or is_ruler(result.task) for result in first):
             measures.append(_measure(suite, group, first, summary=True))
         for result in first:
             name = result.task if result.length is None else f"{result.task}_{result.length}"
-            measures.append(_measure(name, group, [result]))
-    return measures
+            samples[name] = f"{result.fingerprint} by lm_eval {results.lm_eval_version}"
+            if name not in {measure.name for measure in measures}:
+                measures.append(_measure(name, group, [result], summary=len(first) == 1 and name == suite))
+    return measures, samples
 
 
 def _measure(name: str, group: str, results: Sequence[TaskResult], *, summary: bool = False) -> Measure:
     """Of all samples of the results; of one that has no value for each sample, its own value, without an interval."""
     total = [value for result in results for value in result.values or (result.value,)]
-    unit = "share" if all(0 <= value <= 1 for value in total) else "score"
-    return Measure(name, group, unit, "higher", total, [1.0] * len(total), summary)
+    is_share = is_ruler(results[0].task) or results[0].metric.partition(",")[0] in ("acc", "acc_norm", "exact_match")
+    better = "higher" if results[0].higher_is_better else "lower"
+    return Measure(name, group, "share" if is_share else "score", better, total, [1.0] * len(total), summary)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -14,13 +15,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+logger = logging.getLogger(__name__)
+
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
 """Files of a folder that are read as one document each. Any text file may be named directly."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 """Files of one JSON object a line."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """May follow any of the suffixes above."""
-_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *COMPRESSED, ".parquet", ".json", ".csv", ".arrow")
+_UNREADABLE = (".json", ".csv", ".tsv", ".arrow")
+"""Files of texts in a form that is not read; named directly, they would be taken for one text."""
+_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *COMPRESSED, *_UNREADABLE, ".parquet")
 BUFFER_CHARACTERS = 1 << 28
 """Of the documents among which `shuffled` draws the next one."""
 
@@ -55,6 +60,8 @@ def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
         path = Path(name)
         if path.is_dir():
             sources += _in_folder(path)
+        elif path.exists() and _plain(path).suffix in _UNREADABLE:
+            raise ValueError(f"{name}: {path.suffix} files are not read: expected .txt, .md, .jsonl or .parquet")
         elif path.exists():
             sources.append(Source(name, _kind(path)))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _FILES:
@@ -128,14 +135,17 @@ def _in_folder(folder: Path) -> list[Source]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text())["splits"])
         raise ValueError(f"{folder} holds several splits ({splits}): name one of its folders")
-    found = []
+    found: list[Source] = []
+    left_out: list[Source] = []
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         readable = _kind(file) != "text" or _plain(file).suffix in TEXT_SUFFIXES
-        if file.is_file() and readable and not hidden:
-            found.append(Source(str(file), _kind(file)))
+        if file.is_file() and not hidden:
+            (found if readable else left_out).append(Source(str(file), _kind(file)))
     if not found:
         raise ValueError(f"{folder}: found no text in this folder: expected .txt, .md, .jsonl or .parquet files")
+    if left_out:
+        logger.warning("%s: left out %d files that are no text, such as %s", folder, len(left_out), left_out[0].name)
     return found
 
 
@@ -211,4 +221,8 @@ def _text_of(record: Any, text_column: str, where: str) -> str:
     if not isinstance(text, str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: no text in column {text_column!r}: found {found}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from None
     return text

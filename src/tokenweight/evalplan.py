@@ -144,13 +144,23 @@ def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
         "probe_lengths": lengths if families else [],
         "depths": depths if families else [],
         "num_probes": settings.num_probes if families else 0,
-        "probe_by": settings.probe_by,
-        "haystack_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
+        "probe_by": settings.probe_by if families else "likelihood",
+        "haystack_sha256": hashlib.sha256(text.encode()).hexdigest()[:16] if text and families else None,
     }
 
 
 def _suite_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     suites = [] if settings.suites is None else settings.suites.split(",")
+    given = (settings.suite_lengths, settings.suite_limit)
+    _require(
+        "--suites",
+        settings.suites,
+        bool(suites) or given == (None, None),
+        "suites, with --suite_lengths or --suite_limit",
+    )
+    _require(
+        "--suite_limit", settings.suite_limit, settings.suite_limit is None or settings.suite_limit >= 1, "at least 1"
+    )
     lengths = [length // 2]
     if settings.suite_lengths is not None:
         lengths = _numbers("--suite_lengths", settings.suite_lengths, int)

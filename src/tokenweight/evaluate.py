@@ -17,7 +17,7 @@ from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markd
 from tokenweight.evalplan import EvalSettings, Plan, make_plan, read_haystack
 from tokenweight.measures import Rows, find_key_tokens, measure_model, open_weights
 from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, refuse_tokens, tokenizer_fingerprint
-from tokenweight.positions import context_length, refuse_stale_windows
+from tokenweight.positions import context_length, refuse_stale_rows, refuse_stale_windows
 from tokenweight.probes import WITHOUT_DEPTH, make_probes
 from tokenweight.probing import generation_budget
 from tokenweight.records import differences, environment, read_json, read_provenance, write_json
@@ -99,6 +99,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
         models, judge = task.earlier["models"] + models, task.earlier["evaluator"]
     else:
         judge["weights_sha256"] = checksum(path)
+    _refuse_other_samples(models)
     table = compare([(model["model"], _measures(model)) for model in models], seed=settings.seed)
     return {
         "data": str(settings.data),
@@ -114,6 +115,13 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
     }
 
 
+def _refuse_other_samples(models: list[dict[str, Any]]) -> None:
+    """Raise a ValueError if a suite gave the models different samples: the harness, or its data, have changed."""
+    for model in models[1:]:
+        if found := differences(models[0]["suites"], model["suites"]):
+            raise ValueError(f"--suites: {models[0]['model']} and {model['model']} saw different samples ({found})")
+
+
 def _measured(
     task: _Task, path: Path, progress: Callable[[int], object]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -126,7 +134,8 @@ def _measured(
             judge = find_key_tokens(name, task.plan, task.rows, weights, progress=progress)
             continue
         record = measure_model(name, task.plan, task.rows, weights, writes_weights=finds, progress=progress)
-        judge = {key: record[key] for key in record if key not in ("measures", "probe_grid")} if finds else judge
+        if finds:
+            judge = {key: record[key] for key in record if key not in ("measures", "probe_grid", "suites")}
         records[name] = {**record, "measures": [{**m._asdict(), "value": m.value} for m in record["measures"]]}
     if not task.earlier:
         weights.flush()
@@ -211,6 +220,7 @@ def _refuse_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> 
             )
     for size in [*plan.sizes, plan.long_context[0]]:
         refuse_stale_windows(config, size)
+    refuse_stale_rows(config, [*set(rows.lengths.tolist()), *plan.probe_lengths])
 
 
 def _refuse_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
@@ -241,12 +251,8 @@ def _refuse_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
 
 def _fingerprints(rows: Rows) -> dict[str, Any]:
     """What else must be equal: tokens, positions and labels of the rows, their documents, and the tokenizer."""
-    labels = None
-    if "labels" in rows.data.column_names:
-        labels = rows_fingerprint(rows.data.select_columns("labels").rename_column("labels", "input_ids"))
     return {
         "rows_fingerprint": rows_fingerprint(rows.data),
-        "labels_fingerprint": labels,
         "documents_fingerprint": hashlib.sha256(json.dumps(rows.documents).encode()).hexdigest()[:16],
         "tokenizer_fingerprint": None if rows.tokenizer is None else tokenizer_fingerprint(rows.tokenizer),
     }

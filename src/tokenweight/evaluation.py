@@ -82,6 +82,8 @@ def losses_by_context(
     long_nll: Float[Tensor, "rows seq"],
     mask: Bool[Tensor, "rows seq"],
     position_ids: Int[Tensor, "rows seq"] | None = None,
+    *,
+    first_row: int = 0,
 ) -> list[Sums]:
     """Losses of the same tokens with short contexts and with all of it: what the model gains from a longer context.
 
@@ -95,11 +97,14 @@ def losses_by_context(
         long_nll: losses with the whole context, by the same model (`token_nll`).
         mask: True where a token was predicted and counts (`prediction_mask`).
         position_ids: where they restart at 0, a document begins.
+        first_row: number of the first row, for error messages.
 
     Returns:
         Sums of each row, for each scorer and then for the whole context.
     """
     longest = max(scorer.context.size for scorer in scorers)
     targets = mask & (document_positions(tokens, position_ids) >= longest)
-    short_nll = [scorer(tokens, position_ids=position_ids, long_nll=long_nll) for scorer in scorers]
+    short_nll = [
+        scorer(tokens, position_ids=position_ids, long_nll=long_nll, first_row=first_row) for scorer in scorers
+    ]
     return [row_sums(nll, targets) for nll in (*short_nll, long_nll)]

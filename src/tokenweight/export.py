@@ -92,13 +92,21 @@ def export_weights(
         raise ValueError(f"--out {out}: exists already; name a new folder")
     rows, provenance = load_scores(folder, size=size)
     if "long_nll" not in rows.column_names:
-        raise ValueError(f"{folder} has no column long_nll: score it with `tokenweight score {folder} --long`")
+        raise ValueError(f"{folder} has no column long_nll: score its rows anew, with `tokenweight score --long`")
+    sizes = provenance.get("size")
+    if isinstance(sizes, int) and size not in (None, sizes):
+        raise ValueError(f"--size {size}: {folder} was scored with {sizes}")
     summary = ExportSummary()
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
         _write(unfinished, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
-        note = {"format": format, "weighting": str(weighting), "size": size, **vars(summary)}
+        note = {
+            "format": format,
+            "weighting": str(weighting),
+            "size": sizes if isinstance(sizes, int) else size,
+            **vars(summary),
+        }
         write_json(unfinished / "weights.json", {**note, "scores": provenance, "environment": environment()})
         unfinished.rename(out)
     finally:

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,11 +44,12 @@ class TaskResult(NamedTuple):
     """As the harness names it, with the name of a filter after a comma. RULER's are named by their lengths."""
     value: float
     stderr: float | None
+    higher_is_better: bool
     num_samples: int
     num_truncated: int
     version: str
     values: tuple[float, ...] | None
-    """Of each sample, in their order; None if the metric is not made of one number of each."""
+    """Of each sample, in their order; None if the metric is not the mean of one number of each."""
     fingerprint: str
     """16 hex digits that two results share if their samples, prompts and targets are the same."""
 
@@ -253,16 +256,18 @@ def _task_results(name: str, output: dict[str, Any], fit: Fit) -> Iterator[TaskR
         samples.sort(key=lambda sample: sample["doc_id"])
         hashes = "".join(sample[f"{part}_hash"] for sample in samples for part in ("doc", "prompt", "target"))
         values = [sample.get(metric) for sample in samples]
+        is_mean = all(isinstance(v, int | float) for v in values) and math.isclose(fmean(values), value, abs_tol=1e-9)
         yield TaskResult(
             task=name,
             length=fit.length,
             metric=key.removesuffix(",none"),
             value=value,
             stderr=stderr,
+            higher_is_better=output["higher_is_better"].get(name, {}).get(metric, True),
             num_samples=len(samples),
             num_truncated=fit.num_truncated,
             version=str(output["versions"][name]),
-            values=tuple(map(float, values)) if all(isinstance(v, int | float) for v in values) else None,
+            values=tuple(map(float, values)) if is_mean else None,
             fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
         )
 

@@ -1,11 +1,11 @@
 """Every measure of one model: losses of rows by position and context, LongPPL, and what it answers.
 
 docs/evaluation.md says what each measure is. A row is read once with its whole context, and once more in windows for
-each short context; whatever is said of its tokens is summed up at once, so that memory does not grow with the rows.
+each short context; whatever is said of its tokens is summed up at once: of a row, memory holds a few numbers.
 """
 
 import itertools
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from tokenweight.comparison import GRID, Measure
 from tokenweight.evalplan import Plan
 from tokenweight.evaluation import losses_by_context, sums_by_position
 from tokenweight.intervals import Sums, document_sums, row_sums
-from tokenweight.model import load_model, weights_fingerprint
+from tokenweight.model import load_model, own_device, weights_fingerprint
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import LongCE
 
@@ -88,18 +88,22 @@ def measure_model(
         progress: called with the number of tokens of each batch of rows.
 
     Returns:
-        Who the model is; `measures`, a list of `Measure`; and `probe_grid`, probes by family, length and depth.
+        Who the model is; `measures`, a list of `Measure`; `probe_grid`, probes by family, length and depth; `suites`,
+        fingerprints of their samples.
 
     Raises:
         ValueError: if a loss is not finite, or the model is not supported.
     """
     model = _loaded(name, plan)
-    asked = suite_measures(model, rows.tokenizer, plan)  # first: what they refuse, they refuse before any work
+    asked, samples = suite_measures(model, rows.tokenizer, plan)  # first: what they refuse, the rows need not be read
     read = row_measures(model, plan, rows, weights, writes_weights=writes_weights, progress=progress)
     grid = ask_probes(model, rows.tokenizer, rows.haystack, plan)
     measures = [*read, *probe_measures(grid, plan), *asked]
     cells = [{name: getattr(record, name) for name in GRID} for record in grid]
-    return {**_identity(name, model), "measures": measures, "probe_grid": cells}
+    for measure in measures:
+        if not all(map(math.isfinite, measure.total)):
+            raise ValueError(f"{measure.name} of {name} is not finite: expected finite losses and margins")
+    return {**_identity(name, model), "measures": measures, "probe_grid": cells, "suites": samples}
 
 
 def row_measures(
@@ -149,9 +153,7 @@ def _identity(name: str, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _loaded(name: str, plan: Plan) -> PreTrainedModel:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    return load_model(name, dtype=plan.dtype).to(device)
+    return load_model(name, dtype=plan.dtype).to(own_device())
 
 
 def _scorer(model: PreTrainedModel, rows: Rows, size: int, stride: int) -> Scorer:
@@ -186,7 +188,7 @@ def _batch_sums(
     key, soft = (torch.from_numpy(np.ascontiguousarray(weights[name])).view_as(tokens) for name in ("key", "soft"))
     (short,) = sums_by_position(long_nll, mask, places, [0, plan.short])
     (beyond,) = sums_by_position(long_nll, mask, places, [plan.half, plan.length])
-    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions)
+    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions, first_row=first_row)
     return {
         "all": row_sums(long_nll, mask),
         "short_range": short,

@@ -99,6 +99,20 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def own_device() -> torch.device:
+    """The GPU of this process, where torchrun starts several the one of its rank; without a GPU, the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def config_fingerprint(config: Any) -> str:
+    """16 hex digits of whatever a config says beyond the defaults of its kind, but for names and versions."""
+    said = config.to_diff_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
+        said.pop(name, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def refuse_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
 ) -> None:

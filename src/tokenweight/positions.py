@@ -1,5 +1,6 @@
 """How many tokens a model reads, and whether the angles of its positions depend on how long the input is."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -33,6 +34,18 @@ def refuse_stale_windows(config: PreTrainedConfig, size: int) -> None:
         raise ValueError(
             f"windows of {size} tokens would keep the dynamic rotary frequencies of longer rows read before: "
             f"expected a size below {config.max_position_embeddings}"
+        )
+
+
+def refuse_stale_rows(config: PreTrainedConfig, lengths: Iterable[int]) -> None:
+    """Raise a ValueError if rows of one length would be read with the frequencies of longer ones before them."""
+    if "dynamic" not in _types(config):
+        return
+    longer = sorted({length for length in lengths if length >= config.max_position_embeddings})
+    if len(longer) > 1:
+        raise ValueError(
+            f"rows of {longer[0]} tokens would keep the dynamic rotary frequencies of rows of {longer[-1]}: expected "
+            f"one length from {config.max_position_embeddings} tokens on"
         )
 
 

@@ -67,6 +67,8 @@ def write_json(path: Path, value: Any) -> None:
         with os.fdopen(descriptor, "w") as file:
             json.dump(value, file, indent=2, ensure_ascii=False, default=str)
             file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())  # or the name could outlive the contents when the machine stops
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -62,7 +62,6 @@ def extend_context(
         length: tokens, more than the model has positions.
         method: "base", "linear", "dynamic", "yarn", "longrope" or "llama3".
         original: positions the model was pretrained with; by default what its config records.
-        settings: those of the method.
 
     Raises:
         ValueError: if the model has no rotary embeddings, or a setting is unknown, missing or senseless.
@@ -71,8 +70,9 @@ def extend_context(
     """
     if method not in SETTINGS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(SETTINGS)}")
-    layers = _layers(config)
-    positions = context_length(config)
+    if not isinstance(length, int) or not isinstance(original, int | None):
+        raise ValueError(f"length {length!r}, original {original!r}: expected whole numbers of tokens")
+    layers, positions = _layers(config), context_length(config)
     if length <= positions:
         raise ValueError(f"length {length}: the model reads {positions} tokens already: expected more")
     parameters = layers.get("full_attention") or layers[None]

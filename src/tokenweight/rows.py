@@ -79,6 +79,7 @@ def prepare_rows(
     if length < len(prefix) + 2:
         raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
+    settings |= {"prefix": prefix, "suffix": suffix}
     with _unfinished(out, settings) as folder:
         if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
             cutter = Cutter(length, prefix, suffix, pack=short == "pack")
@@ -283,8 +284,8 @@ def token_range(rows: datasets.Dataset) -> tuple[int, int]:
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:
-    """16 hex digits of all token ids and positions, in order: it changes with any edit of the rows."""
-    columns = [name for name in ("input_ids", "position_ids") if name in rows.column_names]
+    """16 hex digits of all token ids, positions and labels, in order: what losses depend on."""
+    columns = [name for name in ("input_ids", "position_ids", "labels") if name in rows.column_names]
     digest = hashlib.sha256(",".join(columns).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:

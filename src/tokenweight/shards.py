@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -51,6 +50,7 @@ class ArrowFile:
         with _writing(self.path.parent):
             try:
                 self.stream.close()
+                self.sink.flush()
             finally:
                 self.sink.close()
 
@@ -68,6 +68,8 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
     try:
         with ArrowFile(unfinished, schema) as file:
             yield file, note
+        with _writing(path.parent), unfinished.open("rb+") as written:
+            os.fsync(written.fileno())
         note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
         write_note(_note(path), note)
         os.replace(unfinished, path)
@@ -168,7 +170,7 @@ def verify(folder: Path) -> None:
 
 def dataset_files(folder: Path) -> list[str]:
     """The names of a data set's Arrow files."""
-    return [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    return [file["filename"] for file in read_json(folder / "state.json")["_data_files"]]
 
 
 def _note(path: Path) -> Path:

@@ -11,17 +11,19 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 
 from tokenweight.columns import RowScorer
 from tokenweight.model import (
+    config_fingerprint,
     find_tokenizer,
     load_model,
+    own_device,
     refuse_length,
     refuse_tokenizer,
     refuse_tokens,
     weights_fingerprint,
 )
+from tokenweight.positions import refuse_stale_rows
 from tokenweight.records import differences, environment, read_json, read_provenance
 from tokenweight.rows import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.scoring import ShortContext
@@ -82,9 +84,11 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    rows = load_rows(folder)
-    made = read_provenance(folder)
-    longest, size = int(row_lengths(rows).max(initial=0)), max(context.size for context in contexts)
+    rows, made = load_rows(folder), read_provenance(folder)
+    lengths, size = row_lengths(rows), max(context.size for context in contexts)
+    if not lengths.all():
+        raise ValueError(f"{folder}: row {int(np.argmin(lengths))} is empty")
+    longest = int(lengths.max())
     if size >= longest:
         raise ValueError(f"--size {size}: the rows hold {longest} tokens: no token would have a shorter context")
     tokenizer = find_tokenizer(model_name)
@@ -92,26 +96,25 @@ def score_folder(
     model = load_model(model_name, dtype=dtype, revision=revision)
     refuse_tokens(model.config, *token_range(rows), folder)
     refuse_length(model.config, longest if with_long else size, "--long: rows" if with_long else "--size: windows")
+    refuse_stale_rows(model.config, lengths.tolist() if with_long else [])
     bos = None if tokenizer is None else tokenizer.bos_token_id
-    sizes, strides = [context.size for context in contexts], [context.stride for context in contexts]
+    sizes, strides = ([getattr(context, name) for context in contexts] for name in ("size", "stride"))
     provenance = {
         "model": model_name,
         "revision": getattr(model.config, "_commit_hash", None),
         "weights_fingerprint": weights_fingerprint(model),
+        "config_fingerprint": config_fingerprint(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "rope_parameters": getattr(model.config, "rope_parameters", None),
         "tokenizer": made.get("tokenizer"),
         "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
-        "size": sizes if len(sizes) > 1 else sizes[0],
-        "stride": strides if len(strides) > 1 else strides[0],
+        **{name: values if len(contexts) > 1 else values[0] for name, values in (("size", sizes), ("stride", strides))},
         "bos": bos,
         "rows": str(folder),
         "rows_fingerprint": rows_fingerprint(rows),
         "environment": environment(),
     }
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    scorer = RowScorer(model.to(device), contexts, bos=bos, with_long=with_long, max_tokens=max_tokens)
+    scorer = RowScorer(model.to(own_device()), contexts, bos=bos, with_long=with_long, max_tokens=max_tokens)
     return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress)
 
 
