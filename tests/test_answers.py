@@ -7,7 +7,7 @@ import models
 from test_harness import LENGTHS, ruler_tokenizer, tiny
 from tokenweight.answers import suite_measures
 from tokenweight.evalplan import EvalSettings, make_plan
-from tokenweight.evaluate import evaluate, read_table
+from tokenweight.evaluate import _refuse_other_samples, evaluate, read_table
 from tokenweight.harness import run_suites
 
 SUITES = ["niah_single_1", "niah_multikey_3"]
@@ -22,7 +22,7 @@ def plan(suites=SUITES, lengths="512", limit=2):
 def test_measures_hold_the_value_of_every_sample_of_a_suite(unchecked):
     assert max(LENGTHS[suite] for suite in SUITES[1:]) == 512
     model, tokenizer = tiny(), ruler_tokenizer()
-    measures = {measure.name: measure for measure in suite_measures(model, tokenizer, plan())}
+    measures = {measure.name: measure for measure in suite_measures(model, tokenizer, plan())[0]}
     assert list(measures) == ["niah_single_1", "niah_single_1_512", "niah_multikey_3", "niah_multikey_3_512"]
     for suite in SUITES:
         (result,) = run_suites(model, tokenizer, [suite], max_length=2048, lengths=[512], limit=2).tasks
@@ -49,3 +49,26 @@ def test_a_suite_that_would_be_cut_is_refused_before_any_row_is_read(unchecked, 
     (entry,) = [entry for entry in row if entry.measure == "niah_single_1"]
     assert (entry.summary, entry.num_documents) == (True, 2)
     assert record["settings"]["suites"] == ["niah_single_1"]
+
+
+def test_models_that_saw_other_samples_are_not_compared():
+    models = [{"model": "a", "suites": {"mmlu": "1 by lm_eval 0.4.13"}}, {"model": "b", "suites": {"mmlu": "2"}}]
+    with pytest.raises(
+        ValueError, match=r"--suites: a and b saw different samples .mmlu is '1 by lm_eval 0.4.13' there"
+    ):
+        _refuse_other_samples(models)
+    _refuse_other_samples([models[0], {**models[0], "model": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"suite_limit": 2}, "--suites None: expected suites, with --suite_lengths or --suite_limit"),
+        ({"suite_lengths": "64"}, "--suites None: expected suites"),
+        ({"suites": "mmlu", "suite_limit": 0}, "--suite_limit 0: expected at least 1"),
+        ({"suites": "ruler", "suite_lengths": "4k"}, "--suite_lengths 4k: expected numbers"),
+    ],
+)
+def test_options_of_suites_that_make_no_sense_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_plan(EvalSettings("m", tmp_path, tmp_path, **settings), 64)

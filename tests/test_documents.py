@@ -205,3 +205,23 @@ def test_shuffling_holds_no_more_than_its_buffer():
     assert largest == 21
     assert order != sorted(order)
     assert max(abs(place - number) for place, number in enumerate(order)) > 30
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.json.gz", "a.arrow"])
+def test_files_of_a_form_that_is_not_read_are_not_taken_for_a_text(name, tmp_path):
+    (tmp_path / name).write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=f"{name}: .* files are not read: expected .txt, .md, .jsonl or .parquet"):
+        find_sources([tmp_path / name])
+
+
+def test_what_a_folder_holds_besides_texts_is_said(tmp_path, caplog):
+    for name in ("a.txt", "b.json", "c.csv", ".hidden"):
+        (tmp_path / name).write_text("a")
+    assert [document.name for document in read(tmp_path)] == [f"{tmp_path}/a.txt"]
+    assert f"left out 2 files that are no text, such as {tmp_path}/b.json" in caplog.text
+
+
+def test_half_a_character_is_refused_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: half a surrogate pair at character 1"):
+        read(tmp_path)

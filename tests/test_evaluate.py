@@ -91,7 +91,7 @@ def refusal(place, tmp_path, monkeypatch, **options):
         ({"long_stride": 5}, "(long_context is [9, 4] there, [9, 5] now)"),
         ({"num_rows": 5}, "num_rows is None there, 5 now; rows_fingerprint is "),
         ({"data": "packed"}, "rows_fingerprint is "),
-        ({"data": "labeled"}, "(labels_fingerprint is None there, "),
+        ({"data": "labeled"}, "(rows_fingerprint is "),
         ({"data": "renamed"}, "(documents_fingerprint is "),
         ({"evaluator": "judge"}, "base found the key tokens of "),
     ],

@@ -81,6 +81,12 @@ def test_of_several_contexts_the_one_that_is_named_makes_the_weights(folders):
         export_weights(folders / "scored", LongCE(), folders / "again", format="hf")
 
 
+def test_a_size_that_was_not_scored_is_refused(folders):
+    score_folder(folders / "rows", str(folders / "model"), [ShortContext(8, 5)], folders / "scored", with_long=True)
+    with pytest.raises(ValueError, match=r"--size 4: .*scored was scored with 8"):
+        export_weights(folders / "scored", LongCE(), folders / "out", format="hf", size=4)
+
+
 def without(column):
     return lambda rows: rows.remove_columns(column)
 
@@ -99,7 +105,7 @@ def shorter(row):
 
 
 REFUSALS = [
-    (without("long_nll"), "hf", r"scored has no column long_nll: .* `tokenweight score .*scored --long`"),
+    (without("long_nll"), "hf", r"scored has no column long_nll: score its rows anew, with `tokenweight score --long`"),
     (without("short_nll"), "hf", r"scored has no column short_nll"),
     (changed("long_nll", 1, 5, float("inf")), "hf", "^long_nll of row 1, position 5 is inf: expected a finite number"),
     (changed("short_nll", 3, 7, float("nan")), "trl", "^short_nll of row 3, position 7 is nan"),

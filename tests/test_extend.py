@@ -8,6 +8,7 @@ from transformers import AutoConfig
 import models
 from tokenweight import Scorer, ShortContext, load_model, token_nll
 from tokenweight.cli import main
+from tokenweight.positions import refuse_stale_rows
 from tokenweight.recipe import TrainSettings
 from tokenweight.records import read_json
 from tokenweight.rope import extend_context, prove_rope
@@ -78,3 +79,23 @@ def test_windows_that_would_keep_the_angles_of_longer_rows_are_refused(tmp_path)
     Scorer(model, ShortContext(31, 8))
     with pytest.raises(ValueError, match="windows of 32 tokens would keep the dynamic rotary frequencies"):
         Scorer(model, ShortContext(32, 8))
+
+
+def test_rows_that_would_keep_the_angles_of_longer_rows_are_refused(tmp_path):
+    models.tiny(max_position_embeddings=32).save_pretrained(tmp_path)
+    dynamic, linear = (
+        load_model(tmp_path, extend={"length": 128, "method": method}).config for method in ("dynamic", "linear")
+    )
+    refuse_stale_rows(dynamic, [8, 31, 60, 60])
+    refuse_stale_rows(linear, [60, 100])
+    with pytest.raises(ValueError, match="rows of 60 tokens would keep the dynamic rotary frequencies of rows of 100"):
+        refuse_stale_rows(dynamic, [100, 8, 60])
+
+
+@pytest.mark.parametrize("extend", [{"length": "32k"}, {"length": 160.5}, {"length": 160, "original": "all"}])
+def test_a_length_that_is_no_whole_number_is_refused(extend, longer, unchecked):
+    settings = TrainSettings(
+        str(longer / "model"), str(longer / "longer"), str(longer / "out"), "uniform", extend=extend
+    )
+    with pytest.raises(ValueError, match="expected whole numbers of tokens"):
+        train(settings)

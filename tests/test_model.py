@@ -20,7 +20,7 @@ from transformers import (
 import models
 from tokenweight import load_model, load_tokenizer, token_nll
 from tokenweight.causal import causal_parts, evaluating, prediction_mask
-from tokenweight.model import tokenizer_fingerprint
+from tokenweight.model import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 
 LENGTHS = [5, 1, 8]
 PACKED = torch.tensor([[t for length in LENGTHS for t in range(length)]] * 2)
@@ -228,3 +228,20 @@ def test_tokenizers_have_one_fingerprint_if_and_only_if_they_give_the_same_ids()
         tokenizer(words, eos_token="</s>"),
     ]
     assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 5
+
+
+def test_fingerprints_of_weights_and_configs_tell_what_changes_losses():
+    model = models.tiny()
+    weights, config = weights_fingerprint(model), config_fingerprint(model.config)
+    assert (weights, config) == (weights_fingerprint(models.tiny()), config_fingerprint(models.tiny().config))
+    model.config.transformers_version = "6"
+    model.config._name_or_path = "elsewhere"
+    assert config_fingerprint(model.config) == config
+    model.config.rms_norm_eps = 0.5
+    assert config_fingerprint(model.config) != config
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-7
+    assert weights_fingerprint(model) != weights
+    assert weights_fingerprint(models.tiny(seed=1)) != weights
+    tied = models.tiny("llama-tied")
+    assert weights_fingerprint(tied) == weights_fingerprint(models.tiny("llama-tied"))

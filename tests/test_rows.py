@@ -106,7 +106,8 @@ def test_summary_counts_every_document_and_token(documents, framed, tmp_path):
     assert summary.empty_documents == 1
     assert summary.longest_document == max(lengths)
     note = json.loads((tmp_path / "rows" / "rows.json").read_text())
-    assert note == {**vars(summary), "length": length, "short": "drop", "max_rows": None}
+    framing = {"prefix": [BOS] * framed, "suffix": [EOS] * framed}
+    assert note == {**vars(summary), "length": length, "short": "drop", "max_rows": None, **framing}
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 1000])
@@ -233,6 +234,7 @@ def test_the_fingerprint_of_rows_changes_with_any_edit_of_tokens_or_positions():
         {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 0, 0, 1]]},
         {"input_ids": [[5, 6, 7, 8, 9], []], "position_ids": [[0, 1, 0, 0, 1], []]},
         {**ROWS, "position_ids": [[0, 1, 2], [0, 1]]},
+        {**ROWS, "labels": [[5, 6, 7], [8, -100]]},
         {"input_ids": ROWS["input_ids"]},
         {"input_ids": ROWS["position_ids"], "position_ids": ROWS["input_ids"]},
     ]

@@ -250,3 +250,9 @@ def test_rows_of_another_tokenizer_are_refused_by_both_names(folders):
     (folders / "rows" / "rows.json").write_text(json.dumps(note))
     score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored")
     assert load_scores(folders / "scored")[1]["tokenizer_fingerprint"] == fingerprint
+
+
+def test_an_empty_row_is_refused_by_its_number(folders):
+    datasets.Dataset.from_dict({"input_ids": [[5] * LENGTH, []]}).save_to_disk(str(folders / "empty"))
+    with pytest.raises(ValueError, match="empty: row 1 is empty"):
+        score_folder(folders / "empty", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
