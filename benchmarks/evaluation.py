@@ -71,7 +71,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
     report.add_ratio(**setting, metric=f"time / {PASSES}", over=seconds[OURS], under=seconds[PASSES])
 
 
-def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int) -> None:
+def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int, alpha: float) -> None:
     from longppl.longppl import compute_longppl
 
     from tokenweight import load_tokenizer
@@ -86,11 +86,11 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int)
 
     def ours() -> None:
         long_nll = scorer.long_nll(again)
-        key = key_tokens(long_nll, scorer(again, long_nll=long_nll), prediction_mask(again))
+        key = key_tokens(long_nll, scorer(again, long_nll=long_nll), prediction_mask(again), alpha=alpha)
         found[OURS] = math.exp(row_sums(long_nll, key).mean)
 
     def theirs() -> None:
-        settings = {"trunc_len": trunc_len, "sliding_window": step}
+        settings = {"trunc_len": trunc_len, "sliding_window": step, "alpha": alpha}
         result = compute_longppl(text, model, model, tokenizer, tokenizer, **settings)
         found[PACKAGE] = float(result["longppl"])
 
@@ -99,7 +99,7 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int)
         seconds = alternately(runs, rounds)
     if abs(found[OURS] - found[PACKAGE]) > 1e-3:
         raise SystemExit(f"LongPPL is {found[OURS]} here and {found[PACKAGE]} there: expected the same to 1e-3")
-    x = f"{name}, text of {again.shape[1]} tokens, {trunc_len}/{step}, float32"
+    x = f"{name}, text of {again.shape[1]} tokens, {trunc_len}/{step}, alpha {alpha:g}, float32"
     for run, values in seconds.items():
         setting = {"what": "LongPPL of a text", "x": x, "implementation": run}
         report.add(**setting, metric="time", unit="s", values=values)
@@ -129,8 +129,8 @@ def main(
     if part != "longppl":
         native(report, 1 if quick else rounds, 64 if quick else length, quick)
     if part != "native" and not quick:
-        longppl(report, rounds, length, length // 4, length // 16)
-        longppl(report, 1, 6144, 4096, 1024)
+        longppl(report, rounds, length, length // 4, length // 16, 2.0)
+        longppl(report, 1, 6144, 4096, 1024, 0.5)  # 2 nats are gained by no token of this text
     report.finish()
 
 
