@@ -27,6 +27,7 @@ SHARD_TOKENS = 1 << 24
 """Tokens of a shard: what is cut again, at most, after an interruption."""
 BATCH_CHARACTERS = 1 << 22
 """Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
+_ROWS_READ = 64  # at a time, when all rows are looked at
 _TOKENS = pa.list_(pa.int32())
 _SCHEMAS = {
     "drop": pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()}),
@@ -271,14 +272,14 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
-    lengths = [np.asarray(batch.column("input_ids").combine_chunks().value_lengths()) for batch in batches]
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
+    lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def token_range(rows: datasets.Dataset) -> tuple[int, int]:
     """The smallest and the largest token id of all rows."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
     ranges = [pc.min_max(batch.column("input_ids").combine_chunks().flatten()).as_py() for batch in batches]
     return min(found["min"] for found in ranges), max(found["max"] for found in ranges)
 
@@ -287,7 +288,7 @@ def rows_fingerprint(rows: datasets.Dataset) -> str:
     """16 hex digits of all token ids, positions and labels, in order: what losses depend on."""
     columns = [name for name in ("input_ids", "position_ids", "labels") if name in rows.column_names]
     digest = hashlib.sha256(",".join(columns).encode())
-    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_READ):
         for name in columns:
             column = batch.column(name).combine_chunks()
             digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
