@@ -143,6 +143,7 @@ def _fork(folder, argv, streams, at, send, limit, environment):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have begun with it ignored
     out, steps = argv[argv.index("--out") + 1] if "--out" in argv else "", itertools.count()
 
     def step():

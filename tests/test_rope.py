@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import models
+from test_rows import trained_tokenizer
 from tokenweight import NPMI, PPMI, Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, load_model, token_nll
 from tokenweight.objective import with_weighted_loss
 from tokenweight.positions import context_length, refuse_stale_windows
@@ -288,9 +289,12 @@ def test_phi3_counts_from_the_positions_it_keeps_beside_rope_parameters():
     prove_rope(AutoModelForCausalLM.from_config(config), config)
 
 
-def test_the_example_of_the_page_runs(tmp_path, capsys):
-    models.tiny(**SIZES).save_pretrained(tmp_path)
+def test_the_example_of_the_page_runs(tmp_path):
+    models.tiny(**SIZES).save_pretrained(tmp_path / "MODEL")
+    trained_tokenizer().save_pretrained(tmp_path / "MODEL")
     page = (Path(__file__).parents[1] / "docs" / "context-extension.md").read_text()
     example = page.split("```python\n")[1].split("```")[0]
-    exec(example.replace("MODEL", str(tmp_path)), {})
-    assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip()
+    exec(example.replace("MODEL", str(tmp_path / "MODEL")), {})
+    longer = load_model(tmp_path / "MODEL-32k")
+    assert describe_rope(longer.config) == "default, 32768 positions, theta 1.53e+07"
+    prove_rope(longer, longer.config)
