@@ -109,7 +109,7 @@ def evaluation_table(results: Results) -> list[str]:
     rows = {"time / forward passes": "native measures of a model", "time / longppl 0.3.0": "LongPPL, to the same value"}
     lines = ["Evaluation, in time:", "", "| | setting | |", "|---|---|---|"]
     for (name, metric, x), value in found.items():
-        if name == "tokenweight" and metric in rows:
+        if name == "tokenweight" and metric in rows and ("forward" in metric or "alpha" in x):
             lines.append(f"| {rows[metric]} / {metric.removeprefix('time / ')} | {x} | {value:.2f} |")
     return lines
 
