@@ -6,7 +6,7 @@ import torch
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from test_store import CONTEXT, OTHER_BATCH
-from tokenweight import ShortContext, token_nll
+from tokenweight import ShortContext, scored, token_nll
 from tokenweight.rows import load_rows
 from tokenweight.scored import load_scores, read_row
 from tokenweight.store import score_folder
@@ -23,9 +23,9 @@ def test_a_row_is_read_with_stored_long_losses_or_those_of_the_scoring_model(wit
     if with_long:
         (folders / "model" / "model.safetensors").unlink()  # not needed then
     row = read_row(folders / "scored", 4)
-    scored = load_rows(folders / "scored")
-    assert row.tokens.tolist() == [scored[4]["input_ids"].tolist()]
-    assert torch.equal(row.short_nll[0], torch.tensor(scored[4]["short_nll"]))
+    stored = load_rows(folders / "scored")[4]
+    assert row.tokens.tolist() == [stored["input_ids"].tolist()]
+    assert torch.equal(row.short_nll[0], torch.tensor(stored["short_nll"]))
     expected = token_nll(models.tiny(dtype=torch.float32), row.tokens)
     torch.testing.assert_close(row.long_nll, expected, **OTHER_BATCH)
     assert row.mask.tolist() == [[False] + [True] * (LENGTH - 1)]
@@ -38,6 +38,18 @@ def test_a_row_is_read_with_the_long_losses_of_the_model_that_is_named(folders):
     other.save_pretrained(folders / "other")
     row = read_row(folders / "scored", 2, str(folders / "other"))
     torch.testing.assert_close(row.long_nll, token_nll(other, row.tokens), **OTHER_BATCH)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_scoring_model_is_loaded_in_the_revision_that_scored(named, folders, monkeypatch):
+    name, loaded = str(folders / "model"), []  # a folder, for which transformers ignores the revision
+    score_folder(folders / "rows", name, [CONTEXT], folders / "scored", revision="v2")
+    load_model = scored.load_model
+    monkeypatch.setattr(
+        scored, "load_model", lambda *names, **settings: loaded.append(settings) or load_model(*names, **settings)
+    )
+    read_row(folders / "scored", 0, name if named else None)
+    assert [settings["revision"] for settings in loaded] == ["v2"]
 
 
 @pytest.mark.parametrize("number", [-1, NUM_ROWS])

@@ -75,10 +75,10 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
     return _load(AutoTokenizer, "tokenizer", name, revision=revision)
 
 
-def find_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None if it is a folder that holds no tokenizer."""
     has_none = Path(name).is_dir() and not any(Path(name).glob("*token*"))
-    return None if has_none else load_tokenizer(name)
+    return None if has_none else load_tokenizer(name, revision=revision)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Literal, NamedTuple
 
 import torch
@@ -87,7 +87,8 @@ def probe_grid(
         for depth in [None] if family in WITHOUT_DEPTH else depths:
             cells.append(make(family, length=length, depth=depth, room=room))
     score = score_by_likelihood if by == "likelihood" else score_by_generation
-    return [_record(probes, score(model, tokenizer, probes), by) for probes in cells]
+    scores = iter(score(model, tokenizer, [probe for probes in cells for probe in probes]))
+    return [_record(probes, list(islice(scores, len(probes))), by) for probes in cells]
 
 
 def _record(probes: list[Probe], scores: list[ProbeScore], by: str) -> ProbeRecord:

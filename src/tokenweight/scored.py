@@ -112,12 +112,14 @@ def read_row(
     columns = {name: torch.as_tensor(np.array(value))[None] for name, value in rows[number].items() if name in _NUMBERS}
     tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
     name = model_name or provenance.get("model")
-    tokenizer = None if name is None else find_tokenizer(name)
+    revision = provenance.get("revision") if name == provenance.get("model") else None
+    tokenizer = None if name is None else find_tokenizer(name, revision=revision)
     refuse_tokenizer(tokenizer, str(name), provenance, folder)
     long_nll = None if model_name else columns.get("long_nll")
     if long_nll is None:
         if name is None:
             raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
-        long_nll = token_nll(load_model(name, dtype=provenance.get("dtype", "auto")), tokens, positions)
+        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision)
+        long_nll = token_nll(model, tokens, positions)
     mask = prediction_mask(columns.get("labels", tokens), positions)
     return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer)

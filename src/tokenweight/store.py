@@ -91,7 +91,7 @@ def score_folder(
     longest = int(lengths.max())
     if size >= longest:
         raise ValueError(f"--size {size}: the rows hold {longest} tokens: no token would have a shorter context")
-    tokenizer = find_tokenizer(model_name)
+    tokenizer = find_tokenizer(model_name, revision=revision)
     refuse_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype, revision=revision)
     refuse_tokens(model.config, *token_range(rows), folder)
