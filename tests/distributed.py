@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, Trainer
 
 import models
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, with_weighted_loss
-from tokenweight.training import collate, training_arguments
+from tokenweight.arguments import training_arguments
+from tokenweight.training import collate
 
 LENGTHS = (40, 9, 25, 33, 40, 17, 5, 28)
 WEIGHTINGS = {"dense": Dense(), "sparse": Sparse(), "longce": LongCE()}

@@ -13,8 +13,9 @@ import yaml
 import models
 from distributed import some_rows
 from test_rows import trained_tokenizer
+from tokenweight.arguments import PAPER_ARGUMENTS, training_arguments
 from tokenweight.recipe import TrainSettings, read_recipe
-from tokenweight.training import PAPER_ARGUMENTS, train, training_arguments
+from tokenweight.training import train
 
 SETTINGS = TrainSettings(
     model="some/model",

@@ -11,8 +11,9 @@ from typing import Any
 
 import tyro
 
-from tokenweight.commands import Demo, Eval, Export, Prepare, Score, Show
+from tokenweight.commands import Demo, Eval, Export, Prepare, Score
 from tokenweight.recipe import TrainSettings, read_recipe
+from tokenweight.viewing import Show
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,

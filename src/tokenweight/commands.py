@@ -1,14 +1,14 @@
 """The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from tokenweight.evalplan import EvalSettings
+from tokenweight.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Prepare:
         documents = read_documents(sources, text_column=self.text_column, subset=self.subset, split=self.split)
         if self.seed is not None:
             documents = shuffled(documents, self.seed)
-        with _progress("characters") as advance:
+        with progress("characters") as advance:
 
             def counted() -> Iterator[Any]:
                 for document in documents:
@@ -113,7 +113,7 @@ class Score:
 
         contexts = _contexts(self.size, self.stride)
         share = process_share(self.shard)
-        with _progress("tokens") as advance:
+        with progress("tokens") as advance:
             summary = score_folder(
                 self.rows,
                 self.model,
@@ -172,50 +172,6 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
-class Show:
-    """Show a passage of scored rows, tinted by weight, and the tokens whose weight changes most."""
-
-    scored: tyro.conf.Positional[Path]
-    """Folder of scored rows."""
-    row: int = 0
-    """Which row, counted from 0."""
-    weighting: str = "dense"
-    """As in `train`."""
-    start: int | None = None
-    """First token of the passage; by default the passage with the most weight."""
-    num: int = 300
-    """Tokens of the passage."""
-    top: int = 12
-    """Tokens listed below it."""
-    size: int | None = None
-    """Of the short context, where scores of several are stored."""
-    model: str | None = None
-    """Gives the long losses, if they are not stored; by default the scoring model."""
-    svg: Path | None = None
-    """Also write the picture to this file."""
-
-    def run(self) -> None:
-        """Print the passage and the list."""
-        from rich.console import Console
-
-        from tokenweight.scored import read_row
-        from tokenweight.show import view
-        from tokenweight.svg import write_svg
-        from tokenweight.weighting import parse_weighting
-
-        weighting = parse_weighting(self.weighting)
-        if self.num < 1 or self.top < 0:
-            raise ValueError(f"--num {self.num} --top {self.top}: expected at least 1 token, and no negative number")
-        if self.svg is not None and not self.svg.parent.is_dir():
-            raise ValueError(f"--svg {self.svg}: no such folder")
-        row = read_row(self.scored, self.row, self.model, size=self.size)
-        picture = view(row, weighting, start=self.start, num=self.num, top=self.top)
-        Console().print(*picture, sep="\n\n")
-        if self.svg is not None:
-            write_svg(picture, self.svg, title=f"{self.scored}, row {self.row}, {weighting}")
-
-
-@dataclasses.dataclass(frozen=True)
 class Demo:
     """Prepare, score, show, train and evaluate: a real model and real texts, a few minutes on two cores."""
 
@@ -245,32 +201,10 @@ class Eval(EvalSettings):
         from tokenweight.comparison import notes, terminal_tables
         from tokenweight.evaluate import evaluate, read_table
 
-        with _progress("tokens") as advance:
+        with progress("tokens") as advance:
             record = evaluate(self, progress=advance)
         table = read_table(record)
         console = Console()
         tables = terminal_tables(table, width=console.width)
         console.print(*tables, *notes(table, unit=record["unit"]), sep="\n")
         print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
-
-
-@contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields a function that takes how many units were done, and of how many."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{unit}, {task.speed or 0:,.0f} a second")
-
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(unit, total=None)
-
-        def advance(done: int, total: int | None = None) -> None:
-            progress.update(task, advance=done, total=total)
-
-        yield advance

@@ -3,18 +3,15 @@
 import contextlib
 import dataclasses
 import inspect
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
 import transformers
 from torch import Tensor
 from transformers import (
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -23,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tokenweight.arguments import training_arguments
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.recipe import TrainSettings, refuse_unknown
@@ -33,18 +31,6 @@ from tokenweight.scored import choose_scores, has_scores
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.weighting import parse_weighting
 from tokenweight.windows import default_stride
-
-PAPER_ARGUMENTS = {
-    "learning_rate": 2e-5,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.01,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 20,
-    "per_device_train_batch_size": 1,
-    "logging_steps": 1,
-    "report_to": "none",
-}
-"""Used where a recipe says nothing. The first five: `configs/llama3_32k_dense.json` of the paper's code."""
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -149,61 +135,6 @@ def _number(value: Any) -> Any:
         with contextlib.suppress(ValueError, TypeError):
             return kind(value) if isinstance(value, str) else value
     return value
-
-
-def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> TrainingArguments:
-    """`PAPER_ARGUMENTS` overridden by `given`, whose values may be strings of a command line.
-
-    Raises:
-        ValueError: for a field that TrainingArguments does not have, or a value it refuses.
-    """
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    for key in given:
-        refuse_unknown(key, known, "trainer")
-    if "output_dir" in given:
-        raise ValueError("trainer: output_dir is the setting out of the recipe: name it there")
-    words: list[str] = []
-    # Without an accelerator the Trainer refuses bf16, unless told that the CPU is meant.
-    defaults = {**PAPER_ARGUMENTS, "use_cpu": not torch.accelerator.is_available()}
-    for key, value in {**defaults, **given, "output_dir": str(out)}.items():
-        if value is not None:
-            words += [f"--{key}", *(_word(key, item) for item in (value if isinstance(value, list) else [value]))]
-    (arguments,) = _Parser(TrainingArguments).parse_args_into_dataclasses(words)
-    if arguments.use_liger_kernel or arguments.label_smoothing_factor:
-        raise ValueError(
-            "trainer: use_liger_kernel and label_smoothing_factor put another loss in place of the weighted one: "
-            "expected neither"
-        )
-    _refuse_overwriting(Path(out), arguments)
-    return arguments
-
-
-def _word(key: str, value: Any) -> str:
-    """A value as a word of a command line, on which mappings are JSON."""
-    if isinstance(value, dict):
-        return json.dumps(value)
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"trainer: {key}={value} is not JSON: {error}") from None
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print every field of TrainingArguments and leave."""
-        raise ValueError(f"trainer: {message}")
-
-
-def _refuse_overwriting(out: Path, arguments: TrainingArguments) -> None:
-    if (
-        out.exists()
-        and any(out.iterdir())
-        and arguments.resume_from_checkpoint is None
-        and arguments.process_index == 0
-    ):
-        raise ValueError(f"out: {out} exists; name a new folder, or set trainer.resume_from_checkpoint to go on")
 
 
 def _refuse_double_division(trainer: Trainer) -> None:
