@@ -1,5 +1,7 @@
 """What is read of scored rows, and what is refused because it is not what was scored."""
 
+import json
+
 import pytest
 import torch
 
@@ -42,8 +44,10 @@ def test_a_row_is_read_with_the_long_losses_of_the_model_that_is_named(folders):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_scoring_model_is_loaded_in_the_revision_that_scored(named, folders, monkeypatch):
-    name, loaded = str(folders / "model"), []  # a folder, for which transformers ignores the revision
-    score_folder(folders / "rows", name, [CONTEXT], folders / "scored", revision="v2")
+    name, loaded = str(folders / "model"), []
+    score_folder(folders / "rows", name, [CONTEXT], folders / "scored")
+    note = folders / "scored" / "scores.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "revision": "v2"}))  # as of a hub model
     load_model = scored.load_model
     monkeypatch.setattr(
         scored, "load_model", lambda *names, **settings: loaded.append(settings) or load_model(*names, **settings)
