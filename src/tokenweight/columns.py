@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,10 +50,8 @@ class RowScorer:
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens, self.with_long = max_tokens, with_long
         suffixes = [""] if len(sizes) == 1 else [f"_{size}" for size in sizes]
-        self.scorers = {
-            suffix: Scorer(model, context, bos=bos, max_tokens=max_tokens)
-            for suffix, context in zip(suffixes, contexts)
-        }
+        scorer = Scorer(model, contexts[0], bos=bos, max_tokens=max_tokens)
+        self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
 
     @property
     def features(self) -> dict[str, Any]:
@@ -88,11 +87,7 @@ class RowScorer:
         self, batch: dict[str, Any], first_row: int, columns: dict[str, list], totals: dict[str, np.ndarray]
     ) -> None:
         device = next(iter(self.scorers.values())).model.device
-        tokens, positions, labels = (
-            torch.from_numpy(np.stack(batch[name]).astype(np.int64)).to(device) if name in batch else None
-            for name in ("input_ids", "position_ids", "labels")
-        )
-        assert tokens is not None
+        tokens, positions, predicted = row_tensors(batch, device)
         long_nll = None
         for suffix, scorer in self.scorers.items():
             if self.with_long and long_nll is None:
@@ -101,12 +96,23 @@ class RowScorer:
             short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll, first_row=first_row)
             columns[f"short_nll{suffix}"] += _rows(short_nll)
             if long_nll is not None:
-                mask = prediction_mask(tokens if labels is None else labels, positions)
-                mask &= document_positions(tokens, positions) >= scorer.context.size
+                mask = predicted & (document_positions(tokens, positions) >= scorer.context.size)
                 for name, values in context_benefit(long_nll, short_nll, mask)._asdict().items():
                     columns[f"{name}{suffix}"] += values.tolist()
                 difference = (long_nll - short_nll)[mask].abs().double()
                 totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
+
+
+def row_tensors(
+    batch: Mapping[str, Any], device: torch.device
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"] | None, Bool[Tensor, "batch seq"]]:
+    """Tokens, positions (None, if each row is one document) and mask of rows of one length."""
+    tokens, positions, labels = (
+        torch.from_numpy(np.stack(batch[name]).astype(np.int64)).to(device) if name in batch else None
+        for name in ("input_ids", "position_ids", "labels")
+    )
+    assert tokens is not None
+    return tokens, positions, prediction_mask(tokens if labels is None else labels, positions)
 
 
 def _rows(values: Tensor) -> list[np.ndarray]:

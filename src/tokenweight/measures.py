@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.answers import ask_probes, probe_measures, suite_measures
 from tokenweight.benefit import key_tokens
-from tokenweight.causal import document_positions, prediction_mask
+from tokenweight.causal import document_positions
+from tokenweight.columns import row_tensors
 from tokenweight.comparison import GRID, Measure
 from tokenweight.evalplan import Plan
 from tokenweight.evaluation import losses_by_context, sums_by_position
@@ -116,11 +117,13 @@ def row_measures(
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Measure]:
     """The measures that a model's losses on the rows give; arguments as of `measure_model`."""
-    scorers = [_scorer(model, rows, size, size // 2) for size in plan.sizes]
-    finder = _scorer(model, rows, *plan.long_context) if writes_weights else None
+    finder = _finder(model, plan, rows)
+    scorers = [finder.with_context(ShortContext(size, size // 2)) for size in plan.sizes]
     found: dict[str, list[Sums]] = {}
     for batch, place in rows.batches():
-        for key, sums in _batch_sums(rows.data[batch], batch.start, plan, scorers, finder, weights[place]).items():
+        for key, sums in _batch_sums(
+            rows.data[batch], batch.start, plan, scorers, finder if writes_weights else None, weights[place]
+        ).items():
             found.setdefault(key, []).append(sums)
         progress(place.stop - place.start)
     names = rows.documents
@@ -133,9 +136,9 @@ def find_key_tokens(
 ) -> dict[str, Any]:
     """Let a model that is not in the table find the key tokens, and fill in `weights`. Returns who it is."""
     model = _loaded(name, plan)
-    finder = _scorer(model, rows, *plan.long_context)
+    finder = _finder(model, plan, rows)
     for batch, place in rows.batches():
-        tokens, positions, mask = _columns(rows.data[batch], model.device)
+        tokens, positions, mask = row_tensors(rows.data[batch], model.device)
         long_nll = finder.long_nll(tokens, position_ids=positions, first_row=batch.start)
         _write_weights(finder, tokens, positions, mask, long_nll, batch.start, weights[place])
         progress(place.stop - place.start)
@@ -156,19 +159,10 @@ def _loaded(name: str, plan: Plan) -> PreTrainedModel:
     return load_model(name, dtype=plan.dtype).to(own_device())
 
 
-def _scorer(model: PreTrainedModel, rows: Rows, size: int, stride: int) -> Scorer:
+def _finder(model: PreTrainedModel, plan: Plan, rows: Rows) -> Scorer:
+    """The scorer whose windows tell key tokens."""
     bos = None if rows.tokenizer is None else rows.tokenizer.bos_token_id
-    return Scorer(model, ShortContext(size, stride), bos=bos, max_tokens=rows.max_tokens)
-
-
-def _columns(batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Tokens, positions and mask of rows of one length."""
-    tokens, positions, labels = (
-        torch.from_numpy(np.stack(batch[name]).astype(np.int64)).to(device) if name in batch else None
-        for name in ("input_ids", "position_ids", "labels")
-    )
-    assert tokens is not None
-    return tokens, positions, prediction_mask(tokens if labels is None else labels, positions)
+    return Scorer(model, ShortContext(*plan.long_context), bos=bos, max_tokens=rows.max_tokens)
 
 
 def _batch_sums(
@@ -180,7 +174,7 @@ def _batch_sums(
     weights: np.ndarray,
 ) -> dict[str, Sums]:
     """The sums of each row, by the names of `_named_measures`."""
-    tokens, positions, mask = _columns(batch, scorers[0].model.device)
+    tokens, positions, mask = row_tensors(batch, scorers[0].model.device)
     long_nll = scorers[0].long_nll(tokens, position_ids=positions, first_row=first_row)
     if finder is not None:
         _write_weights(finder, tokens, positions, mask, long_nll, first_row, weights)

@@ -1,5 +1,6 @@
 """The loss of every token when the model sees only a short context."""
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable
@@ -71,6 +72,13 @@ class Scorer:
         refuse_stale_windows(model.config, context.size)
         self.model, self.context, self.bos, self.max_tokens = model, context, bos, max_tokens
         self.parts = causal_parts(model)
+
+    def with_context(self, context: ShortContext) -> "Scorer":
+        """A scorer of the same model with another short context; the model is not proved again."""
+        refuse_stale_windows(self.model.config, context.size)
+        scorer = copy.copy(self)
+        scorer.context = context
+        return scorer
 
     @torch.no_grad()
     def __call__(
