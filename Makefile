@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
 .PHONY: install demo test lint check bench clean
 
@@ -21,7 +22,7 @@ demo: $(READY)
 	$(BIN)/tokenweight demo --out demo/$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -30,7 +31,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py

@@ -1,5 +1,10 @@
 """Check the shapes in the signatures of the package while its tests run."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their processes: a thread each, set before torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import jaxtyping
 import pytest
