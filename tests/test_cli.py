@@ -129,9 +129,17 @@ def test_score_scores_once(scored, run, place):
 def test_show_prints_text_and_draws_a_picture(scored, run, place):
     status, printed, errors = run("show", "scored", "--row", "0", "--start", "0", "--num", "60", "--svg", "shown.svg")
     assert (status, errors) == (0, "")
-    assert "Call me Ishmael. Some years ago" in printed
+    assert "Call me Ishmael. Some years ago" in re.sub(r"[][()]", "", printed)  # no terminal, no color: marks
+    assert "weight  ((0, not trained)) (below 1) [above 1] [[2 or more]]" in printed
     assert "dense:interpolation=0.75" in printed
     assert "<svg" in (place / "shown.svg").read_text(encoding="utf-8")
+
+
+def test_show_scores_a_text_at_once(run, place):
+    options = ["--model", "model", "--length", "100", "--row", "1", "--size", "20", "--stride", "10"]
+    status, printed, errors = run("show", "book.txt", *options, "--weighting", "sparse:keep=0.2")
+    assert (status, errors) == (0, "")
+    assert "effective tokens 19.0 of 99" in printed
 
 
 def logged(folder):
@@ -222,6 +230,10 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["show", "rows"], "rows has no column short_nll"),
         (["show", "scored", "--row", "999"], "--row 999: scored has rows 0 to"),
         (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),
+        (["show", "scored", "--length", "9"], "--length and --stride are of a text: scored is a folder of rows"),
+        (["show", "book.txt"], "--model: book.txt is a text: name the model that scores it"),
+        (["show", "book.txt", "--model", "gone"], "'gone' cannot be loaded"),
+        (["show", "bad.jsonl", "--model", "model", "--row", "1"], "--row 1: bad.jsonl has rows 0 to 0"),
         (["show", "scored", "--model", "other"], "scored was made with the tokenizer of model ("),
         ([*EVAL, "--out", "notes"], "--out notes: exists already; name a new folder"),
         ([*EVAL], "--out"),

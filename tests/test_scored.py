@@ -4,13 +4,18 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from test_store import CONTEXT, OTHER_BATCH
-from tokenweight import ShortContext, scored, token_nll
+from tokenweight import Scorer, ShortContext, load_model, scored, token_nll
 from tokenweight.rows import load_rows
-from tokenweight.scored import load_scores, read_row
+from tokenweight.scored import load_scores, read_row, score_text
 from tokenweight.store import score_folder
 
 
@@ -133,3 +138,63 @@ def test_rows_edited_after_they_were_scored_are_refused(folders):
     (folders / "edited" / "scores.json").write_bytes((scored / "scores.json").read_bytes())
     with pytest.raises(ValueError, match=r"edited was changed after it was scored: its rows are in data-00000"):
         load_scores(folders / "edited")
+
+
+def word_tokenizer():
+    """Words w3 to w60, and a BOS before a text, as llama's tokenizer puts one there."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{token}": token for token in range(3, models.VOCABULARY)}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file, its tokens, and the folder of a model with its tokenizer."""
+    tokenizer = word_tokenizer()
+    models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(f"w{token}" for token in models.some_tokens(1, 58)[0].tolist()))
+    return path, tokenizer(path.read_text())["input_ids"], str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("number", "length"), [(0, 30), (1, 30), (1, 48), (0, None)])
+def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
+    path, tokens, name = text
+    row = score_text(path, name, number=number, length=length, size=8, stride=3)
+    expected = tokens[number * (length or 128) : (number + 1) * (length or 128)]
+    assert row.tokens.tolist() == [expected]
+    model, batch = load_model(name), torch.tensor([expected])
+    torch.testing.assert_close(row.long_nll, token_nll(model, batch), **OTHER_BATCH)
+    short_nll = Scorer(model, ShortContext(8, 3), bos=1)(batch)
+    torch.testing.assert_close(row.short_nll[:, 8:], short_nll[:, 8:], **OTHER_BATCH)
+    assert torch.equal(row.short_nll[:, :8], row.long_nll[:, :8])
+    assert row.mask.tolist() == [[False] + [True] * (len(expected) - 1)]
+    default = score_text(path, name, number=number, length=length)
+    sizes = ShortContext(size=len(expected) // 4, stride=len(expected) // 4 * 3 // 4)
+    again = score_text(path, name, number=number, length=length, size=sizes.size, stride=sizes.stride)
+    assert torch.equal(default.short_nll, again.short_nll)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"number": 2, "length": 30}, r"--row 2: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"number": -1, "length": 30}, r"--row -1: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"length": 30, "size": 30}, "--size 30: the row has 30 tokens: no token would have a shorter context"),
+        ({"length": 129}, r"book.txt: rows of 129 tokens: the model has 128 positions"),
+        ({"size": 8, "stride": 8}, "stride=8 does not fit size=8"),
+    ],
+)
+def test_what_no_text_can_be_scored_with_is_refused(settings, message, text):
+    with pytest.raises(ValueError, match=message):
+        score_text(text[0], text[2], **settings)
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty.txt", " \n"), ("empty.jsonl", "")])
+def test_a_file_without_text_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} holds no text"):
+        score_text(tmp_path / name, "never loaded")

@@ -96,6 +96,16 @@ def test_without_color_bold_underline_and_dim_remain():
     assert ansi(passage(["a"], torch.tensor([3.0]))).count(";48;2;") == 1
 
 
+def test_where_nothing_can_be_tinted_marks_tell_the_same():
+    pieces = ["A", " tale", " of", " the", "\n", " sea", ":", " Ahab", "'s", " \n"]
+    weights = torch.tensor([0.0, 0, 0.5, 0.8, 1, 1.5, 1, 3, 9, 0])
+    assert passage(pieces, weights, tinted=False).plain == "((A tale)) (of the)\n [sea]: [[Ahab's]] \n"
+    assert str(passage(["\x1b", "⟦"], torch.tensor([2.0, 1]), tinted=False)) == r"[[\x1b]]⟦"
+    assert "[[2 or more]]" in legend(tinted=False).plain
+    with pytest.raises(ValueError, match="expected a finite number"):
+        passage(["a"], torch.tensor([-1.0]), tinted=False)
+
+
 def test_summary():
     weights, mask = torch.tensor([9.0, 0, 1, 1, 2]), torch.tensor([False, True, True, True, True])
     line = summary(Dense(), weights, mask).plain  # effective (0 + 1 + 1 + 2)^2 / (1 + 1 + 4)
@@ -111,7 +121,11 @@ def test_top_tokens_order_and_numbers():
     short = torch.tensor([float("nan"), 1.5, 2, 1.5, 2.5, 1, 2, 0, 1])
     mask = torch.tensor([False] + [True] * 8)
     table = top_tokens(pieces, weights, long, short, mask, num=6)
-    lines = ansi(table, color_system=None).splitlines()[4:10]
+    lines = ansi(table, color_system=None).splitlines()[4:12]
+    earlier = [lines.pop(1), lines.pop(4)]  # below tokens 4 and 6: where Ahab was, and where he saw
+    assert [line.strip() for line in earlier] == ["Ahab saw⏎ [i] Ah", "Ahab saw⏎ [i] Ahab,"]
+    assert earlier[0].index("Ahab saw") == lines[0].index("Ahab, saw")
+    assert earlier[1].index("saw") == lines[3].index("saw, never")
     assert [int(line.split()[0]) for line in lines] == [4, 5, 2, 6, 1, 3]  # weight, then difference, then position
     assert [line.split()[-6:] for line in lines[:2]] == [
         ["0.25", "2.50", "+2.25", "3.00", "0", "4"],
@@ -122,7 +136,7 @@ def test_top_tokens_order_and_numbers():
     columns = [line.index(word) for line, word in zip(lines, ["Ahab, saw", ", saw", "⏎", "saw, n", "saw⏎", "[i]"])]
     assert len(set(columns)) == 1
     assert re.search(r"\x1b\[1;4mAhab\x1b\[0m, saw", ansi(table, no_color=True))
-    assert len(ansi(top_tokens(pieces, weights, long, short, mask), color_system=None).splitlines()) == 4 + 7 + 2
+    assert len(ansi(top_tokens(pieces, weights, long, short, mask), color_system=None).splitlines()) == 4 + 7 + 2 + 2
 
 
 def test_svg(tmp_path, monkeypatch):

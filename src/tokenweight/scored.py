@@ -1,4 +1,4 @@
-"""Scored rows from disk: proved to be those that were scored."""
+"""Scored rows: from disk, proved to be those that were scored; or a text, scored at once."""
 
 import logging
 import os
@@ -13,12 +13,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tokenweight.causal import prediction_mask
-from tokenweight.model import find_tokenizer, load_model, refuse_tokenizer, token_nll
+from tokenweight.documents import find_sources, read_documents
+from tokenweight.model import (
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    own_device,
+    refuse_length,
+    refuse_tokenizer,
+    token_nll,
+)
+from tokenweight.positions import context_length
 from tokenweight.records import read_json
-from tokenweight.rows import load_rows
+from tokenweight.rows import load_rows, special_tokens
+from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.shards import dataset_files
+from tokenweight.windows import default_stride
 
 logger = logging.getLogger(__name__)
+TEXT_LENGTH = 4096
+"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
 _NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
 
 
@@ -84,7 +98,7 @@ def _refuse_resaved(folder: Path) -> None:
 
 
 class ScoredRow(NamedTuple):
-    """One row of a scored folder, as a batch of one, with what reads it."""
+    """One scored row, as a batch of one, with what reads it."""
 
     tokens: Int[Tensor, "1 seq"]
     long_nll: Float[Tensor, "1 seq"]
@@ -123,3 +137,47 @@ def read_row(
         long_nll = token_nll(model, tokens, positions)
     mask = prediction_mask(columns.get("labels", tokens), positions)
     return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer)
+
+
+def score_text(
+    path: str | os.PathLike[str],
+    model_name: str,
+    *,
+    number: int = 0,
+    length: int | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+) -> ScoredRow:
+    """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
+
+    Args:
+        path: of a file that `prepare` reads.
+        model_name: gives tokenizer and losses.
+        number: of the row, from 0.
+        length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
+        size, stride: of the short context; by default a quarter of the row, and three quarters of that.
+
+    Raises:
+        ValueError: if there is no such row, or no token of it would have a shorter context.
+    """
+    document = next(read_documents(find_sources([path])), None)
+    if document is None or not document.text.strip():
+        raise ValueError(f"{path} holds no text")
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
+    if length is None:
+        length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
+    refuse_length(model.config, length, f"{path}: rows")
+    text = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = special_tokens(tokenizer)[0] + text
+    row = ids[number * length : (number + 1) * length] if number >= 0 else []
+    if not row:
+        raise ValueError(f"--row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    size = len(row) // 4 if size is None else size
+    if size >= len(row):
+        raise ValueError(f"--size {size}: the row has {len(row)} tokens: no token would have a shorter context")
+    context = ShortContext(size, default_stride(size) if stride is None else stride)
+    scorer = Scorer(model, context, bos=tokenizer.bos_token_id)
+    tokens = torch.tensor([row], device=model.device)
+    long_nll = scorer.long_nll(tokens, first_row=number)
+    short_nll = scorer(tokens, long_nll=long_nll, first_row=number)
+    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), prediction_mask(tokens).cpu(), tokenizer)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from rich import box
 from rich.cells import set_cell_size
 from rich.color import Color, ColorTriplet, blend_rgb
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
@@ -88,8 +88,8 @@ def tint(weight: float) -> Style:
     return Style(color=_INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
 
 
-def passage(pieces: list[str], weights: Float[Tensor, "seq"]) -> Text:
-    """The text, each token tinted by its weight.
+def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = True) -> Text:
+    """The text, each token tinted by its weight; or, where nothing can be tinted, between marks (`legend`).
 
     The space before a word stays untinted, so that a tint does not hang at the end of a line. Line breaks are kept; one
     that is weighted above 1 is marked ⏎, since there is nothing else of it to see.
@@ -97,10 +97,13 @@ def passage(pieces: list[str], weights: Float[Tensor, "seq"]) -> Text:
     Args:
         pieces: of `token_pieces`.
         weights: one per piece.
+        tinted: False for marks.
 
     Raises:
         ValueError: if a weight is negative or not finite.
     """
+    if not tinted:
+        return _marked(pieces, weights.tolist())
     runs: list[tuple[Style, str]] = []
     for piece, weight in zip(pieces, weights.tolist(), strict=True):
         style, shown = tint(weight), piece.translate(_LITERAL)
@@ -114,8 +117,31 @@ def passage(pieces: list[str], weights: Float[Tensor, "seq"]) -> Text:
     return text
 
 
-def legend() -> Text:
-    """The key of the tints, one line."""
+def _marked(pieces: list[str], weights: list[float]) -> Text:
+    text = Text()
+    for marks, group in groupby(zip(pieces, weights), key=lambda pair: _marks(pair[1])):
+        run = "".join(piece for piece, _ in group).translate(_LITERAL)
+        words = run.strip(" \n")
+        before, _, after = run.partition(words) if words else (run, "", "")
+        text.append(before + (words and words.join(marks)) + after)
+    return text
+
+
+def _marks(weight: float) -> tuple[str, str]:
+    """What stands around tokens of this weight where there is no color."""
+    style = tint(weight)
+    if style.dim:
+        return "((", "))"
+    if style.bold:
+        return ("[[", "]]") if style.underline else ("[", "]")
+    return ("(", ")") if style.bgcolor else ("", "")
+
+
+def legend(*, tinted: bool = True) -> Text:
+    """The key of the tints, or of the marks, in one line."""
+    if not tinted:
+        names = {"0, not trained": 0.0, "below 1": 0.5, "above 1": 1.5, "2 or more": 2.0}
+        return Text("weight  " + " ".join(name.join(_marks(weight)) for name, weight in names.items()))
     samples = {"¼ or less": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4 or more": 4.0}
     text = Text("weight  ").append("0, not trained", tint(0.0))
     for label, weight in samples.items():
@@ -161,7 +187,7 @@ def top_tokens(
 
     Of equal weights, the larger |long - short| comes first, then the earlier position. Tokens of weight 0 are left out.
     The last columns are the nearest earlier position with the same piece, for pieces of at least two letters or digits,
-    and how many tokens ago that is.
+    and how many tokens ago that is; the text there stands below the token.
 
     Args:
         pieces: of `token_pieces`.
@@ -177,15 +203,18 @@ def top_tokens(
     starts, seen = [0, *accumulate(map(len, pieces))], _seen_before(pieces)
     text = "".join(pieces)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, caption="losses in nats", caption_justify="left")
-    table.add_column("position", justify="right", vertical="bottom", no_wrap=True)
-    table.add_column("token in context", vertical="bottom")
+    table.add_column("position", justify="right", no_wrap=True)
+    table.add_column("token in context\nand where it was before")
     for header in ("long", "short", "short\n- long", "weight", "seen\nbefore", "tokens\nago"):
-        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+        table.add_column(header, justify="right", no_wrap=True)
     for place in places[:num]:
-        before = seen[place]
+        before, token = seen[place], tint(weight[place]) + Style(bold=True)
+        shown = [_InContext(text, starts[place], starts[place + 1], token)]
+        if before is not None:
+            shown.append(_InContext(text, starts[before], starts[before + 1], Style(), around=Style(dim=True)))
         table.add_row(
             str(place),
-            _InContext(text, starts[place], starts[place + 1], tint(weight[place]) + Style(bold=True)),
+            Group(*shown),
             f"{long[place]:.2f}",
             f"{short[place]:.2f}",
             f"{short[place] - long[place]:+.2f}",
@@ -196,7 +225,13 @@ def top_tokens(
 
 
 def view(
-    row: ScoredRow, weighting: Weighting, *, start: int | None = None, num: int = 300, top: int = 12
+    row: ScoredRow,
+    weighting: Weighting,
+    *,
+    start: int | None = None,
+    num: int = 300,
+    top: int = 12,
+    tinted: bool = True,
 ) -> list[RenderableType]:
     """A scored row as a passage of `num` tokens, the key of its tints, the row in numbers, and the `top` tokens.
 
@@ -206,6 +241,7 @@ def view(
         start: first token of the passage; by default where the weights add up to the most.
         num: tokens of the passage.
         top: tokens of the list.
+        tinted: False where there is no color: weights are then shown by marks.
 
     Raises:
         ValueError: if `start` is not a token of the row.
@@ -218,7 +254,8 @@ def view(
     pieces, shown = token_pieces(row.tokens[0].tolist(), row.tokenizer), slice(start, start + num)
     losses = row.long_nll[0], row.short_nll[0]
     table = top_tokens(pieces, weights, *losses, row.mask[0], num=top)
-    return [passage(pieces[shown], weights[shown]), legend(), summary(weighting, weights, row.mask[0]), table]
+    text = passage(pieces[shown], weights[shown], tinted=tinted)
+    return [text, legend(tinted=tinted), summary(weighting, weights, row.mask[0]), table]
 
 
 @dataclass(frozen=True)
@@ -232,6 +269,7 @@ class _InContext:
     start: int
     stop: int
     style: Style
+    around: Style | str = ""
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(16, _BEFORE + self.stop - self.start + _AFTER)
@@ -243,7 +281,7 @@ class _InContext:
         before = set_cell_size(before[::-1], room)[::-1]
         after = self.text[self.stop : self.stop + _AFTER].translate(_ONE_LINE)
         shown = token.translate(_ONE_LINE) or "…"  # part of a character, which the next tokens complete
-        line = Text(before).append(shown, self.style).append(after)
+        line = Text(before, self.around).append(shown, self.style).append(after)
         line.truncate(options.max_width)
         yield line
 

@@ -1,17 +1,22 @@
 """The commands that show what weights do: each a dataclass of its options. Nothing heavy is imported before it runs."""
 
 import dataclasses
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
+
+if TYPE_CHECKING:
+    from tokenweight.scored import ScoredRow
 
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Show a passage of scored rows, tinted by weight, and the tokens whose weight changes most."""
+    """Show a passage, tinted by weight, and the tokens that weigh most: of scored rows, or of any text."""
 
-    scored: tyro.conf.Positional[Path]
-    """Folder of scored rows."""
+    source: tyro.conf.Positional[Path]
+    """Folder of scored rows; or a file that `prepare` reads, which `--model` then scores at once."""
     row: int = 0
     """Which row, counted from 0."""
     weighting: str = "dense"
@@ -23,9 +28,13 @@ class Show:
     top: int = 12
     """Tokens listed below it."""
     size: int | None = None
-    """Of the short context, where scores of several are stored."""
+    """Of the short context: which of several that are stored; of a text, by default a quarter of the row."""
+    stride: int | None = None
+    """Of a text: tokens that a window scores, by default three quarters of the size."""
+    length: int | None = None
+    """Of a text: tokens of a row, the long context; by default 4096, or what the model reads, if that is less."""
     model: str | None = None
-    """Gives the long losses, if they are not stored; by default the scoring model."""
+    """Folder, hub id or .gguf file. Gives the long losses, if they are not stored; by default the scoring model."""
     svg: Path | None = None
     """Also write the picture to this file."""
 
@@ -33,7 +42,6 @@ class Show:
         """Print the passage and the list."""
         from rich.console import Console
 
-        from tokenweight.scored import read_row
         from tokenweight.show import view
         from tokenweight.svg import write_svg
         from tokenweight.weighting import parse_weighting
@@ -43,8 +51,23 @@ class Show:
             raise ValueError(f"--num {self.num} --top {self.top}: expected at least 1 token, and no negative number")
         if self.svg is not None and not self.svg.parent.is_dir():
             raise ValueError(f"--svg {self.svg}: no such folder")
-        row = read_row(self.scored, self.row, self.model, size=self.size)
-        picture = view(row, weighting, start=self.start, num=self.num, top=self.top)
-        Console().print(*picture, sep="\n\n")
+        console, row = Console(), self._row()
+        shown = functools.partial(view, row, weighting, start=self.start, num=self.num, top=self.top)
+        console.print(*shown(tinted=console.color_system is not None and not console.no_color), sep="\n\n")
         if self.svg is not None:
-            write_svg(picture, self.svg, title=f"{self.scored}, row {self.row}, {weighting}")
+            write_svg(shown(), self.svg, title=f"{self.source}, row {self.row}, {weighting}")
+
+    def _row(self) -> "ScoredRow":
+        from tokenweight.scored import read_row, score_text
+
+        if not self.source.is_file():
+            if self.stride is not None or self.length is not None:
+                raise ValueError(
+                    f"--length and --stride are of a text: {self.source} is a folder of rows that has its own"
+                )
+            return read_row(self.source, self.row, self.model, size=self.size)
+        if self.model is None:
+            raise ValueError(f"--model: {self.source} is a text: name the model that scores it")
+        return score_text(
+            self.source, self.model, number=self.row, length=self.length, size=self.size, stride=self.stride
+        )
