@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,8 +43,7 @@ class CausalParts:
     ) -> Float[Tensor, "batch seq dim"]:
         """The state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
 
-        This is the only shift by one in this library; everything else is aligned with the tokens. No KV cache is used:
-        with one, transformers would let packed documents see each other.
+        No KV cache is used: with one, transformers would let packed documents see each other.
 
         Args:
             position_ids: rising by one, except that 0 begins a new document, and larger jumps skip positions (PoSE).
@@ -52,12 +51,22 @@ class CausalParts:
         Raises:
             ValueError: if the positions do not allow to keep documents apart.
         """
+        return aligned_with_tokens(self.decoded(tokens, position_ids, attention_mask, **kwargs))
+
+    def decoded(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The decoder's output at each token, not shifted; arguments and errors are those of `states`."""
         if position_ids is not None:
             attention_mask = _separating_mask(position_ids, attention_mask, self.max_packed_rows)
         outputs = self.decoder(
             input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
-        return nn.functional.pad(outputs.last_hidden_state[:, :-1], (0, 0, 1, 0))
+        return outputs.last_hidden_state
 
     @torch.no_grad()
     def nll(
@@ -68,6 +77,23 @@ class CausalParts:
         with evaluating(self.decoder):
             states = self.states(tokens, position_ids).flatten(0, 1)
         return linear_nll(states, targets=targets, **self.head).view_as(tokens)
+
+
+def aligned_with_tokens(of_states: Shaped[Tensor, "batch seq *dim"]) -> Shaped[Tensor, "batch seq *dim"]:
+    """From what stands at the state that predicts a token to what stands at the token itself; column 0 is 0.
+
+    This and its inverse are the only shift by one in this library; everything else is aligned with the tokens.
+
+        column of a row    0    1    2    3        state 0 reads token 0 and predicts token 1; nothing predicts token 0,
+        of_states          a    b    c    d        and what state 3 predicts is not in the row
+        result             0    a    b    c
+    """
+    return torch.cat([torch.zeros_like(of_states[:, :1]), of_states[:, :-1]], dim=1)
+
+
+def aligned_with_states(of_tokens: Shaped[Tensor, "batch seq"], fill: int = 0) -> Shaped[Tensor, "batch seq"]:
+    """The inverse of `aligned_with_tokens`: column t is what stands at token t + 1, the last column is `fill`."""
+    return torch.cat([of_tokens[:, 1:], torch.full_like(of_tokens[:, :1], fill)], dim=1)
 
 
 def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_packed_rows: float) -> Tensor | None:

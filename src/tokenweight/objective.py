@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokenweight.causal import CausalParts, causal_parts, prediction_mask
 from tokenweight.loss import linear_nll, weighted_linear_cross_entropy
+from tokenweight.parallel import RowShare, share_of_rows
 from tokenweight.scoring import Scorer
 from tokenweight.weighting import Weighting, as_weighting, refuse_nonfinite
 
@@ -22,7 +24,7 @@ class WeightedLossOutput(ModelOutput):
     """What a bound model returns when it is given labels. There are no logits: they are never made.
 
     All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
-    predicted.
+    predicted; of whole rows, on every rank, where rows are split over a context.
     """
 
     loss: Any = None
@@ -39,10 +41,14 @@ class _Binding:
     scorer: Scorer | None
     parts: CausalParts
     forward: Callable[..., Any]
+    context: DeviceMesh | None  # rather than a process group, which cannot be copied
 
 
 def with_weighted_loss(
-    model: PreTrainedModel, weighting: Callable[[Tensor, Tensor, Tensor], Tensor], scorer: Scorer | None = None
+    model: PreTrainedModel,
+    weighting: Callable[[Tensor, Tensor, Tensor], Tensor],
+    scorer: Scorer | None = None,
+    context: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """Make `model(input_ids, labels, ...).loss` the weighted loss. The model is changed in place and returned.
 
@@ -60,13 +66,21 @@ def with_weighted_loss(
         model: any causal language model of transformers with a decoder and an output head.
         weighting: one of `tokenweight.weighting`, or any function of (long, short, mask).
         scorer: scores rows that come without a `short_nll` column.
+        context: the ranks over which the tokens of a row are split, `tokenweight.parallel.context_mesh(accelerator)`.
+            The model then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of
+            whole rows. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
 
     Raises:
-        ValueError: if the model is not supported, or the weighting is not one.
+        ValueError: if the model is not supported, or the weighting is not one; if there are a scorer and a context.
     """
+    if scorer is not None and context is not None:
+        raise ValueError(
+            "a scorer reads whole rows, but context parallelism splits them: score the rows beforehand "
+            "(`tokenweight score`), and give no scorer"
+        )
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
     forward = model.forward if bound is None else bound.forward
-    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward)
+    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward, context)
     # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
     # model.
     model.forward = types.MethodType(_forward, model)
@@ -82,9 +96,11 @@ def _forward(
     num_items_in_batch: Tensor | int | None = None,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     bound: _Binding = self._token_weighting
+    labels = shift_labels if labels is None else labels
     if labels is None:
         if short_nll is not None or num_items_in_batch is not None:
             raise ValueError(
@@ -92,12 +108,18 @@ def _forward(
                 "compute_loss_func of a Trainer take the labels away, and with them the weights"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    _refuse(bound, input_ids, labels, short_nll, kwargs)
+    share = None
+    if bound.context is not None:
+        share = share_of_rows(position_ids, bound.context)
+        labels = share.labels(shift_labels)
+        short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
+    _refuse(bound, input_ids, labels, shift_labels, short_nll, kwargs)
     kwargs.pop("return_dict", None)
     kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
-    mask = prediction_mask(labels, position_ids)
-    targets = labels.where(mask, -100).flatten()
-    states = bound.parts.states(input_ids, position_ids, attention_mask, **kwargs).flatten(0, 1)
+    mask = prediction_mask(labels, position_ids if share is None else None)
+    targets = labels.where(mask, -100)
+    decode = bound.parts.states if share is None else bound.parts.decoded
+    states = decode(input_ids, position_ids, attention_mask, **kwargs)
 
     def score(long_nll: Tensor) -> Tensor:
         """The short losses; of a model that scores itself, the long ones wherever the contexts are the same."""
@@ -110,30 +132,47 @@ def _forward(
         )
 
     weighted_loss = _in_one_pass if bound.weighting.pointwise else _in_two_passes
-    output = weighted_loss(bound, states, targets, mask, score)
-    output.loss /= mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    output = weighted_loss(bound, states, targets, mask, score, share)
+    num_ranks = 1 if bound.context is None else bound.context.size()
+    output.loss /= mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
     return output
 
 
 def _in_two_passes(
-    bound: _Binding, states: Tensor, targets: Tensor, mask: Bool[Tensor, "batch seq"], score: Callable[[Tensor], Tensor]
+    bound: _Binding,
+    states: Float[Tensor, "batch share dim"],
+    targets: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    score: Callable[[Tensor], Tensor],
+    share: RowShare | None,
 ) -> WeightedLossOutput:
     """For weights that need all losses of a row first: 1 head product for those, 3 for the rows with a weight."""
-    long_nll = linear_nll(states.detach(), targets=targets, **bound.parts.head).view_as(mask)
+    own, whole = _to_and_from(share)
+    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
+    long_nll = whole(linear_nll(states.detach(), targets=targets, **bound.parts.head).view(len(mask), -1))
     short_nll = score(long_nll)
     weights = bound.weighting(long_nll, short_nll, mask)
-    loss = weighted_linear_cross_entropy(states, targets=targets, weights=weights.flatten(), **bound.parts.head)
+    own_weights = own(weights).flatten()
+    loss = weighted_linear_cross_entropy(states, targets=targets, weights=own_weights, **bound.parts.head)
     return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0))
 
 
 def _in_one_pass(
-    bound: _Binding, states: Tensor, targets: Tensor, mask: Bool[Tensor, "batch seq"], score: Callable[[Tensor], Tensor]
+    bound: _Binding,
+    states: Float[Tensor, "batch share dim"],
+    targets: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    score: Callable[[Tensor], Tensor],
+    share: RowShare | None,
 ) -> WeightedLossOutput:
     """For a weight that depends on its own token's losses only: 3 head products."""
+    own, whole = _to_and_from(share)
+    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
     dtype = torch.promote_types(states.dtype, torch.float32)
     # Not known yet, so NaN; a model that scores itself hands it on for the tokens whose short context is the whole one.
     long_nll = torch.full(mask.shape, torch.nan, dtype=dtype, device=mask.device)
-    short_nll = score(long_nll).to(dtype, copy=True)
+    short_nll = own(score(long_nll)).to(dtype, copy=True)
+    long_nll = own(long_nll)
     weights = torch.zeros_like(long_nll)
     long_flat, short_flat, weights_flat = long_nll.view(-1), short_nll.view(-1), weights.view(-1)
 
@@ -145,23 +184,41 @@ def _in_one_pass(
         return weights_flat[rows]
 
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
+    long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
     refuse_nonfinite("the long loss", long_nll, mask)
     refuse_nonfinite(f"the weight by {bound.weighting}", weights, mask)
     return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0))
 
 
+def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """From whole rows, aligned with tokens, to what this rank has at its states, and back; in one process the same."""
+    if share is None:
+        return lambda of_tokens, fill=0: of_tokens, lambda of_states: of_states
+    return share.own, share.whole
+
+
 def _refuse(
-    bound: _Binding, input_ids: Tensor | None, labels: Tensor, short_nll: Tensor | None, kwargs: dict[str, Any]
+    bound: _Binding,
+    input_ids: Tensor | None,
+    labels: Tensor,
+    shift_labels: Tensor | None,
+    short_nll: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> None:
     """Refuse what would make the weights silently wrong or absent."""
-    unwanted = ("inputs_embeds", "shift_labels", "loss_weights", "logits_to_keep", "return_dict")
+    if shift_labels is not None and bound.context is None:
+        raise ValueError(
+            "a model with a weighted loss found shift_labels, as of rows that are split over a context: expected "
+            "with_weighted_loss(..., context=tokenweight.parallel.context_mesh(accelerator))"
+        )
+    unwanted = ("inputs_embeds", "loss_weights", "logits_to_keep", "return_dict")
     unknown = [name for name in unwanted if kwargs.get(name) is not None and kwargs[name] is not True]
     if unknown or input_ids is None:
         raise ValueError(
             "a model with a weighted loss takes input_ids, labels and short_nll: "
             f"found {', '.join(unknown) or 'no input_ids'}"
         )
-    if labels.shape != input_ids.shape:
+    if bound.context is None and labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(input_ids.shape)}")
     if short_nll is not None:
         if short_nll.shape != labels.shape:

@@ -23,6 +23,7 @@ from transformers import (
 from tokenweight.arguments import training_arguments
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
+from tokenweight.parallel import context_mesh
 from tokenweight.recipe import TrainSettings, refuse_unknown
 from tokenweight.records import append_line, environment, read_provenance, write_json
 from tokenweight.rope import SETTINGS, extend_context
@@ -111,6 +112,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     )
     try:
         _refuse_double_division(trainer)
+        if (ranks := context_mesh(trainer.accelerator)) is not None:
+            with_weighted_loss(model, weighting, scorer, ranks)
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         trainer.save_model()
     finally:
