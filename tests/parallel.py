@@ -27,9 +27,7 @@ from tokenweight.recipe import TrainSettings
 from tokenweight.training import train
 
 LENGTH, ORDERS = 24, ("contiguous", "balanced")
-WEIGHTINGS = {
-    str(w): w for w in (Uniform(), Dense(), Sparse(), LongCE(cap=2.0), PPMI(keep=0.8), NPMI(), Sparse(keep=1))
-}
+WEIGHTINGS = {str(w): w for w in (Uniform(), Dense(), Sparse(), LongCE(cap=2.0), PPMI(keep=0.8))}
 LAUNCHED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
 """What `accelerate launch --use_parallelism_config --parallelism_config_cp_size 2` sets."""
 
