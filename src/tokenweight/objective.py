@@ -81,11 +81,22 @@ def with_weighted_loss(
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
     forward = model.forward if bound is None else bound.forward
     model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward, context)
+    if bound is None:
+        model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True)
     # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
     # model.
     model.forward = types.MethodType(_forward, model)
     model.accepts_loss_kwargs = True  # some models deny it, and the Trainer would divide by accumulation steps instead
     return model
+
+
+def _refuse_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
+    """TRL puts a forward of its own over the bound one, and asks it for a loss without weights."""
+    if named.get("fused_lm_head"):
+        raise ValueError(
+            "TRL asks a model with a weighted loss for a loss of its own (fused_lm_head), without weights: expected "
+            "tokenweight.trl.TokenWeightedSFTTrainer in place of SFTTrainer"
+        )
 
 
 def _forward(
