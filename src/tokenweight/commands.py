@@ -51,6 +51,7 @@ class Prepare:
             "tokenizer": self.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "texts": list(self.texts),
+            "hub": [source.name for source in sources if source.kind == "hub"],
             "text_column": self.text_column,
             "subset": self.subset,
             "split": self.split,
@@ -198,6 +199,7 @@ class Eval(EvalSettings):
         """Write the folder and print the table."""
         from rich.console import Console
 
+        from tokenweight.card import add_evaluation
         from tokenweight.comparison import notes, terminal_tables
         from tokenweight.evaluate import evaluate, read_table
 
@@ -208,3 +210,5 @@ class Eval(EvalSettings):
         tables = terminal_tables(table, width=console.width)
         console.print(*tables, *notes(table, unit=record["unit"]), sep="\n")
         print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
+        if self.baseline is not None and add_evaluation(self.model, record):
+            print(f"{self.model}/README.md: the evaluation in the model card")

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from tokenweight.arguments import training_arguments
+from tokenweight.card import run_facts, write_card
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.parallel import context_mesh
@@ -85,7 +86,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     _refuse_missing_scores(settings, rows)
     if settings.scorer == "stored" and weighting.uses_short:
         rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
-    length = int(row_lengths(rows).max())
+    length = int((lengths := row_lengths(rows)).max())
     context = _short_context(settings, length)
     model = load_model(settings.model, dtype=settings.dtype, extend=_extension(settings.extend))
     refuse_length(model.config, length, f"{settings.data}: rows")
@@ -101,7 +102,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     if context is not None:
         resolved |= {"size": context.size, "stride": context.stride}
     run = {"settings": resolved, "data": provenance, **environment()}
-    run["rope_parameters"] = getattr(model.config, "rope_parameters", None)
+    run |= run_facts(model, arguments, settings, provenance, lengths.tolist())
     trainer = Trainer(
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
@@ -115,7 +116,10 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         if (ranks := context_mesh(trainer.accelerator)) is not None:
             with_weighted_loss(model, weighting, scorer, ranks)
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        # What push_to_hub calls before it uploads.
+        trainer.create_model_card = lambda **given: trainer.is_world_process_zero() and write_card(settings.out)
         trainer.save_model()
+        trainer.create_model_card()
     finally:
         with contextlib.suppress(OSError):  # the folder that the Trainer made, if nothing was written to it
             Path(settings.out).rmdir()

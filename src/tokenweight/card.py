@@ -1,0 +1,294 @@
+"""The model card (README.md) of a trained folder: what its records say, and nothing else."""
+
+import json
+import logging
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from transformers import PreTrainedModel, TrainingArguments
+
+from tokenweight.comparison import Entry, markdown
+from tokenweight.model import load_model
+from tokenweight.recipe import TrainSettings
+from tokenweight.records import read_json, read_provenance
+from tokenweight.rope import describe_rope
+
+logger = logging.getLogger(__name__)
+
+NAME = "README.md"
+TAGS = ("tokenweight", "long-context")
+FORMULAS = {
+    "uniform": "w = 1",
+    "dense": "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|",
+    "sparse": "w = 1 / keep for the share `keep` of tokens with the largest |long - short|, else 0",
+    "longce": "w = min(exp(short - long), cap)",
+    "ppmi": "w = 1 / keep for the share `keep` of tokens with the largest max(short - long - log(shift), 0), else 0",
+    "npmi": "w = 1 / keep for the share `keep` of tokens with the largest max(long - short - log(shift), 0), else 0",
+}
+"""Of each weighting, in `long` and `short`: the losses of a token with the long and with the short context."""
+_TRAINER = {
+    "optim": "optimizer",
+    "learning_rate": "learning rate",
+    "adam_beta1": "beta 1",
+    "adam_beta2": "beta 2",
+    "adam_epsilon": "epsilon",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "gradients clipped to norm",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup steps",
+    "per_device_train_batch_size": "rows per process and pass",
+    "gradient_accumulation_steps": "passes per step",
+    "world_size": "processes",
+    "bf16": "bf16 autocast",
+    "fp16": "fp16 autocast",
+    "seed": "seed",
+    "data_seed": "seed of the order of rows",
+}
+
+
+def run_facts(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    settings: TrainSettings,
+    provenance: dict[str, Any],
+    sizes: list[int],
+) -> dict[str, Any]:
+    """What `run.json` says beyond settings, provenance and environment.
+
+    Args:
+        model: as it is trained.
+        provenance: of the rows; where they are scored, what `prepare` noted is looked up beside the rows themselves.
+        sizes: tokens of each row.
+    """
+    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
+    if (prepared.get("rows"), prepared.get("tokens")) != (len(sizes), sum(sizes)):
+        prepared = {}  # other rows by now
+    noted = ("texts", "hub", "subset", "split", "seed", "documents")
+    before = load_model(settings.model, device_map="meta").config if settings.extend else model.config
+    return {
+        "rows": {"num": len(sizes), "tokens": sum(sizes), "shortest": min(sizes), "longest": max(sizes)},
+        "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
+        "rope": {"before": _rope(before), "after": _rope(model.config)},
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "arguments": {key: value for key in _TRAINER if (value := _plain(getattr(arguments, key))) is not None},
+    }
+
+
+def _rope(config: Any) -> str | None:
+    try:
+        return describe_rope(config)
+    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enumeration
+
+
+def write_card(folder: str | os.PathLike[str]) -> bool:
+    """Write the card of a trained folder, from `run.json` and `metrics.jsonl`; in a card that is there, our section.
+
+    A failure is logged, not raised: the model beside it is trained.
+
+    Returns:
+        Whether it was written.
+    """
+
+    def edit(card: ModelCard) -> None:
+        run = read_json(Path(folder) / "run.json")
+        name = run["settings"]["model"]
+        if not Path(name).exists():  # then it came from the hub
+            card.data.base_model = name
+        card.data.library_name = "transformers"
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+        if hub := run.get("texts", {}).get("hub"):
+            card.data.datasets = hub
+        if not card.text.strip():
+            card.text = f"\n# {Path(folder).resolve().name}\n"
+        card.text = _with_section(card.text, "training", _training(run, _last_metrics(Path(folder))))
+
+    return _edit(Path(folder), edit)
+
+
+def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bool:
+    """Write the evaluation section of a card that `write_card` made, and its `model-index`; an earlier one goes.
+
+    Args:
+        folder: of the model that the last row of the table is about.
+        record: what is in `eval.json`.
+
+    Returns:
+        Whether there was such a card, and it was written; a failure is logged.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file() or _marks("training")[0] not in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+
+    def edit(card: ModelCard) -> None:
+        table = [[Entry(**entry) for entry in row if entry["summary"]] for row in record["comparison"]]
+        card.text = _with_section(card.text, "evaluation", _evaluation(record, table))
+        name, fingerprint = Path(record["data"]).resolve().name, record["settings"]["rows_fingerprint"]
+        data: Any = {"dataset_type": name, "dataset_name": name, "dataset_args": {"rows_fingerprint": fingerprint}}
+        card.data.model_name = Path(folder).resolve().name
+        card.data.eval_results = [
+            EvalResult("text-generation", metric_type=entry.measure, metric_value=entry.value, **data)
+            for entry in table[-1]
+            if entry.value is not None
+        ]
+
+    return _edit(Path(folder), edit)
+
+
+def _edit(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
+    path, unfinished = folder / NAME, folder / f".{NAME}.{os.getpid()}"
+    try:
+        card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
+        edit(card)
+        card.save(unfinished)
+        unfinished.replace(path)
+    except Exception as error:  # whatever it is, what the card speaks of must not be lost with it
+        logger.warning("%s was not written: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
+        unfinished.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _marks(section: str) -> tuple[str, str]:
+    return f"<!-- begin: tokenweight {section} -->", f"<!-- end: tokenweight {section} -->"
+
+
+def _with_section(text: str, section: str, content: str) -> str:
+    """The text with our section in place of the one that is there, else at its end."""
+    begin, end = _marks(section)
+    whole = f"{begin}\n\n{content.strip()}\n\n{end}"
+    if begin not in text:
+        return f"{text.rstrip()}\n\n{whole}\n"
+    if text.count(begin) > 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"expected {begin} once, and {end} once below it")
+    return text[: text.index(begin)] + whole + text[text.index(end) + len(end) :]
+
+
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """The last value of everything that the Trainer logged; nothing if there is no such file."""
+    path = folder / "metrics.jsonl"
+    found: dict[str, Any] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        found |= json.loads(line)
+    return found
+
+
+def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
+    settings, rows, rope = run["settings"], run.get("rows", {}), run.get("rope", {})
+    arguments = run.get("arguments", {})
+    given = [f"{label} {arguments[key]}" for key, label in _TRAINER.items() if arguments.get(key) not in (None, False)]
+    lines = {
+        "Base model": f"`{settings['model']}`",
+        "Context": _context(rope),
+        "Weighting": f"`{settings['weighting']}`{_formula(settings['weighting'])}",
+        "Short losses": _scorer(settings, run.get("data", {})),
+        "Texts": _texts(run.get("texts", {})),
+        "Rows": _rows(rows, run.get("data", {})),
+        "Trained": _trained(rows, metrics),
+        "Trainer": ", ".join(given),
+        "Weights": settings["dtype"],
+        "Versions": ", ".join(f"{name} {number}" for name, number in run.get("versions", {}).items()),
+        "Device": run.get("device"),
+        "Commit of tokenweight": run.get("commit"),
+        "Date": run.get("date"),
+        "Command": _command(run.get("command", [])),
+        "Again": "`tokenweight train --config run.json --out again`, with the `run.json` of this folder",
+    }
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in lines.items() if text)
+    intro = (
+        "Trained with token weights by tokenweight: a token counts more or less in the loss by what a long context "
+        "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
+    )
+    return f"## Training\n\n{intro}\n\n| | |\n|---|---|\n{table}"
+
+
+def _command(words: list[str]) -> str | None:
+    secret = any("hub_token" in word for word in words)
+    return f"`{shlex.join(words)}`" if words and not secret else None
+
+
+def _cell(text: str) -> str:
+    return " ".join(re.sub(r"(?<!\\)\|", r"\\|", text).split())
+
+
+def _context(rope: dict[str, str]) -> str | None:
+    before, after = rope.get("before"), rope.get("after")
+    return after if before in (None, after) else f"{after}; before training: {before}"
+
+
+def _formula(weighting: str) -> str:
+    formula = FORMULAS.get(weighting.partition(":")[0])
+    return f": {formula}" if formula else ""
+
+
+def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """Who scored, and with which windows."""
+    if settings["weighting"] == "uniform":
+        return None
+    stored, name = settings["scorer"] == "stored", settings["scorer"]
+    said = data if stored else settings
+    size, stride = said.get("size"), said.get("stride")
+    if isinstance(size, list):  # scores of several contexts are there: one was chosen
+        strides = dict(zip(size, stride or ()))
+        size, stride = settings["size"], strides.get(settings["size"])
+    who = f"`{data.get('model') if stored else name}`, frozen"
+    if name == "self" or (stored and not data.get("model")):
+        who = "the model itself, as it is trained" if name == "self" else "stored"
+    given = [f"windows of {size} tokens" if size else "", f"stride {stride}" if stride else ""]
+    if stored:
+        labels = {"revision": "revision", "weights_fingerprint": "fingerprint of its weights"}
+        given += [f"{label} {data[key]}" for key, label in labels.items() if data.get(key)]
+    return ", ".join([who, *filter(None, given)])
+
+
+def _texts(texts: dict[str, Any]) -> str | None:
+    if "texts" not in texts:
+        return None
+    given = [", ".join(f"`{name}`" for name in texts["texts"])]
+    given += [f"{key} {texts[key]}" for key in ("subset", "split") if "hub" in texts and key in texts]
+    labels = {"documents": "documents", "seed": "seed of their order"}
+    return ", ".join([*given, *(f"{label}: {texts[key]}" for key, label in labels.items() if key in texts)])
+
+
+def _rows(rows: dict[str, int], data: dict[str, Any]) -> str:
+    given = []
+    if rows:
+        lengths = dict.fromkeys([rows["shortest"], rows["longest"]])
+        given.append(f"{rows['num']:,} of {' to '.join(map(str, lengths))} tokens, {rows['tokens']:,} in all")
+    given += [f"tokenizer of `{data['tokenizer']}`"] if data.get("tokenizer") else []
+    labels = {"tokenizer_fingerprint": "fingerprint of the tokenizer", "rows_fingerprint": "of the rows"}
+    return ", ".join([*given, *(f"{label} {data[key]}" for key, label in labels.items() if data.get(key))])
+
+
+def _trained(rows: dict[str, int], metrics: dict[str, Any]) -> str:
+    given = [f"{metrics['step']:,} steps"] if "step" in metrics else []
+    if epochs := metrics.get("epoch"):
+        given.append(f"{epochs:.4g} epochs")
+        given += [f"{rows['num'] * epochs:,.0f} rows", f"{rows['tokens'] * epochs:,.0f} tokens"] if rows else []
+    given += [f"last weighted loss logged {metrics['loss']:.4f} nats"] if "loss" in metrics else []
+    return ", ".join(given)
+
+
+def _evaluation(record: dict[str, Any], table: list[list[Entry]]) -> str:
+    notes, _, measures = markdown(table, unit=record["unit"]).partition("\n\n## Every measure\n\n")
+    notes = notes[notes.index("\n\n- ") :].strip()  # below the summary, which is a model a row: too wide for a page
+    made = record.get("environment", {})
+    version = made.get("versions", {}).get("tokenweight")
+    facts = {
+        "rows": f"`{record['data']}`, fingerprint {record['settings']['rows_fingerprint']}",
+        "key tokens of LongPPL found by": f"`{record['evaluator']['model']}`",
+        "tokenweight": version,
+        "commit": made.get("commit"),
+        "date": made.get("date"),
+    }
+    said = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
+    return f"## Evaluation\n\n{measures.strip()}\n\n{notes}\n- {said}."
