@@ -1,6 +1,6 @@
 """Commands run by a warm process as forks of itself, with small shards, that get a signal at any step of their work.
 
-A step is a change of the file system, or a batch that is written to a shard.
+A step is a change of the file system, or a batch that is written to a shard; or half of a file of a checkpoint.
 """
 
 import atexit
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import modeling_utils
 
 import models
 from test_rows import TEXT, trained_tokenizer
@@ -161,8 +162,18 @@ def _fork(folder, argv, streams, at, send, limit, environment):
         write(file, table)
         step()
 
+    def halved(save):
+        def halfway(value, file, *args, **kwargs):
+            save(value, file, *args, **kwargs)
+            os.truncate(file, os.stat(file).st_size // 2)
+            step()
+            save(value, file, *args, **kwargs)
+
+        return halfway
+
     if at is not None:
         shards.ArrowFile.write = write
+        torch.save, modeling_utils.safe_save_file = halved(torch.save), halved(modeling_utils.safe_save_file)
         sys.addaudithook(changes)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

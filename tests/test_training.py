@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer, default_data_collator
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
 
 import models
 from distributed import LENGTHS, fit, fit_weighted, some_rows
@@ -19,6 +19,7 @@ from tokenweight import Dense, ShortContext, Uniform, load_model, parse_weightin
 from tokenweight.recipe import TrainSettings, read_recipe
 from tokenweight.records import read_json
 from tokenweight.store import score_folder
+from tokenweight.trainer import WeightedTrainer
 from tokenweight.training import collate, train
 
 # Float64 weights: two orders of the same sums differ by about 1e-15 of a gradient, and AdamW divides a gradient by its
@@ -215,7 +216,7 @@ def test_a_resumed_run_ends_as_if_undisturbed(settings):
     again = {**settings.trainer, "resume_from_checkpoint": f"{settings.out}/checkpoint-2"}
     for name, weight in train(dataclasses.replace(settings, trainer=again)).state_dict().items():
         assert torch.equal(weight, trained.state_dict()[name]), name
-    assert logged(settings.out) == first + first[2:]
+    assert logged(settings.out) == first
 
 
 def test_a_frozen_scorer_is_stored_scores_and_a_model_that_scores_itself_is_for_one_step(settings, folders, tmp_path):
@@ -283,14 +284,14 @@ def test_a_trained_model_is_read_like_the_one_that_was_saved(bf16, settings):
 
 
 def test_a_trainer_that_divides_gradients_twice_is_refused(tmp_path, monkeypatch):
-    class Dividing(Trainer):
+    class Dividing(WeightedTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             monkeypatch.setitem(self.accelerator.gradient_state.plugin_kwargs, "num_steps", 4)  # all Trainers share it
 
     models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
     some_rows().save_to_disk(str(tmp_path / "rows"))
-    monkeypatch.setattr("tokenweight.training.Trainer", Dividing)
+    monkeypatch.setattr("tokenweight.training.WeightedTrainer", Dividing)
     settings = TrainSettings(str(tmp_path / "model"), str(tmp_path / "rows"), str(tmp_path / "out"), "uniform")
     with pytest.raises(ValueError, match="divides gradients by the 4 accumulation steps a second time"):
         train(settings)

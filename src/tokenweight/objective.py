@@ -24,13 +24,14 @@ class WeightedLossOutput(ModelOutput):
     """What a bound model returns when it is given labels. There are no logits: they are never made.
 
     All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
-    predicted; of whole rows, on every rank, where rows are split over a context.
+    predicted (`mask`); of whole rows, on every rank, where rows are split over a context.
     """
 
     loss: Any = None
     weights: Tensor | None = None
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _in_two_passes(
     weights = bound.weighting(long_nll, short_nll, mask)
     own_weights = own(weights).flatten()
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=own_weights, **bound.parts.head)
-    return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0))
+    return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0), mask)
 
 
 def _in_one_pass(
@@ -198,7 +199,7 @@ def _in_one_pass(
     long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
     refuse_nonfinite("the long loss", long_nll, mask)
     refuse_nonfinite(f"the weight by {bound.weighting}", weights, mask)
-    return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0))
+    return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
 def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:

@@ -11,28 +11,25 @@ import datasets
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerCallback
 
 from tokenweight.arguments import training_arguments
-from tokenweight.card import run_facts, write_card
+from tokenweight.card import run_facts
+from tokenweight.checkpoints import find_checkpoint
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.parallel import context_mesh
 from tokenweight.recipe import TrainSettings, refuse_unknown
-from tokenweight.records import append_line, environment, read_provenance, write_json
+from tokenweight.records import environment, read_provenance
 from tokenweight.rope import SETTINGS, extend_context
 from tokenweight.rows import load_rows, row_lengths, token_range
 from tokenweight.scored import choose_scores, has_scores
 from tokenweight.scoring import Scorer, ShortContext
+from tokenweight.trainer import FinishedRun, Records, WeightedTrainer, resumed
 from tokenweight.weighting import parse_weighting
 from tokenweight.windows import default_stride
+
+_NOT_RESUMED = ("resume_from_checkpoint", "false")
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -78,10 +75,15 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     `metrics.jsonl`.
 
     Raises:
-        ValueError: for settings, rows and models that do not fit, before any work starts.
+        ValueError: for settings, rows and models that do not fit, before any work starts; for a loss, a gradient or a
+            weight that is not finite, before it is saved.
+        OSError: if something cannot be written.
     """
-    weighting = parse_weighting(settings.weighting)
-    arguments = training_arguments(settings.trainer, settings.out)
+    weighting, out = parse_weighting(settings.weighting), Path(settings.out)
+    given = {name: value for name, value in settings.trainer.items() if (name, str(value).lower()) != _NOT_RESUMED}
+    # Or the Trainer would wait for the device at each batch, to replace the losses that are to stop a run.
+    arguments = training_arguments({"logging_nan_inf_filter": False, **given}, out)
+    checkpoint = find_checkpoint(out, arguments.resume_from_checkpoint)
     rows, provenance = load_rows(settings.data), read_provenance(settings.data)
     _refuse_missing_scores(settings, rows)
     if settings.scorer == "stored" and weighting.uses_short:
@@ -103,26 +105,27 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         resolved |= {"size": context.size, "stride": context.stride}
     run = {"settings": resolved, "data": provenance, **environment()}
     run |= run_facts(model, arguments, settings, provenance, lengths.tolist())
-    trainer = Trainer(
+    stored = provenance.get("size") if isinstance(provenance.get("size"), int) else settings.size
+    trainer = WeightedTrainer(
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[_Records(run), *callbacks],
+        callbacks=[Records(resumed(run, out, checkpoint)), *callbacks],
+        size=None if not weighting.uses_short else stored if context is None else context.size,
     )
     try:
         _refuse_double_division(trainer)
         if (ranks := context_mesh(trainer.accelerator)) is not None:
             with_weighted_loss(model, weighting, scorer, ranks)
-        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        # What push_to_hub calls before it uploads.
-        trainer.create_model_card = lambda **given: trainer.is_world_process_zero() and write_card(settings.out)
-        trainer.save_model()
-        trainer.create_model_card()
+        with contextlib.suppress(FinishedRun):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_trained()
     finally:
+        trainer.statistics.remove()
         with contextlib.suppress(OSError):  # the folder that the Trainer made, if nothing was written to it
-            Path(settings.out).rmdir()
+            out.rmdir()
     return model
 
 
@@ -144,7 +147,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _refuse_double_division(trainer: Trainer) -> None:
+def _refuse_double_division(trainer: WeightedTrainer) -> None:
     """Some versions of transformers let Accelerate divide gradients that the loss has divided already (docs/log.md)."""
     steps = trainer.accelerator.gradient_accumulation_steps
     if steps > 1 and not trainer.is_deepspeed_enabled:
@@ -177,28 +180,3 @@ def _short_context(settings: TrainSettings, length: int) -> ShortContext | None:
     if context.size >= length:
         raise ValueError(f"size: {context.size} tokens, but rows hold {length}: no token would have a shorter context")
     return context
-
-
-class _Records(TrainerCallback):
-    """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
-
-    def __init__(self, run: dict[str, Any]) -> None:
-        self.run = run
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_json(Path(args.output_dir) / "run.json", self.run)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero:
-            append_line(Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **(logs or {})})

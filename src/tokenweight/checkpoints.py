@@ -1,0 +1,127 @@
+"""Checkpoints that are whole or recognized as not whole, whatever ends the process that writes them."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenweight.records import read_json, write_json
+
+logger = logging.getLogger(__name__)
+MARK = "whole.json"
+"""Written into a checkpoint after everything else: the size of each of its files."""
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARK)
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def mark_whole(folder: Path) -> None:
+    """Mark a checkpoint as whole, once all of it is on the disk."""
+    sizes = _sizes(folder)
+    for name in sizes:
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # or the mark could outlive them when the machine stops
+        finally:
+            os.close(descriptor)
+    write_json(folder / MARK, sizes)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the checkpoint has its mark, and every file the size that it had then."""
+    try:
+        return read_json(folder / MARK) == _sizes(folder)
+    except ValueError:
+        return False
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, the latest first."""
+    folders = [folder for folder in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that its name tells."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_whole(out: Path) -> Path | None:
+    """The latest whole checkpoint of a run."""
+    return next(filter(is_whole, _checkpoints(out)), None)
+
+
+def last_whole_named(out: Path) -> str:
+    """The end of a message about a run that stopped."""
+    found = last_whole(out)
+    return "no checkpoint yet" if found is None else f"the last whole checkpoint is {found}"
+
+
+def find_checkpoint(out: Path, given: str | None) -> Path | None:
+    """The checkpoint that `trainer.resume_from_checkpoint` means: a folder, or the latest whole one for "true".
+
+    Those that are later and not whole are warned of.
+
+    Raises:
+        ValueError: if there is none, or the one that was named is not whole.
+    """
+    if given is None:
+        return None
+    if given.lower() != "true":
+        if not is_whole(Path(given)):
+            raise ValueError(f"trainer.resume_from_checkpoint {given}: not a whole checkpoint; {last_whole_named(out)}")
+        return Path(given)
+    found = last_whole(out)
+    broken = [folder for folder in _checkpoints(out) if found is None or step_of(folder) > step_of(found)]
+    if found is None:
+        named = f", {broken[0].name} was not saved to its end" if broken else ""
+        raise ValueError(
+            f"trainer.resume_from_checkpoint true: {out} holds no whole checkpoint{named}; "
+            "train from the start, into a new folder"
+        )
+    for folder in broken:
+        logger.warning("%s is not whole: resuming from %s", folder, found)
+    return found
+
+
+def unmark_after(out: Path, step: int) -> None:
+    """Let nothing of an earlier attempt pass for a checkpoint of the run that goes on after `step`."""
+    for folder in _checkpoints(out):
+        if step_of(folder) > step:
+            (folder / MARK).unlink(missing_ok=True)
+
+
+def rotate(out: Path, limit: int | None) -> None:
+    """Keep the `limit` latest whole checkpoints, and remove what is before the first of them."""
+    whole = [folder for folder in _checkpoints(out) if is_whole(folder)]
+    if limit is not None and 0 < limit < len(whole):
+        for folder in _checkpoints(out):
+            if step_of(folder) < step_of(whole[limit - 1]):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, out: Path) -> Iterator[None]:
+    """Say in one line what could not be written where, why, and what is left of the run.
+
+    Safetensors, tokenizers and torch each raise an exception of their own when a disk is full, and torch's does not
+    even say so: hence any of them, and the room that is left.
+
+    Raises:
+        OSError: in their place.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).partition("\n")[0]
+        )
+        free = shutil.disk_usage(out).free / 2**20
+        raise OSError(
+            f"cannot write {what} to {folder}: {reason} ({free:,.1f} MiB free there); {last_whole_named(out)}"
+        ) from error

@@ -1,0 +1,203 @@
+"""A `transformers.Trainer` for long runs: it tells what weights do, stops at what is not finite, saves whole
+checkpoints."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokenweight.card import write_card
+from tokenweight.checkpoints import last_whole_named, mark_whole, rotate, unmark_after, writing
+from tokenweight.parallel import context_mesh
+from tokenweight.records import append_line, differences, read_json, write_json
+from tokenweight.tracking import WeightStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class WeightedTrainer(Trainer):
+    """Trains a model that `with_weighted_loss` has bound, on rows of a `datasets.Dataset`.
+
+    Args:
+        size: of the short context, for `WeightStatistics`.
+
+    Raises:
+        ValueError: when a loss, a gradient norm or a weight of the model is not finite: with the step, the row if one
+            is to blame, and the last whole checkpoint.
+        OSError: when a checkpoint or the trained model cannot be written.
+    """
+
+    def __init__(self, *args: Any, size: int | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ranks = context_mesh(self.accelerator)
+        self.statistics = WeightStatistics(self.model, size=size, copies=1 if ranks is None else ranks.size())
+        self.out = Path(self.args.output_dir)
+        self.add_callback(self.statistics)
+        # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the Trainer does, and the statistics of the weights, to all trackers.
+
+        With float16, gradients overflow now and then and their step is skipped.
+        """
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            scaled = key == "grad_norm" and self.accelerator.scaler is not None
+            if not math.isfinite(logs.get(key, 0.0)) and not scaled:
+                raise self._stop(f"the {name} is {logs[key]}: expected a finite number")
+        statistics = self.statistics.flush() if "loss" in logs else {}
+        super().log({**logs, **statistics}, start_time)
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; what the loss says of a row of the batch is said of a row of the data."""
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except ValueError as error:
+            blamed = re.search(r"of row (\d+), position (\d+) is \S+: expected a finite number", str(error))
+            if blamed is None:
+                raise
+            row, position = map(int, blamed.groups())
+            named = name_row(self.train_dataset, inputs["input_ids"][row], inputs["labels"][row], position)
+            told = str(error).replace(f"of row {row}, position", f"of {named}, position")
+            raise self._stop(told, self.state.global_step + 1) from error
+
+    def save_trained(self) -> None:
+        """Write the trained model, an ordinary one of transformers, into the folder of the run."""
+        self._refuse_nonfinite_weights()
+        with writing("the trained model", self.out, self.out):
+            self.save_model()
+        self.create_model_card()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write ours; `push_to_hub` calls this before it uploads."""
+        if self.is_world_process_zero():
+            write_card(self.out)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does; then mark it, and only then make room."""
+        self._refuse_nonfinite_weights()
+        folder = self.out / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing("a checkpoint", folder, self.out):
+                super()._save_checkpoint(*args, **kwargs)
+                self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+                if self.args.should_save:
+                    mark_whole(folder)
+                    rotate(self.out, self._limit)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
+            raise
+
+    def _refuse_nonfinite_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._stop(f"{name} is not finite, after gradients that were not: it is not saved")
+
+    def _stop(self, what: str, step: int | None = None) -> ValueError:
+        step = self.state.global_step if step is None else step
+        return ValueError(f"step {step}: {what}; {last_whole_named(self.out)}")
+
+
+def name_row(rows: datasets.Dataset, tokens: Tensor, labels: Tensor, position: int) -> str:
+    """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
+    tokens, predicted = tokens.cpu(), (labels != -100).cpu()
+
+    def same(row: dict[str, Any]) -> bool:
+        found = torch.as_tensor(row["input_ids"])
+        return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
+
+    candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
+    number = next((number for number, row in candidates if same(row)), None)
+    if number is None:
+        return "a row that is not in the data"
+    row = rows.with_format(None)[number]
+    told = {name: row[name] for name in ("document", "offset") if name in row}
+    if "documents" in row and "position_ids" in row:  # packed
+        which = row["position_ids"][: position + 1].count(0) - 1
+        told = {"document": row["documents"][which], "offset": row["offsets"][which]}
+    named = ", ".join(f"{name} {value}" for name, value in told.items())
+    return f"row {number} of the data" + (f" ({named})" if named else "")
+
+
+class FinishedRun(Exception):
+    """No step is left to be made."""
+
+
+class Records(TrainerCallback):
+    """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write `run.json`; in a run that goes on, take back what was done after its checkpoint."""
+        out = Path(args.output_dir)
+        if state.is_world_process_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            with writing("run.json and metrics.jsonl", out, out):
+                write_json(out / "run.json", self.run)
+                if state.global_step:
+                    unmark_after(out, state.global_step)
+                    _take_back(out / "metrics.jsonl", state)
+        if 0 < state.max_steps <= state.global_step:
+            raise FinishedRun  # the Trainer would make one step more
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line to `metrics.jsonl`."""
+        out = Path(args.output_dir)
+        if state.is_world_process_zero:
+            with writing("metrics.jsonl", out, out):
+                append_line(out / "metrics.jsonl", {"step": state.global_step, **(logs or {})})
+
+
+def _take_back(path: Path, state: TrainerState) -> None:
+    """Begin the lines again: those that the checkpoint knows, and the summaries of attempts that ended before it."""
+    lines = [{"step": line["step"], **line} for line in state.log_history]
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the last one
+            line = json.loads(text)
+            if "train_runtime" in line and line["step"] <= state.global_step and line not in lines:
+                lines.append(line)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
+    os.replace(unfinished, path)
+
+
+def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """The record of a run: what was there when it began, and under `resumed` each time that it went on."""
+    if checkpoint is None or not (out / "run.json").is_file():
+        return run
+    earlier = read_json(out / "run.json")
+    changed = differences(_lasting(earlier.get("settings", {})), _lasting(run["settings"]))
+    if changed:
+        logger.warning("%s goes on with other settings: %s", out, changed)
+    return {**earlier, "resumed": [*earlier.get("resumed", []), {"checkpoint": str(checkpoint), **run}]}
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is the same in every part of a run, unless somebody changes it."""
+    trainer = {f"trainer.{name}": value for name, value in settings.get("trainer", {}).items()}
+    return {
+        name: value
+        for name, value in {**settings, **trainer}.items()
+        if name not in ("trainer", "trainer.resume_from_checkpoint")
+    }
