@@ -105,6 +105,8 @@ class ScoredRow(NamedTuple):
     short_nll: Float[Tensor, "1 seq"]
     mask: Bool[Tensor, "1 seq"]
     tokenizer: PreTrainedTokenizerBase | None
+    position_ids: Int[Tensor, "1 seq"] | None = None
+    """Where they restart at 0, a packed document begins; without them the row is one document."""
 
 
 def read_row(
@@ -136,7 +138,7 @@ def read_row(
         model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision)
         long_nll = token_nll(model, tokens, positions)
     mask = prediction_mask(columns.get("labels", tokens), positions)
-    return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer)
+    return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer, positions)
 
 
 def score_text(
