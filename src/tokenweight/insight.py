@@ -118,7 +118,7 @@ def by_kind(
     """
     sums = torch.zeros(1 + len(KINDS), 2, dtype=torch.float64)  # of all tokens, and of each kind
     for row, own, texts in zip(rows, weights, pieces, strict=True):
-        counted = torch.stack([row.mask[0].double(), own[0].double() * row.mask[0]])
+        counted = torch.stack([row.mask[0], own[0].masked_fill(~row.mask[0], 0)]).double()
         begins = (document_positions(row.tokens, row.position_ids)[0] == 0).nonzero()[:, 0].tolist()
         kinds = [token_kinds(texts[start:stop]) for start, stop in pairwise([*begins, len(texts)])]
         chosen = [[True] * len(texts), *([holds for part in kinds for holds in part[kind]] for kind in KINDS)]
