@@ -13,7 +13,7 @@ import tyro
 
 from tokenweight.commands import Demo, Eval, Export, Prepare, Score
 from tokenweight.recipe import TrainSettings, read_recipe
-from tokenweight.viewing import Show
+from tokenweight.viewing import Figures, Show
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Any] = {
     "train": TrainSettings,
     "export": Export,
     "show": Show,
+    "figures": Figures,
     "eval": Eval,
     "demo": Demo,
 }

@@ -67,7 +67,7 @@ def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_b
     """
     if not (limit > 0 and num_bins >= 1):
         raise ValueError(f"limit={limit}, num_bins={num_bins}: expected a positive number of nats, and at least 1 bin")
-    edges = torch.linspace(-limit, limit, num_bins + 1, dtype=torch.float64)
+    edges = limit * torch.arange(-num_bins, num_bins + 1, 2, dtype=torch.float64) / num_bins  # 0 is 0 exactly
     counts = torch.zeros(num_bins, dtype=torch.long)
     for number, row in enumerate(rows):
         difference = _difference(row, number)[row.mask]

@@ -112,10 +112,18 @@ class ScoredRow(NamedTuple):
 def read_row(
     folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
 ) -> ScoredRow:
-    """Read one row of a scored folder, with its long losses: stored ones, else those of a model.
+    """The row of that number; see `read_rows`."""
+    return read_rows(folder, number, 1, model_name, size=size)[0]
+
+
+def read_rows(
+    folder: str | os.PathLike[str], first: int, num: int, model_name: str | None = None, *, size: int | None = None
+) -> list[ScoredRow]:
+    """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
 
     Args:
-        number: of the row, from 0.
+        first: number of the first row, from 0.
+        num: of rows; fewer, where the folder ends.
         model_name: gives the long losses if they are not stored, and the tokenizer; by default the scoring model.
         size: of the short context, where scores of several are stored.
 
@@ -123,22 +131,26 @@ def read_row(
         ValueError: if there is no such row, or no model is named where one is needed.
     """
     rows, provenance = load_scores(folder, size=size)
-    if not 0 <= number < len(rows):
-        raise ValueError(f"--row {number}: {folder} has rows 0 to {len(rows) - 1}")
-    columns = {name: torch.as_tensor(np.array(value))[None] for name, value in rows[number].items() if name in _NUMBERS}
-    tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+    if not 0 <= first < len(rows):
+        raise ValueError(f"--row {first}: {folder} has rows 0 to {len(rows) - 1}")
     name = model_name or provenance.get("model")
     revision = provenance.get("revision") if name == provenance.get("model") else None
     tokenizer = None if name is None else find_tokenizer(name, revision=revision)
     refuse_tokenizer(tokenizer, str(name), provenance, folder)
-    long_nll = None if model_name else columns.get("long_nll")
-    if long_nll is None:
+    model = None
+    if model_name or "long_nll" not in rows.column_names:
         if name is None:
             raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
         model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision)
-        long_nll = token_nll(model, tokens, positions)
-    mask = prediction_mask(columns.get("labels", tokens), positions)
-    return ScoredRow(tokens, long_nll.float(), columns["short_nll"].float(), mask, tokenizer, positions)
+    found = []
+    for row in rows.select(range(first, min(first + num, len(rows)))):
+        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
+        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+        long_nll = columns["long_nll"] if model is None else token_nll(model, tokens, positions)
+        mask = prediction_mask(columns.get("labels", tokens), positions)
+        losses = long_nll.float(), columns["short_nll"].float()
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions))
+    return found
 
 
 def score_text(

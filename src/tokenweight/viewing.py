@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -71,3 +71,71 @@ class Show:
         return score_text(
             self.source, self.model, number=self.row, length=self.length, size=self.size, stride=self.stride
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Draw figures of scores, trainings and evaluations, as SVG and PNG."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of `score`, `train` and `eval`; they are told apart by the files in them."""
+    out: Path
+    """Folder for the figures; those of the same name are replaced."""
+    style: Literal["paper", "screen"] = "paper"
+    """As wide as a column of a paper, without titles; or larger, with titles."""
+    weighting: str | None = None
+    """Of scored rows, as in `train`; several, as in dense,sparse:keep=0.1,longce. By default dense,sparse,longce."""
+    row: int | None = None
+    """Of scored rows, the first; by default 0."""
+    num_rows: int | None = None
+    """Of scored rows, how many at most; by default 8."""
+    size: int | None = None
+    """Of the short context, where scores of several are stored."""
+
+    def run(self) -> None:
+        """Write the figures and print their names."""
+        try:
+            from tokenweight.canvas import write_figure
+            from tokenweight.figures import draw, recognize
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise ValueError(
+                f"figures need a package that is missing: pip install 'tokenweight[plots]' ({error})"
+            ) from error
+
+        if not self.runs:
+            raise ValueError("name at least one folder of scores, of a training, or of an evaluation")
+        given = {name: getattr(self, name) for name in ("weighting", "row", "num_rows", "size")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and "scores" not in map(recognize, self.runs):
+            name, value = next(iter(given.items()))
+            raise ValueError(f"--{name} {value}: is of scored rows, and no folder of them is named")
+        if self.num_rows is not None and self.num_rows < 1:
+            raise ValueError(f"--num_rows {self.num_rows}: expected at least 1")
+        weightings = _weightings("dense,sparse,longce" if self.weighting is None else self.weighting)
+        figures = draw(
+            self.runs,
+            weightings,
+            first_row=self.row or 0,
+            num_rows=self.num_rows or 8,
+            size=self.size,
+            style=self.style,
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            write_figure(figure, self.out / name, style=self.style)
+        print(f"{self.out}, each as .svg and .png: {', '.join(figures)}")
+
+
+def _weightings(text: str) -> dict[str, Any]:
+    """Several weightings, separated by commas, as their settings are: a word such as keep=0.1 is one of these."""
+    from tokenweight.weighting import parse_weighting
+
+    words: list[str] = []
+    for word in text.split(","):
+        if words and "=" in word and ":" not in word:
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    return {word.strip(): parse_weighting(word) for word in words}
