@@ -244,7 +244,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         ([*EVAL[:4], "--out", "out"], "length 16 is too short for probes 'single': they need at least"),
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
-        (["trian"], "unknown command 'trian': expected one of prepare, score, train, export, show, eval, report, demo"),
+        (["trian"], "unknown command \x27trian\x27: expected one of prepare, score, plan, train, export, show, figures, eval, "),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip

@@ -13,11 +13,12 @@ import tyro
 
 from tokenweight.commands import Demo, Eval, Export, Prepare, Score
 from tokenweight.recipe import TrainSettings, read_recipe
-from tokenweight.viewing import Figures, Report, Show
+from tokenweight.viewing import Figures, Plan, Report, Show
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
     "score": Score,
+    "plan": Plan,
     "train": TrainSettings,
     "export": Export,
     "show": Show,
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise ValueError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}")
-        command = _parse_train(words[1:]) if words[0] == "train" else _parse(words[0], words[1:])
+        parse = _parse_recipe if issubclass(COMMANDS[words[0]], TrainSettings) else _parse
+        command = parse(words[0], words[1:])
         if command is not None:
             _run(command)
     except (ValueError, OSError, ImportError) as error:
@@ -59,7 +61,7 @@ def _run(command: Any) -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    if isinstance(command, TrainSettings):
+    if type(command) is TrainSettings:
         from tokenweight.training import train
 
         train(command)
@@ -95,7 +97,7 @@ def _parse(name: str, argv: list[str], default: Any = tyro.MISSING) -> Any:
         raise ValueError(" ".join(words)) from None
 
 
-def _parse_train(argv: list[str]) -> TrainSettings | None:
+def _parse_recipe(name: str, argv: list[str]) -> TrainSettings | None:
     """A recipe, overridden by options, of which `--trainer.NAME` are fields of TrainingArguments, `--extend.NAME`
     arguments of `extend_context`."""
     argv, recipes = _take(argv, "--config")
@@ -104,12 +106,13 @@ def _parse_train(argv: list[str]) -> TrainSettings | None:
         argv, taken = _take(argv, f"--{group}.")
         named = {option.removeprefix(f"--{group}."): value for option, value in taken.items()}
         settings[group] = {**settings.get(group, {}), **named}
+    kind = COMMANDS[name]
     required = {
         field.name: tyro.MISSING
-        for field in dataclasses.fields(TrainSettings)
-        if field.name in ("model", "data", "out")
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
     }
-    return _parse("train", argv, TrainSettings(**{**required, **settings}))
+    return _parse(name, argv, kind(**{**required, **settings}))
 
 
 def _take(argv: list[str], prefix: str) -> tuple[list[str], dict[str, str]]:

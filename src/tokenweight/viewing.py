@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from tokenweight.progress import progress
+from tokenweight.recipe import TrainSettings
+
 if TYPE_CHECKING:
     from tokenweight.scored import ScoredRow
 
@@ -165,3 +168,61 @@ class Report:
         excerpt = Excerpt(rows=self.rows, num=self.num, size=self.size, model=self.model)
         num_bytes = write_report(self.runs, self.out, excerpt)
         print(f"{self.out}: {len(self.runs)} run{'s' * (len(self.runs) > 1)}, {num_bytes / 1e6:.2f} MB")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(TrainSettings):
+    """Say what a recipe will cost in FLOPs, memory and hours. Needs no weights, no data and no GPU.
+
+    It reads what `train` reads: --config, and any setting as an option.
+    """
+
+    data: str = ""
+    """Folder of rows; if it is there, it says how many there are and how long."""
+    out: str = ""
+    """Not written."""
+    length: int | None = None
+    """Tokens of a row; by default those of the data, else extend.length."""
+    lengths: str = "32k,64k,128k,256k,512k,1M"
+    """Also at these lengths, where k is 1024 tokens; "none" for none."""
+    gpu: str | None = None
+    """H100, A100 or 4090: gives hours from its peak in bfloat16."""
+    mfu: float | None = None
+    """Share of that peak that the FLOPs of a step reach, by default 0.4: an assumption."""
+    tokens_per_s: float | None = None
+    """Measured, instead of --gpu: of a uniform run of this recipe, all GPUs together."""
+    num_gpus: int = 1
+    """That train."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+    def run(self) -> None:
+        """Print the tables."""
+        from rich.console import Console
+
+        from tokenweight.plan import Speed, plan
+        from tokenweight.plantables import plan_tables
+        from tokenweight.records import write_json
+
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"--json {self.json}: no such folder")
+        speed = Speed(self.gpu, self.mfu, self.tokens_per_s)
+        lengths = _lengths(self.lengths)
+        with progress("lengths") as advance:
+            budget = plan(
+                self, length=self.length, lengths=lengths, speed=speed, num_gpus=self.num_gpus, progress=advance
+            )
+        Console().print(*plan_tables(budget), sep="\n\n")
+        if self.json is not None:
+            write_json(self.json, budget.as_json())
+
+
+def _lengths(text: str) -> list[int]:
+    if text == "none":
+        return []
+    units = {"k": 2**10, "M": 2**20}
+    words = [(word[:-1], units[word[-1]]) if word[-1:] in units else (word, 1) for word in text.split(",")]
+    numbers = [int(digits) * unit if digits.isdecimal() else 0 for digits, unit in words]
+    if min(numbers) < 2:
+        raise ValueError(f"--lengths {text}: expected numbers of tokens above 1, as in 4096,32k,1M, or none")
+    return numbers
