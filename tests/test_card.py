@@ -157,11 +157,6 @@ def test_each_weighting_of_the_library_has_its_formula():
     assert len(FORMULAS) == 6
 
 
-def test_a_secret_of_the_command_line_is_not_published(folder):
-    assert "Command" in changed(folder, command=["tokenweight", "train"])
-    assert "Command" not in changed(folder, command=["tokenweight", "train", "--trainer.hub_token", "hf_secret"])
-
-
 def test_a_card_that_is_written_again_keeps_what_others_wrote(folder):
     path = folder / "README.md"
     text = path.read_text().replace("---\n\n#", "license: mit\n---\n\nBefore.\n\n#", 1) + "\nAfter.\n"

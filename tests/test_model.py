@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
     AutoConfig,
@@ -214,20 +215,29 @@ def tokenizer(vocabulary, **special):
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
 
 
-def test_tokenizers_have_one_fingerprint_if_and_only_if_they_give_the_same_ids():
+def framed(*arguments, **special):
+    made = tokenizer(*arguments, **special)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    return made
+
+
+def test_tokenizers_have_one_fingerprint_if_and_only_if_they_give_a_text_the_same_ids():
     words = {"<unk>": 0, "a": 1, "b": 2, "<s>": 3}
     fingerprint = tokenizer_fingerprint(tokenizer(words))
     assert len(fingerprint) == 16
     assert set(fingerprint) <= set("0123456789abcdef")
     assert tokenizer_fingerprint(tokenizer(dict(reversed(words.items())))) == fingerprint
-    assert tokenizer_fingerprint(tokenizer(words, bos_token="<s>")) == fingerprint
+    assert tokenizer_fingerprint(tokenizer(words, pad_token="<reserved>")) == fingerprint
+    assert tokenizer_fingerprint(tokenizer(words, pad_token="<pad>")) == fingerprint
     others = [
         tokenizer({"<unk>": 0, "a": 2, "b": 1, "<s>": 3}),
         tokenizer({"<unk>": 0, "a": 1, "b": 2}),
         tokenizer({"<unk>": 0, "a": 1, "c": 2, "<s>": 3}),
-        tokenizer(words, eos_token="</s>"),
     ]
-    assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 5
+    assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 4
+    first = tokenizer_fingerprint(framed(words, bos_token="<s>"))
+    assert first == tokenizer_fingerprint(framed(words, bos_token="<s>", eos_token="</s>"))
+    assert first != tokenizer_fingerprint(tokenizer(words, bos_token="<s>"))  # puts nothing before a text
 
 
 def test_fingerprints_of_weights_and_configs_tell_what_changes_losses():

@@ -83,7 +83,7 @@ def test_the_header_makes_the_data_that_the_recipe_reads_and_then_runs_it(name):
         assert settings.scorer == "stored"
         assert (score.rows, str(score.out)) == (prepare.out, settings.data)
         assert (int(score.size), int(score.stride)) == (settings.size, settings.stride)
-    assert all(words[0] in (header(name)[-1][0], "python") for words in header(name)[1:])
+    assert all(words[0] == header(name)[-1][0] for words in header(name)[1:])
     assert header(name)[0][:2] == ["tokenweight", "prepare"]
 
 
@@ -220,9 +220,7 @@ def shrunk(words: list[str], factor: int) -> list[str]:
 def prepared(name: str, factor: int) -> None:
     """Run the commands of a header that make the data, but for what another recipe has made already."""
     for words in header(name)[:-1]:
-        if words[0] == "python":
-            exec(words[2], {})
-        elif not Path(words[words.index("--out") + 1]).exists():
+        if not Path(words[words.index("--out") + 1]).exists():
             assert cli.main(shrunk(words[words.index("tokenweight") + 1 :], factor)) == 0
 
 

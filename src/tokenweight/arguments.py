@@ -35,6 +35,10 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
         refuse_unknown(key, known, "trainer")
     if "output_dir" in given:
         raise ValueError("trainer: output_dir is the setting out of the recipe: name it there")
+    if "hub_token" in given:
+        raise ValueError(
+            "trainer: hub_token would be written into run.json: set the environment variable HF_TOKEN instead"
+        )
     words: list[str] = []
     # Without an accelerator the Trainer refuses bf16, unless told that the CPU is meant.
     defaults = {**PAPER_ARGUMENTS, "use_cpu": not torch.accelerator.is_available()}

@@ -200,7 +200,7 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Device": run.get("device"),
         "Commit of tokenweight": run.get("commit"),
         "Date": run.get("date"),
-        "Command": _command(run.get("command", [])),
+        "Command": run.get("command") and f"`{shlex.join(run['command'])}`",
         "Again": "`tokenweight train --config run.json --out again`, with the `run.json` of this folder",
     }
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in lines.items() if text)
@@ -209,11 +209,6 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
     )
     return f"## Training\n\n{intro}\n\n| | |\n|---|---|\n{table}"
-
-
-def _command(words: list[str]) -> str | None:
-    secret = any("hub_token" in word for word in words)
-    return f"`{shlex.join(words)}`" if words and not secret else None
 
 
 def _cell(text: str) -> str:

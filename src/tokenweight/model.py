@@ -82,8 +82,15 @@ def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that two tokenizers share if they give every token, special ones included, the same id."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    """16 hex digits that two tokenizers share if they give every token of a text the same id.
+
+    Of special tokens those count that it puts around a text by its own rule. Others have different names among the
+    models of one family (Llama 3 reserves what Llama 3.2 uses), which nevertheless score each other's texts.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special -= set(tokenizer("")["input_ids"])
+    tokens = ((token, name) for name, token in tokenizer.get_vocab().items() if token not in special)
+    vocabulary = [(name, token) for token, name in sorted(tokens)]
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
