@@ -1,5 +1,6 @@
 """What a recipe will cost: FLOPs, memory and hours, from a config and arithmetic; no weights, no data, no GPU."""
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -115,7 +116,8 @@ def plan(
     every = list(dict.fromkeys([length, *lengths]))
     for number in every:
         recipe.context(number)
-    flops_per_s = speed.flops_per_s(num_gpus, recipe.step("uniform", Uniform(), length).total / recipe.tokens(length))
+    uniform = recipe.step("uniform", Uniform(), length).total
+    flops_per_s = speed.flops_per_s(num_gpus, uniform / (length * recipe.rows_per_step))
     if flops_per_s is not None and recipe.num_steps is None:
         raise ValueError("trainer: max_steps is not set, and there is no data to count: hours need one of them")
     costs = {}
@@ -188,10 +190,6 @@ class _Recipe:
             return None
         return math.ceil(math.ceil(self.num_rows / self.rows_per_step) * self.arguments.num_train_epochs)
 
-    def tokens(self, length: int) -> int:
-        """Of a step."""
-        return length * self.rows_per_step
-
     def context(self, length: int) -> ShortContext:
         size = length // 4 if self.settings.size is None else self.settings.size
         if size >= length:
@@ -205,11 +203,8 @@ class _Recipe:
 
     def step(self, mode: str, weighting: Weighting, length: int, *, square: bool = False) -> Step:
         scored = self.scored(length, first=turns_by_length(self.config)) if mode == "self-scored" else []
-        checkpointing = bool(self.arguments.gradient_checkpointing)
-        num_rows, forward = self.rows_per_step, self.forward
-        return step_flops(
-            forward, length, weighting, scored, checkpointing=checkpointing, num_rows=num_rows, square=square
-        )
+        again, num = bool(self.arguments.gradient_checkpointing), self.rows_per_step
+        return step_flops(self.forward, length, weighting, scored, checkpointing=again, num_rows=num, square=square)
 
     def steps(self, length: int) -> list[StepCost]:
         """The recipe's weighting, and others beside it."""
@@ -255,8 +250,7 @@ class _Recipe:
         notes = []
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
             notes.append(
-                "sliding windows are counted as a flash kernel computes them; with attention by torch's own kernel "
-                "(sdpa) their mask and their FLOPs are those of all pairs of tokens"
+                "sliding windows are counted as a flash kernel has them; torch's own (sdpa) computes all pairs"
             )
         if self.arguments.fsdp or self.num_gpus > 1:
             notes.append(
@@ -289,10 +283,8 @@ def _load_config(name: str) -> PreTrainedConfig:
 def _number(value: Any) -> Any:
     """A number of a command line, or of YAML, where 15.3e6 is text."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(value) if isinstance(value, str) else value
-        except ValueError:
-            continue
     return value
 
 
