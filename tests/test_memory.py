@@ -102,6 +102,14 @@ def test_what_is_held_grows_with_rows_and_shrinks_with_checkpointing():
     assert hold(config, 1024).scoring == 0 < long.scoring
 
 
+@pytest.mark.parametrize(("kind", "copies"), [("llama", 1), ("gemma2", 2)])
+def test_a_loss_holds_gradients_of_states_and_head_and_a_chunk_of_logits(kind, copies):
+    config = config_of(kind, num_hidden_layers=2, tie_word_embeddings=False)
+    chunk = 255  # all predicted tokens of a row fit; a soft-cap, which only gemma2 has, needs a copy of their logits
+    numbers = 256 * 160 + 1500 * 160 + chunk * (copies * 1500 + 160)
+    assert hold(config, 256).loss == pytest.approx(4 * numbers, abs=64)
+
+
 def test_gradients_that_are_added_or_given_away_are_not_held():
     config = config_of("llama", num_hidden_layers=4)
     kept, given = (hold(config, 64, new_gradients=new) for new in (True, False))
