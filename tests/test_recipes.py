@@ -51,7 +51,7 @@ def parsed(words: list[str]) -> object:
     """A command as the command line parses it, in the folder above the recipes."""
     which, *argv = words[words.index("tokenweight") + 1 :]
     with mock.patch("tokenweight.cli.read_recipe", lambda path: read_recipe(FOLDER.parent / path)):
-        return cli._parse_train(argv) if which == "train" else cli._parse(which, argv)
+        return cli._parse_recipe("train", argv) if which == "train" else cli._parse(which, argv)
 
 
 def command(name: str, which: str) -> Any:
