@@ -54,9 +54,10 @@ def test_shorter_rows_are_padded_and_masked():
     assert batch["input_ids"][1, :2].tolist() == [8, 9]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["short_nll"].dtype == torch.float32
-    assert batch["short_nll"].isnan().tolist() == [[False] * 3, [False, False, True]]
-    assert batch["short_nll"][:, :2].tolist() == [[0.0, 1.5], [0.0, 3.5]]
+    assert batch["short_nll"].dtype == torch.int32
+    short_nll = batch["short_nll"].view(torch.float32)
+    assert short_nll.isnan().tolist() == [[False] * 3, [False, False, True]]
+    assert short_nll[:, :2].tolist() == [[0.0, 1.5], [0.0, 3.5]]
 
 
 def test_labels_of_the_rows_are_kept_but_for_what_nothing_predicts():

@@ -43,7 +43,11 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
     # Without an accelerator the Trainer refuses bf16, unless told that the CPU is meant.
     defaults = {**PAPER_ARGUMENTS, "use_cpu": not torch.accelerator.is_available()}
     for key, value in {**defaults, **given, "output_dir": str(out)}.items():
-        if value is not None:
+        if key == "fsdp" and str(value).lower() in ("true", "false"):
+            words += ["--fsdp"] * (
+                str(value).lower() == "true"
+            )  # with a value it would be a deprecated list of options
+        elif value is not None:
             words += [f"--{key}", *(_word(key, item) for item in (value if isinstance(value, list) else [value]))]
     (arguments,) = _Parser(TrainingArguments).parse_args_into_dataclasses(words)
     if arguments.use_liger_kernel or arguments.label_smoothing_factor:
@@ -51,6 +55,8 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> Tr
             "trainer: use_liger_kernel and label_smoothing_factor put another loss in place of the weighted one: "
             "expected neither"
         )
+    if arguments.fsdp_config and not arguments.fsdp:
+        raise ValueError("trainer: fsdp_config does nothing by itself: expected fsdp true beside it")
     _refuse_overwriting(Path(out), arguments)
     return arguments
 

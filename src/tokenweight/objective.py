@@ -120,6 +120,8 @@ def _forward(
                 "compute_loss_func of a Trainer take the labels away, and with them the weights"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
+    if short_nll is not None and short_nll.dtype == torch.int32:
+        short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
     share = None
     if bound.context is not None:
         share = share_of_rows(position_ids, bound.context)
@@ -236,6 +238,11 @@ def _refuse(
         if short_nll.shape != labels.shape:
             raise ValueError(
                 f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}"
+            )
+        if short_nll.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
+                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use tokenweight.training.collate"
             )
         refuse_nonfinite("short_nll", short_nll, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:

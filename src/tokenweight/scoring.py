@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.causal import causal_parts, evaluating
+from tokenweight.engines import any_process, is_divided
 from tokenweight.loss import linear_nll
 from tokenweight.positions import refuse_stale_windows, turns_by_length
 from tokenweight.weighting import refuse_nonfinite
@@ -120,6 +121,7 @@ class Scorer:
                 passes,
                 lambda item: item.window.stop - item.window.start,
                 lambda batch: self._score(batch, tokens, position_ids if skips else None, short_nll, scored),
+                tokens.device,
             )
         refuse_nonfinite("the short loss", short_nll, scored, first_row)
         return short_nll
@@ -142,20 +144,30 @@ class Scorer:
             positions = None if position_ids is None else position_ids[rows]
             losses.update(zip(rows, self.parts.nll(tokens[rows], positions)))
 
-        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read)
+        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
         long_nll = torch.stack([losses[row] for row in range(len(tokens))])
         refuse_nonfinite("the long loss", long_nll, torch.ones_like(tokens, dtype=torch.bool), first_row)
         return long_nll
 
     def _in_batches(
-        self, items: list[Item], num_tokens: Callable[[Item], int], run: Callable[[list[Item]], None]
+        self,
+        items: list[Item],
+        num_tokens: Callable[[Item], int],
+        run: Callable[[list[Item]], None],
+        device: torch.device,
     ) -> None:
         """Run over all items, `max_tokens` at a time; half as many from when memory does not suffice.
 
-        Longest first, so that items of one batch have nearly one length and the largest batch comes first.
+        Longest first, so that items of one batch have nearly one length and the largest batch comes first. Where the
+        processes of a run hold parts of the model, all run as many passes as the one with most items, since each pass
+        collects the parts; and none can halve its batches alone.
         """
         items = sorted(items, key=num_tokens, reverse=True)
-        while items:
+        together = is_divided(self.model)
+        while any_process(bool(items), device) if together else items:
+            if not items:
+                self.parts.states(torch.zeros(1, 1, dtype=torch.long, device=device))
+                continue
             longest = num_tokens(items[0])
             batch = items[: max(1, self.max_tokens // longest)]
             try:
@@ -165,8 +177,9 @@ class Scorer:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                if len(batch) == 1:
-                    raise ValueError(f"{longest} tokens in one pass do not fit in memory: {error}") from error
+                if len(batch) == 1 or together:
+                    tokens = longest * len(batch)
+                    raise ValueError(f"{tokens} tokens in one pass do not fit in memory: {error}") from error
             # Only here does nothing hold the tensors of the failed pass any more.
             clear_device_cache(garbage_collection=True)
             self.max_tokens = len(batch) // 2 * longest

@@ -12,10 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tokenweight.arguments import training_arguments
 from tokenweight.card import run_facts
 from tokenweight.checkpoints import find_checkpoint
+from tokenweight.engines import prepare_engine, save_whole
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.parallel import context_mesh
@@ -36,9 +38,9 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Make a batch of rows, padded on the right, that carries `short_nll` and packed documents.
 
     `labels` are the tokens (or the rows' own labels), with -100 where nothing is predicted: padding, and the first
-    token of a row or document. So every Trainer counts the same tokens as the loss. `short_nll` is padded with NaN,
-    which the loss refuses wherever a token counts. Padding of packed rows is a document of its own: an attention mask
-    would switch off the separation of documents.
+    token of a row or document. So every Trainer counts the same tokens as the loss. `short_nll`, whose float32 bits
+    travel as int32, is padded with NaN, which the loss refuses wherever a token counts. Padding of packed rows is a
+    document of its own: an attention mask would switch off the separation of documents.
 
     Raises:
         ValueError: if some rows have a column that others lack, or columns of one row differ in length.
@@ -62,7 +64,9 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             batch["position_ids"].append(torch.cat([positions, torch.arange(fill)]))
         if "short_nll" in columns:
             short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
-            batch["short_nll"].append(torch.nn.functional.pad(short_nll, (0, fill), value=torch.nan))
+            short_nll = torch.nn.functional.pad(short_nll, (0, fill), value=torch.nan)
+            # The bits as integers: DeepSpeed and FSDP2 cast columns of floats to the dtype of training, 16 bits.
+            batch["short_nll"].append(short_nll.view(torch.int32))
         batch["input_ids"].append(torch.nn.functional.pad(tokens, (0, fill)))
         batch["labels"].append(torch.nn.functional.pad(labels, (0, fill), value=-100))
     if padded and "position_ids" not in columns:
@@ -83,6 +87,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     given = {name: value for name, value in settings.trainer.items() if (name, str(value).lower()) != _NOT_RESUMED}
     # Or the Trainer would wait for the device at each batch, to replace the losses that are to stop a run.
     arguments = training_arguments({"logging_nan_inf_filter": False, **given}, out)
+    # Or ZeRO-3 would load models in parts, which cannot be proved. The Trainer divides the model later.
+    unset_hf_deepspeed_config()
     checkpoint = find_checkpoint(out, arguments.resume_from_checkpoint)
     rows, provenance = load_rows(settings.data), read_provenance(settings.data)
     _refuse_missing_scores(settings, rows)
@@ -117,10 +123,12 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     )
     try:
         _refuse_double_division(trainer)
+        prepare_engine(trainer)
         if (ranks := context_mesh(trainer.accelerator)) is not None:
             with_weighted_loss(model, weighting, scorer, ranks)
         with contextlib.suppress(FinishedRun):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        save_whole(trainer)
         trainer.save_trained()
     finally:
         trainer.statistics.remove()

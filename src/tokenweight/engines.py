@@ -1,0 +1,58 @@
+"""What engines that divide a model among processes (FSDP2, DeepSpeed ZeRO-3) need beyond a stock Trainer."""
+
+import dataclasses
+
+import accelerate
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights, so that all have to run the same forward passes."""
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # DeepSpeed's mark
+    return zero3 or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def any_process(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process of the run, all of which ask."""
+    anywhere = torch.tensor(here, dtype=torch.int, device=device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    return bool(anywhere)
+
+
+def prepare_engine(trainer: Trainer) -> None:
+    """Keep in float32 what Accelerate's FSDP2 would round to 16 bits: the loss, and sums of gradients.
+
+    Raises:
+        ValueError: for engines that do not train or save what they should, before any work starts.
+    """
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "
+            "a GPU or another accelerator for each process"
+        )
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"trainer: fsdp_config has version {plugin.fsdp_version}: expected 2, which is the default"
+            )
+        policy = plugin.mixed_precision_policy
+        if policy is not None:
+            float32 = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = float32
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
+                "no model: expected true under zero_optimization"
+            )
+
+
+def save_whole(trainer: Trainer) -> None:
+    """Let the Trainer save the whole model from now on, even if its checkpoints hold a part per process."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
