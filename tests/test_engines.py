@@ -124,7 +124,8 @@ def logged(out):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-sharded"])
 def test_a_resumed_run_ends_as_if_undisturbed_and_leaves_an_ordinary_model(engine, ran):
     folder = ran.folder
-    assert logged(folder / f"{engine}-resumed") == logged(folder / engine)[2:]
+    assert logged(folder / f"{engine}-resumed") == logged(folder / engine)  # its first half is the checkpoint's
+    assert not (folder / f"{engine}-resumed" / "checkpoint-2").exists()
     assert [step for step, *_ in logged(folder / engine)] == [1, 2, 3, 4]
     trained, resumed = (AutoModelForCausalLM.from_pretrained(folder / name) for name in (engine, f"{engine}-resumed"))
     before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
