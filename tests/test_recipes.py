@@ -98,8 +98,10 @@ def test_the_name_of_a_recipe_says_what_it_does(name):
     assert said["kind"] == "uniform" or float(said["number"]) == getattr(weighting, NUMBERS[said["kind"]])
     assert said["scorer"] == ("frozen" if score else "unfrozen" if weighting.uses_short else None)
     if score:
-        assert settings.data.endswith(f"-by-{score.model.lower().rpartition('/')[2].replace('meta-llama-', 'llama')}")
-        assert said["size"] == (None if score.model == settings.model else score.model[-2:])
+        assert settings.data.endswith(
+            f"-by-{score.model.lower().rpartition('/')[2].replace('meta-', '').replace('llama-', 'llama')}"
+        )
+        assert said["size"] == (None if score.model == settings.model else score.model[-2:].lower())
     assert (said["method"] or "base") == settings.extend.get("method", "base")
 
 

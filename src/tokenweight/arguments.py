@@ -1,6 +1,8 @@
-"""Fields of `transformers.TrainingArguments`, from a recipe or a command line."""
+"""Arguments of `transformers.TrainingArguments` and `extend_context`, from a recipe or a command line."""
 
+import contextlib
 import dataclasses
+import inspect
 import json
 import os
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from tokenweight.recipe import refuse_unknown
+from tokenweight.rope import SETTINGS, extend_context
 
 PAPER_ARGUMENTS = {
     "learning_rate": 2e-5,
@@ -87,3 +90,25 @@ def _refuse_overwriting(out: Path, arguments: TrainingArguments) -> None:
         and arguments.process_index == 0
     ):
         raise ValueError(f"out: {out} exists; name a new folder, or set trainer.resume_from_checkpoint to go on")
+
+
+def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `extend_context`, whose numbers may be strings of a command line, or of YAML, as 15.3e6 is.
+
+    Raises:
+        ValueError: for an argument that it does not have, or without a length.
+    """
+    known = [name for name in inspect.signature(extend_context).parameters if name not in ("config", "settings")]
+    known += [name for names in SETTINGS.values() for name in names]
+    for key in given:
+        refuse_unknown(key, known, "extend")
+    if given and "length" not in given:
+        raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
+    return {key: _number(value) for key, value in given.items()}
+
+
+def _number(value: Any) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(value) if isinstance(value, str) else value
+    return value

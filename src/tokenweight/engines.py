@@ -4,6 +4,7 @@ import dataclasses
 
 import accelerate
 import torch
+import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
@@ -28,6 +29,12 @@ def prepare_engine(trainer: Trainer) -> None:
     Raises:
         ValueError: for engines that do not train or save what they should, before any work starts.
     """
+    steps = trainer.accelerator.gradient_accumulation_steps
+    if steps > 1 and not trainer.is_deepspeed_enabled:  # the loss has divided them already (docs/log.md)
+        raise ValueError(
+            f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
+            "second time: expected transformers 5.8 or newer"
+        )
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "

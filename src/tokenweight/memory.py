@@ -129,9 +129,7 @@ def hold(
     with blank_model(config, dtype) as model, explained(config):
         model.train()
         if checkpointing is not None:
-            with warnings.catch_warnings():  # transformers 5.23 has a newer name for it, 5.5 does not
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**checkpointing, **_NO_RANDOM_STATE})
+            _checkpoint(model, checkpointing)
         done = _count_gradients(model, new_gradients)
         tokens = torch.zeros(batch, length, dtype=torch.long)
         with _Live(model) as live:
@@ -150,8 +148,11 @@ def hold(
             return Held(*map(float, (forward, before, scoring, held, live.peak, live.at_peak)))
 
 
-_NO_RANDOM_STATE = {"preserve_rng_state": False}
-"""Numbers without values cannot be drawn twice."""
+def _checkpoint(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    with warnings.catch_warnings():  # transformers 5.23 has a newer name for it, 5.5 does not
+        warnings.simplefilter("ignore", FutureWarning)
+        # Numbers without values cannot be drawn twice.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "preserve_rng_state": False})
 
 
 def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[], int]:

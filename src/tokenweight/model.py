@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tokenweight.causal import causal_parts
 from tokenweight.positions import context_length
@@ -59,11 +66,16 @@ def load_model(
         ValueError: one line that says what was not found or could not be read.
     """
     if extend:
-        kwargs["config"] = extend_context(_load(AutoConfig, "model", name, revision=revision), **extend)
+        kwargs["config"] = extend_context(load_config(name, revision=revision), **extend)
     model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
     if extend:
         prove_rope(model, kwargs["config"])
     return model
+
+
+def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
+    return _load(AutoConfig, "model", name, revision=revision)
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:

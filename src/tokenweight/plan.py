@@ -1,6 +1,5 @@
 """What a recipe will cost: FLOPs, memory and hours, from a config and arithmetic; no weights, no data, no GPU."""
 
-import contextlib
 import dataclasses
 import math
 import tempfile
@@ -9,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.arguments import training_arguments
+from tokenweight.arguments import extension_arguments, training_arguments
 from tokenweight.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.gpus import UNKNOWN, Fixed, Peak, Speed, fixed_bytes, peak
 from tokenweight.memory import hold
-from tokenweight.model import refuse_length
+from tokenweight.model import load_config, refuse_length
 from tokenweight.positions import turns_by_length
 from tokenweight.recipe import TrainSettings
 from tokenweight.rope import extend_context
@@ -105,9 +104,7 @@ def plan(
         ValueError: for settings that `train` would refuse, and where something needed is not known.
     """
     if num_gpus < 1 or min([2 if length is None else length, *lengths]) < 2:
-        raise ValueError(
-            f"--num_gpus {num_gpus}, --length {length}: expected at least 1 GPU, and rows of at least 2 tokens"
-        )
+        raise ValueError(f"--num_gpus {num_gpus}, --length {length}: expected a GPU, and rows of at least 2 tokens")
     recipe = _Recipe.read(settings, num_gpus)
     length = length or recipe.length
     if length is None:
@@ -116,10 +113,7 @@ def plan(
     every = list(dict.fromkeys([length, *lengths]))
     for number in every:
         recipe.context(number)
-    uniform = recipe.step("uniform", Uniform(), length).total
-    flops_per_s = speed.flops_per_s(num_gpus, uniform / (length * recipe.rows_per_step))
-    if flops_per_s is not None and recipe.num_steps is None:
-        raise ValueError("trainer: max_steps is not set, and there is no data to count: hours need one of them")
+    flops_per_s = recipe.flops_per_s(speed, num_gpus, length)
     costs = {}
     for number in every:
         costs[number] = recipe.costs(number, flops_per_s)
@@ -163,12 +157,10 @@ class _Recipe:
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
         with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
             arguments = training_arguments(settings.trainer, folder)
-        config, length, num_rows = _load_config(settings.model), None, None
+        config, length, num_rows = load_config(settings.model), None, None
         if settings.extend:
-            numbers = {name: _number(value) for name, value in settings.extend.items()}
-            if "length" not in numbers:
-                raise ValueError(f"extend: found {', '.join(numbers)}: expected length, the tokens to extend to")
-            config, length = extend_context(config, **numbers), numbers["length"]
+            extension = extension_arguments(settings.extend)
+            config, length = extend_context(config, **extension), extension["length"]
         if settings.data and Path(settings.data).exists():
             rows = load_rows(settings.data)
             length, num_rows = int(row_lengths(rows).max()), len(rows)
@@ -215,6 +207,14 @@ class _Recipe:
             StepCost(mode, _name(one), self.step(mode, one, length), self.step(mode, one, length, square=True).total)
             for mode, one in each
         ]
+
+    def flops_per_s(self, speed: Speed, num_gpus: int, length: int) -> float | None:
+        """What all GPUs compute in a second; None if nobody asks for hours."""
+        uniform = self.step("uniform", Uniform(), length).total
+        found = speed.flops_per_s(num_gpus, uniform / (length * self.rows_per_step))
+        if found is not None and self.num_steps is None:
+            raise ValueError("trainer: max_steps is not set, and there is no data to count: hours need one of them")
+        return found
 
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
         """A run of the recipe with rows of that length, by mode."""
@@ -266,26 +266,6 @@ def _name(weighting: Weighting) -> str:
 
 def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-
-
-def _load_config(name: str) -> PreTrainedConfig:
-    path = Path(name)
-    where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    if where and not path.is_file():
-        raise ValueError(f"model {name!r}: no such file")
-    try:
-        return AutoConfig.from_pretrained(str(path.parent) if where else name, **where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {name!r}: its config cannot be loaded from a folder or the hub: {reason}") from error
-
-
-def _number(value: Any) -> Any:
-    """A number of a command line, or of YAML, where 15.3e6 is text."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value) if isinstance(value, str) else value
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tokenweight.card import write_card
 from tokenweight.checkpoints import last_whole_named, mark_whole, rotate, unmark_after, writing
+from tokenweight.engines import any_process, save_whole
 from tokenweight.parallel import context_mesh
 from tokenweight.records import append_line, differences, read_json, write_json
 from tokenweight.tracking import WeightStatistics
@@ -74,6 +75,7 @@ class WeightedTrainer(Trainer):
     def save_trained(self) -> None:
         """Write the trained model, an ordinary one of transformers, into the folder of the run."""
         self._refuse_nonfinite_weights()
+        save_whole(self)
         with writing("the trained model", self.out, self.out):
             self.save_model()
         self.create_model_card()
@@ -99,9 +101,13 @@ class WeightedTrainer(Trainer):
             raise
 
     def _refuse_nonfinite_weights(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise self._stop(f"{name} is not finite, after gradients that were not: it is not saved")
+        parameters = self.model.named_parameters()
+        name = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
+        # Each process may hold a part of them, and all have to stop: the others would wait for this one.
+        if self.args.world_size > 1 and any_process(name is not None, self.args.device):
+            name = name or "a weight in another process"
+        if name is not None:
+            raise self._stop(f"{name} is not finite, after gradients that were not: it is not saved")
 
     def _stop(self, what: str, step: int | None = None) -> ValueError:
         step = self.state.global_step if step is None else step

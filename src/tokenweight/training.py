@@ -2,33 +2,30 @@
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.arguments import training_arguments
+from tokenweight.arguments import extension_arguments, training_arguments
 from tokenweight.card import run_facts
 from tokenweight.checkpoints import find_checkpoint
-from tokenweight.engines import prepare_engine, save_whole
+from tokenweight.engines import prepare_engine
 from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
 from tokenweight.objective import with_weighted_loss
 from tokenweight.parallel import context_mesh
-from tokenweight.recipe import TrainSettings, refuse_unknown
+from tokenweight.recipe import TrainSettings
 from tokenweight.records import environment, read_provenance
-from tokenweight.rope import SETTINGS, extend_context
 from tokenweight.rows import load_rows, row_lengths, token_range
 from tokenweight.scored import choose_scores, has_scores
 from tokenweight.scoring import Scorer, ShortContext
 from tokenweight.trainer import FinishedRun, Records, WeightedTrainer, resumed
-from tokenweight.weighting import parse_weighting
+from tokenweight.weighting import Weighting, parse_weighting
 from tokenweight.windows import default_stride
 
 _NOT_RESUMED = ("resume_from_checkpoint", "false")
@@ -75,8 +72,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) -> PreTrainedModel:
-    """Run a recipe. The folder `settings.out` then is an ordinary transformers model, with `run.json` and
-    `metrics.jsonl`.
+    """Run a recipe. `settings.out` then is a folder of transformers, with `run.json`, `metrics.jsonl` and a card.
 
     Raises:
         ValueError: for settings, rows and models that do not fit, before any work starts; for a loss, a gradient or a
@@ -90,27 +86,19 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     # Or ZeRO-3 would load models in parts, which cannot be proved. The Trainer divides the model later.
     unset_hf_deepspeed_config()
     checkpoint = find_checkpoint(out, arguments.resume_from_checkpoint)
-    rows, provenance = load_rows(settings.data), read_provenance(settings.data)
-    _refuse_missing_scores(settings, rows)
-    if settings.scorer == "stored" and weighting.uses_short:
-        rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
-    length = int((lengths := row_lengths(rows)).max())
-    context = _short_context(settings, length)
-    model = load_model(settings.model, dtype=settings.dtype, extend=_extension(settings.extend))
-    refuse_length(model.config, length, f"{settings.data}: rows")
-    refuse_tokens(model.config, *token_range(rows), settings.data)
-    tokenizer = find_tokenizer(settings.model)
-    refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
+    rows, provenance = _open_rows(settings, weighting)
+    lengths = row_lengths(rows).tolist()
+    context = _short_context(settings, max(lengths))
+    model, tokenizer = _open_model(settings, rows, provenance, max(lengths))
     scorer = None
     if context is not None and weighting.uses_short:
         scoring = model if settings.scorer == "self" else load_model(settings.scorer).to(arguments.device)
         bos = None if tokenizer is None else tokenizer.bos_token_id
         scorer = Scorer(scoring, context, bos=bos)
-    resolved = {**dataclasses.asdict(settings), "weighting": str(weighting)}
-    if context is not None:
-        resolved |= {"size": context.size, "stride": context.stride}
+    windows = {} if context is None else dataclasses.asdict(context)
+    resolved = {**dataclasses.asdict(settings), "weighting": str(weighting), **windows}
     run = {"settings": resolved, "data": provenance, **environment()}
-    run |= run_facts(model, arguments, settings, provenance, lengths.tolist())
+    run |= run_facts(model, arguments, settings, provenance, lengths)
     stored = provenance.get("size") if isinstance(provenance.get("size"), int) else settings.size
     trainer = WeightedTrainer(
         model=with_weighted_loss(model, weighting, scorer),
@@ -122,13 +110,11 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         size=None if not weighting.uses_short else stored if context is None else context.size,
     )
     try:
-        _refuse_double_division(trainer)
         prepare_engine(trainer)
         if (ranks := context_mesh(trainer.accelerator)) is not None:
             with_weighted_loss(model, weighting, scorer, ranks)
         with contextlib.suppress(FinishedRun):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        save_whole(trainer)
         trainer.save_trained()
     finally:
         trainer.statistics.remove()
@@ -137,32 +123,23 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     return model
 
 
-def _extension(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `extend_context`, whose numbers may be strings of a command line, or of YAML, as 15.3e6 is."""
-    known = [name for name in inspect.signature(extend_context).parameters if name not in ("config", "settings")]
-    known += [name for names in SETTINGS.values() for name in names]
-    for key in given:
-        refuse_unknown(key, known, "extend")
-    if given and "length" not in given:
-        raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
-    return {key: _number(value) for key, value in given.items()}
+def _open_rows(settings: TrainSettings, weighting: Weighting) -> tuple[datasets.Dataset, dict[str, Any]]:
+    rows, provenance = load_rows(settings.data), read_provenance(settings.data)
+    _refuse_missing_scores(settings, rows)
+    if settings.scorer == "stored" and weighting.uses_short:
+        rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
+    return rows, provenance
 
 
-def _number(value: Any) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, TypeError):
-            return kind(value) if isinstance(value, str) else value
-    return value
-
-
-def _refuse_double_division(trainer: WeightedTrainer) -> None:
-    """Some versions of transformers let Accelerate divide gradients that the loss has divided already (docs/log.md)."""
-    steps = trainer.accelerator.gradient_accumulation_steps
-    if steps > 1 and not trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
-            "second time: expected transformers 5.8 or newer"
-        )
+def _open_model(
+    settings: TrainSettings, rows: datasets.Dataset, provenance: dict[str, Any], length: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    model = load_model(settings.model, dtype=settings.dtype, extend=extension_arguments(settings.extend))
+    refuse_length(model.config, length, f"{settings.data}: rows")
+    refuse_tokens(model.config, *token_range(rows), settings.data)
+    tokenizer = find_tokenizer(settings.model)
+    refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
+    return model, tokenizer
 
 
 def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
