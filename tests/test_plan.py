@@ -88,6 +88,12 @@ def settings(**changes):
     return TrainSettings(**{"model": "blank", "data": "", "out": "", **changes})
 
 
+def test_the_growth_is_drawn(place):
+    assert run("--config", "recipe.yaml", "--lengths", "1k,2k", "--figure", "growth") == 0
+    assert (place / "growth.svg").read_text().startswith("<?xml")
+    assert (place / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_all_grows_with_the_length_of_rows(place):
     budget = plan(settings(size=32), length=48, lengths=[64, 128, 256])
     for mode in range(3):
@@ -136,6 +142,8 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
         (["--model", "gone", "--length", "64"], "model 'gone' cannot be loaded from a folder or the hub"),
         (["--model", "gone.gguf", "--length", "64"], "model 'gone.gguf': no such file"),
         (["--model", "blank", "--length", "64", "--json", "gone/plan.json"], "--json gone/plan.json: no such folder"),
+        (["--model", "blank", "--length", "64", "--figure", "gone/plan"], "--figure gone/plan: no such folder"),
+        (["--model", "blank", "--length", "64", "--lengths", "none", "--figure", "a"], "--figure: --lengths none"),
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read"),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,

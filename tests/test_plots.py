@@ -9,7 +9,9 @@ from matplotlib.colors import to_hex
 from tokenweight import plots
 from tokenweight.canvas import BLUE, ORANGE, STYLES, write_figure
 from tokenweight.comparison import Measure, compare
+from tokenweight.gpus import Peak
 from tokenweight.insight import Histogram, KindShare, PositionBin
+from tokenweight.plan import Cost
 
 HISTOGRAM = Histogram([-1.5, -0.5, 0.5, 1.5, 2.5], [3, 0, 1, 12345])
 BINS = {
@@ -31,6 +33,11 @@ RUNS = {
         for step in range(1, 4)
     ],
 }
+COSTS = [
+    Cost(1024 * k, mode, 1e15 * k * factor, 0.5, Peak("loss", 2.0**31 * k * factor, *[0.0] * 5), None, None)
+    for k in (2, 1)
+    for factor, mode in ((1, "uniform"), (2, "self-scored"))
+]
 EDGES, SIZES = [0, 256, 512, 1024, 1500], [256, 512]
 
 
@@ -54,6 +61,7 @@ FIGURES = {
     "steps": lambda style: plots.step_figure(RUNS, style=style),
     "losses": lambda style: plots.loss_figure(table(), EDGES, style=style),
     "one model": lambda style: plots.loss_figure(table()[:1], EDGES, style=style),
+    "cost": lambda style: plots.cost_figure(COSTS, style=style),
     "benefit": lambda style: plots.benefit_figure(table(), SIZES, style=style),
 }
 
@@ -129,6 +137,15 @@ def test_models_are_drawn_with_the_changes_and_intervals_of_their_comparison(fig
         assert limits == [[entry.low, entry.high] for entry in row if entry.low is not None]
         assert limits
     assert (name == "position") == any(entry.low is None for entry in entries[1])
+
+
+def test_costs_are_lines_of_each_mode_over_the_lengths():
+    figure = FIGURES["cost"]("screen")
+    for axes, scale in zip(figure.axes, (1e15, 2.0)):
+        assert [line.get_xdata().tolist() for line in axes.lines] == [[1024, 2048]] * 2
+        assert [line.get_ydata().tolist() for line in axes.lines] == [[scale, 2 * scale], [2 * scale, 4 * scale]]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["uniform", "self-scored"]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["1k", "2k"]
 
 
 def test_models_are_named_by_their_last_folder_unless_that_is_the_same():

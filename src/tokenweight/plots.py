@@ -8,11 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from tokenweight.canvas import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
 from tokenweight.comparison import Entry
 from tokenweight.insight import Histogram, KindShare, PositionBin
+from tokenweight.plan import Cost
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -160,6 +161,33 @@ def benefit_figure(table: Sequence[Sequence[Entry]], sizes: Sequence[int], *, st
         figure, panels = _compared(style, table, names, places, "benefit (nats)", title)
         panels[-1].set_xticks(range(len(sizes)), map(_tokens, sizes))
         panels[-1].set(xlabel=f"short context (tokens{_thousands(sizes)})", xlim=(-0.5, len(sizes) - 0.5))
+    return figure
+
+
+def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
+    """What an optimizer step computes, and what one GPU holds, by the length of rows: a line for each mode.
+
+    Args:
+        costs: of `Budget`, its run and its growth.
+        style: one of `STYLES`.
+    """
+    modes = list(dict.fromkeys(cost.mode for cost in costs))
+    with styled(style):
+        figure, panels = new_panels(style, [0.42, 0.42])
+        for mode, look in zip(modes, line_looks(len(modes))):
+            own = sorted((cost for cost in costs if cost.mode == mode), key=lambda cost: cost.length)
+            lengths = [cost.length for cost in own]
+            panels[0].plot(lengths, [cost.step_flops for cost in own], label=mode, **look)
+            panels[1].plot(lengths, [cost.peak.total / 2**30 for cost in own], **look)
+        lengths = sorted({cost.length for cost in costs})
+        for axes, name in zip(panels, ("FLOPs of a step", "GiB per GPU")):
+            axes.set(xscale="log", yscale="log", ylabel=name)
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[1].yaxis.set_major_formatter("{x:g}")
+        panels[1].set(xlabel=f"length of a row (tokens{_thousands(lengths)})")
+        panels[1].set_xticks(lengths, [_tokens(number) for number in lengths])
+        panels[1].minorticks_off()
+        add_head(figure, panels[0], style, "What a longer context costs")
     return figure
 
 

@@ -1,7 +1,9 @@
 """The commands that show what weights do: each a dataclass of its options. Nothing heavy is imported before it runs."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,15 +99,9 @@ class Figures:
 
     def run(self) -> None:
         """Write the figures and print their names."""
-        try:
+        with _drawing():
             from tokenweight.canvas import write_figure
             from tokenweight.figures import draw, recognize
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "matplotlib":
-                raise
-            raise ValueError(
-                f"figures need a package that is missing: pip install 'tokenweight[plots]' ({error})"
-            ) from error
 
         if not self.runs:
             raise ValueError("name at least one folder of scores, of a training, or of an evaluation")
@@ -129,6 +125,19 @@ class Figures:
         for name, figure in figures.items():
             write_figure(figure, self.out / name, style=self.style)
         print(f"{self.out}, each as .svg and .png: {', '.join(figures)}")
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Say which extra has the package that is missing, if it is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ValueError(
+            f"figures need a package that is missing: pip install 'tokenweight[plots]' ({error})"
+        ) from error
 
 
 def _weightings(text: str) -> dict[str, Any]:
@@ -195,6 +204,8 @@ class Plan(TrainSettings):
     """That train."""
     json: Path | None = None
     """Also write the numbers to this file."""
+    figure: Path | None = None
+    """Also draw how FLOPs and memory grow: this name with .svg and with .png."""
 
     def run(self) -> None:
         """Print the tables."""
@@ -204,8 +215,15 @@ class Plan(TrainSettings):
         from tokenweight.plantables import plan_tables
         from tokenweight.records import write_json
 
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"--json {self.json}: no such folder")
+        for option, path in (("json", self.json), ("figure", self.figure)):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"--{option} {path}: no such folder")
+        if self.figure is not None and self.lengths == "none":
+            raise ValueError("--figure: --lengths none leaves nothing to draw")
+        if self.figure is not None:
+            with _drawing():
+                from tokenweight.canvas import write_figure
+                from tokenweight.plots import cost_figure
         speed = Speed(self.gpu, self.mfu, self.tokens_per_s)
         lengths = _lengths(self.lengths)
         with progress("lengths") as advance:
@@ -215,6 +233,8 @@ class Plan(TrainSettings):
         Console().print(*plan_tables(budget), sep="\n\n")
         if self.json is not None:
             write_json(self.json, budget.as_json())
+        if self.figure is not None:
+            write_figure(cost_figure([*budget.run, *budget.growth]), self.figure)
 
 
 def _lengths(text: str) -> list[int]:
