@@ -275,7 +275,7 @@ import sys
 from tokenweight.cli import COMMANDS, main
 assert {main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))} == {0}
 assert main(["train", "--model", "m", "--help"]) == 0
-assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+assert not {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -136,7 +136,7 @@ def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[Weighed
             position = int(differs.nonzero()[0, 1])
             raise ValueError(f"row {number}: label and token {position} differ: expected the token, or -100")
         for name in ("long_nll", "short_nll"):
-            refuse_nonfinite(name, columns[name], mask, first_row=number)
+            refuse_nonfinite({name: columns[name]}, mask, first_row=number)
         try:
             weights = weighting(columns["long_nll"], columns["short_nll"], mask).float()
         except ValueError as error:  # which counts the rows of its batch

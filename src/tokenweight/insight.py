@@ -215,6 +215,5 @@ def _spans(pieces: list[str]) -> list[tuple[int, int]]:
 
 
 def _difference(row: ScoredRow, number: int) -> Float64[Tensor, "1 seq"]:
-    refuse_nonfinite("the long loss", row.long_nll, row.mask, number)
-    refuse_nonfinite("the short loss", row.short_nll, row.mask, number)
+    refuse_nonfinite({"the long loss": row.long_nll, "the short loss": row.short_nll}, row.mask, number)
     return row.short_nll.double() - row.long_nll.double()

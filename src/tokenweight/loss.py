@@ -221,9 +221,12 @@ def _active(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None 
     """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
     valid = targets != -100
     wrong = valid & ((targets < 0) | (targets >= vocabulary))
-    if wrong.any():
+    active = valid if weights is None else valid & (weights != 0)
+    # One wait of the host for the device, where `any` and `nonzero` would be two.
+    num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
+    if num_wrong:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"target {int(targets[row])} in row {row}: expected -100 or a token id from 0 to {vocabulary - 1}"
         )
-    return (valid if weights is None else valid & (weights != 0)).nonzero().squeeze(1)
+    return active.byte().argsort(descending=True, stable=True)[:num_active]

@@ -199,8 +199,7 @@ def _in_one_pass(
 
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
     long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
-    refuse_nonfinite("the long loss", long_nll, mask)
-    refuse_nonfinite(f"the weight by {bound.weighting}", weights, mask)
+    refuse_nonfinite({"the long loss": long_nll, f"the weight by {bound.weighting}": weights}, mask)
     return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
@@ -244,7 +243,7 @@ def _refuse(
                 f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
                 "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use tokenweight.training.collate"
             )
-        refuse_nonfinite("short_nll", short_nll, prediction_mask(labels))
+        refuse_nonfinite({"short_nll": short_nll}, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "

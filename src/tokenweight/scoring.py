@@ -123,7 +123,7 @@ class Scorer:
                 lambda batch: self._score(batch, tokens, position_ids if skips else None, short_nll, scored),
                 tokens.device,
             )
-        refuse_nonfinite("the short loss", short_nll, scored, first_row)
+        refuse_nonfinite({"the short loss": short_nll}, scored, first_row)
         return short_nll
 
     def long_nll(
@@ -146,7 +146,7 @@ class Scorer:
 
         self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
         long_nll = torch.stack([losses[row] for row in range(len(tokens))])
-        refuse_nonfinite("the long loss", long_nll, torch.ones_like(tokens, dtype=torch.bool), first_row)
+        refuse_nonfinite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool), first_row)
         return long_nll
 
     def _in_batches(

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +17,14 @@ from tokenweight.selection import keep_top, normalize
 
 
 def refuse_nonfinite(
-    name: str, losses: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], first_row: int = 0
+    losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"], first_row: int = 0
 ) -> None:
-    """Raise a ValueError that names the first non-finite loss under `mask` by row (counted from `first_row`)."""
-    bad = mask & ~torch.isfinite(losses)
-    if bad.any():
-        row, position = bad.nonzero()[0].tolist()
-        value = losses[row, position].item()
+    """Raise a ValueError that says of which name the first non-finite loss under `mask` is, and in which row (counted
+    from `first_row`)."""
+    bad = torch.stack([mask & ~torch.isfinite(values) for values in losses.values()])
+    if bad.any():  # the one wait for the device
+        number, row, position = bad.nonzero()[0].tolist()
+        name, value = list(losses)[number], list(losses.values())[number][row, position].item()
         raise ValueError(f"{name} of row {first_row + row}, position {position} is {value}: expected a finite number")
 
 
@@ -66,14 +67,15 @@ class Weighting(ABC):
                 f"long, short and mask have shapes {list(long.shape)}, {list(short.shape)} and {list(mask.shape)}: "
                 "expected one shape, [batch, seq]"
             )
-        refuse_nonfinite("the long loss", long, mask)
-        refuse_nonfinite("the short loss", short, mask)
         dtype = torch.promote_types(torch.promote_types(long.dtype, short.dtype), torch.float32)
         zero = torch.zeros((), dtype=dtype, device=long.device)
-        weights = self.weigh(torch.where(mask, long.to(dtype), zero), torch.where(mask, short.to(dtype), zero), mask)
+        finite = mask & long.isfinite() & short.isfinite()  # what is not is refused below, in one wait for all three
+        weights = self.weigh(
+            torch.where(finite, long.to(dtype), zero), torch.where(finite, short.to(dtype), zero), mask
+        )
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
-        refuse_nonfinite(f"the weight by {self}", weights, mask)
+        refuse_nonfinite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)
         return torch.where(mask, weights.to(dtype), zero)
 
     def __str__(self) -> str:
