@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import models
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
 COLUMNS += ["device", "versions", "commit", "date", "command"]
@@ -20,6 +22,12 @@ METRICS = {
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
     "scoring": {"time", "tokens read per second", "tokens read per second / forward of the windows"},
     "training": {"time", "time / uniform", "arithmetic / uniform", "measured / arithmetic"},
+}
+OVER_MODEL = "peak memory over model and gradients"
+SLOW_METRICS = {
+    "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token"},
+    "reference": {"time", "time / uniform, transformers", "time / as published", f"{OVER_MODEL} / as published"},
+    "startup": {"time", "time / import tyro"},
 }
 
 
@@ -54,6 +62,14 @@ def quick_runs(tmp_path_factory):
     }
     outputs = {name: run.communicate(timeout=120)[0] for name, run in runs.items()}
     return {name: (run.returncode, outputs[name], folder / f"{name}.csv") for name, run in runs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_METRICS)
+def test_a_quick_run_that_starts_processes_prints_a_table_and_appends_complete_rows(name, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert_complete(name, SLOW_METRICS[name], done.returncode, done.stdout + done.stderr, tmp_path / "rows.csv")
 
 
 @pytest.mark.slow
@@ -124,6 +140,29 @@ def test_all_implementations_of_the_loss_agree():
         gradients[name] = tensors["hidden"].grad, tensors["head"].grad
     for found in gradients.values():
         torch.testing.assert_close(found, gradients[loss.FULL])
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(kind):
+    reference = load("reference")
+    model, tokens = models.tiny().train(), models.some_tokens(2, 29)
+    context = reference.ShortContext(8, 3)
+    losses, weights, gradients = {}, {}, {}
+    losses["published"], weights["published"] = reference.published_loss(model, tokens, kind, context)
+    reference.prepare(model, context, f"{kind}, {reference.OURS}")
+    output = model(tokens, tokens)
+    losses["ours"], weights["ours"] = output.loss, output.weights[:, 1:]
+    for name, loss in losses.items():
+        model.zero_grad()
+        loss.backward()
+        gradients[name] = [parameter.grad for parameter in model.parameters()]
+    # In float64, losses of up to about 20 nats are rounded to 4e-15; a few sums of 61 words or 28 tokens, the mean score
+    # of about 1 that dense weights are divided by, and two layers backward, leave 1e-11 wide enough.
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(weights["ours"], weights["published"], **close)
+    torch.testing.assert_close(losses["ours"], losses["published"], **close)
+    torch.testing.assert_close(gradients["ours"], gradients["published"], **close)
+    assert len(weights["ours"].unique()) > 1
 
 
 def test_peak_memory_of_full_logits_is_that_of_the_arrays_autograd_must_hold(quick_runs):

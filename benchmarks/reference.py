@@ -1,0 +1,178 @@
+"""One self-scored training step, forward and backward without optimizer, beside the way it was published.
+
+    python benchmarks/reference.py            about 25 minutes on two cores, 8 GiB of memory
+    python benchmarks/reference.py --quick    half a minute, on a tiny model: says nothing
+
+"as published" does what the published code of the paper (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to
+do in a step of one row, in code of our own:
+
+    - Logits of all words for all tokens, in the long and in each short pass, and a contiguous copy of them; then the
+      cross-entropy of the transposed copy.
+    - Windows one after the other, and logits for the whole window, although only the last `stride` tokens are scored.
+    - In each short pass also the entropy of every prediction, over all words, which nobody reads.
+    - A stable sort of all scores, where only the largest are wanted; gradients for tokens of weight 0 like for others.
+
+Left out is what costs nothing on a CPU (making the host wait for the device) and what is not the step's (logging). At
+the first token after the first window the published code puts the long loss in the place of a short one that it has;
+here the short one stays, as in tokenweight, so that weights and loss of both are the same: a test holds them to it.
+
+"uniform, transformers" is what one has without weights, `model(labels=...).loss`. All recompute activations in the
+backward pass, as the published configuration does, unless --no-checkpointing is given; none keeps keys and values.
+Memory is what the peak of a step adds to a model with gradients, each in a process of its own.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from common import GIB, RESULTS, Report, alternately, in_fresh_process, model_and_row, peak_bytes_over_now
+from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
+from tokenweight.windows import windows
+
+WEIGHTINGS = {"dense": Dense(interpolation=0.75), "sparse": Sparse(keep=0.2)}
+UNIFORM, PUBLISHED, OURS = "uniform, transformers", "as published", "tokenweight"
+NAMES = (UNIFORM, *(f"{kind}, {who}" for kind in WEIGHTINGS for who in (PUBLISHED, OURS)))
+MEMORY = "peak memory over model and gradients"
+
+
+def shifted_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[batch, seq - 1]: column i is the loss of token i + 1."""
+    predictions = logits[:, :-1].contiguous()
+    return F.cross_entropy(predictions.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def unused_entropy(logits: torch.Tensor) -> torch.Tensor:
+    predictions = logits[:, :-1].contiguous().transpose(1, 2)
+    return F.cross_entropy(predictions, predictions.softmax(dim=1), reduction="none")
+
+
+@torch.no_grad()
+def published_short_nll(
+    model: Any, tokens: torch.Tensor, long_nll: torch.Tensor, context: ShortContext
+) -> torch.Tensor:
+    """[batch, seq - 1]: of a model that scores itself, so that the first window is not read."""
+    short_nll = long_nll.clone()
+    for start, first, stop in windows(tokens.shape[1], context.size, context.stride):
+        logits = model(input_ids=tokens[:, start:stop], use_cache=False).logits
+        losses = shifted_nll(logits, tokens[:, start:stop])
+        unused_entropy(logits)
+        short_nll[:, first - 1 : stop - 1] = losses[:, first - stop :]
+    return short_nll
+
+
+def published_weights(kind: str, scores: torch.Tensor) -> torch.Tensor:
+    """Of mean 1 over each row of scores; for "sparse", enough of them have to be above 0."""
+    num_tokens = scores.shape[1]
+    if kind == "dense":
+        interpolation = WEIGHTINGS["dense"].interpolation
+        return interpolation + (1 - interpolation) * num_tokens * scores / scores.sum(dim=1, keepdim=True)
+    kept = torch.zeros_like(scores)
+    for row, mask in zip(scores, kept):
+        order = row.sort(stable=True).indices
+        mask[order[-int(WEIGHTINGS["sparse"].keep * num_tokens) :]] = 1
+    return num_tokens * kept / kept.sum(dim=1, keepdim=True)
+
+
+def published_loss(
+    model: Any, tokens: torch.Tensor, kind: str, context: ShortContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the weights [batch, seq - 1]."""
+    long_nll = shifted_nll(model(input_ids=tokens, use_cache=False).logits, tokens)
+    short_nll = published_short_nll(model, tokens, long_nll.detach(), context)
+    weights = published_weights(kind, (long_nll.detach() - short_nll).abs())
+    return (long_nll * weights).mean(), weights
+
+
+def prepare(model: Any, context: ShortContext, name: str) -> None:
+    """Gradients of 0, and for tokenweight a bound model. Without labels, a bound model is what it was before."""
+    model.zero_grad(set_to_none=False)
+    kind, _, who = name.partition(", ")
+    if who == OURS:
+        with_weighted_loss(model, WEIGHTINGS[kind], Scorer(model, context))
+
+
+def run_step(model: Any, tokens: torch.Tensor, context: ShortContext, name: str) -> None:
+    kind, _, who = name.partition(", ")
+    if who == PUBLISHED:
+        loss, _ = published_loss(model, tokens, kind, context)
+    elif who == OURS:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    else:
+        loss = type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss  # never the bound one
+    loss.backward()
+
+
+def training_model(length: int, *, checkpointing: bool, quick: bool) -> tuple[str, Any, torch.Tensor]:
+    """Name, model, and a row."""
+    name, model, tokens = model_and_row(length, quick=quick)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return name, model, tokens
+
+
+def measure_memory(name: str, length: int, context: ShortContext, checkpointing: bool, quick: bool) -> float:
+    """GiB. A small step goes first: it loads code, and makes the gradients."""
+    _, model, tokens = training_model(length, checkpointing=checkpointing, quick=quick)
+    few, small = tokens[:, :64], ShortContext(16, 12)
+    prepare(model, small, name)
+    run_step(model, few, small, name)
+    prepare(model, context, name)
+    return peak_bytes_over_now(lambda: run_step(model, tokens, context, name)) / GIB
+
+
+def main(
+    *,
+    length: int = 4096,
+    size: int = 1024,
+    stride: int = 768,
+    checkpointing: bool = True,
+    rounds: int = 3,
+    memory_rounds: int = 1,
+    quick: bool = False,
+    csv: Path | None = None,
+) -> None:
+    """Time and peak memory of a self-scored training step, beside the way it was published.
+
+    Args:
+        length: tokens of the row, a multiple of 16.
+        size: tokens that a window reads.
+        stride: tokens that a window scores.
+        checkpointing: recompute the activations in the backward pass.
+        rounds: of timings, after one that is not counted.
+        memory_rounds: processes that measure the peak memory of one implementation.
+        quick: a tiny model, a 16th of the tokens, one round, to see that the benchmark runs; writes no file unless
+            `csv` is given.
+        csv: file to append rows to; by default results.csv beside this script.
+    """
+    if quick:
+        length, size, stride, rounds, memory_rounds = length // 16, size // 16, stride // 16, 1, 1
+    context = ShortContext(size, stride)
+    report = Report("reference", csv if quick or csv else RESULTS)
+    model_name, model, tokens = training_model(length, checkpointing=checkpointing, quick=quick)
+    runs = {name: functools.partial(run_step, model, tokens, context, name) for name in NAMES}
+    seconds = alternately(runs, rounds, functools.partial(prepare, model, context))
+    del model, runs
+    arguments = (length, context, checkpointing, quick)
+    weighed = NAMES[1:3] if quick else NAMES  # most of the time of a tiny process is spent on imports
+    gib = {name: [in_fresh_process(measure_memory, name, *arguments) for _ in range(memory_rounds)] for name in weighed}
+    x = f"{model_name}, 1 x {length} tokens, windows {size}/{stride}, float32, "
+    x += "activations recomputed" if checkpointing else "activations kept"
+    for name in NAMES:
+        setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
+        for metric, unit, values in (("time", "s", seconds), (MEMORY, "GiB", gib)):
+            if name not in values:
+                continue
+            report.add(**setting, metric=metric, unit=unit, values=values[name])
+            for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
+                if other != name and other in values:
+                    report.add_ratio(**setting, metric=f"{metric} / {label}", over=values[name], under=values[other])
+    report.finish()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
