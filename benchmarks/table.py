@@ -1,6 +1,7 @@
 """The table that README shows, made from results.csv: `python benchmarks/table.py` rewrites it between its markers."""
 
 import csv
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -38,7 +39,10 @@ class Results:
 
     def settings(self, benchmark: str) -> str:
         """The setting of a benchmark that has one."""
-        return " / ".join(dict.fromkeys(key[3] for key in self.rows if key[0] == benchmark))
+        return " / ".join(self.all_settings(benchmark))
+
+    def all_settings(self, benchmark: str) -> list[str]:
+        return list(dict.fromkeys(key[3] for key in self.rows if key[0] == benchmark))
 
 
 def loss_table(results: Results) -> list[str]:
@@ -114,22 +118,83 @@ def evaluation_table(results: Results) -> list[str]:
     return lines
 
 
+def reference_table(results: Results) -> list[str]:
+    metrics = [
+        f"{metric} / {other}"
+        for other in ("as published", "uniform, transformers")
+        for metric in ("time", "peak memory over model and gradients")
+    ]
+    lines = []
+    for x in results.all_settings("reference"):
+        lines += [
+            f"A self-scored training step, forward and backward ({x}), beside the way it was published:",
+            "",
+            "| | time / as published | peak memory / as published | time / uniform step of transformers | "
+            "peak memory / uniform step of transformers |",
+            "|---|---|---|---|---|",
+        ]
+        for name in [key[1] for key in results.rows if key[0] == "reference" and key[2:] == (metrics[2], x)]:
+            ours = name.endswith("tokenweight")
+            cells = [f"{results.value('reference', name, metric, x):.2f}" for metric in metrics[0 if ours else 2 :]]
+            lines.append(f"| {name} | {' | '.join(cells if ours else ['1', '1', *cells])} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def by_length(results: Results, metric: str) -> dict[str, dict[int, float]]:
+    """Of the benchmark of growth, by kind of step: the values by the number of tokens of a row, short rows first."""
+    found: dict[str, dict[int, float]] = {}
+    for (benchmark, kind, name, x), row in results.rows.items():
+        if (benchmark, name) == ("growth", metric):
+            found.setdefault(kind, {})[int(re.search(r"1 x (\d+) tokens", x)[1])] = float(row["p50"])
+    return {kind: dict(sorted(values.items())) for kind, values in found.items()}
+
+
+def growth_table(results: Results) -> list[str]:
+    time, ratio, memory = (
+        by_length(results, metric)
+        for metric in ("time per token", "time / uniform", "peak memory over model and gradients per token")
+    )
+    others = [kind for kind in ratio if kind != "uniform"]
+    model = re.split(", 1 x", results.settings("growth"))[0]
+    lines = [
+        f"A training step as rows get longer ({model}):",
+        "",
+        f"| tokens of a row | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
+        "uniform, KiB per token | self-scored dense, KiB per token |",
+        "|" + "---|" * (len(others) + 4),
+    ]
+    for length, micros in time["uniform"].items():
+        ratios = " | ".join(f"{ratio[kind][length]:.2f}" for kind in others)
+        kib = " | ".join(f"{memory[kind][length]:.1f}" for kind in ("uniform", "self-scored dense"))
+        lines.append(f"| {length:,} | {micros:.0f} | {ratios} | {kib} |")
+    return lines
+
+
+def startup_table(results: Results) -> list[str]:
+    names = dict.fromkeys(key[1] for key in results.rows if key[0] == "startup")
+    found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in names)
+    return [f"Seconds from the command to its help, in a fresh process: {', '.join(found)}."]
+
+
 def table() -> str:
     """Markdown."""
     results = Results()
     spread = (
         "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
     )
-    conditions = [
-        f"{name}: {results.conditions(name)}." for name in ("loss", "training", "scoring", "corpus", "evaluation")
-    ]
-    parts = (
-        loss_table(results),
-        training_table(results),
-        corpus_table(results),
-        evaluation_table(results),
-        [spread, *conditions],
-    )
+    always = {
+        "loss": loss_table,
+        "training": training_table,
+        "scoring": corpus_table,
+        "corpus": None,  # in the table of scoring
+        "evaluation": evaluation_table,
+    }
+    once_measured = {"reference": reference_table, "growth": growth_table, "startup": startup_table}
+    measured = {name: part for name, part in once_measured.items() if results.all_settings(name)}
+    makers = always | measured
+    conditions = [f"{name}: {results.conditions(name)}." for name in makers]
+    parts = (*(make(results) for make in makers.values() if make), [spread, *conditions])
     return "\n".join(line for part in parts for line in [*part, ""])
 
 

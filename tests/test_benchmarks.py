@@ -29,6 +29,11 @@ SLOW_METRICS = {
     "reference": {"time", "time / uniform, transformers", "time / as published", f"{OVER_MODEL} / as published"},
     "startup": {"time", "time / import tyro"},
 }
+SHOWN = {
+    "growth": ("self-scored dense", "time / uniform"),
+    "reference": ("sparse, tokenweight", f"{OVER_MODEL} / as published"),
+    "startup": ("tokenweight --help", "time"),
+}
 
 
 def load(name):
@@ -70,6 +75,15 @@ def test_a_quick_run_that_starts_processes_prints_a_table_and_appends_complete_r
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(tmp_path / "rows.csv")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert_complete(name, SLOW_METRICS[name], done.returncode, done.stdout + done.stderr, tmp_path / "rows.csv")
+    table = load("table")
+    results = table.Results(tmp_path / "rows.csv")
+    lines = getattr(table, f"{name}_table")(results)
+    cells = [line.count("|") for line in lines if line.startswith("|")]
+    assert len(set(cells)) == (name != "startup")  # every line of a table has as many cells as its head
+    assert any(f"{results.value(name, *SHOWN[name]):.2f}" in line for line in lines)
+    if name == "growth":
+        load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
+        assert (tmp_path / "growth.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -156,8 +170,8 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
         model.zero_grad()
         loss.backward()
         gradients[name] = [parameter.grad for parameter in model.parameters()]
-    # In float64, losses of up to about 20 nats are rounded to 4e-15; a few sums of 61 words or 28 tokens, the mean score
-    # of about 1 that dense weights are divided by, and two layers backward, leave 1e-11 wide enough.
+    # In float64, losses of up to about 20 nats are rounded to 4e-15. Sums of 61 words and 28 tokens, the division by a
+    # mean score of about 1, and two layers backward make that a few hundred times as much at most.
     close = {"rtol": 1e-11, "atol": 1e-11}
     torch.testing.assert_close(weights["ours"], weights["published"], **close)
     torch.testing.assert_close(losses["ours"], losses["published"], **close)

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from tokenweight.canvas import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
 from tokenweight.comparison import Entry
@@ -188,6 +188,29 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
         panels[1].set_xticks(lengths, [_tokens(number) for number in lengths])
         panels[1].minorticks_off()
         add_head(figure, panels[0], style, "What a longer context costs")
+    return figure
+
+
+def growth_figure(times: Mapping[str, Sequence[tuple[int, float]]], *, style: str = "screen") -> Figure:
+    """Time per token of a training step as rows get longer; equal distances are equal ratios.
+
+    Args:
+        times: tokens of a row and microseconds per token, by the name of the step.
+        style: one of `STYLES`.
+    """
+    lengths = sorted({length for points in times.values() for length, _ in points})
+    with styled(style):
+        figure, (axes,) = new_panels(style, [0.62])
+        for (name, points), look in zip(times.items(), line_looks(len(times))):
+            axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
+        axes.set(xscale="log", yscale="log", ylabel="time per token (µs)")
+        axes.set_xlabel(f"tokens of a row{_thousands(lengths)}")
+        axes.set_xticks(lengths, map(_tokens, lengths))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        add_head(figure, axes, style, "Time of a training step")
     return figure
 
 
