@@ -1,6 +1,6 @@
 """Time and memory per token of a training step, forward and backward, as rows get longer.
 
-    python benchmarks/growth.py                              about 15 minutes on two cores
+    python benchmarks/growth.py                              some 15 minutes on two cores
     python benchmarks/growth.py --quick                      half a minute, on a short row: says nothing
     python benchmarks/growth.py --draw benchmarks/growth     the figure of what results.csv holds, as SVG and PNG
 
