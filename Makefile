@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: install demo test lint check bench clean
+.PHONY: install demo test lint check bench evidence clean
 
 install: $(READY)
 
@@ -42,6 +42,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
+
+# Half an hour on two quiet cores. Interrupted and made again, it goes on.
+evidence: $(READY)
+	$(BIN)/python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,6 +9,7 @@ and what follows from them: docs/evidence.md.
 """
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import random
@@ -221,6 +222,7 @@ def run(experiment: Experiment, out: Path, arm: str, seed: int, rate: float) -> 
             trainer={**experiment.trainer, **given},
         )
         train(settings)
+        gc.collect()  # a Trainer refers to itself, and with it to the moments of the optimizer
         for checkpoint in unfinished.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         unfinished.rename(folder)
@@ -285,8 +287,13 @@ def main(settings: Annotated[Path, tyro.conf.Positional], /, *, out: Path, cut: 
     say(f"done: {out}/results.md")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line: what is wrong is said in one line."""
     try:
         tyro.cli(main)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()
