@@ -196,7 +196,7 @@ def finished(evidence, place, tmp_path_factory):
     def recorded(settings):
         def collated(rows):
             batch = collate(rows)
-            seen.setdefault(Path(settings.out).stem, []).append(batch["input_ids"])
+            seen.setdefault(Path(settings.out).name.removesuffix(".unfinished"), []).append(batch["input_ids"])
             return batch
 
         with mock.patch("tokenweight.training.collate", collated):
@@ -211,7 +211,7 @@ def finished(evidence, place, tmp_path_factory):
 def test_every_arm_of_a_seed_sees_the_same_tokens_in_the_same_order(finished):
     experiment, _, out, seen = finished
     names = [path.name for path in (out / "runs").iterdir()]
-    tokens = {name: torch.cat(seen[Path(name).stem]) for name in names}
+    tokens = {name: torch.cat(seen[name]) for name in names}
     by_seed = [[tokens[name] for name in names if f"-seed{seed}-" in name] for seed in experiment.seeds]
     assert [len(own) for own in by_seed] == [len(experiment.arms) + 1, len(experiment.arms)]  # one rate more was tried
     for own in by_seed:
