@@ -276,9 +276,9 @@ def main(settings: Annotated[Path, tyro.conf.Positional], /, *, out: Path, cut: 
         out: folder for rows, scores, runs, evaluations, and at last results.md, results.json and figures.
         cut: divide all lengths by this number and make two steps with one seed, to see that it runs.
     """
-    experiment = read_experiment(settings)
-    if cut is not None:
-        experiment = shortened(experiment, cut)
+    if cut is not None and cut < 1:
+        raise ValueError(f"--cut {cut}: expected at least 1")
+    experiment = read_experiment(settings) if cut is None else shortened(read_experiment(settings), cut)
     prepare(experiment, out)
     none = measure(experiment, out, out / "none")
     runs = train_all(experiment, out, choose_rate(experiment, out))

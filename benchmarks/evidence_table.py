@@ -84,46 +84,28 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
     joined = {arm: averaged(own) for arm, own in measures.items()}
     tables = {base: compared(joined, base) for base in ("uniform", "none")}
     price, seeds, rates = prices(runs), by_seed(measures), read_json(out / "rates.json")["rates"]
-    first = records["none"][0]
+    first, scoring = records["none"][0], out / "scoring.json"
     result = {"settings": read_json(out / "settings.json"), "rates": rates, "price": price}
-    result |= {"scoring": read_json(out / "scoring.json"), "held_out": first["documents"], "change_by_seed": seeds}
+    result |= {"scoring": read_json(scoring) if scoring.is_file() else None}  # None: killed before it was written
+    result |= {"held_out": first["documents"], "change_by_seed": seeds}
     result |= {f"compared_with_{base}": [[e._asdict() for e in row] for row in table] for base, table in tables.items()}
     write_json(out / "results.json", {**result, "environment": environment()})
     parts = ["# Do the weights make a model better, and at what price?\n"]
     parts += ["Means over seeds; intervals draw documents, each with all its seeds (docs/evidence.md).\n"]
-    parts += [
-        "## Learning rates tried with uniform weights\n",
-        lines(
-            ["learning rate", "validation loss"],
-            [[f"{tried['learning_rate']:g}", f"{tried['loss']:.4f}"] for tried in rates],
-        ),
-    ]
+    tried = [[f"{rate['learning_rate']:g}", f"{rate['loss']:.4f}"] for rate in rates]
+    parts += ["## Learning rates tried with uniform weights\n", lines(["learning rate", "validation loss"], tried)]
     for base, table in tables.items():
         text = markdown(table, unit=first["unit"]).replace("## Every measure", f"### Every measure, beside {base}")
         parts += [f"## Beside {base}\n", text]
         (out / f"compared-with-{base}.csv").write_text(csv_text(table), encoding="utf-8")
-    parts += [
-        "## Each seed: change from uniform weights with the same seed\n",
-        lines(
-            ["arm", "measure", "changes"],
-            [
-                [arm, name, ", ".join(f"{value:+.4f}" for value in values)]
-                for arm, own in seeds.items()
-                for name, values in own.items()
-            ],
-        ),
-    ]
-    parts += [
-        "## Price: means over steps and seeds\n",
-        lines(
-            ["arm", *PRICE],
-            [[arm, *(f"{row[key]:.4g}" if key in row else "-" for key in PRICE)] for arm, row in price.items()],
-        ),
-    ]
-    grids = [
-        (f"{arm}, run {number}", model["probe_grid"]) for arm, own in models.items() for number, model in enumerate(own)
-    ]
-    (out / "results.md").write_text("\n".join(parts) + grid_markdown(grids), encoding="utf-8")
+    changes = [[arm, name, ", ".join(f"{x:+.4f}" for x in own[name])] for arm, own in seeds.items() for name in own]
+    parts += ["## Each seed: change from uniform weights with the same seed\n"]
+    parts += [lines(["arm", "measure", "changes"], changes)]
+    cells = [[arm, *(f"{row[key]:.4g}" if key in row else "-" for key in PRICE)] for arm, row in price.items()]
+    parts += ["## Price: means over steps and seeds\n", lines(["arm", *PRICE], cells)]
+    runs_of = [(f"{arm}, run {number}", model) for arm, own in models.items() for number, model in enumerate(own)]
+    grids = grid_markdown([(name, model["probe_grid"]) for name, model in runs_of])
+    (out / "results.md").write_text("\n".join(parts) + grids, encoding="utf-8")
     draw(out, tables["uniform"], first["settings"])
 
 
