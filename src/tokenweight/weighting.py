@@ -19,8 +19,7 @@ from tokenweight.selection import keep_top, normalize
 def refuse_nonfinite(
     losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"], first_row: int = 0
 ) -> None:
-    """Raise a ValueError that says of which name the first non-finite loss under `mask` is, and in which row (counted
-    from `first_row`)."""
+    """Raise a ValueError for the first non-finite loss under `mask`, with its name, its row and its position."""
     bad = torch.stack([mask & ~torch.isfinite(values) for values in losses.values()])
     if bad.any():  # the one wait for the device
         number, row, position = bad.nonzero()[0].tolist()
