@@ -93,8 +93,13 @@ def _parse(name: str, argv: list[str], default: Any = tyro.MISSING) -> Any:
     except SystemExit as stop:
         if not stop.code:
             return None
-        words = re.sub("[─│╭╮╰╯]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())).split()
-        raise ValueError(" ".join(words)) from None
+        raise ValueError(_one_line(re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()))) from None
+
+
+def _one_line(box: str) -> str:
+    """What tyro says of an error, without its title, its frame, and the help of options, which it indents by nine."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰", "│" + 9 * " "))]
+    return re.sub(" ─+ ", "; ", " ".join(lines))
 
 
 def _parse_recipe(name: str, argv: list[str]) -> TrainSettings | None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,7 +15,9 @@ from tokenweight.progress import progress
 class Prepare:
     """Cut texts into rows of tokens of one length. Interrupted and run again, it goes on."""
 
-    texts: tyro.conf.Positional[tuple[str, ...]]
+    texts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXTS …", help_behavior_hint="(required)")
+    ]
     """Text files (one document each); .jsonl and .parquet files (one document a row); folders of them; data sets."""
     tokenizer: str
     """Folder, hub id or .gguf file of the model whose tokenizer to use."""
@@ -192,7 +194,7 @@ class Demo:
 class Eval(EvalSettings):
     """Measure a model at long and at short range, and compare it with its baseline in one table."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder, hub id or .gguf file of the model."""
 
     def run(self) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -82,7 +82,9 @@ class Show:
 class Figures:
     """Draw figures of scores, trainings and evaluations, as SVG and PNG."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDERS …", help_behavior_hint="(required)")
+    ]
     """Folders of `score`, `train` and `eval`; they are told apart by the files in them."""
     out: Path
     """Folder for the figures; those of the same name are replaced."""
@@ -157,7 +159,9 @@ def _weightings(text: str) -> dict[str, Any]:
 class Report:
     """Write one HTML page about runs: texts tinted by weight, charts, tables. It opens from disk."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDERS …", help_behavior_hint="(required)")
+    ]
     """Folders that `score`, `train` or `eval` has written; several are shown side by side."""
     out: Path = Path("report.html")
     """The page; an existing one is replaced."""
