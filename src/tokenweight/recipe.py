@@ -13,7 +13,10 @@ import yaml
 class TrainSettings:
     """Train a model on rows of tokens with weighted losses.
 
-    Any field of transformers.TrainingArguments is set as `--trainer.NAME VALUE`, or under `trainer:` in the recipe.
+    Settings are read by `--config FILE` from a recipe (YAML), or from the run.json of an earlier run; options override
+    them. A longer context is asked for by `--extend.length N` (docs/context-extension.md). Any field of
+    transformers.TrainingArguments is set as `--trainer.NAME VALUE`, or under `trainer:` in the recipe; docs/training.md
+    lists those that have another default here than there.
     """
 
     model: str
