@@ -92,6 +92,7 @@ def test_weightings_are_told_apart_from_their_settings():
     ("arguments", "message"),
     [
         (["model"], "model: expected a folder with one of eval.json, metrics.jsonl, scores.json; found none of them"),
+        (["gone"], "gone: no such folder"),
         (["run", "--row", "3"], "--row 3: is of scored rows, and no folder of them is named"),
         (["scored", "--num_rows", "0"], "--num_rows 0: expected at least 1"),
         (["scored", "--row", "7"], "scored has rows 0 to 6"),

@@ -185,8 +185,8 @@ def test_a_token_is_predicted_unless_it_is_unlabeled_or_begins_a_row_or_document
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "cannot be loaded from a folder or the hub"),
-        ("empty", "cannot be loaded from a folder or the hub"),
+        ("missing", "cannot be loaded from the hub, and there is no such folder: "),
+        ("empty", "cannot be loaded from its folder: "),
         ("model.bin", "is a file: expected a folder, a hub id or a .gguf file"),
         ("missing.gguf", "no such file"),
     ],

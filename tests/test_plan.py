@@ -139,7 +139,7 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
         (["--model", "blank", "--length", "64", "--dtype", "small"], "dtype 'small': expected float32"),
         (["--model", "blank", "--length", "64", "--trainer.max_step", "1"], "did you mean 'max_steps'?"),
         (["--model", "blank", "--extend.theta", "1e6"], "extend: found theta: expected length"),
-        (["--model", "gone", "--length", "64"], "model 'gone' cannot be loaded from a folder or the hub"),
+        (["--model", "gone", "--length", "64"], "model 'gone' cannot be loaded from the hub, and there is no"),
         (["--model", "gone.gguf", "--length", "64"], "model 'gone.gguf': no such file"),
         (["--model", "blank", "--length", "64", "--json", "gone/plan.json"], "--json gone/plan.json: no such folder"),
         (["--model", "blank", "--length", "64", "--figure", "gone/plan"], "--figure gone/plan: no such folder"),

@@ -29,6 +29,8 @@ def recognize(folder: Path) -> str:
     for name, kind in KINDS.items():
         if (folder / name).is_file():
             return kind
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     raise ValueError(f"{folder}: expected a folder with one of {', '.join(KINDS)}; found none of them")
 
 

@@ -180,7 +180,8 @@ def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> 
         return kind.from_pretrained(str(path), **kwargs)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{what} {str(name)!r} cannot be loaded from a folder or the hub: {reason}") from error
+        where = "its folder" if path.is_dir() else "the hub, and there is no such folder"
+        raise ValueError(f"{what} {str(name)!r} cannot be loaded from {where}: {reason}") from error
 
 
 def _converted(path: Path) -> Path:

@@ -141,7 +141,9 @@ def _kind(folder: Path) -> str:
     for file, kind in _FILES.items():
         if (folder / file).is_file():
             return kind
-    raise ValueError(f"{folder} holds no {', '.join(_FILES)}: expected a folder of `tokenweight score`, train or eval")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    raise ValueError(f"{folder} holds no {', '.join(_FILES)}: expected a folder of `score`, `train` or `eval`")
 
 
 def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:

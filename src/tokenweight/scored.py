@@ -81,7 +81,8 @@ def _chosen(
         sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
         if size not in sizes:
             known = ", ".join(map(str, sizes))
-            raise ValueError(f"size: {folder} holds scores with contexts of {known} tokens; found {size}: name one")
+            other = "" if size is None else f", not {size}"
+            raise ValueError(f"size: {folder} holds scores with contexts of {known} tokens{other}: name one of them")
         rows = rows.rename_column(f"short_nll_{size}", "short_nll")
         strides = dict(zip(found["size"] or (), found["stride"] or ()))
         found = {"size": size, "stride": strides.get(size)}
