@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_the_terminal_shows_the_summary_whole_in_a_hundred_columns():
     assert "hidden" not in text
     words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
     for row in table:
-        assert row[0].model in words
+        assert Path(row[0].model).name in words
         for entry in (entry for entry in row if entry.summary):
             assert (f"{entry.value:.1%}" if entry.unit == "share" else f"{entry.value:.4f}") in words
             for number in filter(None, (entry.low, entry.high)):
@@ -157,6 +158,12 @@ def test_more_measures_than_fit_take_another_table():
     assert [line.split() for line in text.splitlines() if line.strip().startswith("model")] == [
         ["model", *(word for i in group for word in (str(i), "↓"))] for group in (range(8), range(8, 16), range(16, 19))
     ]
+
+
+def test_the_terminal_names_models_by_their_last_part_where_it_tells_them_apart():
+    text = printed(realistic(["/models/base", "org/other", "runs/dense"]))
+    assert [name in text for name in ("/models/base", "base", "org/other", "runs/dense")] == [False, True, False, False]
+    assert "/runs/dense" in printed(realistic(["/runs/base", "/runs/dense", "again/dense"]))
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])

@@ -292,3 +292,8 @@ def test_charts_of_training_and_evaluation_have_the_numbers_of_the_runs(open_pag
         expected = [entry[name] for name in ("change", "low", "high") if entry[name] is not None]
         assert [float(number) for number in numbers] == pytest.approx(expected, rel=5e-4, abs=1e-4)
     assert changes.locator("svg line.line").count() == sum(entry["low"] is not None for entry in entries)
+    rounded = [{"place": 0, "points": [{"x": 1, "y": 1}, {"x": 2, "y": 1 - 6e-9}]}]  # drawn flat: labels differ
+    chart = {"title": "", "x": "", "y": "", "series": rounded}
+    page.evaluate("(chart) => showChart(document.querySelector('#training figure'), chart)", chart)
+    labels = page.locator("#training figure").first.locator("svg text[text-anchor='end']").all_text_contents()
+    assert len(set(labels)) == len(labels) > 0

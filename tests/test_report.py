@@ -191,7 +191,7 @@ def test_a_page_that_would_be_too_large_is_refused_and_the_old_one_stays(runs, t
     [
         ([], {}, "name at least one folder"),
         (["rows"], {}, "rows holds no scores.json, run.json, eval.json: expected a folder of `score`"),
-        (["none"], {}, "none: no such folder"),
+        (["none"], {}, "none is no folder: expected"),
         (["scored"], {"rows": 0}, "--rows 0 --num 2048: expected at least 1 row"),
         (["scored"], {"num": 0}, "--rows 1 --num 0: expected"),
         (["run"], {"size": 16}, "choose from scored folders: found none"),

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +113,13 @@ def _head(model: str, measure: Measure) -> tuple[str, str, str, str, str | None,
     return model, measure.name, measure.group, measure.unit, measure.better, measure.value
 
 
+def short_names(table: Sequence[Sequence[Entry]]) -> list[str]:
+    """The models of a table by the last parts of their names, if these tell them apart."""
+    names = [row[0].model for row in table]
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(names) else names
+
+
 def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
     """The measures of the summary, a model a row: value, change, and below it the interval of the change.
 
@@ -135,9 +143,9 @@ def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> T
         lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
         shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
         group = entry.group
-    for row in table:
+    for name, row in zip(short_names(table), table):
         found = {entry.measure: entry for entry in row}
-        shown.add_row(row[0].model, *(_terminal_cell(found.get(entry.measure)) for entry in columns))
+        shown.add_row(name, *(_terminal_cell(found.get(entry.measure)) for entry in columns))
     return shown
 
 

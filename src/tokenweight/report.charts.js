@@ -109,7 +109,9 @@ function drawChart(drawing, chart) {
   const ys = shown.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]).map(value);
   if (chart.zero) ys.push(0);
   let [yLow, yHigh] = [Math.min(...ys), Math.max(...ys)];
-  const margin = (yHigh - yLow || Math.abs(yHigh) || 1) * 0.08;
+  // Of a constant, a mean weight of 1 for instance, what differs is rounding: it is drawn flat.
+  const differs = yHigh - yLow > 1e-6 * Math.max(Math.abs(yLow), Math.abs(yHigh));
+  const margin = (differs ? yHigh - yLow : Math.abs(yHigh) || 1) * 0.08;
   yLow -= chart.zero && yLow === 0 ? 0 : margin;
   yHigh += margin;
   const toX = (x) => left + ((x - xLow) / (xHigh - xLow || 1)) * (width - left - right);

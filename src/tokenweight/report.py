@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokenweight.causal import document_positions
-from tokenweight.comparison import notes
+from tokenweight.comparison import notes, short_names
 from tokenweight.evaluate import read_table
 from tokenweight.insight import KINDS, by_kind, by_position, difference_histogram, token_kinds
 from tokenweight.records import read_json
@@ -141,9 +141,8 @@ def _kind(folder: Path) -> str:
     for file, kind in _FILES.items():
         if (folder / file).is_file():
             return kind
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    raise ValueError(f"{folder} holds no {', '.join(_FILES)}: expected a folder of `score`, `train` or `eval`")
+    found = f"holds no {', '.join(_FILES)}" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{folder} {found}: expected a folder of `score`, `train` or `eval`")
 
 
 def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:
@@ -280,14 +279,13 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     table = read_table(record)
     found = [{entry.measure: entry for entry in row} for row in table]
     names = [row[0].model for row in table]
-    short = [Path(name).name for name in names]
     bins = [
         {"first": first, "stop": stop, "entries": [entries[f"position_{first}"]._asdict() for entries in found]}
         for first, stop in pairwise(record["settings"]["edges"])
     ]
     tokens = sum(sum(measure["num_tokens"]) for measure in record["models"][0]["measures"] if measure["name"] == "all")
     return {
-        "models": short if len(set(short)) == len(names) else names,
+        "models": short_names(table),
         "bins": bins,
         "table": {
             "measures": list({entry.measure: entry for row in table for entry in row}.values()),
