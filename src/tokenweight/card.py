@@ -267,7 +267,7 @@ def _rows(rows: dict[str, int], data: dict[str, Any]) -> str:
 def _trained(rows: dict[str, int], metrics: dict[str, Any]) -> str:
     given = [f"{metrics['step']:,} steps"] if "step" in metrics else []
     if epochs := metrics.get("epoch"):
-        given.append(f"{epochs:.4g} epochs")
+        given.append(f"{epochs:.4g} epoch{'s' * (epochs != 1)}")
         given += [f"{rows['num'] * epochs:,.0f} rows", f"{rows['tokens'] * epochs:,.0f} tokens"] if rows else []
     given += [f"last weighted loss logged {metrics['loss']:.4f} nats"] if "loss" in metrics else []
     return ", ".join(given)

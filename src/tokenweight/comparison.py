@@ -167,7 +167,7 @@ def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[s
         unit: what the sums of the measures of rows belong to, "document" or "row".
     """
     entries = [entry for row in table for entry in row]
-    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a column."]
+    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a measure."]
     if len(table) > 1:
         drawn = f"drawing {unit}s (of probes: facts) anew"
         lines.append(f"Changes are from the first model, with 95 % intervals, {drawn}.")

@@ -139,9 +139,10 @@ def refuse_tokenizer(
     theirs = provenance.get("tokenizer_fingerprint")
     if tokenizer is None or theirs is None or tokenizer_fingerprint(tokenizer) == theirs:
         return
+    since = ", or an earlier version of tokenweight wrote them" if provenance.get("tokenizer") == name else ""
     raise ValueError(
         f"{folder} was made with the tokenizer of {provenance.get('tokenizer')} ({theirs}), but {name} has another "
-        f"({tokenizer_fingerprint(tokenizer)}): prepare the rows with the tokenizer of {name}"
+        f"({tokenizer_fingerprint(tokenizer)}){since}: prepare the rows with the tokenizer of {name}"
     )
 
 

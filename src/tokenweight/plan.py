@@ -108,7 +108,7 @@ def plan(
     recipe = _Recipe.read(settings, num_gpus)
     length = length or recipe.length
     if length is None:
-        raise ValueError("--length: neither data nor extend.length says how many tokens a row has: name them")
+        raise ValueError("--length: neither data nor extend.length says how many tokens a row has: give --length")
     refuse_length(recipe.config, length, "rows")
     every = list(dict.fromkeys([length, *lengths]))
     for number in every:
