@@ -29,6 +29,7 @@ def runs(tmp_path_factory):
     score_folder(root / "rows", str(root / "model"), [ShortContext(8, 5)], root / "scored", with_long=True)
     (root / "run").mkdir()
     lines = [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "runtime": 7}]
+    (root / "run" / "run.json").write_text("{}")
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = ["position_0", "position_6", "benefit_6"]
     models = [
@@ -91,14 +92,14 @@ def test_weightings_are_told_apart_from_their_settings():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model"], "model: expected a folder with one of eval.json, metrics.jsonl, scores.json; found none of them"),
-        (["gone"], "gone: no such folder"),
+        (["model"], "model holds no scores.json, run.json, eval.json: expected a folder of `score`, `train` or `eval`"),
+        (["gone"], "gone is no folder"),
         (["run", "--row", "3"], "--row 3: is of scored rows, and no folder of them is named"),
         (["scored", "--num_rows", "0"], "--num_rows 0: expected at least 1"),
         (["scored", "--row", "7"], "scored has rows 0 to 6"),
         (["scored", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["run", "run"], "run: two folders have this name"),
-        (["broken"], "metrics.jsonl, line 2: expected a JSON object with a step"),
+        (["broken"], "metrics.jsonl, line 2: expected an object with a step"),
         (["empty"], "metrics.jsonl holds no loss"),
         (["torn"], "eval.json is not what `tokenweight eval` writes"),
     ],
@@ -111,6 +112,8 @@ def test_errors_are_one_line_and_nothing_is_written(arguments, message, runs, tm
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
+        if file == "metrics.jsonl":
+            (tmp_path / name / "run.json").write_text("{}")
     for name in ("scored", "run", "model"):
         (tmp_path / name).symlink_to(runs / name)
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,5 @@
 """The model card (README.md) of a trained folder: what its records say, and nothing else."""
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from tokenweight.comparison import Entry, markdown
 from tokenweight.model import load_model
 from tokenweight.recipe import TrainSettings
-from tokenweight.records import read_json, read_provenance
+from tokenweight.records import read_json, read_metrics, read_provenance
 from tokenweight.rope import describe_rope
 
 logger = logging.getLogger(__name__)
@@ -175,10 +174,9 @@ def _with_section(text: str, section: str, content: str) -> str:
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
     """The last value of everything that the Trainer logged; nothing if there is no such file."""
-    path = folder / "metrics.jsonl"
     found: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        found |= json.loads(line)
+    for line in read_metrics(folder):
+        found |= line
     return found
 
 

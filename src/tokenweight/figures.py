@@ -1,6 +1,5 @@
 """Figures of scored rows, trainings and evaluations, read from their folders."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,10 @@ from tokenweight import plots
 from tokenweight.causal import document_positions
 from tokenweight.evaluate import read_table
 from tokenweight.insight import by_kind, by_position, difference_histogram
-from tokenweight.records import read_json, read_provenance
+from tokenweight.records import read_json, read_metrics, read_provenance, run_kind
 from tokenweight.scored import ScoredRow, read_rows
 from tokenweight.show import token_pieces
 from tokenweight.weighting import Weighting
-
-KINDS = {"eval.json": "evaluation", "metrics.jsonl": "training", "scores.json": "scores"}
-"""What a folder is, by the file it holds."""
-
-
-def recognize(folder: Path) -> str:
-    """Which of `KINDS` a folder is.
-
-    Raises:
-        ValueError: if it holds none of their files.
-    """
-    for name, kind in KINDS.items():
-        if (folder / name).is_file():
-            return kind
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    raise ValueError(f"{folder}: expected a folder with one of {', '.join(KINDS)}; found none of them")
 
 
 def draw(
@@ -59,17 +41,17 @@ def draw(
     names = [folder.resolve().name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{', '.join(sorted(twice))}: two folders have this name, and so would their figures")
-    kinds = [recognize(folder) for folder in folders]
+    kinds = [run_kind(folder) for folder in folders]
     figures: dict[str, Figure] = {}
     for name, folder, kind in zip(names, folders, kinds):
         own = {}
-        if kind == "scores":
+        if kind == "scored":
             rows = read_rows(folder, first_row, num_rows, size=size)
             own = score_figures(rows, weightings, window=_window(folder, size), style=style)
         elif kind == "evaluation":
             own = evaluation_figures(folder, style=style)
         figures |= {f"{name}-{what}": figure for what, figure in own.items()}
-    trainings = {name: _metrics(folder) for name, folder, kind in zip(names, folders, kinds) if kind == "training"}
+    trainings = {name: _losses(folder) for name, folder, kind in zip(names, folders, kinds) if kind == "training"}
     if trainings:
         figures["loss-by-step"] = plots.step_figure(trainings, style=style)
     return figures
@@ -132,16 +114,9 @@ def _window(folder: Path, size: int | None) -> int | None:
     return size if isinstance(stored, list) else stored
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def _losses(folder: Path) -> list[dict[str, Any]]:
     """The lines that hold a loss, in the order of their steps; after an interruption, the later of two lines."""
-    path, steps = folder / "metrics.jsonl", {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            if "loss" in line:
-                steps[int(line["step"])] = line
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a step ({error})") from None
+    steps = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
     if not steps:
-        raise ValueError(f"{path} holds no loss: expected lines that the training logged")
+        raise ValueError(f"{folder}/metrics.jsonl holds no loss: expected lines that the training logged")
     return [steps[step] for step in sorted(steps)]

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+_KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
+"""What a folder is, by the file it holds."""
+
 
 def environment() -> dict[str, Any]:
     """Command line, versions, device, source commit and time: what a number needs beside it to mean something."""
@@ -108,7 +111,37 @@ def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {}
 
 
+def run_kind(folder: Path) -> str:
+    """What wrote a folder: "scored", "training" or "evaluation".
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    for name, kind in _KINDS.items():
+        if (folder / name).is_file():
+            return kind
+    found = f"holds no {', '.join(_KINDS)}" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{folder} {found}: expected a folder of `score`, `train` or `eval`")
+
+
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one line to a .jsonl file."""
     with path.open("a") as file:
         file.write(json.dumps(value) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The numbers in each line of a training's `metrics.jsonl`; none, if it has not logged anything yet.
+
+    Raises:
+        ValueError: naming a line that is damaged.
+    """
+    path, lines = folder / "metrics.jsonl", []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        try:
+            values = json.loads(text)
+            step = values["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: expected an object with a step ({error!r})") from None
+        lines.append({"step": step, **{key: value for key, value in values.items() if isinstance(value, int | float)}})
+    return lines

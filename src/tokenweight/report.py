@@ -16,7 +16,7 @@ from tokenweight.causal import document_positions
 from tokenweight.comparison import notes, short_names
 from tokenweight.evaluate import read_table
 from tokenweight.insight import KINDS, by_kind, by_position, difference_histogram, token_kinds
-from tokenweight.records import read_json
+from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.scored import ScoredRow, load_scores, read_row
 from tokenweight.show import seen_before, token_pieces
 from tokenweight.weighting import parse_weighting
@@ -24,7 +24,6 @@ from tokenweight.weighting import parse_weighting
 MAX_BYTES = 5_000_000
 """Of a page: a browser opens it at once, and it can be sent by mail."""
 
-_FILES = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
 _SLIDERS: dict[str, tuple[str, float, float, float] | None] = {
     "uniform": None,
     "dense": ("interpolation", 0, 1, 0.05),
@@ -70,7 +69,7 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
         raise ValueError(f"--rows {excerpt.rows} --num {excerpt.num}: expected at least 1 row and 1 token")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: no such folder")
-    kinds = [_kind(folder) for folder in folders]
+    kinds = [run_kind(folder) for folder in folders]
     if "scored" not in kinds and excerpt != Excerpt():
         raise ValueError("--rows, --num, --size and --model choose from scored folders: found none")
     page = render([_read(folder, kind, excerpt) for folder, kind in zip(folders, kinds)]).encode()
@@ -135,14 +134,6 @@ def _schemes() -> list[dict[str, Any]]:
             value = getattr(weighting, setting)
             schemes[-1] |= {"setting": setting, "value": value, "low": low, "high": high, "step": step}
     return schemes
-
-
-def _kind(folder: Path) -> str:
-    for file, kind in _FILES.items():
-        if (folder / file).is_file():
-            return kind
-    found = f"holds no {', '.join(_FILES)}" if folder.is_dir() else "is no folder"
-    raise ValueError(f"{folder} {found}: expected a folder of `score`, `train` or `eval`")
 
 
 def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:
@@ -238,7 +229,7 @@ def _losses(nll: Tensor, mask: Tensor) -> list[float | None]:
 
 def read_training(folder: Path) -> dict[str, Any]:
     """A training folder: its curves by step, and what it cost."""
-    run, lines = read_json(folder / "run.json"), _lines(folder / "metrics.jsonl")
+    run, lines = read_json(folder / "run.json"), read_metrics(folder)
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in _NO_CURVES]
     environment: dict[str, Any] = {
         key: run[key] for key in ("command", "versions", "device", "commit", "date") if key in run
@@ -249,19 +240,6 @@ def read_training(folder: Path) -> dict[str, Any]:
         "curves": {name: _thinned([[line["step"], line[name]] for line in lines if name in line]) for name in names},
         "facts": _facts(run.get("settings", {}), environment, cost),
     }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The numbers in each line of a metrics.jsonl; none, if the run has not logged anything yet."""
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
-        try:
-            values = json.loads(text)
-            step = values["step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: expected an object with a step ({error!r})") from None
-        lines.append({"step": step, **{key: value for key, value in values.items() if isinstance(value, int | float)}})
-    return lines
 
 
 def _thinned(points: list[list[Any]]) -> list[list[Any]]:

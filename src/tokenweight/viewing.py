@@ -103,13 +103,14 @@ class Figures:
         """Write the figures and print their names."""
         with _drawing():
             from tokenweight.canvas import write_figure
-            from tokenweight.figures import draw, recognize
+            from tokenweight.figures import draw
+        from tokenweight.records import run_kind
 
         if not self.runs:
             raise ValueError("name at least one folder of scores, of a training, or of an evaluation")
         given = {name: getattr(self, name) for name in ("weighting", "row", "num_rows", "size")}
         given = {name: value for name, value in given.items() if value is not None}
-        if given and "scores" not in map(recognize, self.runs):
+        if given and "scored" not in map(run_kind, self.runs):
             name, value = next(iter(given.items()))
             raise ValueError(f"--{name} {value}: is of scored rows, and no folder of them is named")
         if self.num_rows is not None and self.num_rows < 1:
