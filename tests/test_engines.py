@@ -170,9 +170,17 @@ def test_zero_3_as_the_page_sets_it_trains_like_ddp(scorer, ran):
 def bound(**trainer):
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
     state = SimpleNamespace(fsdp_plugin=plugin)
-    stub = {"accelerator": SimpleNamespace(state=state), "is_fsdp_enabled": True, "is_deepspeed_enabled": False}
+    accelerator = SimpleNamespace(state=state, gradient_accumulation_steps=1)
+    stub = {"accelerator": accelerator, "is_fsdp_enabled": True, "is_deepspeed_enabled": False}
     stub["args"] = SimpleNamespace(fsdp=True)
     return SimpleNamespace(**{**stub, **trainer}), plugin
+
+
+def test_gradients_that_would_be_divided_twice_are_refused(unchecked):
+    trainer, _ = bound()
+    trainer.accelerator.gradient_accumulation_steps = 4
+    with pytest.raises(ValueError, match=r"divides gradients by the 4 accumulation steps a second time: expected"):
+        prepare_engine(trainer)
 
 
 def test_the_first_version_of_fsdp_is_refused(unchecked):

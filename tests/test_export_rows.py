@@ -77,7 +77,7 @@ def test_of_several_contexts_the_one_that_is_named_makes_the_weights(folders):
         assert weights == row.weights.tolist()
     note = json.loads((folders / "out" / "weights.json").read_text())
     assert (note["size"], note["scores"]["size"]) == (8, [4, 8])
-    with pytest.raises(ValueError, match=r"size: .*scored holds scores with contexts of 4, 8 tokens; found None"):
+    with pytest.raises(ValueError, match=r"size: .*scored holds scores with contexts of 4, 8 tokens: name one"):
         export_weights(folders / "scored", LongCE(), folders / "again", format="hf")
 
 
