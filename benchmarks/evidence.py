@@ -1,7 +1,7 @@
 """Do token weights make a model better, and at what price? One model trained under several weightings, and compared.
 
     python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
-    python benchmarks/evidence.py recipes/evidence/small.yaml --out /tmp/cut --cut 8         to see that it runs
+    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
 
 Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
 uniform weights. Called again with the same settings and folder, it goes on where it stopped. The question, the measures
