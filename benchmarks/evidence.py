@@ -37,6 +37,7 @@ from tokenweight.rows import load_rows, prepare_rows
 from tokenweight.scoring import ShortContext
 from tokenweight.store import score_folder
 from tokenweight.training import train
+from tokenweight.weighting import parse_weighting
 
 BEGUN = time.perf_counter()
 
@@ -79,9 +80,8 @@ def read_experiment(path: Path) -> Experiment:
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = [field.name for field in dataclasses.fields(Experiment)]
         for key in given:
-            refuse_unknown(key, known, str(path))
+            refuse_unknown(key, [field.name for field in dataclasses.fields(Experiment)], str(path))
         experiment = Experiment(**given)
     except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
@@ -92,6 +92,7 @@ def read_experiment(path: Path) -> Experiment:
             refuse_unknown(key, ["weighting", "scorer", "match"], f"{path}: arm {name}")
         if "match" in arm and "match" in experiment.arms.get(arm["match"], {"match": ""}):
             raise ValueError(f"{path}: arm {name}: match is {arm['match']}: expected an arm that matches none itself")
+        parse_weighting(str(arm.get("weighting")))
     return experiment
 
 

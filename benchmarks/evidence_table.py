@@ -1,7 +1,11 @@
-"""The results of `evidence.py`: every arm beside uniform weights and beside no training, and what each cost."""
+"""The results of `evidence.py`: every arm beside uniform weights and beside no training, and what each cost.
+
+python benchmarks/evidence_table.py runs/evidence-small/results.json      the summary that docs/evidence.md shows
+"""
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 from tokenweight.canvas import write_figure
 from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markdown, markdown
 from tokenweight.plots import benefit_figure, loss_figure
-from tokenweight.records import environment, read_json, write_json
+from tokenweight.records import read_json, write_json
 
 LINES = 6
 """Of a figure, so that each looks different."""
@@ -62,13 +66,16 @@ def compared(models: dict[str, list[Measure]], base: str) -> list[list[Entry]]:
 
 
 def by_seed(measures: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, list[float]]]:
-    """Of each arm, the summarized measures less those of uniform weights with the same seed."""
+    """Of each arm, the changes of the summarized measures from uniform weights with the same seed: of a perplexity the
+    ratio."""
     found: dict[str, dict[str, list[float]]] = {}
     for arm, runs in measures.items():
         for own, uniform in zip(runs, measures["uniform"]):  # `none` has one run, no seed
             for mine, other in zip(own, uniform, strict=True):
                 if arm not in ("none", "uniform") and mine["summary"] and None not in (mine["value"], other["value"]):
-                    found.setdefault(arm, {}).setdefault(mine["name"], []).append(mine["value"] - other["value"])
+                    is_ratio = mine["unit"] == "perplexity"
+                    change = mine["value"] / other["value"] if is_ratio else mine["value"] - other["value"]
+                    found.setdefault(arm, {}).setdefault(mine["name"], []).append(change)
     return found
 
 
@@ -89,7 +96,9 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
     result |= {"scoring": read_json(scoring) if scoring.is_file() else None}  # None: killed before it was written
     result |= {"held_out": first["documents"], "change_by_seed": seeds}
     result |= {f"compared_with_{base}": [[e._asdict() for e in row] for row in table] for base, table in tables.items()}
-    write_json(out / "results.json", {**result, "environment": environment()})
+    trained = read_json(runs["uniform"][0] / "run.json")
+    made = {key: trained[key] for key in ("device", "versions", "commit", "date")}
+    write_json(out / "results.json", {**result, "environment": made})
     parts = ["# Do the weights make a model better, and at what price?\n"]
     parts += ["Means over seeds; intervals draw documents, each with all its seeds (docs/evidence.md).\n"]
     tried = [[f"{rate['learning_rate']:g}", f"{rate['loss']:.4f}"] for rate in rates]
@@ -102,7 +111,10 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
     parts += ["## Each seed: change from uniform weights with the same seed\n"]
     parts += [lines(["arm", "measure", "changes"], changes)]
     cells = [[arm, *(f"{row[key]:.4g}" if key in row else "-" for key in PRICE)] for arm, row in price.items()]
-    parts += ["## Price: means over steps and seeds\n", lines(["arm", *PRICE], cells)]
+    parts += [
+        "## Price: means over steps and seeds (learning rate: after warm-up; speed: medians)\n",
+        lines(["arm", *PRICE], cells),
+    ]
     runs_of = [(f"{arm}, run {number}", model) for arm, own in models.items() for number, model in enumerate(own)]
     grids = grid_markdown([(name, model["probe_grid"]) for name, model in runs_of])
     (out / "results.md").write_text("\n".join(parts) + grids, encoding="utf-8")
@@ -120,3 +132,47 @@ def draw(out: Path, table: list[list[Entry]], plan: dict[str, Any]) -> None:
         chosen = [table[0], *table[first : first + LINES - 1]]
         write_figure(loss_figure(chosen, plan["edges"]), out / f"loss-by-position-{number}")
         write_figure(benefit_figure(chosen, plan["sizes"]), out / f"benefit-{number}")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What docs/evidence.md shows of a `results.json`: the changes from uniform weights, and the price."""
+    made, (uniform, *others) = result["environment"], result["compared_with_uniform"]
+    names = [entry["measure"] for entry in uniform if entry["summary"] and entry["value"] is not None]
+    head, table = ["", *(f"`{name}`" for name in names)], []
+    for row in (uniform, *others):
+        found = {entry["measure"]: entry for entry in row}
+        table.append([row[0]["model"], *(_cell(found[name]) for name in names)])
+    seeds = [
+        [arm, *(", ".join(f"{x:+.4f}" for x in own[name]) if name in own else "-" for name in names)]
+        for arm, own in result["change_by_seed"].items()
+    ]
+    keys = [key for key in PRICE if key != "tokens_per_second"]
+    price = [[arm, *(f"{row[key]:.3g}" if key in row else "-" for key in keys)] for arm, row in result["price"].items()]
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return "\n".join(
+        [
+            f"{made['device']}; {versions}; commit {made['commit']}; {made['date'][:10]}; {len(result['held_out'])} "
+            "documents held out. Value, change from uniform weights (of a perplexity the ratio), its 95 % interval; "
+            "\\* where that excludes that nothing changed.\n",
+            lines(head, table),
+            "Each seed, beside uniform weights with the same seed:\n",
+            lines(head, seeds),
+            "Price, as means over steps and seeds (learning rate: after warm-up; time: of medians):\n",
+            lines(["", *(f"`{key}`" for key in keys)], price),
+        ]
+    )
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    if entry["value"] is None:
+        return "-"
+    form = "{:.4f} times" if entry["unit"] == "perplexity" else "{:+.4f}"
+    text = f"{entry['value']:.4f}"
+    if entry["change"] is not None:
+        text += "<br>" + form.format(entry["change"]) + "\\*" * bool(entry["clear"])
+    low, high = (None if entry[key] is None else form.format(entry[key]) for key in ("low", "high"))
+    return text + (f" [{low}, {high}]" if low is not None else "")
+
+
+if __name__ == "__main__":
+    print(summary(json.loads(Path(sys.argv[1]).read_text())))

@@ -172,7 +172,7 @@ def bound(**trainer):
     state = SimpleNamespace(fsdp_plugin=plugin)
     accelerator = SimpleNamespace(state=state, gradient_accumulation_steps=1)
     stub = {"accelerator": accelerator, "is_fsdp_enabled": True, "is_deepspeed_enabled": False}
-    stub["args"] = SimpleNamespace(fsdp=True)
+    stub["args"] = SimpleNamespace(fsdp=True, n_gpu=1)
     return SimpleNamespace(**{**stub, **trainer}), plugin
 
 
@@ -180,6 +180,13 @@ def test_gradients_that_would_be_divided_twice_are_refused(unchecked):
     trainer, _ = bound()
     trainer.accelerator.gradient_accumulation_steps = 4
     with pytest.raises(ValueError, match=r"divides gradients by the 4 accumulation steps a second time: expected"):
+        prepare_engine(trainer)
+
+
+def test_several_gpus_in_one_process_are_refused(unchecked):
+    trainer, _ = bound()
+    trainer.args.n_gpu = 4
+    with pytest.raises(ValueError, match=r"4 GPUs in one process: expected one, as under `torchrun --nproc-per-node 4"):
         prepare_engine(trainer)
 
 
@@ -208,7 +215,7 @@ def test_sums_of_gradients_and_losses_of_fsdp2_stay_in_float32(unchecked):
 
 
 def test_zero_3_that_would_save_no_model_is_refused(unchecked):
-    trainer, _ = bound(is_fsdp_enabled=False, is_deepspeed_enabled=True, args=SimpleNamespace(fsdp=None))
+    trainer, _ = bound(is_fsdp_enabled=False, is_deepspeed_enabled=True, args=SimpleNamespace(fsdp=None, n_gpu=1))
     settings = {"stage": 3}
     config = {"zero_optimization": settings}
     trainer.accelerator.state.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)

@@ -88,6 +88,14 @@ def settings(**changes):
     return TrainSettings(**{"model": "blank", "data": "", "out": "", **changes})
 
 
+@pytest.mark.parametrize("by", [{"gradient_checkpointing": True}, {"fsdp_config": {"activation_checkpointing": True}}])
+def test_recomputation_is_counted_whoever_makes_it(by, place):
+    kept, again = (plan(settings(trainer={"fsdp": True, **given}), length=64, num_gpus=2).run[0] for given in ({}, by))
+    decoder = count_forward(models.tiny().config).decoder(64)
+    assert again.step_flops - kept.step_flops == pytest.approx(2 * decoder)  # a row on each GPU
+    assert again.peak.activations < kept.peak.activations
+
+
 def test_the_growth_is_drawn(place):
     assert run("--config", "recipe.yaml", "--lengths", "1k,2k", "--figure", "growth") == 0
     assert (place / "growth.svg").read_text().startswith("<?xml")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,37 @@ def test_a_resumed_run_ends_as_if_undisturbed(settings):
     for name, weight in train(dataclasses.replace(settings, trainer=again)).state_dict().items():
         assert torch.equal(weight, trained.state_dict()[name]), name
     assert logged(settings.out) == first
+
+
+def test_a_checkpoint_without_the_state_of_its_training_is_not_gone_on_from(settings):
+    train(dataclasses.replace(settings, trainer={**settings.trainer, "save_only_model": True}))
+    again = {**settings.trainer, "resume_from_checkpoint": "true"}
+    with pytest.raises(ValueError, match=r"checkpoint-\d holds a model without the state of its training \(save_only_"):
+        train(dataclasses.replace(settings, trainer=again))
+
+
+def test_the_checkpoint_of_one_run_does_not_go_on_in_the_folder_of_another(settings, tmp_path):
+    train(settings)
+    shutil.copytree(settings.out, tmp_path / "other")
+    again = {**settings.trainer, "resume_from_checkpoint": str(tmp_path / "other" / "checkpoint-2")}
+    with pytest.raises(ValueError, match=r"out: .* exists; name a new folder"):
+        train(dataclasses.replace(settings, trainer=again))
+
+
+def test_a_scorer_is_refused_as_it_would_be_by_score(settings, folders, tmp_path):
+    fresh = dataclasses.replace(
+        settings, data=str(folders / "rows"), scorer=str(folders / "small"), out=str(tmp_path / "x")
+    )
+    models.tiny(dtype=torch.float32, max_position_embeddings=8).save_pretrained(folders / "small")
+    with pytest.raises(ValueError, match=r"size: windows of 10 tokens: the model has 8 positions"):
+        train(fresh)
+    models.tiny(dtype=torch.float32, vocab_size=30).save_pretrained(folders / "small")
+    with pytest.raises(ValueError, match="is not in the vocabulary of the model, which has 30 tokens"):
+        train(fresh)
+    for name, tokenizer in ((settings.model, trained_tokenizer()), (fresh.scorer, trained_tokenizer(vocab_size=299))):
+        tokenizer.save_pretrained(name)
+    with pytest.raises(ValueError, match=r"was made with the tokenizer of .*, but .*small has another"):
+        train(fresh)
 
 
 def test_a_frozen_scorer_is_stored_scores_and_a_model_that_scores_itself_is_for_one_step(settings, folders, tmp_path):

@@ -112,6 +112,19 @@ def test_rows_that_trl_packed_are_refused(tmp_path):
         trainer.train()
 
 
+def test_masks_that_nobody_makes_labels_of_are_refused(tmp_path):
+    rows = some_rows()
+    masked = rows.add_column("completion_mask", [[1] * len(row) for row in rows["input_ids"]])
+    given = masked if "labels" not in masked.column_names else masked.remove_columns("labels")
+    with pytest.raises(ValueError, match="the rows have completion_mask but no labels, and skip_prepare_dataset"):
+        sft(tmp_path, bound(Sparse()), given, dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_a_collator_of_ones_own_is_refused(tmp_path, unchecked):
+    with pytest.raises(ValueError, match="data_collator: expected none"):
+        sft(tmp_path, bound(Sparse()), some_rows(), given={"data_collator": lambda rows: rows})
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

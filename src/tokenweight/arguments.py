@@ -83,12 +83,11 @@ class _Parser(HfArgumentParser):
 
 
 def _refuse_overwriting(out: Path, arguments: TrainingArguments) -> None:
-    if (
-        out.exists()
-        and any(out.iterdir())
-        and arguments.resume_from_checkpoint is None
-        and arguments.process_index == 0
-    ):
+    checkpoint = arguments.resume_from_checkpoint
+    own = checkpoint is not None and (
+        checkpoint.lower() == "true" or Path(checkpoint).resolve().parent == out.resolve()
+    )
+    if out.exists() and any(out.iterdir()) and not own and arguments.process_index == 0:
         raise ValueError(f"out: {out} exists; name a new folder, or set trainer.resume_from_checkpoint to go on")
 
 

@@ -46,7 +46,7 @@ def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> 
     Letters are drawn as shapes, so that the SVG looks the same wherever it is shown.
 
     Args:
-        figure: of the functions above, with the same `style`.
+        figure: of `plots`, with the same `style`.
         path: without the ending; existing files are replaced.
     """
     for ending, metadata in (("svg", {"Date": None}), ("png", {})):

@@ -195,6 +195,7 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Trainer": ", ".join(given),
         "Weights": settings["dtype"],
         "Versions": ", ".join(f"{name} {number}" for name, number in run.get("versions", {}).items()),
+        "Resumed": "; ".join(f"{Path(part['checkpoint']).name}, {part.get('date')}" for part in run.get("resumed", [])),
         "Device": run.get("device"),
         "Commit of tokenweight": run.get("commit"),
         "Date": run.get("date"),

@@ -75,7 +75,7 @@ def find_checkpoint(out: Path, given: str | None) -> Path | None:
     if given.lower() != "true":
         if not is_whole(Path(given)):
             raise ValueError(f"trainer.resume_from_checkpoint {given}: not a whole checkpoint; {last_whole_named(out)}")
-        return Path(given)
+        return _with_state(Path(given))
     found = last_whole(out)
     broken = [folder for folder in _checkpoints(out) if found is None or step_of(folder) > step_of(found)]
     if found is None:
@@ -86,7 +86,17 @@ def find_checkpoint(out: Path, given: str | None) -> Path | None:
         )
     for folder in broken:
         logger.warning("%s is not whole: resuming from %s", folder, found)
-    return found
+    return _with_state(found)
+
+
+def _with_state(checkpoint: Path) -> Path:
+    """Refuse a checkpoint that the Trainer would go on from with a new optimizer, and say nothing."""
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise ValueError(
+            f"trainer.resume_from_checkpoint: {checkpoint} holds a model without the state of its training "
+            "(save_only_model): train from it as --model, into a new folder"
+        )
+    return checkpoint
 
 
 def unmark_after(out: Path, step: int) -> None:

@@ -35,6 +35,11 @@ def prepare_engine(trainer: Trainer) -> None:
             f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
             "second time: expected transformers 5.8 or newer"
         )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"trainer: {trainer.args.n_gpu} GPUs in one process: expected one, as under `torchrun --nproc-per-node "
+            f"{trainer.args.n_gpu} -m tokenweight train …`, or CUDA_VISIBLE_DEVICES=0"
+        )
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "

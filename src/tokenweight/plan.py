@@ -104,15 +104,15 @@ def plan(
         ValueError: for settings that `train` would refuse, and where something needed is not known.
     """
     if num_gpus < 1 or min([2 if length is None else length, *lengths]) < 2:
-        raise ValueError(f"--num_gpus {num_gpus}, --length {length}: expected a GPU, and rows of at least 2 tokens")
+        found = f"--num_gpus {num_gpus}, --length {length}, --lengths {', '.join(map(str, lengths))}"
+        raise ValueError(f"{found}: expected at least 1 GPU, and rows of at least 2 tokens")
     recipe = _Recipe.read(settings, num_gpus)
     length = length or recipe.length
     if length is None:
         raise ValueError("--length: neither data nor extend.length says how many tokens a row has: give --length")
     refuse_length(recipe.config, length, "rows")
     every = list(dict.fromkeys([length, *lengths]))
-    for number in every:
-        recipe.context(number)
+    recipe.context(min(every))
     flops_per_s = recipe.flops_per_s(speed, num_gpus, length)
     costs = {}
     for number in every:
@@ -182,6 +182,15 @@ class _Recipe:
             return None
         return math.ceil(math.ceil(self.num_rows / self.rows_per_step) * self.arguments.num_train_epochs)
 
+    @property
+    def checkpointing(self) -> dict[str, Any] | None:
+        """Arguments of the recomputation, be it the Trainer's or FSDP's; None if activations are kept."""
+        arguments = self.arguments
+        by_fsdp = arguments.fsdp and (arguments.fsdp_config or {}).get("activation_checkpointing")
+        if not arguments.gradient_checkpointing and str(by_fsdp).lower() != "true":
+            return None
+        return dict(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
+
     def context(self, length: int) -> ShortContext:
         size = length // 4 if self.settings.size is None else self.settings.size
         if size >= length:
@@ -195,7 +204,7 @@ class _Recipe:
 
     def step(self, mode: str, weighting: Weighting, length: int, *, square: bool = False) -> Step:
         scored = self.scored(length, first=turns_by_length(self.config)) if mode == "self-scored" else []
-        again, num = bool(self.arguments.gradient_checkpointing), self.rows_per_step
+        again, num = self.checkpointing is not None, self.rows_per_step
         return step_flops(self.forward, length, weighting, scored, checkpointing=again, num_rows=num, square=square)
 
     def steps(self, length: int) -> list[StepCost]:
@@ -220,14 +229,13 @@ class _Recipe:
         """A run of the recipe with rows of that length, by mode."""
         sharded, accumulating = bool(self.arguments.fsdp), self.arguments.gradient_accumulation_steps > 1
         dtype, autocast = getattr(torch, self.settings.dtype), _autocast(self.arguments)
-        checkpointing = (self.arguments.gradient_checkpointing_kwargs or {"use_reentrant": False}).copy()
         held = hold(
             self.config,
             length,
             # FSDP gathers weights in the dtype of the computation: no casts of them are held beside.
             dtype=(autocast or dtype) if sharded else dtype,
             autocast=None if sharded else autocast,
-            checkpointing=checkpointing if self.arguments.gradient_checkpointing else None,
+            checkpointing=self.checkpointing,
             batch=self.arguments.per_device_train_batch_size,
             context=self.context(length),
             new_gradients=not sharded and not accumulating,
@@ -248,6 +256,8 @@ class _Recipe:
     def notes(self, longest: int) -> list[str]:
         """What holds for this recipe and is not in the numbers."""
         notes = []
+        if self.settings.scorer == "stored" and self.weighting.uses_short:
+            notes.append("frozen scores are taken to be those of the trained model; a smaller scorer costs less")
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
             notes.append(
                 "sliding windows are counted as a flash kernel has them; torch's own (sdpa) computes all pairs"

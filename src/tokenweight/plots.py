@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from tokenweight.canvas import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
-from tokenweight.comparison import Entry
+from tokenweight.comparison import Entry, short_names
 from tokenweight.insight import Histogram, KindShare, PositionBin
 from tokenweight.plan import Cost
 
@@ -218,7 +217,7 @@ def _compared(
     style: str, table: Sequence[Sequence[Entry]], names: Sequence[str], places: Sequence[float], unit: str, title: str
 ) -> tuple[Figure, list[Axes]]:
     """A panel of values and, if there are models to compare with the first, one of changes."""
-    labels = _short_names([row[0].model for row in table])
+    labels = short_names(table)
     figure, panels = new_panels(style, [0.5, 0.35] if len(table) > 1 else [0.62])
     for number, (row, label, look) in enumerate(zip(table, labels, line_looks(len(table)))):
         entries = {entry.measure: entry for entry in row}
@@ -251,12 +250,6 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], li
 def _numbers(entries: Sequence[Entry], field: str) -> list[float]:
     values = [getattr(entry, field) for entry in entries]
     return [math.nan if value is None else value for value in values]
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Models without their folders, if that tells them apart."""
-    short = [Path(name).name for name in names]
-    return short if len(set(short)) == len(short) else list(names)
 
 
 def _tokens(number: int) -> str:

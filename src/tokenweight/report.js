@@ -50,7 +50,7 @@ function showHistogram() {
 }
 
 function showKinds() {
-  const tables = scoredRuns.map((run) => {
+  const tables = scoredRuns.filter((run) => run.kinds.length).map((run) => {
     const share = (part, of) => make("span", { class: "share" }, bar(part, of), `${(100 * part).toFixed(1)} %`);
     const rows = weightByKind(run, scheme, values[scheme]).map((kind) =>
       [kind.kind, share(kind.token_share, "tokens"), share(kind.weight_share, "weight"), kind.mean_weight.toFixed(3)]);

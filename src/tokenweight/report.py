@@ -17,7 +17,7 @@ from tokenweight.comparison import notes, short_names
 from tokenweight.evaluate import read_table
 from tokenweight.insight import KINDS, by_kind, by_position, difference_histogram, token_kinds
 from tokenweight.records import read_json, read_metrics, run_kind
-from tokenweight.scored import ScoredRow, load_scores, read_row
+from tokenweight.scored import ScoredRow, load_scores, read_rows
 from tokenweight.show import seen_before, token_pieces
 from tokenweight.weighting import parse_weighting
 
@@ -173,12 +173,16 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     """A scored folder: its first rows, and what does not depend on the weighting that the page is switched to."""
     data, provenance = load_scores(folder, size=excerpt.size)
     numbers = range(min(excerpt.rows, len(data)))
-    rows = [read_row(folder, number, excerpt.model, size=excerpt.size) for number in numbers]
+    rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
     uniform = [row.mask.float() for row in rows]
-    size = provenance.get("size") if excerpt.size is None else excerpt.size
+    stored = provenance.get("size")
+    size = excerpt.size if isinstance(stored, list) else stored
     settings = {key: value for key, value in provenance.items() if key != "environment"}
+    if excerpt.model is not None:
+        settings["long losses of"] = excerpt.model
     cost = {"rows": len(data), "rows on this page": len(rows)}
+    kinds = by_kind(rows, uniform, pieces) if rows[0].tokenizer is not None else []  # ids are of no kind
     return {
         "size": size if isinstance(size, int) else None,
         "rows": [_row(number, row, texts, excerpt.num) for number, row, texts in zip(numbers, rows, pieces)],
@@ -187,7 +191,7 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
             {"first": place.first, "stop": place.stop, "num_tokens": place.num_tokens}
             for place in by_position(rows, uniform)
         ],
-        "kinds": [{**share._asdict(), "bit": KINDS.index(share.kind)} for share in by_kind(rows, uniform, pieces)],
+        "kinds": [{**share._asdict(), "bit": KINDS.index(share.kind)} for share in kinds],
         "facts": _facts(settings, provenance.get("environment", {}), cost),
     }
 
@@ -206,15 +210,17 @@ def _row(number: int, row: ScoredRow, pieces: list[str], num: int) -> dict[str, 
     start = int(difference.unfold(0, min(num, length), 1).sum(dim=1).argmax())
     places = document_positions(row.tokens, row.position_ids)[0].tolist()
     starts = [column for column, place in enumerate(places) if place == 0]
+    seen: list[int | None] = []
     kinds: list[int] = []  # of each token a bit for each of KINDS
     for first, stop in pairwise([*starts, length]):
         marks = token_kinds(pieces[first:stop])
+        seen += [None if place is None else first + place for place in seen_before(pieces[first:stop])]
         kinds += [sum(marks[kind][t] << bit for bit, kind in enumerate(KINDS)) for t in range(stop - first)]
     return {
         "number": number,
         "start": start,
         "pieces": pieces[start : start + num],
-        "seen": seen_before(pieces)[start : start + num],
+        "seen": seen[start : start + num],
         "long": _losses(row.long_nll, row.mask),
         "short": _losses(row.short_nll, row.mask),
         "kinds": kinds,

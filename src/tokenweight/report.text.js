@@ -1,7 +1,8 @@
 // A passage of tinted tokens, in which one walks with the arrow keys, and the card that tells of a token.
 
-// Control characters, line separators, bidirectional controls and non-characters are shown as escapes, as show.py does.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff]/g;
+// Control characters, line separators, bidirectional controls, invisible characters and non-characters are shown as
+// escapes; joiners, which some scripts and emoji need, are not.
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff]/g;
 const legible = (text) => text.replace(HIDDEN, (hidden) => `\\u${hidden.charCodeAt(0).toString(16).padStart(4, "0")}`);
 const onOneLine = (text) => legible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
@@ -27,7 +28,7 @@ class Reader {
     this.where = make("p", { class: "quiet" });
     article.replaceChildren(title, ...(choose ? [choose] : []), this.where, this.summary, make("div", { class: "spread" }, this.passage, this.card));
     this.passage.addEventListener("keydown", (event) => this.walk(event));
-    this.passage.addEventListener("focusin", (event) => this.select(Number(event.target.dataset.t)));
+    this.passage.addEventListener("focusin", (event) => event.target.dataset.t && this.select(Number(event.target.dataset.t)));
     this.passage.addEventListener("click", (event) => event.target.dataset.t && this.focus(Number(event.target.dataset.t)));
     this.passage.addEventListener("pointerover", (event) => event.target.dataset.t && this.tell(Number(event.target.dataset.t)));
     this.passage.addEventListener("pointerleave", () => this.tell(this.selected));

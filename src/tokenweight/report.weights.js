@@ -90,12 +90,10 @@ function summarize(row, weights) {
 // Mean weight in each bin of positions: null where none counts.
 function weightByPosition(run, scheme, value) {
   const sums = run.positions.map(() => 0);
-  const place = new Map(run.positions.map((bin, number) => [bin.first, number]));
-  const width = run.positions.length ? run.positions[0].stop - run.positions[0].first : 1;
   for (const row of run.rows) {
     weigh(scheme, value, row).forEach((weight, t) => {
       const position = row.places ? row.places[t] : t;
-      if (row.mask[t]) sums[place.get(position - (position % width))] += weight;
+      if (row.mask[t]) sums[run.positions.findIndex((bin) => bin.first <= position && position < bin.stop)] += weight;
     });
   }
   return sums.map((total, number) => total / run.positions[number].num_tokens);

@@ -125,7 +125,8 @@ def read_rows(
     Args:
         first: number of the first row, from 0.
         num: of rows; fewer, where the folder ends.
-        model_name: gives the long losses if they are not stored, and the tokenizer; by default the scoring model.
+        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
+            those that are not stored.
         size: of the short context, where scores of several are stored.
 
     Raises:
@@ -142,14 +143,19 @@ def read_rows(
     if model_name or "long_nll" not in rows.column_names:
         if name is None:
             raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
-        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision)
+        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
     found = []
     for row in rows.select(range(first, min(first + num, len(rows)))):
         columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
         tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
-        long_nll = columns["long_nll"] if model is None else token_nll(model, tokens, positions)
+        if model is None:
+            long_nll = columns["long_nll"]
+        else:
+            refuse_length(model.config, tokens.shape[1], f"{folder}: rows")
+            places = None if positions is None else positions.to(model.device)
+            long_nll = token_nll(model, tokens.to(model.device), places)
         mask = prediction_mask(columns.get("labels", tokens), positions)
-        losses = long_nll.float(), columns["short_nll"].float()
+        losses = long_nll.float().cpu(), columns["short_nll"].float()
         found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions))
     return found
 

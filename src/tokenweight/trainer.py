@@ -77,8 +77,10 @@ class WeightedTrainer(Trainer):
         self._refuse_nonfinite_weights()
         save_whole(self)
         with writing("the trained model", self.out, self.out):
-            self.save_model()
+            self.save_model(_internal_call=True)  # without the upload, whose failure is another
         self.create_model_card()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ours; `push_to_hub` calls this before it uploads."""
@@ -101,7 +103,8 @@ class WeightedTrainer(Trainer):
             raise
 
     def _refuse_nonfinite_weights(self) -> None:
-        parameters = self.model.named_parameters()
+        # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.
+        parameters = ((name, getattr(one, "ds_tensor", one)) for name, one in self.model.named_parameters())
         name = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
         # Each process may hold a part of them, and all have to stop: the others would wait for this one.
         if self.args.world_size > 1 and any_process(name is not None, self.args.device):
@@ -193,7 +196,11 @@ def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str
     if checkpoint is None or not (out / "run.json").is_file():
         return run
     earlier = read_json(out / "run.json")
-    changed = differences(_lasting(earlier.get("settings", {})), _lasting(run["settings"]))
+    there, now = (
+        {**_lasting(one.get("settings", {})), "processes": one.get("arguments", {}).get("world_size")}
+        for one in (earlier, run)
+    )
+    changed = differences(there, now)
     if changed:
         logger.warning("%s goes on with other settings: %s", out, changed)
     return {**earlier, "resumed": [*earlier.get("resumed", []), {"checkpoint": str(checkpoint), **run}]}

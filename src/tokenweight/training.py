@@ -16,7 +16,14 @@ from tokenweight.arguments import extension_arguments, training_arguments
 from tokenweight.card import run_facts
 from tokenweight.checkpoints import find_checkpoint
 from tokenweight.engines import prepare_engine
-from tokenweight.model import find_tokenizer, load_model, refuse_length, refuse_tokenizer, refuse_tokens
+from tokenweight.model import (
+    find_tokenizer,
+    load_model,
+    refuse_length,
+    refuse_tokenizer,
+    refuse_tokens,
+    tokenizer_fingerprint,
+)
 from tokenweight.objective import with_weighted_loss
 from tokenweight.parallel import context_mesh
 from tokenweight.recipe import TrainSettings
@@ -92,9 +99,9 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     model, tokenizer = _open_model(settings, rows, provenance, max(lengths))
     scorer = None
     if context is not None and weighting.uses_short:
-        scoring = model if settings.scorer == "self" else load_model(settings.scorer).to(arguments.device)
-        bos = None if tokenizer is None else tokenizer.bos_token_id
-        scorer = Scorer(scoring, context, bos=bos)
+        own = settings.scorer == "self"
+        scoring = model if own else _open_scorer(settings, rows, tokenizer, context.size).to(arguments.device)
+        scorer = Scorer(scoring, context, bos=None if tokenizer is None else tokenizer.bos_token_id)
     windows = {} if context is None else dataclasses.asdict(context)
     resolved = {**dataclasses.asdict(settings), "weighting": str(weighting), **windows}
     run = {"settings": resolved, "data": provenance, **environment()}
@@ -140,6 +147,18 @@ def _open_model(
     tokenizer = find_tokenizer(settings.model)
     refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
     return model, tokenizer
+
+
+def _open_scorer(
+    settings: TrainSettings, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, size: int
+) -> PreTrainedModel:
+    scorer, theirs = load_model(settings.scorer), find_tokenizer(settings.scorer)
+    if tokenizer is not None:
+        made = {"tokenizer": settings.model, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+        refuse_tokenizer(theirs, settings.scorer, made, settings.data)
+    refuse_tokens(scorer.config, *token_range(rows), settings.data)
+    refuse_length(scorer.config, size, "size: windows")
+    return scorer
 
 
 def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:

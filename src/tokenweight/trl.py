@@ -38,6 +38,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         Raises:
             ValueError: if the model is not bound, or a setting would change the rows, the scores or the loss.
         """
+        if "data_collator" in given:
+            raise ValueError("data_collator: expected none: batches are made by tokenweight.training.collate")
         for name, expected in _EXPECTED.items():
             found = getattr(args, name, "nothing")
             if found != expected and (found or expected):  # eval_packing may be False
@@ -46,6 +48,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"model: a {type(model).__name__} without a weighted loss: expected what with_weighted_loss returns"
             )
+        _refuse_masks(args, given)
         super().__init__(model, args, data_collator=_collate, **given)
         base = _base(self.model)
         if base._token_weighting.parts.output is not base.get_output_embeddings():
@@ -59,6 +62,21 @@ class TokenWeightedSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
         self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", "seq_lengths"]
+
+
+def _refuse_masks(args: SFTConfig, given: dict[str, Any]) -> None:
+    """Masks of TRL become labels when it prepares a data set; where it does not, all tokens would be trained."""
+    if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    evaluated = given.get("eval_dataset")
+    for rows in [given.get("train_dataset"), *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]:
+        columns = set(getattr(rows, "column_names", None) or ())
+        masks = sorted(columns & {"completion_mask", "assistant_masks"})
+        if masks and "labels" not in columns:
+            raise ValueError(
+                f"the rows have {', '.join(masks)} but no labels, and skip_prepare_dataset makes none: expected "
+                "labels, -100 where nothing is to be trained"
+            )
 
 
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

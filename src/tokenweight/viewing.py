@@ -39,7 +39,7 @@ class Show:
     length: int | None = None
     """Of a text: tokens of a row, the long context; by default 4096, or what the model reads, if that is less."""
     model: str | None = None
-    """Folder, hub id or .gguf file. Gives the long losses, if they are not stored; by default the scoring model."""
+    """Folder, hub id or .gguf file. Scores a text; gives long losses in place of stored ones, or where none are."""
     svg: Path | None = None
     """Also write the picture to this file."""
 
@@ -173,7 +173,7 @@ class Report:
     size: int | None = None
     """Of the short context, where scores of several are stored."""
     model: str | None = None
-    """Gives the long losses, if they are not stored; by default the scoring model."""
+    """Gives the long losses in place of stored ones, or where none are; by default the scoring model."""
 
     def run(self) -> None:
         """Write the page and print its size."""
