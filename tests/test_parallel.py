@@ -151,10 +151,10 @@ def test_the_train_command_makes_the_steps_of_one_process(two_ranks, name, tmp_p
 
     def steps(kind):
         lines = [json.loads(line) for line in (folder / kind / name / "metrics.jsonl").read_text().splitlines()]
-        keys = ("loss", "grad_norm", "effective_tokens", "weight_std", "first_window_share", "unweighted_loss")
+        keys = ("loss", "grad_norm", "effective_tokens", "weight_std", "unweighted_loss")
         return [line[key] for line in lines if "loss" in line for key in keys]
 
-    assert len(steps("whole")) == 12
+    assert len(steps("whole")) == 10
     assert steps("split") == pytest.approx(steps("whole"), rel=1e-5)  # as CLOSE: norms in float32
     whole, split = (
         dict(models.tiny().from_pretrained(folder / kind / name).named_parameters()) for kind in ("whole", "split")
