@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 import models
 from tokenweight import Scorer, ShortContext, load_model, token_nll
@@ -110,6 +112,38 @@ def test_packed_documents_are_scored_as_if_alone(kind, bos):
     # Where the model knows absolute positions, they restart with each window.
     losses = Scorer(model, context, bos=bos)(tokens, position_ids=RESTARTING.expand(2, -1))
     torch.testing.assert_close(losses, expected, **CLOSE[kind])
+
+
+def documents_apart(module, query, key, value, attention_mask, **kwargs):
+    """Attention as a flash kernel has it: no mask; a batch of one row is parted where its positions restart at 0."""
+    positions = kwargs["position_ids"] if len(query) == 1 else torch.arange(query.shape[2])[None]
+    lengths = torch.diff(torch.cat([(positions[0] == 0).nonzero()[:, 0], torch.tensor([query.shape[2]])])).tolist()
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+        for part in zip(*(states.split(lengths, dim=2) for states in (query, key, value)))
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_windows_are_packed_where_attention_itself_keeps_documents_apart_and_padded_elsewhere(bos):
+    AttentionInterface.register("documents_apart", documents_apart)
+    AttentionMaskInterface.register("documents_apart", flash_attention_mask)
+    tokens, context = models.some_tokens(1, sum(LENGTHS)), ShortContext(8, 5)
+    tokens[0, 0] = tokens[0, 23] = BOS
+    plain = models.tiny()
+    expected = torch.cat([slow(plain, document, context, bos=bos) for document in tokens[0].split(LENGTHS)])
+    window_lengths = [8, 8, 8, 4, 2, 8, 8, 5]  # two of the first document, none of the second, two, one, three
+    shapes = {"sdpa": (8, 8), "documents_apart": (1, sum(window_lengths))}
+    for attention, shape in shapes.items():
+        model, read = models.tiny(attn_implementation=attention), []
+        scorer = Scorer(model, context, bos=bos)
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs, read=read: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        losses = scorer(tokens, position_ids=RESTARTING[None])
+        assert read == [shape]
+        torch.testing.assert_close(losses[0], expected, **CLOSE["llama"])
 
 
 def test_bos_begins_each_window_of_a_document_that_begins_with_it_and_no_other():

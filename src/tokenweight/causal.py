@@ -29,6 +29,14 @@ class CausalParts:
     """How many rows of a batch may hold packed documents, so that these do not see each other: 0, 1, or any number."""
 
     @property
+    def packs_without_mask(self) -> bool:
+        """Whether attention itself tells packed documents apart, rather than a mask, whose hidden pairs cost time.
+
+        So do flash kernels, and they alone know packed documents in a batch of one row only: `causal_parts` tries it.
+        """
+        return self.max_packed_rows == 1
+
+    @property
     def head(self) -> dict[str, Any]:
         """The arguments of `linear_nll` and `weighted_linear_cross_entropy` that describe the output head."""
         bias = getattr(self.output, "bias", None)

@@ -208,7 +208,8 @@ class Scorer:
     ) -> None:
         """Read the windows of `batch` in one forward pass and write the losses of their scored parts."""
         device, length = tokens.device, tokens.shape[1]
-        width = max(window.stop - window.start for _, _, window in batch)
+        lengths = [window.stop - window.start for _, _, window in batch]
+        width = max(lengths)
         # Made on the host, so that no device is asked anything. A shorter window repeats its last token: causal
         # attention lets no earlier token see that.
         columns = torch.stack(
@@ -220,10 +221,12 @@ class Scorer:
             begins = tokens[rows, torch.tensor([[document] for _, document, _ in batch], device=device)]
             read[:, :1] = torch.where(begins == self.bos, self.bos, read[:, :1])
         positions = None if position_ids is None else position_ids[rows, columns] - position_ids[rows, columns[:, :1]]
-        parts = [(i * width + torch.arange(w.first - w.start, w.stop - w.start)) for i, (_, _, w) in enumerate(batch)]
+        parts = [i * width + torch.arange(w.first - w.start, w.stop - w.start) for i, (_, _, w) in enumerate(batch)]
         whither = [row * length + document + torch.arange(w.first, w.stop) for row, document, w in batch]
-        inside, target = torch.cat(parts).to(device), torch.cat(whither).to(device)
-        states = self.parts.states(read, positions).flatten(0, 1)[inside]
+        inside, target = torch.cat(parts), torch.cat(whither).to(device)
+        if min(lengths) < width and positions is None and self.parts.packs_without_mask:
+            read, positions, inside = _packed(read, lengths, inside)
+        states = self.parts.states(read, positions).flatten(0, 1)[inside.to(device)]
         losses = linear_nll(states, targets=tokens.flatten()[target], **self.parts.head)
         short_nll.view(-1)[target] = losses.to(short_nll.dtype)
         scored.view(-1)[target] = True
@@ -237,3 +240,13 @@ class Scorer:
                 f"token {tokens[row, position].item()} of row {first_row + row}, position {position} is not in the "
                 f"vocabulary of the scoring model ({known} tokens): expected a scorer with the tokenizer of the rows"
             )
+
+
+def _packed(
+    read: Int[Tensor, "windows width"], lengths: list[int], inside: Int[Tensor, " n"]
+) -> tuple[Int[Tensor, "1 seq"], Int[Tensor, "1 seq"], Int[Tensor, " n"]]:
+    """All windows in one row, without what pads the shorter ones; their positions; and where `inside` lies there."""
+    columns = torch.arange(read.shape[1]).expand_as(read)  # on the host, like `inside`
+    kept = columns < torch.tensor(lengths)[:, None]
+    tokens = read.flatten()[kept.flatten().nonzero()[:, 0].to(read.device)]
+    return tokens[None], columns[kept][None].to(read.device), kept.flatten().cumsum(0)[inside] - 1
