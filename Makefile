@@ -41,6 +41,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/startup.py
 
 # Half an hour on two quiet cores. Interrupted and made again, it goes on.

