@@ -186,6 +186,32 @@ def test_prices_are_means_over_steps_and_seeds_and_medians_of_the_speed(evidence
     assert prices["sparse"]["time_over_uniform"] == pytest.approx(85 / 42)  # medians of four: between the middle two
 
 
+def test_the_summary_marks_clear_changes_and_gives_a_perplexity_as_a_ratio(evidence):
+    def entry(model, measure, unit, value, change=None, interval=(None, None), clear=None, summary=True):
+        low, high = interval
+        named = {"model": model, "measure": measure, "unit": unit, "value": value, "summary": summary}
+        return {**named, "change": change, "low": low, "high": high, "clear": clear}
+
+    uniform = [entry("uniform", "all", "nats", 3.0), entry("uniform", "longppl", "perplexity", 20.0)]
+    uniform += [entry("uniform", "left_out", "nats", 1.0, summary=False)]
+    sparse = [
+        entry("sparse", "all", "nats", 2.95, -0.05, (-0.07, -0.03), clear=True),
+        entry("sparse", "longppl", "perplexity", 21.0, 1.05, (0.98, 1.12), clear=False),
+        entry("sparse", "left_out", "nats", 1.0, summary=False),
+    ]
+    made = {"device": "a CPU", "versions": {"torch": "2.0"}, "commit": "abc", "date": "2026-01-02T03:04:05"}
+    price = {"uniform": {"grad_norm": 1.0}, "sparse": {"grad_norm": 2.5, "effective_share": 0.2}}
+    result = {"environment": made, "compared_with_uniform": [uniform, sparse], "held_out": ["a", "b"], "price": price}
+    text = sys.modules["evidence_table"].summary({**result, "change_by_seed": {"sparse": {"all": [-0.04, -0.06]}}})
+    assert "a CPU; torch 2.0; commit abc; 2026-01-02; 2 documents held out" in text
+    assert (
+        "| sparse | 2.9500<br>-0.0500\\* [-0.0700, -0.0300] | 21.0000<br>1.0500 times [0.9800 times, 1.1200 times] |"
+        in text
+    )
+    assert "| sparse | -0.0400, -0.0600 | - |" in text
+    assert "left_out" not in text
+
+
 @pytest.fixture(scope="module")
 def finished(evidence, place, tmp_path_factory):
     """Every arm of the full size with two seeds, and the tokens of each batch by the name of the run."""
