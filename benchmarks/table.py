@@ -46,6 +46,10 @@ class Results:
     def all_settings(self, benchmark: str) -> list[str]:
         return list(dict.fromkeys(key[3] for key in self.rows if key[0] == benchmark))
 
+    def implementations(self, benchmark: str, x: str | None = None) -> list[str]:
+        """In the order in which they were measured first."""
+        return list(dict.fromkeys(key[1] for key in self.rows if key[0] == benchmark and x in (None, key[3])))
+
 
 def loss_table(results: Results) -> list[str]:
     memory = "peak memory over inputs and gradients"
@@ -55,8 +59,7 @@ def loss_table(results: Results) -> list[str]:
         "| | time / full logits | time / its 3 matrix products | peak memory / full logits |",
         "|---|---|---|---|",
     ]
-    names = [key[1] for key in results.rows if key[0] == "loss" and key[2:] == ("time / full logits", LOSS)]
-    for name in names:
+    for name in results.implementations("loss", LOSS):
         if name != "3 head products":
             time, floor = (
                 results.value("loss", name, f"time / {unit}", LOSS) for unit in ("full logits", "3 head products")
@@ -68,18 +71,20 @@ def loss_table(results: Results) -> list[str]:
 
 
 def training_table(results: Results) -> list[str]:
-    lines = [
-        f"Training step, forward and backward ({results.settings('training')}), in units of the uniform step:",
-        "",
-        "| | measured | arithmetic | measured / arithmetic |",
-        "|---|---|---|---|",
-    ]
-    names = [key[1] for key in results.rows if key[0] == "training" and key[2] == "time / uniform"]
-    for name in names:
-        metrics = ("time / uniform", "arithmetic / uniform", "measured / arithmetic")
-        cells = (f"{results.value('training', name, metric):.3f}" for metric in metrics)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    metrics = ("time / uniform", "arithmetic / uniform", "measured / arithmetic")
+    lines = []
+    for x in results.all_settings("training"):
+        lines += [
+            f"Training step, forward and backward ({x}), in units of the uniform step:",
+            "",
+            "| | measured | arithmetic | measured / arithmetic |",
+            "|---|---|---|---|",
+        ]
+        for name in results.implementations("training", x):
+            cells = (f"{results.value('training', name, metric, x):.3f}" for metric in metrics)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines[:-1]
 
 
 def corpus_table(results: Results) -> list[str]:
@@ -135,7 +140,7 @@ def reference_table(results: Results) -> list[str]:
             "peak memory / uniform step of transformers |",
             "|---|---|---|---|---|",
         ]
-        for name in [key[1] for key in results.rows if key[0] == "reference" and key[2:] == (metrics[2], x)]:
+        for name in results.implementations("reference", x):
             ours = name.endswith("tokenweight")
             cells = [f"{results.value('reference', name, metric, x):.2f}" for metric in metrics[0 if ours else 2 :]]
             lines.append(f"| {name} | {' | '.join(cells if ours else ['1', '1', *cells])} |")
@@ -187,15 +192,14 @@ def precision_table(results: Results) -> list[str]:
         f"| | {' | '.join(metrics.values())} |",
         "|" + "---|" * (len(metrics) + 1),
     ]
-    for name in dict.fromkeys(key[1] for key in results.rows if key[0] == "precision"):
+    for name in results.implementations("precision"):
         cells = (f"{results.value('precision', name, metric):.2g}" for metric in metrics)
         lines.append(f"| in the {name} | {' | '.join(cells)} |")
     return lines
 
 
 def startup_table(results: Results) -> list[str]:
-    names = dict.fromkeys(key[1] for key in results.rows if key[0] == "startup")
-    found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in names)
+    found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in results.implementations("startup"))
     return [f"Seconds from the command to its help, in a fresh process: {', '.join(found)}."]
 
 
