@@ -75,6 +75,17 @@ def test_packed_rows_begin_documents_unlabeled_and_are_padded_by_a_document_with
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
+def test_rows_that_skip_positions_are_padded_without_a_new_document_and_lose_nothing():
+    model, positions = with_weighted_loss(models.tiny(), Uniform()), [[0, 1, 2, 9, 10, 11, 12], [0, 5, 6, 7]]
+    tokens = [models.some_tokens(1, len(own), seed=seed)[0].tolist() for seed, own in enumerate(positions)]
+    rows = [{"input_ids": own, "position_ids": places} for own, places in zip(tokens, positions)]
+    batch = collate(rows)
+    assert batch["position_ids"].tolist() == [positions[0], [0, 5, 6, 7, 7, 7, 7]]
+    together = model(**batch, num_items_in_batch=1).loss
+    alone = [model(**collate([row]), num_items_in_batch=1).loss for row in rows]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-6, atol=0)  # Llama takes norms in float32
+
+
 @pytest.mark.parametrize("column", ["short_nll", "labels", "position_ids"])
 @pytest.mark.parametrize(("number", "values"), [(1, None), (1, [0]), (0, [0, 0, 0, 0])])
 def test_a_column_that_is_missing_or_has_another_length_is_refused(column, number, values):

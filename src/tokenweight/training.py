@@ -44,7 +44,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     `labels` are the tokens (or the rows' own labels), with -100 where nothing is predicted: padding, and the first
     token of a row or document. So every Trainer counts the same tokens as the loss. `short_nll`, whose float32 bits
     travel as int32, is padded with NaN, which the loss refuses wherever a token counts. Padding of packed rows is a
-    document of its own: an attention mask would switch off the separation of documents.
+    document of its own: an attention mask would switch off the separation of documents. Where no row is packed, but
+    positions are skipped, padding stays at the last position: a new document among them would be refused.
 
     Raises:
         ValueError: if some rows have a column that others lack, or columns of one row differ in length.
@@ -52,6 +53,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in rows)]
     length = max(len(row["input_ids"]) for row in rows)
     padded = any(len(row["input_ids"]) < length for row in rows)
+    packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in rows if "position_ids" in row)
     batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
     for number, row in enumerate(rows):
         tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
@@ -65,7 +67,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "position_ids" in columns:
             positions = torch.as_tensor(row["position_ids"], dtype=torch.long)
             labels[positions == 0] = -100
-            batch["position_ids"].append(torch.cat([positions, torch.arange(fill)]))
+            padding = torch.arange(fill) if packed else positions[-1:].expand(fill)
+            batch["position_ids"].append(torch.cat([positions, padding]))
         if "short_nll" in columns:
             short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
             short_nll = torch.nn.functional.pad(short_nll, (0, fill), value=torch.nan)
