@@ -6,7 +6,7 @@ python benchmarks/evidence_table.py runs/evidence-small/results.json      the su
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
         text = markdown(table, unit=first["unit"]).replace("## Every measure", f"### Every measure, beside {base}")
         parts += [f"## Beside {base}\n", text]
         (out / f"compared-with-{base}.csv").write_text(csv_text(table), encoding="utf-8")
-    changes = [[arm, name, ", ".join(f"{x:+.4f}" for x in own[name])] for arm, own in seeds.items() for name in own]
+    forms = {measure.name: change_form(measure.unit) for measure in joined["uniform"]}
+    changes = [[arm, name, ", ".join(map(forms[name], own[name]))] for arm, own in seeds.items() for name in own]
     parts += ["## Each seed: change from uniform weights with the same seed\n"]
     parts += [lines(["arm", "measure", "changes"], changes)]
     cells = [[arm, *(f"{row[key]:.4g}" if key in row else "-" for key in PRICE)] for arm, row in price.items()]
@@ -137,13 +138,14 @@ def draw(out: Path, table: list[list[Entry]], plan: dict[str, Any]) -> None:
 def summary(result: dict[str, Any]) -> str:
     """What docs/evidence.md shows of a `results.json`: the changes from uniform weights, and the price."""
     made, (uniform, *others) = result["environment"], result["compared_with_uniform"]
-    names = [entry["measure"] for entry in uniform if entry["summary"] and entry["value"] is not None]
+    forms = {e["measure"]: change_form(e["unit"]) for e in uniform if e["summary"] and e["value"] is not None}
+    names = list(forms)
     head, table = ["", *(f"`{name}`" for name in names)], []
     for row in (uniform, *others):
         found = {entry["measure"]: entry for entry in row}
         table.append([row[0]["model"], *(_cell(found[name]) for name in names)])
     seeds = [
-        [arm, *(", ".join(f"{x:+.4f}" for x in own[name]) if name in own else "-" for name in names)]
+        [arm, *(", ".join(map(forms[name], own[name])) if name in own else "-" for name in names)]
         for arm, own in result["change_by_seed"].items()
     ]
     keys = [key for key in PRICE if key != "tokens_per_second"]
@@ -163,15 +165,20 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
+def change_form(unit: str) -> Callable[[float], str]:
+    """How the change of a measure is written: of a perplexity, it is a ratio."""
+    return ("x {:.4f}" if unit == "perplexity" else "{:+.4f}").format
+
+
 def _cell(entry: dict[str, Any]) -> str:
     if entry["value"] is None:
         return "-"
-    form = "{:.4f} times" if entry["unit"] == "perplexity" else "{:+.4f}"
-    text = f"{entry['value']:.4f}"
+    form, text = change_form(entry["unit"]), f"{entry['value']:.4f}"
     if entry["change"] is not None:
-        text += "<br>" + form.format(entry["change"]) + "\\*" * bool(entry["clear"])
-    low, high = (None if entry[key] is None else form.format(entry[key]) for key in ("low", "high"))
-    return text + (f" [{low}, {high}]" if low is not None else "")
+        text += "<br>" + form(entry["change"]) + "\\*" * bool(entry["clear"])
+    if entry["low"] is not None and entry["high"] is not None:
+        text += f" [{form(entry['low'])}, {form(entry['high'])}]"
+    return text
 
 
 if __name__ == "__main__":

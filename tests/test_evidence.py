@@ -202,14 +202,24 @@ def test_the_summary_marks_clear_changes_and_gives_a_perplexity_as_a_ratio(evide
     made = {"device": "a CPU", "versions": {"torch": "2.0"}, "commit": "abc", "date": "2026-01-02T03:04:05"}
     price = {"uniform": {"grad_norm": 1.0}, "sparse": {"grad_norm": 2.5, "effective_share": 0.2}}
     result = {"environment": made, "compared_with_uniform": [uniform, sparse], "held_out": ["a", "b"], "price": price}
-    text = sys.modules["evidence_table"].summary({**result, "change_by_seed": {"sparse": {"all": [-0.04, -0.06]}}})
+    text = sys.modules["evidence_table"].summary({**result, "change_by_seed": {"sparse": {"longppl": [1.04, 0.99]}}})
     assert "a CPU; torch 2.0; commit abc; 2026-01-02; 2 documents held out" in text
-    assert (
-        "| sparse | 2.9500<br>-0.0500\\* [-0.0700, -0.0300] | 21.0000<br>1.0500 times [0.9800 times, 1.1200 times] |"
-        in text
-    )
-    assert "| sparse | -0.0400, -0.0600 | - |" in text
+    assert "| sparse | 2.9500<br>-0.0500\\* [-0.0700, -0.0300] | 21.0000<br>x 1.0500 [x 0.9800, x 1.1200] |" in text
+    assert "| sparse | - | x 1.0400, x 0.9900 |" in text
     assert "left_out" not in text
+
+
+def test_readme_shows_the_first_columns_of_the_table_in_the_documentation():
+    root = BENCHMARKS.parent
+    section = (root / "README.md").read_text().split("### Do the weights help?")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    table = [line for line in (root / "docs/evidence.md").read_text().splitlines() if line.startswith("|")]
+    first = next(number for number, line in enumerate(table) if line.startswith(shown[0]))
+    whole = table[first : first + len(shown)]
+    assert (
+        len(shown) == 2 + len(yaml.safe_load(RECIPES["small"].read_text())["arms"]) + 1
+    )  # head, line below it, and `none`
+    assert all(line.startswith(part) for line, part in zip(whole, shown, strict=True))
 
 
 @pytest.fixture(scope="module")
