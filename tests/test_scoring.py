@@ -133,6 +133,9 @@ def test_windows_are_packed_where_attention_itself_keeps_documents_apart_and_pad
     tokens[0, 0] = tokens[0, 23] = BOS
     plain = models.tiny()
     expected = torch.cat([slow(plain, document, context, bos=bos) for document in tokens[0].split(LENGTHS)])
+    skipping = RESTARTING + 9 * (RESTARTING > 4)
+    documents = zip(tokens[0].split(LENGTHS), skipping.split(LENGTHS))
+    expected_skipping = torch.cat([slow(plain, own, context, bos=bos, positions=places) for own, places in documents])
     window_lengths = [8, 8, 8, 4, 2, 8, 8, 5]  # two of the first document, none of the second, two, one, three
     shapes = {"sdpa": (8, 8), "documents_apart": (1, sum(window_lengths))}
     for attention, shape in shapes.items():
@@ -144,6 +147,9 @@ def test_windows_are_packed_where_attention_itself_keeps_documents_apart_and_pad
         losses = scorer(tokens, position_ids=RESTARTING[None])
         assert read == [shape]
         torch.testing.assert_close(losses[0], expected, **CLOSE["llama"])
+        losses = scorer(tokens, position_ids=skipping[None])
+        assert read[1:] == [shapes["sdpa"]]  # a kernel would take skipped positions for the borders of documents
+        torch.testing.assert_close(losses[0], expected_skipping, **CLOSE["llama"])
 
 
 def test_bos_begins_each_window_of_a_document_that_begins_with_it_and_no_other():

@@ -16,7 +16,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 import models
 from distributed import LENGTHS, fit, fit_weighted, some_rows
 from test_rows import trained_tokenizer
-from tokenweight import Dense, ShortContext, Uniform, load_model, parse_weighting, token_nll, with_weighted_loss
+from tokenweight import Dense, Scorer, ShortContext, Uniform, load_model, parse_weighting, token_nll, with_weighted_loss
 from tokenweight.recipe import TrainSettings, read_recipe
 from tokenweight.records import read_json
 from tokenweight.store import score_folder
@@ -75,15 +75,27 @@ def test_packed_rows_begin_documents_unlabeled_and_are_padded_by_a_document_with
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
-def test_rows_that_skip_positions_are_padded_without_a_new_document_and_lose_nothing():
-    model, positions = with_weighted_loss(models.tiny(), Uniform()), [[0, 1, 2, 9, 10, 11, 12], [0, 5, 6, 7]]
-    tokens = [models.some_tokens(1, len(own), seed=seed)[0].tolist() for seed, own in enumerate(positions)]
-    rows = [{"input_ids": own, "position_ids": places} for own, places in zip(tokens, positions)]
-    batch = collate(rows)
-    assert batch["position_ids"].tolist() == [positions[0], [0, 5, 6, 7, 7, 7, 7]]
-    together = model(**batch, num_items_in_batch=1).loss
-    alone = [model(**collate([row]), num_items_in_batch=1).loss for row in rows]
-    torch.testing.assert_close(together, sum(alone), rtol=1e-6, atol=0)  # Llama takes norms in float32
+def test_rows_that_skip_positions_are_padded_without_a_new_document():
+    rows = [{"input_ids": [3] * len(own), "position_ids": own} for own in ([0, 1, 2, 9, 10], [0, 5, 6], [0])]
+    padded = [[0, 1, 2, 9, 10], [0, 5, 6, 6, 6], [0, 1, 1, 1, 1]]
+    assert collate(rows)["position_ids"].tolist() == padded
+
+
+@pytest.mark.parametrize("skipped", [0, 7])
+@pytest.mark.parametrize("self_scored", [False, True])
+def test_padded_rows_with_positions_have_the_losses_and_weights_of_the_rows_alone(skipped, self_scored):
+    model = models.tiny("gpt2")
+    weighting = Dense(interpolation=0.5) if self_scored else Uniform()
+    with_weighted_loss(model, weighting, Scorer(model, ShortContext(4, 3)) if self_scored else None)
+    rows = []
+    for seed, length in enumerate((16, 4, 1)):  # the padding of the others holds whole windows
+        places = [t + skipped * (t > 1) for t in range(length)]
+        rows.append({"input_ids": models.some_tokens(1, length, seed=seed)[0].tolist(), "position_ids": places})
+    together = model(**collate(rows))
+    for row, weights, losses in zip(rows, together.weights, together.long_nll, strict=True):
+        alone, length = model(**collate([row])), len(row["input_ids"])
+        torch.testing.assert_close(weights[:length], alone.weights[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(losses[:length], alone.long_nll[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("column", ["short_nll", "labels", "position_ids"])

@@ -32,7 +32,8 @@ class CausalParts:
     def packs_without_mask(self) -> bool:
         """Whether attention itself tells packed documents apart, rather than a mask, whose hidden pairs cost time.
 
-        So do flash kernels, and they alone know packed documents in a batch of one row only: `causal_parts` tries it.
+        Taken to be so where only a batch of one row keeps documents apart, as with flash kernels: what separates by a
+        mask does so in any batch. Were it wrong, packing would be slow, but right.
         """
         return self.max_packed_rows == 1
 

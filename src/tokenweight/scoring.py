@@ -220,7 +220,10 @@ class Scorer:
         if self.bos is not None:
             begins = tokens[rows, torch.tensor([[document] for _, document, _ in batch], device=device)]
             read[:, :1] = torch.where(begins == self.bos, self.bos, read[:, :1])
-        positions = None if position_ids is None else position_ids[rows, columns] - position_ids[rows, columns[:, :1]]
+        positions = None
+        if position_ids is not None:
+            positions = position_ids[rows, columns] - position_ids[rows, columns[:, :1]]
+            positions[:, 1:].clamp_(min=1)  # padding may stay at one position: 0 would begin a document
         parts = [i * width + torch.arange(w.first - w.start, w.stop - w.start) for i, (_, _, w) in enumerate(batch)]
         whither = [row * length + document + torch.arange(w.first, w.stop) for row, document, w in batch]
         inside, target = torch.cat(parts), torch.cat(whither).to(device)

@@ -44,8 +44,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     `labels` are the tokens (or the rows' own labels), with -100 where nothing is predicted: padding, and the first
     token of a row or document. So every Trainer counts the same tokens as the loss. `short_nll`, whose float32 bits
     travel as int32, is padded with NaN, which the loss refuses wherever a token counts. Padding of packed rows is a
-    document of its own: an attention mask would switch off the separation of documents. Where no row is packed, but
-    positions are skipped, padding stays at the last position: a new document among them would be refused.
+    document of its own: an attention mask would switch off the separation of documents. Where no row is packed, padding
+    stays at the last position: beside skipped positions, a new document would be refused.
 
     Raises:
         ValueError: if some rows have a column that others lack, or columns of one row differ in length.
@@ -67,7 +67,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "position_ids" in columns:
             positions = torch.as_tensor(row["position_ids"], dtype=torch.long)
             labels[positions == 0] = -100
-            padding = torch.arange(fill) if packed else positions[-1:].expand(fill)
+            padding = torch.arange(fill) if packed else positions[-1:].clamp(min=1).expand(fill)
             batch["position_ids"].append(torch.cat([positions, padding]))
         if "short_nll" in columns:
             short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
