@@ -44,7 +44,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/startup.py
 
-# Half an hour on two quiet cores. Interrupted and made again, it goes on.
+# 50 minutes on two cores. Interrupted and made again, it goes on.
 evidence: $(READY)
 	$(BIN)/python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
 

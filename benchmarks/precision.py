@@ -4,13 +4,15 @@
     python benchmarks/precision.py --quick    seconds, on a tiny model: says nothing
 
 A frozen scorer needs no gradients, and many a device reads windows faster in 16 bits. The price is rounding, and a
-score is a small difference of two losses. Weights and decoder have the lower precision; products with the head run in
-float32 on a CPU, and sum in float32 on a GPU, so that nothing more is rounded there. "scorer" leaves the long losses in
-float32, as of a model that is trained in it; "scorer, and model" rounds both. Each value is of one row; p50, p20 and
-p80 are over rows. No time is measured: a CPU without instructions for bfloat16 would say nothing of a GPU.
+score is a small difference of two losses. Weights and decoder are rounded; products with the head are summed in
+float32. "scorer" leaves the long losses in float32, as of a model that is trained in it; "scorer, and model" rounds
+both, which changes weights only. Each value is of one row, in errors of losses without the first window, whose tokens
+have one context; p50, p20 and p80 are over rows. No time is measured: a CPU without instructions for bfloat16 would say
+nothing of a GPU.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -21,28 +23,37 @@ from tokenweight import Scorer, ShortContext, parse_weighting, token_nll
 WEIGHTINGS = {"dense": "dense:interpolation=0.75", "longce": "longce:cap=5", "sparse": "sparse:keep=0.2"}
 
 
-def compared(
-    long_nll: torch.Tensor, short_nll: torch.Tensor, exact_long: torch.Tensor, exact_short: torch.Tensor
-) -> dict[tuple[str, str], list[float]]:
-    """(metric, unit) -> value of each row. The first token of a row has no loss."""
-    mask = torch.ones_like(long_nll, dtype=torch.bool)
-    mask[:, 0] = False
-    error = (short_nll - exact_short).abs()[:, 1:]
-    contrast = (exact_long - exact_short).abs()[:, 1:]
-    found = {
+class Losses(NamedTuple):
+    """Of the same rows, `[rows, length]`."""
+
+    long: torch.Tensor
+    short: torch.Tensor
+
+
+def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], torch.Tensor]:
+    """(metric, unit) -> value of each row."""
+    error = (rounded.short - exact.short).abs()[:, size:]
+    contrast = (exact.long - exact.short).abs()[:, size:]
+    return {
         ("mean error of a short loss", "nats"): error.mean(dim=1),
         ("its 99th percentile", "nats"): error.quantile(0.99, dim=1),
         ("mean error / mean |long - short|", "1"): error.mean(dim=1) / contrast.mean(dim=1),
     }
+
+
+def changes(rounded: Losses, exact: Losses) -> dict[tuple[str, str], torch.Tensor]:
+    """(metric, unit) -> value of each row. The first token of a row has no weight."""
+    mask, found = torch.ones_like(exact.long, dtype=torch.bool), {}
+    mask[:, 0] = False
     for name, text in WEIGHTINGS.items():
         weighting = parse_weighting(text)
-        exact, rounded = weighting(exact_long, exact_short, mask), weighting(long_nll, short_nll, mask)
+        before, after = weighting(*exact, mask), weighting(*rounded, mask)
         if name == "sparse":
-            kept, same = exact > 0, (exact > 0) & (rounded > 0)
+            kept, same = before > 0, (before > 0) & (after > 0)
             found["tokens of sparse that stay", "1"] = same.sum(dim=1) / kept.sum(dim=1)
         else:
-            found[f"mean change of a weight, {name}", "1"] = (rounded - exact).abs()[:, 1:].mean(dim=1)
-    return {key: values.tolist() for key, values in found.items()}
+            found[f"mean change of a weight, {name}", "1"] = (after - before).abs()[:, 1:].mean(dim=1)
+    return found
 
 
 def main(
@@ -72,13 +83,18 @@ def main(
     for dtype in (torch.float32, torch.bfloat16):
         name, model, tokens = model_and_row(rows * length, quick=quick, dtype=dtype)
         tokens = tokens.view(rows, length)
-        losses[dtype] = (token_nll(model, tokens), Scorer(model, context)(tokens))
-    (exact_long, exact_short), (long_nll, short_nll) = losses.values()
+        losses[dtype] = Losses(token_nll(model, tokens), Scorer(model, context)(tokens))
+    exact, rounded = losses.values()
+    scorer = rounded._replace(long=exact.long)
+    found = {
+        "scorer": errors(scorer, exact, size) | changes(scorer, exact),
+        "scorer, and model": changes(rounded, exact),
+    }
     x = f"{name}, {rows} x {length} tokens, windows {size}/{stride}"
-    for who, long_of_weights in (("scorer", exact_long), ("scorer, and model", long_nll)):
+    for who, metrics in found.items():
         setting = {"what": "scores and weights in bfloat16, beside float32", "x": x, "implementation": who}
-        for (metric, unit), values in compared(long_of_weights, short_nll, exact_long, exact_short).items():
-            report.add(**setting, metric=metric, unit=unit, values=values)
+        for (metric, unit), values in metrics.items():
+            report.add(**setting, metric=metric, unit=unit, values=values.tolist())
     report.finish()
 
 

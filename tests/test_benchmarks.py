@@ -20,7 +20,7 @@ COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
     "evaluation": {"time", "time / forward passes"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
-    "precision": {"mean error of a short loss", "tokens of sparse that stay"},
+    "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
     "scoring": {"time", "tokens read per second", "tokens read per second / forward of the windows"},
     "training": {"time", "time / uniform", "arithmetic / uniform", "measured / arithmetic"},
 }
