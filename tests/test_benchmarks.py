@@ -31,9 +31,10 @@ SLOW_METRICS = {
     "startup": {"time", "time / import tyro"},
 }
 SHOWN = {
-    "growth": ("self-scored dense", "time / uniform"),
-    "reference": ("sparse, tokenweight", f"{OVER_MODEL} / as published"),
-    "startup": ("tokenweight --help", "time"),
+    "growth": ("self-scored dense", "time / uniform", "{:.2f}"),
+    "precision": ("scorer, and model", "mean change of a weight, dense", "{:.3f}"),
+    "reference": ("sparse, tokenweight", f"{OVER_MODEL} / as published", "{:.2f}"),
+    "startup": ("tokenweight --help", "time", "{:.2f}"),
 }
 
 
@@ -76,12 +77,7 @@ def test_a_quick_run_that_starts_processes_prints_a_table_and_appends_complete_r
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(tmp_path / "rows.csv")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert_complete(name, SLOW_METRICS[name], done.returncode, done.stdout + done.stderr, tmp_path / "rows.csv")
-    table = load("table")
-    results = table.Results(tmp_path / "rows.csv")
-    lines = getattr(table, f"{name}_table")(results)
-    cells = [line.count("|") for line in lines if line.startswith("|")]
-    assert len(set(cells)) == (name != "startup")  # every line of a table has as many cells as its head
-    assert any(f"{results.value(name, *SHOWN[name]):.2f}" in line for line in lines)
+    assert_shown(name, tmp_path / "rows.csv")
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
@@ -100,6 +96,18 @@ def test_a_quick_run_over_a_corpus_measures_speed_memory_and_size(tmp_path):
 @pytest.mark.parametrize("name", METRICS)
 def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, quick_runs):
     assert_complete(name, METRICS[name], *quick_runs[name])
+    if name in SHOWN:
+        assert_shown(name, quick_runs[name][2])
+
+
+def assert_shown(name, path):
+    table = load("table")
+    results = table.Results(path)
+    lines = getattr(table, f"{name}_table")(results)
+    cells = [line.count("|") for line in lines if line.startswith("|")]
+    assert len(set(cells)) == (name != "startup")  # every line of a table has as many cells as its head
+    implementation, metric, form = SHOWN[name]
+    assert any(form.format(results.value(name, implementation, metric)) in line for line in lines)
 
 
 def assert_complete(name, metrics, returncode, output, path):
