@@ -45,10 +45,12 @@ def test_tree_lists_every_module_and_no_other() -> None:
     assert sorted(listed) == sorted(name for name in there if not name.startswith("_"))
 
 
-def test_links_lead_to_files() -> None:
+def test_links_lead_to_files_and_headings() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert not [link for link in links if link not in anchors and not (ROOT / link).exists()]
 
 
 def test_the_benchmark_table_is_what_the_results_say() -> None:
