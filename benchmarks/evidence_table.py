@@ -66,16 +66,17 @@ def compared(models: dict[str, list[Measure]], base: str) -> list[list[Entry]]:
 
 
 def by_seed(measures: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, list[float]]]:
-    """Of each arm, the changes of the summarized measures from uniform weights with the same seed: of a perplexity the
-    ratio."""
+    """Of each arm, the changes of the summarized measures from uniform weights with the same seed."""
     found: dict[str, dict[str, list[float]]] = {}
-    for arm, runs in measures.items():
-        for own, uniform in zip(runs, measures["uniform"]):  # `none` has one run, no seed
-            for mine, other in zip(own, uniform, strict=True):
-                if arm not in ("none", "uniform") and mine["summary"] and None not in (mine["value"], other["value"]):
-                    is_ratio = mine["unit"] == "perplexity"
-                    change = mine["value"] / other["value"] if is_ratio else mine["value"] - other["value"]
-                    found.setdefault(arm, {}).setdefault(mine["name"], []).append(change)
+    for arm in measures:
+        if arm in ("none", "uniform"):  # `none` has one run, no seed
+            continue
+        found[arm] = {}
+        for pair in zip(measures["uniform"], measures[arm], strict=True):
+            models = {name: averaged([own]) for name, own in zip(("uniform", arm), pair)}
+            for entry in compared(models, "uniform")[1]:
+                if entry.summary and entry.change is not None:
+                    found[arm].setdefault(entry.measure, []).append(entry.change)
     return found
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -167,6 +168,13 @@ def test_the_table_is_that_of_sums_written_out_document_by_document(evidence):
         assert changes[seed] == pytest.approx((sum(flat["sparse"]) - sum(flat["uniform"])) / 20, rel=1e-9)
 
 
+def test_of_a_seed_the_change_of_a_perplexity_is_a_ratio(evidence):
+    nats = {"uniform": [[4.0, 2.0]], "sparse": [[2.0, 1.0]], "none": [[9.0, 9.0]]}
+    measures = {arm: [[record("longppl", own, [2.0, 1.0], "perplexity")] for own in runs] for arm, runs in nats.items()}
+    changes = sys.modules["evidence_table"].by_seed(measures)
+    assert changes == {"sparse": {"longppl": [pytest.approx(math.exp(-1), rel=1e-12)]}}
+
+
 def test_prices_are_means_over_steps_and_seeds_and_medians_of_the_speed(evidence, tmp_path):
     table = sys.modules["evidence_table"]
     logged = {"uniform": ([1.0, 3.0], [100.0, 90.0, 10.0, 80.0]), "sparse": ([4.0, 8.0], [40.0, 50.0, 44.0, 1.0])}
@@ -216,9 +224,8 @@ def test_readme_shows_the_first_columns_of_the_table_in_the_documentation():
     table = [line for line in (root / "docs/evidence.md").read_text().splitlines() if line.startswith("|")]
     first = next(number for number, line in enumerate(table) if line.startswith(shown[0]))
     whole = table[first : first + len(shown)]
-    assert (
-        len(shown) == 2 + len(yaml.safe_load(RECIPES["small"].read_text())["arms"]) + 1
-    )  # head, line below it, and `none`
+    arms = yaml.safe_load(RECIPES["small"].read_text())["arms"]
+    assert len(shown) == len(arms) + 3  # `none`, the head, and the line below it
     assert all(line.startswith(part) for line, part in zip(whole, shown, strict=True))
 
 
