@@ -5,6 +5,7 @@ import csv
 import gc
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import resource
 import shlex
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from rich.table import Table
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.csv"
 GIB = 2**30
+GIVEN_BACK = "freed memory given back"
+"""Of a measurement of memory in a process that does not keep what it freed: see `in_fresh_process`."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,14 @@ def alternately(
     return seconds
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function`, at the top level of a module, returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def in_fresh_process(function: Callable[..., Any], *arguments: Any, keep_freed: bool = True) -> Any:
+    """What `function`, at the top level of a module, returns in a process of its own.
+
+    Unless `keep_freed`, the C library (glibc) gives what is freed back to the system at once instead of keeping it for
+    the next tensor: resident memory is then what is held. Every tensor then takes fresh pages, so it is slower.
+    """
+    settings = {} if keep_freed else {"MALLOC_MMAP_THRESHOLD_": "131072"}  # a threshold that is set does not move
+    with patch.dict(os.environ, settings), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 

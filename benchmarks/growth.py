@@ -1,14 +1,14 @@
 """Time and memory per token of a training step, forward and backward, as rows get longer.
 
-    python benchmarks/growth.py                              some 15 minutes on two cores
+    python benchmarks/growth.py                              some 40 minutes on two cores
     python benchmarks/growth.py --quick                      half a minute, on a short row: says nothing
-    python benchmarks/growth.py --draw benchmarks/growth     the figure of what results.csv holds, as SVG and PNG
+    python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
 
 A random model, so small that rows of 32k tokens are read on a CPU. What grows with the row is attention, whose share is
 larger the smaller the model: only the lines of one model can be compared. The windows keep their size, so that scoring
 costs the same per token at every length. The steps, and what a frozen scorer costs (nothing here), are those of
 `training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with gradients,
-in a process of its own, divided by the tokens of the row.
+in a process of its own where the C library gives back at once what is freed, divided by the tokens of the row.
 """
 
 import functools
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from common import RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now, tiny_llama
+from common import GIVEN_BACK, RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now, tiny_llama
 from table import Results, by_length
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from training import STEPS, UNIFORM, run_step
 
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
-TIME, MEMORY = "time per token", "peak memory over model and gradients per token"
+TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
 Sizes = dict[str, int]
 
 
@@ -76,7 +76,7 @@ def report_length(
         report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
         if kind not in weighed:
             continue
-        peak = in_fresh_process(measure_memory, kind, sizes, length, context)
+        peak = in_fresh_process(measure_memory, kind, sizes, length, context, keep_freed=False)
         report.add(**setting, metric=MEMORY, unit="KiB", values=[peak / 1024 / length])
 
 

@@ -16,9 +16,11 @@ Left out is what costs nothing on a CPU (making the host wait for the device) an
 the first token after the first window the published code puts the long loss in the place of a short one that it has;
 here the short one stays, as in tokenweight, so that weights and loss of both are the same: a test holds them to it.
 
-"uniform, transformers" is what one has without weights, `model(labels=...).loss`. All recompute activations in the
-backward pass, as the published configuration does, unless --no-checkpointing is given; none keeps keys and values.
-Memory is what the peak of a step adds to a model with gradients, each in a process of its own.
+"uniform, transformers" is what one has without weights, `model(labels=...).loss`. "decoder alone" is what every
+self-scored step holds: states of the row and of the windows, and the backward pass from a sum of the former; no logits.
+All recompute activations in the backward pass, as the published configuration does, unless --no-checkpointing is given;
+none keeps keys and values. Memory is what the peak of a step adds to a model with gradients, each in a process of its
+own: resident memory, and resident memory where the C library gives back at once what is freed.
 """
 
 import functools
@@ -29,14 +31,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import GIB, RESULTS, Report, alternately, in_fresh_process, model_and_row, peak_bytes_over_now
+from common import GIB, GIVEN_BACK, RESULTS, Report, alternately, in_fresh_process, model_and_row, peak_bytes_over_now
 from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
 from tokenweight.windows import windows
 
 WEIGHTINGS = {"dense": Dense(interpolation=0.75), "sparse": Sparse(keep=0.2)}
-UNIFORM, PUBLISHED, OURS = "uniform, transformers", "as published", "tokenweight"
-NAMES = (UNIFORM, *(f"{kind}, {who}" for kind in WEIGHTINGS for who in (PUBLISHED, OURS)))
+UNIFORM, DECODER, PUBLISHED, OURS = "uniform, transformers", "decoder alone", "as published", "tokenweight"
+NAMES = (UNIFORM, DECODER, *(f"{kind}, {who}" for kind in WEIGHTINGS for who in (PUBLISHED, OURS)))
 MEMORY = "peak memory over model and gradients"
+HELD = f"{MEMORY}, {GIVEN_BACK}"
 
 
 def shifted_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,6 +90,14 @@ def published_loss(
     return (long_nll * weights).mean(), weights
 
 
+def decoder_alone(model: Any, tokens: torch.Tensor, context: ShortContext) -> torch.Tensor:
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    with torch.no_grad():
+        for start, _, stop in windows(tokens.shape[1], context.size, context.stride):
+            model.base_model(input_ids=tokens[:, start:stop], use_cache=False)
+    return states.sum()
+
+
 def prepare(model: Any, context: ShortContext, name: str) -> None:
     """Gradients of 0, and for tokenweight a bound model. Without labels, a bound model is what it was before."""
     model.zero_grad(set_to_none=False)
@@ -101,6 +112,8 @@ def run_step(model: Any, tokens: torch.Tensor, context: ShortContext, name: str)
         loss, _ = published_loss(model, tokens, kind, context)
     elif who == OURS:
         loss = model(input_ids=tokens, labels=tokens).loss
+    elif name == DECODER:
+        loss = decoder_alone(model, tokens, context)
     else:
         loss = type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss  # never the bound one
     loss.backward()
@@ -159,12 +172,17 @@ def main(
     seconds = alternately(runs, rounds, functools.partial(prepare, model, context))
     del model, runs
     arguments = (length, context, checkpointing, quick)
-    gib = {name: [in_fresh_process(measure_memory, name, *arguments) for _ in range(memory_rounds)] for name in names}
+
+    def gib(name: str, *, keep_freed: bool) -> list[float]:
+        return [in_fresh_process(measure_memory, name, *arguments, keep_freed=keep_freed) for _ in range(memory_rounds)]
+
+    resident = {name: gib(name, keep_freed=True) for name in names}
+    held = {name: gib(name, keep_freed=False) for name in names}
     x = f"{model_name}, 1 x {length} tokens, windows {size}/{stride}, float32, "
     x += "activations recomputed" if checkpointing else "activations kept"
     for name in names:
         setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
-        for metric, unit, values in (("time", "s", seconds), (MEMORY, "GiB", gib)):
+        for metric, unit, values in (("time", "s", seconds), (MEMORY, "GiB", resident), (HELD, "GiB", held)):
             report.add(**setting, metric=metric, unit=unit, values=values[name])
             for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
                 if other != name:

@@ -1,12 +1,15 @@
-"""The table that README shows, made from results.csv: `python benchmarks/table.py` rewrites it between its markers."""
+"""The table that README shows, and those of docs/measured.md, made from results.csv.
+
+`python benchmarks/table.py` rewrites them between their markers.
+"""
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-README = FOLDER.parent / "README.md"
+README, DOCS = FOLDER.parent / "README.md", FOLDER.parent / "docs/measured.md"
 BEGIN, END = "<!-- begin: python benchmarks/table.py -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -115,35 +118,42 @@ def corpus_table(results: Results) -> list[str]:
     ]
 
 
+def evaluations(results: Results) -> Iterator[tuple[str, str, str, float]]:
+    """(what, beside what, setting, time)"""
+    named = {
+        "time / forward passes": "native measures of a model",
+        "time / longppl 0.3.0": "LongPPL, to the same value",
+    }
+    for (benchmark, name, metric, x), row in results.rows.items():
+        if (
+            (benchmark, name) == ("evaluation", "tokenweight")
+            and metric in named
+            and ("forward" in metric or "alpha" in x)
+        ):
+            yield named[metric], metric.removeprefix("time / "), x, float(row["p50"])
+
+
 def evaluation_table(results: Results) -> list[str]:
-    found = {key[1:]: float(row["p50"]) for key, row in results.rows.items() if key[0] == "evaluation"}
-    rows = {"time / forward passes": "native measures of a model", "time / longppl 0.3.0": "LongPPL, to the same value"}
     lines = ["Evaluation, in time:", "", "| | setting | |", "|---|---|---|"]
-    for (name, metric, x), value in found.items():
-        if name == "tokenweight" and metric in rows and ("forward" in metric or "alpha" in x):
-            lines.append(f"| {rows[metric]} / {metric.removeprefix('time / ')} | {x} | {value:.2f} |")
-    return lines
+    return lines + [f"| {what} / {beside} | {x} | {value:.2f} |" for what, beside, x, value in evaluations(results)]
 
 
 def reference_table(results: Results) -> list[str]:
-    metrics = [
-        f"{metric} / {other}"
-        for other in ("as published", "uniform, transformers")
-        for metric in ("time", "peak memory over model and gradients")
-    ]
+    over = "peak memory over model and gradients"
+    shown = {"time": "time", over: "memory, resident", f"{over}, freed memory given back": "memory, held"}
+    others = {"as published": "as published", "uniform, transformers": "uniform step of transformers"}
+    columns = {f"{metric} / {other}": f"{shown[metric]} / {others[other]}" for other in others for metric in shown}
     lines = []
     for x in results.all_settings("reference"):
         lines += [
             f"A self-scored training step, forward and backward ({x}), beside the way it was published:",
             "",
-            "| | time / as published | peak memory / as published | time / uniform step of transformers | "
-            "peak memory / uniform step of transformers |",
-            "|---|---|---|---|---|",
+            f"| | {' | '.join(columns.values())} |",
+            "|" + "---|" * (len(columns) + 1),
         ]
         for name in results.implementations("reference", x)[1:]:  # all are beside the first, the uniform step
-            ours = name.endswith("tokenweight")
-            cells = [f"{results.value('reference', name, metric, x):.2f}" for metric in metrics[0 if ours else 2 :]]
-            lines.append(f"| {name} | {' | '.join(cells if ours else ['1', '1', *cells])} |")
+            found = (results.rows.get(("reference", name, metric, x), {}).get("p50") for metric in columns)
+            lines.append(f"| {name} | {' | '.join(f'{float(p50):.2f}' if p50 else '' for p50 in found)} |")
         lines.append("")
     return lines[:-1]
 
@@ -160,7 +170,11 @@ def by_length(results: Results, metric: str) -> dict[str, dict[int, float]]:
 def growth_table(results: Results) -> list[str]:
     time, ratio, memory = (
         by_length(results, metric)
-        for metric in ("time per token", "time / uniform", "peak memory over model and gradients per token")
+        for metric in (
+            "time per token",
+            "time / uniform",
+            "peak memory over model and gradients per token, freed memory given back",
+        )
     )
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
@@ -205,36 +219,83 @@ def startup_table(results: Results) -> list[str]:
     return [f"Seconds from the command to its help, in a fresh process: {', '.join(found)}."]
 
 
-def table() -> str:
-    """Markdown."""
-    results = Results()
-    spread = (
-        "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
-    )
-    always = {
+def summary(results: Results) -> list[str]:
+    """One table for README: each measurement in units of what it is beside."""
+    lines = ["| | beside | time | peak memory |", "|---|---|---|---|"]
+
+    def add(what: str, beside: str = "", time: float | None = None, memory: float | None = None) -> None:
+        cells = (what, beside, *("" if value is None else f"{value:.2f}" for value in (time, memory)))
+        lines.append(f"| {' | '.join(cells)} |")
+
+    add("**Loss** (4,096 tokens, 128,256 words, 512 wide, float32)")
+    for kind in ("uniform weights", "dense weights", "sparse weights (0.2 kept)"):
+        time, memory = "time / full logits", "peak memory over inputs and gradients / full logits"
+        values = (results.value("loss", f"tokenweight, {kind}", metric, LOSS) for metric in (time, memory))
+        add(kind, "full logits", *values)
+    time = results.value("loss", "tokenweight, uniform weights", "time / 3 head products", LOSS)
+    add("uniform weights", "its three matrix products", time)
+
+    step = results.all_settings("training")[0]
+    add(f"**Training step** ({step})")
+    for name in results.implementations("training", step)[1:]:
+        time, floor = (results.value("training", name, f"{of} / uniform", step) for of in ("time", "arithmetic"))
+        add(name, f"uniform; by arithmetic {floor:.2f}", time)
+
+    add(f"**Self-scored step** ({results.settings('reference')})")
+    for other in ("as published", "uniform, transformers"):
+        for name in ("dense, tokenweight", "sparse, tokenweight"):
+            metrics = (f"{metric} / {other}" for metric in ("time", "peak memory over model and gradients"))
+            add(name.split(",")[0], other, *(results.value("reference", name, metric) for metric in metrics))
+
+    add(f"**Data** (scoring: {results.settings('scoring')})")
+    mapped = results.value("corpus", "tokenweight.prepare_rows", "tokens per second / datasets.map")
+    read = results.value("scoring", "tokenweight.Scorer", "tokens read per second / forward of the windows")
+    add("preparing rows", "`datasets.map` with the same tokenizer", 1 / mapped)
+    add("scoring", "forward pass over the same windows, with logits", 1 / read)
+
+    add("**Evaluation**")
+    for what, beside, x, value in evaluations(results):
+        add(f"{what} ({x})", beside, value)
+    return lines
+
+
+def tables(results: Results) -> list[str]:
+    """Of every benchmark that has rows, one after the other."""
+    makers = {
         "loss": loss_table,
         "training": training_table,
-        "scoring": corpus_table,
-        "corpus": None,  # in the table of scoring
-        "evaluation": evaluation_table,
-    }
-    once_measured = {
         "reference": reference_table,
         "growth": growth_table,
+        "scoring": corpus_table,
+        "evaluation": evaluation_table,
         "precision": precision_table,
         "startup": startup_table,
     }
-    measured = {name: part for name, part in once_measured.items() if results.all_settings(name)}
-    makers = always | measured
-    parts = (*(make(results) for make in makers.values() if make), [spread, *results.conditions(makers)])
-    return "\n".join(line for part in parts for line in [*part, ""])
+    measured = {key[0] for key in results.rows}
+    return [line for name, make in makers.items() if name in measured for line in [*make(results), ""]]
+
+
+def conditions(results: Results) -> list[str]:
+    spread = (
+        "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
+    )
+    return [spread, *results.conditions({key[0] for key in results.rows})]
+
+
+def pages() -> dict[Path, str]:
+    """What stands between the markers of each page, in Markdown."""
+    results = Results()
+    return {
+        README: "\n".join([*summary(results), "", *conditions(results)]),
+        DOCS: "\n".join([*tables(results), *conditions(results)]),
+    }
 
 
 def main() -> None:
-    """Rewrite the table in README."""
-    text = README.read_text()
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    README.write_text(before + "\n" + table() + "\n" + after)
+    for path, made in pages().items():
+        text = path.read_text()
+        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        path.write_text(f"{before}\n{made}\n\n{after}")
 
 
 if __name__ == "__main__":
