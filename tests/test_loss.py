@@ -169,7 +169,26 @@ def test_weights_divided_by_64_divide_every_gradient_by_exactly_64(dtype):
     assert all(one.count_nonzero() for one in whole)
 
 
-def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computation():
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """torch's product of 16-bit matrices into float32, which CPUs lack, made in float32; counts its calls."""
+    plain, calls = torch.mm, []
+
+    def multiply(a, b, *, out_dtype=None, **options):
+        if out_dtype is None:
+            return plain(a, b, **options)
+        calls.append(a.dtype)
+        torch.ops.aten.mm.dtype(a.to("meta"), b.to("meta"), out_dtype)  # refuses what a GPU would refuse
+        return plain(a.to(out_dtype), b.to(out_dtype), **options)
+
+    monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})
+    monkeypatch.setattr(torch, "mm", multiply)
+    return calls
+
+
+@pytest.mark.parametrize("device", ["cpu", "as_on_a_gpu"])
+def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computation(device, request):
+    calls = [] if device == "cpu" else request.getfixturevalue(device)
     *inputs, targets, weights = problem(n=64, d=128, v=256, dtype=torch.bfloat16)
     inputs[1].data /= 8
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -187,6 +206,30 @@ def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computatio
         assert (one - exact).norm() <= (other - exact).norm() + epsilon
     # Sums of 128 products in float32, of logits up to 20: at worst 128 * 20 * 2**-24. The naive losses are off by .02.
     assert (ours_nll - truth_nll).abs().max() < 2e-4 < 1e-2 < (naive_nll - truth_nll).abs().max()
+    assert len(calls) == (0 if device == "cpu" else 4)  # losses; then losses and the gradients of states and head
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_products_of_16_bits_into_float32_make_the_same_loss_and_gradients(options, autocast, as_on_a_gpu):
+    *inputs, targets, weights = problem(dtype=torch.float32 if autocast else torch.bfloat16)
+    hidden, head, bias = [tensor.data.bfloat16().to(tensor.dtype).requires_grad_() for tensor in inputs]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, head, bias)]
+    exact_nll = plain_nll(*exact[:2], targets, **{**options, "bias": exact[2] if "bias" in options else None})
+    options = {**options, "bias": bias if "bias" in options else None}
+    expected = results(weights @ exact_nll, *exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        nll = linear_nll(hidden, head, targets, **options)
+        loss = weighted_linear_cross_entropy(hidden, head, targets, weights, **options)
+    actual = results(loss, hidden, head, bias)
+    # The inputs have 8 bits each, so that the losses are those of float32: sums of 17 products below 20.
+    torch.testing.assert_close(nll.double(), exact_nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    # The gradient of the logits, the weighted states, and the gradients where they are bfloat16, are rounded by 2**-9
+    # each; sums of 17 of them.
+    for one, other in zip(actual[1:], expected[1:], strict=True):
+        assert (one - other).norm() <= 3 * 2**-9 * other.norm()
+    assert set(as_on_a_gpu) == {torch.bfloat16}
 
 
 def test_a_second_backward_is_refused():

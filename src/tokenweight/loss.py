@@ -17,6 +17,8 @@ BUFFER_BYTES = 256 << 20
 """Logits held at a time. Smaller chunks re-read the head too often; larger ones gain nothing (benchmarks/loss.py)."""
 CAST_BYTES = 32 << 20
 """The part of a 16-bit head that is held in float32 at a time, where the device cannot multiply into float32."""
+INTO_FLOAT32 = frozenset({"cuda"})
+"""Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
 
 WeightsOfChunk = Callable[[Float[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor, " n"]]
 """(losses of a chunk, their row numbers) -> weights of the chunk."""
@@ -131,9 +133,8 @@ class _Logits:
     def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
         self.head, self.bias, self.scale, self.softcap = head, bias, scale, softcap
         self.compute_dtype = torch.promote_types(hidden.dtype, head.dtype)
-        if hidden.device.type == "cpu":
-            # A CPU cannot multiply 16-bit matrices into a float32 result, and logits rounded to bfloat16 are off by up
-            # to 0.06 nats: more than the differences we are after.
+        if hidden.device.type not in INTO_FLOAT32:
+            # Logits rounded to bfloat16 are off by up to 0.06 nats: more than the differences we are after.
             self.compute_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         elif torch.is_autocast_enabled(hidden.device.type):
             self.compute_dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -178,27 +179,31 @@ class _Logits:
     def add_gradients(
         self, grads: list[Tensor | None], rows: Tensor, states: Tensor, targets: Tensor, weights: Tensor
     ) -> None:
-        """Turn the buffer into the gradient of the unweighted losses by the logits, and add its products to `grads`."""
+        """Turn the buffer into the gradient of the weighted losses by the logits, and add its products to `grads`.
+
+        The weights go in with the division by the total, which costs nothing. They must be inside the sum over rows:
+        scaling the finished gradient of the head by one number is right for equal weights only. And inside the one
+        array that is rounded to 16 bits: weighted states would be rounded once more.
+        """
         z = self.logits
-        z /= self.total
-        z.scatter_add_(1, targets[:, None], torch.full_like(self.total, -1))
+        row_scale = (weights * self.scale)[:, None]
+        z *= row_scale / self.total
+        z.scatter_add_(1, targets[:, None], -row_scale)
         if self.tanh is not None:
             z *= self.tanh.square_().neg_().add_(1)
-        row_scale = (weights * self.scale)[:, None]
         of_hidden, of_head, of_bias = grads
+        states = states.to(self.compute_dtype)
+        of_states = torch.zeros(states.shape, dtype=self.dtype, device=states.device)
+        for block in self.blocks:
+            of_logits = z[:, block].to(self.compute_dtype)
+            if of_hidden is not None:
+                _add_product(of_states, of_logits, self.head[block].to(self.compute_dtype))
+            if of_head is not None:
+                _add_product(of_head[block], of_logits.t(), states)
         if of_hidden is not None:
-            product = torch.zeros(len(states), states.shape[1], dtype=self.dtype, device=states.device)
-            for block in self.blocks:
-                _add_product(product, z[:, block].to(self.compute_dtype), self.head[block].to(self.compute_dtype))
-            of_hidden[rows] = product * row_scale
-        if of_head is not None:
-            # The weights go into the states, [n, D], rather than into the gradient of the logits, [n, V]. They must be
-            # inside the sum over rows: scaling the finished sum by one number is right for equal weights only.
-            weighted = (states * row_scale).to(self.compute_dtype)
-            for block in self.blocks:
-                _add_product(of_head[block], z[:, block].to(self.compute_dtype).t(), weighted)
+            of_hidden[rows] = of_states
         if of_bias is not None:
-            of_bias += row_scale.squeeze(1) @ z
+            of_bias += z.sum(dim=0)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
