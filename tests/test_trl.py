@@ -176,7 +176,7 @@ def test_a_model_without_weighted_loss_is_refused(unchecked, tmp_path):
 def test_a_head_that_was_replaced_is_refused(tmp_path):
     model = bound(Sparse())
     model.set_output_embeddings(torch.nn.Linear(16, models.VOCABULARY, bias=False, dtype=torch.float64))
-    with pytest.raises(ValueError, match="its output head was replaced after with_weighted_loss"):
+    with pytest.raises(ValueError, match="the output head was replaced after with_weighted_loss"):
         sft(tmp_path, model, some_rows())
 
 

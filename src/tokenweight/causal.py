@@ -184,13 +184,9 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        inner = ": bind model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
+        inner = ": use model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
         raise ValueError(f"{name} is not a model of transformers{inner}")
-    config, output = model.config, model.get_output_embeddings()
-    if output is None or config.is_encoder_decoder:
-        raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
-    if not output.weight.is_floating_point():
-        raise ValueError(f"{name} is not supported: its output head is quantized ({output.weight.dtype})")
+    config, output = model.config, _output_head(model)
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
     if decoder is model:
         raise ValueError(f"{name} is not supported: expected a decoder that is a part of the model")
@@ -220,6 +216,23 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     packed = (most for rows, most in ((2, math.inf), (1, 1.0)) if _separates(decoder, tokens, rows))
     max_packed_rows = next(packed, 0.0)
     return CausalParts(decoder, output, scale, softcap, max_packed_rows)
+
+
+def _output_head(model: PreTrainedModel) -> Any:
+    """What makes logits of states, if a loss that reads its weight and bias leaves nothing out."""
+    name, output = type(model).__name__, model.get_output_embeddings()
+    if output is None or model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
+    if not output.weight.is_floating_point():
+        raise ValueError(f"{name} is not supported: its output head is quantized ({output.weight.dtype})")
+    plain = (output.weight, getattr(output, "bias", None))
+    besides = [n for n, p in output.named_parameters() if p.requires_grad and all(p is not known for known in plain)]
+    if besides:
+        raise ValueError(
+            f"{name} is not supported: its output head trains {besides[0]} besides weight and bias: take the head out "
+            "of the target_modules of the adapter, or train all of it (modules_to_save)"
+        )
+    return output
 
 
 @torch.no_grad()

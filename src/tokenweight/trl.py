@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
+from tokenweight.objective import refuse_replaced_head
 from tokenweight.training import collate
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
@@ -50,9 +51,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             )
         _refuse_masks(args, given)
         super().__init__(model, args, data_collator=_collate, **given)
-        base = _base(self.model)
-        if base._token_weighting.parts.output is not base.get_output_embeddings():
-            raise ValueError("model: its output head was replaced after with_weighted_loss: expected that one to train")
+        refuse_replaced_head(_base(self.model))
         if self.aux_loss_enabled:
             raise ValueError(
                 f"SFTConfig: router_aux_loss_coef is {self.router_aux_loss_coef}, a loss that is not added to the "
