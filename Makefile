@@ -43,6 +43,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/gpu.py
 
 # 50 minutes on two cores. Interrupted and made again, it goes on.
 evidence: $(READY)

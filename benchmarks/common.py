@@ -154,12 +154,21 @@ def alternately(
         for name in list(runs) if number % 2 else reversed(list(runs)):
             before(name)
             gc.collect()
+            _finish_on_gpu()
             begin = time.perf_counter()
             runs[name]()
+            _finish_on_gpu()
+            duration = time.perf_counter() - begin
             if number:
-                seconds[name].append(time.perf_counter() - begin)
-            print(f"round {number} of {rounds}: {name} {time.perf_counter() - begin:.3f} s", file=sys.stderr)
+                seconds[name].append(duration)
+            print(f"round {number} of {rounds}: {name} {duration:.3f} s", file=sys.stderr)
     return seconds
+
+
+def _finish_on_gpu() -> None:
+    """A GPU runs behind the host, which has to wait before it reads the clock."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any, keep_freed: bool = True) -> Any:

@@ -90,6 +90,23 @@ def training_table(results: Results) -> list[str]:
     return lines[:-1]
 
 
+def gpu_table(results: Results) -> list[str]:
+    metrics = ("tokens per second", "time / uniform", "arithmetic / uniform", "model FLOPs utilization", "peak memory")
+    forms = ("{:,.0f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.1f}")
+    lines = []
+    for x in results.all_settings("gpu"):
+        longest = "at most" in x
+        shown = {"longest row that fits": "{:,.0f}"} if longest else dict(zip(metrics, forms))
+        heading = "Longest row of a training step" if longest else "Training step, forward and backward, on a GPU"
+        lines += [f"{heading} ({x}):", "", f"| | {' | '.join(shown)} |", "|" + "---|" * (len(shown) + 1)]
+        for name in results.implementations("gpu", x):
+            found = ((form, results.rows.get(("gpu", name, metric, x))) for metric, form in shown.items())
+            cells = ("" if row is None else form.format(float(row["p50"])) for form, row in found)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines[:-1]
+
+
 def corpus_table(results: Results) -> list[str]:
     read = "tokens read per second / forward of the windows"
     scorer, stored = (
@@ -264,6 +281,7 @@ def tables(results: Results) -> list[str]:
     makers = {
         "loss": loss_table,
         "training": training_table,
+        "gpu": gpu_table,
         "reference": reference_table,
         "growth": growth_table,
         "scoring": corpus_table,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ METRICS = {
 }
 OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory given back"
 SLOW_METRICS = {
+    "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
     "reference": {
@@ -38,6 +40,7 @@ SLOW_METRICS = {
     "startup": {"time", "time / import tyro"},
 }
 SHOWN = {
+    "gpu": ("self-scored dense", "time / uniform", "{:.2f}"),
     "growth": ("self-scored dense", "time / uniform", "{:.2f}"),
     "precision": ("scorer, and model", "mean change of a weight, dense", "{:.3f}"),
     "reference": ("sparse, tokenweight", f"{OVER_MODEL} / as published", "{:.2f}"),
@@ -191,6 +194,24 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     torch.testing.assert_close(losses["ours"], losses["published"], **close)
     torch.testing.assert_close(gradients["ours"], gradients["published"], **close)
     assert len(weights["ours"].unique()) > 1
+
+
+@pytest.mark.parametrize("fitting", [0, 5000, 8192, 10000, 100000, 262143, 2**18, 2**20])
+def test_the_longest_row_is_found_to_an_eighth_below_the_limit(fitting):
+    tried = []
+    bench = SimpleNamespace(set_length=tried.append, peak_bytes=lambda name: 0 if tried[-1] <= fitting else None)
+    found, limit = load("gpu").longest_that_fits(bench, "uniform", 2**18), 2**18
+    assert found <= min(fitting, limit)
+    assert found >= min(fitting, limit) - max(tried[-4:]) / 8
+    assert max(tried) <= limit
+
+
+def test_without_a_gpu_nothing_is_measured_and_it_is_said(tmp_path, capsys, monkeypatch):
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main(csv=tmp_path / "rows.csv")
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_peak_memory_of_full_logits_is_that_of_the_arrays_autograd_must_hold(quick_runs):

@@ -1,0 +1,232 @@
+"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest row.
+
+    python benchmarks/gpu.py                 one GPU of 80 GB; --shapes, --lengths and --steps choose a part
+    python benchmarks/gpu.py --longest       the longest row that fits
+    python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
+
+It has been run by its tests only, without a GPU. The models have random weights and the shapes of SmolLM2-135M and
+Llama-3.2-1B; activations are recomputed. Steps, windows and arithmetic are those of `training.py`, plus one forward
+pass of the decoder that recomputes; the stored scores are random numbers. Beside them stand uniform losses of others on
+the same decoder's states: transformers' own, with all logits, and of the packages liger-kernel and cut-cross-entropy
+where they are installed.
+
+Model FLOPs utilization is what a uniform step has to compute (3 B + 3 H: neither recomputation nor scoring), over time,
+over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them. What
+does not fit has no row.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from common import GIB, RESULTS, Report, alternately, decoder_flops
+from tokenweight import Scorer, ShortContext, with_weighted_loss
+from tokenweight.gpus import PEAK_FLOPS
+from training import STEPS, UNIFORM, step_flops
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+SHAPES = {
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
+    "tiny": (32, 64, 2, 4, 2, 256),
+}
+OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
+
+
+def of_transformers(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss  # never the bound one
+
+
+def of_liger(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(model.lm_head.weight, *states_and_targets(model, tokens))
+
+
+def of_cce(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    states, targets = states_and_targets(model, tokens)
+    return linear_cross_entropy(states, model.lm_head.weight, targets)
+
+
+def states_and_targets(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return states[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+
+
+OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
+    "uniform, transformers": ("transformers", of_transformers),
+    "uniform, liger-kernel": ("liger_kernel", of_liger),
+    "uniform, cut-cross-entropy": ("cut_cross_entropy", of_cce),
+}
+"""(package, loss)"""
+
+
+class Bench:
+    """A model of a shape, and the steps on rows of any length."""
+
+    def __init__(self, shape: str, longest: int, device: torch.device) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **dict(zip(SIZES, SHAPES[shape])), max_position_embeddings=longest, tie_word_embeddings=True
+        )
+        with device:
+            self.model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.set_length(longest)
+
+    def set_length(self, length: int) -> None:
+        """Another row, and windows that read a quarter of it."""
+        self.context = ShortContext(length // 4, 3 * length // 16)
+        self.tokens = torch.randint(self.model.config.vocab_size, (1, length), device=self.model.device)
+        self.short_nll = 10 * torch.rand(1, length, device=self.model.device)
+
+    def prepare(self, name: str) -> None:
+        """Gradients of 0, so that they are there and do not grow, and the weighting."""
+        self.model.zero_grad(set_to_none=False)
+        if name in STEPS:
+            scorer = Scorer(self.model, self.context) if STEPS[name].self_scored else None
+            with_weighted_loss(self.model, STEPS[name].weighting, scorer)
+
+    def run(self, name: str) -> None:
+        if name in OTHERS:
+            loss = OTHERS[name][1](self.model, self.tokens)
+        else:
+            stored = STEPS[name].weighting.uses_short and not STEPS[name].self_scored
+            short_nll = self.short_nll if stored else None
+            loss = self.model(input_ids=self.tokens, labels=self.tokens, short_nll=short_nll).loss
+        loss.backward()
+
+    def peak_bytes(self, name: str) -> int | None:
+        """Of all tensors in a step, 0 without a GPU; None if memory does not suffice."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            self.prepare(name)
+            self.run(name)
+        except torch.OutOfMemoryError:
+            self.model.zero_grad(set_to_none=True)
+            return None
+        return torch.cuda.max_memory_allocated()
+
+    def flops(self, name: str) -> float:
+        """Of a step of ours, with the forward pass that recomputes."""
+        length = self.tokens.shape[1]
+        return step_flops(self.model, STEPS[name], length, self.context) + decoder_flops(self.model, [length])
+
+
+def peak_flops() -> float | None:
+    """Of the GPU, by its name; None if it is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def report_length(report: Report, bench: Bench, shape: str, length: int, names: list[str], rounds: int) -> None:
+    bench.set_length(length)
+    peaks = {name: bench.peak_bytes(name) for name in names}
+    fitting = [name for name, peak in peaks.items() if peak is not None]
+    print(f"{shape}, {length} tokens: {', '.join(fitting) or 'nothing'} fits", file=sys.stderr)
+    if UNIFORM not in fitting:
+        return
+    seconds = alternately({name: functools.partial(bench.run, name) for name in fitting}, rounds, bench.prepare)
+    x = f"{shape} shape, 1 x {length} tokens, windows {bench.context.size}/{bench.context.stride}, "
+    x += "bfloat16, activations recomputed"
+    needed = bench.flops(UNIFORM) - decoder_flops(bench.model, [length])
+    for name, values in seconds.items():
+        setting = {"what": "training step, forward and backward", "x": x, "implementation": name}
+        report.add(**setting, metric="tokens per second", unit="1/s", values=[length / value for value in values])
+        report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
+        if name in STEPS:
+            ratio = bench.flops(name) / bench.flops(UNIFORM)
+            report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[ratio])
+        if peak := peak_flops():
+            used = [needed / value / peak for value in values]
+            report.add(**setting, metric="model FLOPs utilization", unit="1", values=used)
+        if peaks[name]:
+            report.add(**setting, metric="peak memory", unit="GiB", values=[peaks[name] / GIB])
+    report.finish()
+
+
+def longest_that_fits(bench: Bench, name: str, limit: int) -> int:
+    """Tokens, 0 if not even the shortest: by doubling, then by halving what is left, three times."""
+
+    def fits(length: int) -> bool:
+        bench.set_length(length)
+        return bench.peak_bytes(name) is not None
+
+    low, high = 0, min(8192, limit)
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    for _ in range(3 if high <= limit else 0):
+        middle = (low + high) // 32 * 16
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def report_longest(report: Report, bench: Bench, shape: str, names: list[str], limit: int) -> None:
+    x = f"{shape} shape, 1 row, windows of a quarter, bfloat16, activations recomputed, at most {limit} tokens tried"
+    for name in names:
+        length = longest_that_fits(bench, name, limit)
+        if length:
+            setting = {"what": "longest row", "x": x, "implementation": name}
+            report.add(**setting, metric="longest row that fits", unit="tokens", values=[length])
+    report.finish()
+
+
+def main(
+    *,
+    shapes: tuple[str, ...] = ("SmolLM2-135M", "Llama-3.2-1B"),
+    lengths: tuple[int, ...] = (8192, 32768, 131072),
+    steps: tuple[str, ...] = (*OURS, *OTHERS),
+    rounds: int = 3,
+    longest: bool = False,
+    limit: int = 2**19,
+    quick: bool = False,
+    csv: Path | None = None,
+) -> None:
+    """Speed, utilization and memory of a training step on one GPU.
+
+    Args:
+        shapes: of the models.
+        lengths: tokens of the rows, multiples of 16.
+        steps: which to measure; "uniform" is needed for ratios. Those whose package is not installed are left out.
+        rounds: of timings, after one that is not counted.
+        longest: find the longest row that fits, and measure nothing else.
+        limit: tokens of the longest row to try.
+        quick: a tiny model on a short row, one round, on a CPU where there is no GPU; writes no file unless `csv` is
+            given.
+        csv: file to append rows to; by default results.csv beside this script.
+    """
+    if not (torch.cuda.is_available() or quick):
+        print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
+        return
+    if quick:
+        shapes, lengths, rounds, limit = ("tiny",), (256,), 1, 16384
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report("gpu", csv if quick or csv else RESULTS)
+    if device.type == "cuda":
+        report.conditions["device"] = torch.cuda.get_device_name()
+    names = [name for name in steps if name not in OTHERS or importlib.util.find_spec(OTHERS[name][0])]
+    for shape in shapes:
+        bench = Bench(shape, limit if longest else max(lengths), device)
+        if longest:
+            report_longest(report, bench, shape, names, limit)
+            continue
+        for length in lengths:
+            report_length(report, bench, shape, length, names, rounds)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
