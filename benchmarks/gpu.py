@@ -7,8 +7,8 @@
 It has been run by its tests only, without a GPU. The models have random weights and the shapes of SmolLM2-135M and
 Llama-3.2-1B; activations are recomputed. Steps, windows and arithmetic are those of `training.py`, plus one forward
 pass of the decoder that recomputes; the stored scores are random numbers. Beside them stand uniform losses of others on
-the same decoder's states: transformers' own, with all logits, and of the packages liger-kernel and cut-cross-entropy
-where they are installed.
+the same decoder's states: transformers' own, with all logits, and those of liger-kernel, cut-cross-entropy and TRL
+(its fused head) where they are installed.
 
 Model FLOPs utilization is what a uniform step has to compute (3 B + 3 H: neither recomputation nor scoring), over time,
 over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them. What
@@ -58,6 +58,17 @@ def of_cce(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return linear_cross_entropy(states, model.lm_head.weight, targets)
 
 
+def of_trl(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    from trl.trainer.utils import add_fused_lm_head
+
+    forward = model.forward
+    add_fused_lm_head(model)  # it puts a forward of its own over the bound one
+    try:
+        return model.forward(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
+    finally:
+        model.forward = forward
+
+
 def states_and_targets(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     return states[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
@@ -67,6 +78,7 @@ OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
     "uniform, transformers": ("transformers", of_transformers),
     "uniform, liger-kernel": ("liger_kernel", of_liger),
     "uniform, cut-cross-entropy": ("cut_cross_entropy", of_cce),
+    "uniform, trl": ("trl", of_trl),
 }
 """(package, loss)"""
 

@@ -196,6 +196,21 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     assert len(weights["ours"].unique()) > 1
 
 
+def test_uniform_losses_of_others_have_the_gradients_of_ours():
+    gpu = load("gpu")
+    bench = gpu.Bench("tiny", 64, torch.device("cpu"))
+    bench.model.double()
+    gradients = {}
+    for name in (gpu.UNIFORM, "uniform, transformers", "uniform, trl", gpu.UNIFORM):
+        bench.prepare(name)
+        bench.run(name)
+        found = [parameter.grad.clone() for parameter in bench.model.parameters()]
+        # TRL computes losses of about 6 nats in float32, and transformers rounds its logits to that.
+        torch.testing.assert_close(found, gradients.setdefault(gpu.UNIFORM, found), rtol=1e-5, atol=1e-6)
+        gradients[name] = found
+    assert all(gradient.count_nonzero() for gradient in gradients["uniform, trl"])
+
+
 @pytest.mark.parametrize("fitting", [0, 5000, 8192, 10000, 100000, 262143, 2**18, 2**20])
 def test_the_longest_row_is_found_to_an_eighth_below_the_limit(fitting):
     tried = []
