@@ -84,10 +84,13 @@ def draw_figure(results: Path, path: Path) -> None:
     from tokenweight.canvas import write_figure
     from tokenweight.plots import growth_figure
 
-    found = by_length(Results(results), TIME)
-    if not found:
+    times, memory = (
+        {kind: list(points.items()) for kind, points in by_length(Results(results), metric).items()}
+        for metric in (TIME, MEMORY)
+    )
+    if not times:
         raise SystemExit(f"{results} holds no rows of growth: run benchmarks/growth.py first")
-    write_figure(growth_figure({kind: list(points.items()) for kind, points in found.items()}), path)
+    write_figure(growth_figure(times, memory), path)
 
 
 def main(

@@ -39,6 +39,7 @@ COSTS = [
     for factor, mode in ((1, "uniform"), (2, "self-scored"))
 ]
 TIMES = {"uniform": [(1024, 90.0), (4096, 140.0), (32768, 700.5)], "self-scored dense": [(1024, 150.0), (4096, 210.0)]}
+MEMORY = {"uniform": [(1024, 60.0), (4096, 60.0), (32768, 30.0)], "self-scored dense": [(1024, 61.0)]}
 EDGES, SIZES = [0, 256, 512, 1024, 1500], [256, 512]
 
 
@@ -64,7 +65,7 @@ FIGURES = {
     "one model": lambda style: plots.loss_figure(table()[:1], EDGES, style=style),
     "cost": lambda style: plots.cost_figure(COSTS, style=style),
     "benefit": lambda style: plots.benefit_figure(table(), SIZES, style=style),
-    "growth": lambda style: plots.growth_figure(TIMES, style=style),
+    "growth": lambda style: plots.growth_figure(TIMES, MEMORY, style=style),
 }
 
 
@@ -150,15 +151,18 @@ def test_costs_are_lines_of_each_mode_over_the_lengths():
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["1k", "2k"]
 
 
-def test_times_are_drawn_by_length_on_axes_where_equal_distances_are_equal_ratios():
-    (axes,) = FIGURES["growth"]("paper").axes
-    assert lines(axes) == {
+def test_growth_is_drawn_by_length_times_where_equal_distances_are_equal_ratios_memory_from_0():
+    times, axes = FIGURES["growth"]("paper").axes
+    assert times.get_yscale() == "log"
+    assert axes.get_ylim()[0] == 0
+    assert lines(axes) == {"uniform": ([1024, 4096, 32768], [60, 60, 30]), "self-scored dense": ([1024], [61])}
+    assert lines(times) == {
         "uniform": ([1024, 4096, 32768], [90, 140, 700.5]),
         "self-scored dense": ([1024, 4096], [150, 210]),
     }
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "4k", "32k"]
     assert axes.get_xlabel() == "tokens of a row; 1k is 1024"
-    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_xscale() == "log"
 
 
 def test_models_are_named_by_their_last_folder_unless_that_is_the_same():

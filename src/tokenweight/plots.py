@@ -190,26 +190,33 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
     return figure
 
 
-def growth_figure(times: Mapping[str, Sequence[tuple[int, float]]], *, style: str = "screen") -> Figure:
-    """Time per token of a training step as rows get longer; equal distances are equal ratios.
+Growth = Mapping[str, Sequence[tuple[int, float]]]
+"""By the name of a step: (tokens of a row, what was measured)."""
+
+
+def growth_figure(times: Growth, memory: Growth, *, style: str = "screen") -> Figure:
+    """Time and memory per token of a training step as rows get longer.
 
     Args:
-        times: tokens of a row and microseconds per token, by the name of the step.
+        times: microseconds per token; equal distances are equal ratios.
+        memory: peak, in KiB per token.
         style: one of `STYLES`.
     """
     lengths = sorted({length for points in times.values() for length, _ in points})
     with styled(style):
-        figure, (axes,) = new_panels(style, [0.62])
-        for (name, points), look in zip(times.items(), line_looks(len(times))):
-            axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
-        axes.set(xscale="log", yscale="log", ylabel="time per token (µs)")
-        axes.set_xlabel(f"tokens of a row{_thousands(lengths)}")
-        axes.set_xticks(lengths, map(_tokens, lengths))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_locator(NullLocator())
-        add_head(figure, axes, style, "Time of a training step")
+        figure, panels = new_panels(style, [0.5, 0.3])
+        for axes, found in zip(panels, (times, memory)):
+            for (name, points), look in zip(found.items(), line_looks(len(found))):
+                axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
+        panels[0].set(xscale="log", yscale="log", ylabel="µs per token")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
+        panels[1].set(ylabel="KiB per token", xlabel=f"tokens of a row{_thousands(lengths)}")
+        panels[1].set_ylim(bottom=0)
+        panels[1].set_xticks(lengths, map(_tokens, lengths))
+        panels[1].xaxis.set_minor_locator(NullLocator())
+        add_head(figure, panels[0], style, "Time and memory of a training step")
     return figure
 
 
