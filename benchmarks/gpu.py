@@ -4,18 +4,21 @@
     python benchmarks/gpu.py --longest       the longest row that fits
     python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
 
-It has been run by its tests only, without a GPU. The models have random weights and the shapes of SmolLM2-135M and
-Llama-3.2-1B; activations are recomputed. Steps, windows and arithmetic are those of `training.py`, plus one forward
-pass of the decoder that recomputes; the stored scores are random numbers. Beside them stand uniform losses of others on
-the same decoder's states: transformers' own, with all logits, and those of liger-kernel, cut-cross-entropy and TRL
-(its fused head) where they are installed.
+Without a GPU it has been run by its tests; on one, and with liger-kernel or cut-cross-entropy, never. The models have
+random weights and the shapes of SmolLM2-135M and Llama-3.2-1B; activations are recomputed. Steps, windows and
+arithmetic are those of `training.py`, plus one forward pass of the decoder that recomputes; the stored scores are
+random numbers. Beside them stand uniform losses of others on the same decoder's states: transformers' own, with all
+logits, and those of liger-kernel, cut-cross-entropy (which leaves out small gradients, as it does by default) and TRL
+(its fused head), where they are installed.
 
 Model FLOPs utilization is what a uniform step has to compute (3 B + 3 H: neither recomputation nor scoring), over time,
-over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them. What
-does not fit has no row.
+over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them; all
+steps take turns in one process. What does not fit has no row.
 """
 
 import functools
+import gc
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -38,6 +41,8 @@ SHAPES = {
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (32, 64, 2, 4, 2, 256),
 }
+GPUS = {"H100 80GB HBM3": "H100", "A100": "A100", "RTX 4090": "4090"}
+"""What stands in the name of a device: the key of its peak. Other H100s than SXM have a lower one."""
 OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 
 
@@ -106,7 +111,11 @@ class Bench:
 
     def prepare(self, name: str) -> None:
         """Gradients of 0, so that they are there and do not grow, and the weighting."""
-        self.model.zero_grad(set_to_none=False)
+        gc.collect()  # a bound model is a cycle of references, and holds what it was bound to before
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         if name in STEPS:
             scorer = Scorer(self.model, self.context) if STEPS[name].self_scored else None
             with_weighted_loss(self.model, STEPS[name].weighting, scorer)
@@ -121,15 +130,14 @@ class Bench:
         loss.backward()
 
     def peak_bytes(self, name: str) -> int | None:
-        """Of all tensors in a step, 0 without a GPU; None if memory does not suffice."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        """Of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
         try:
             self.prepare(name)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             self.run(name)
-        except torch.OutOfMemoryError:
-            self.model.zero_grad(set_to_none=True)
+        except (ImportError, RuntimeError) as error:  # running out of memory is a RuntimeError of several kinds
+            print(f"{self.tokens.shape[1]} tokens, {name}: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
         return torch.cuda.max_memory_allocated()
 
@@ -142,24 +150,22 @@ class Bench:
 def peak_flops() -> float | None:
     """Of the GPU, by its name; None if it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((PEAK_FLOPS[key] for known, key in GPUS.items() if known in name), None)
 
 
 def report_length(report: Report, bench: Bench, shape: str, length: int, names: list[str], rounds: int) -> None:
     bench.set_length(length)
     peaks = {name: bench.peak_bytes(name) for name in names}
-    fitting = [name for name, peak in peaks.items() if peak is not None]
-    print(f"{shape}, {length} tokens: {', '.join(fitting) or 'nothing'} fits", file=sys.stderr)
-    if UNIFORM not in fitting:
-        return
-    seconds = alternately({name: functools.partial(bench.run, name) for name in fitting}, rounds, bench.prepare)
+    runs = {name: functools.partial(bench.run, name) for name, peak in peaks.items() if peak is not None}
+    seconds = alternately(runs, rounds, bench.prepare)
     x = f"{shape} shape, 1 x {length} tokens, windows {bench.context.size}/{bench.context.stride}, "
     x += "bfloat16, activations recomputed"
-    needed = bench.flops(UNIFORM) - decoder_flops(bench.model, [length])
+    needed = step_flops(bench.model, STEPS[UNIFORM], length, bench.context)
     for name, values in seconds.items():
         setting = {"what": "training step, forward and backward", "x": x, "implementation": name}
         report.add(**setting, metric="tokens per second", unit="1/s", values=[length / value for value in values])
-        report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
+        if UNIFORM in seconds:
+            report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
         if name in STEPS:
             ratio = bench.flops(name) / bench.flops(UNIFORM)
             report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[ratio])
@@ -172,29 +178,45 @@ def report_length(report: Report, bench: Bench, shape: str, length: int, names: 
 
 
 def longest_that_fits(bench: Bench, name: str, limit: int) -> int:
-    """Tokens, 0 if not even the shortest: by doubling, then by halving what is left, three times."""
+    """Tokens, to a sixteenth, 0 if not even 8,192 fit: by doubling, then by halving what is left, four times."""
 
     def fits(length: int) -> bool:
         bench.set_length(length)
         return bench.peak_bytes(name) is not None
 
     low, high = 0, min(8192, limit)
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    for _ in range(3 if high <= limit else 0):
+    while fits(high):
+        if high == limit:
+            return limit
+        low, high = high, min(2 * high, limit)
+    for _ in range(4 if low else 0):
         middle = (low + high) // 32 * 16
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
 def report_longest(report: Report, bench: Bench, shape: str, names: list[str], limit: int) -> None:
-    x = f"{shape} shape, 1 row, windows of a quarter, bfloat16, activations recomputed, at most {limit} tokens tried"
+    x = f"{shape} shape, 1 row, windows of a quarter, bfloat16, activations recomputed, up to {limit} tokens"
     for name in names:
         length = longest_that_fits(bench, name, limit)
         if length:
-            setting = {"what": "longest row", "x": x, "implementation": name}
+            setting = {"what": "longest row, to a sixteenth", "x": x, "implementation": name}
             report.add(**setting, metric="longest row that fits", unit="tokens", values=[length])
     report.finish()
+
+
+def refuse_unknown(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise SystemExit(f"--{option} {name}: expected one of {', '.join(map(repr, known))}")
+
+
+def installed(steps: tuple[str, ...]) -> list[str]:
+    """Those that can run; the others are named on standard error."""
+    absent = [name for name in steps if name in OTHERS and importlib.util.find_spec(OTHERS[name][0]) is None]
+    if absent:
+        print(f"not installed, and left out: {'; '.join(absent)}", file=sys.stderr)
+    return [name for name in steps if name not in absent]
 
 
 def main(
@@ -213,7 +235,8 @@ def main(
     Args:
         shapes: of the models.
         lengths: tokens of the rows, multiples of 16.
-        steps: which to measure; "uniform" is needed for ratios. Those whose package is not installed are left out.
+        steps: which to measure; without "uniform" there are no ratios of time. Those whose package is not installed are
+            left out.
         rounds: of timings, after one that is not counted.
         longest: find the longest row that fits, and measure nothing else.
         limit: tokens of the longest row to try.
@@ -221,23 +244,28 @@ def main(
             given.
         csv: file to append rows to; by default results.csv beside this script.
     """
+    refuse_unknown("steps", steps, (*STEPS, *OTHERS))
+    refuse_unknown("shapes", shapes, tuple(SHAPES))
     if not (torch.cuda.is_available() or quick):
         print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
         return
     if quick:
-        shapes, lengths, rounds, limit = ("tiny",), (256,), 1, 16384
+        shapes, lengths, rounds, limit = ("tiny",), (256,), 1, 2048
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("gpu", csv if quick or csv else RESULTS)
     if device.type == "cuda":
         report.conditions["device"] = torch.cuda.get_device_name()
-    names = [name for name in steps if name not in OTHERS or importlib.util.find_spec(OTHERS[name][0])]
+    names = installed(steps)
+    others = sorted({OTHERS[name][0].replace("_", "-") for name in names if name in OTHERS} - {"transformers"})
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
+    report.conditions["versions"] = ", ".join([report.conditions["versions"], *versions])
     for shape in shapes:
         bench = Bench(shape, limit if longest else max(lengths), device)
         if longest:
             report_longest(report, bench, shape, names, limit)
-            continue
-        for length in lengths:
+        for length in () if longest else lengths:
             report_length(report, bench, shape, length, names, rounds)
+        del bench  # before the next one is made
 
 
 if __name__ == "__main__":

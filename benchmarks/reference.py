@@ -1,6 +1,6 @@
 """One self-scored training step, forward and backward without optimizer, beside the way it was published.
 
-    python benchmarks/reference.py            some 35 minutes on two cores, 8 GiB of memory
+    python benchmarks/reference.py            some 45 minutes on two cores, 8 GiB of memory
     python benchmarks/reference.py --quick    half a minute, on a tiny model: says nothing
 
 "as published" does what the published code of the paper (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to

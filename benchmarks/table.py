@@ -3,55 +3,16 @@
 `python benchmarks/table.py` rewrites them between their markers.
 """
 
-import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-README, DOCS = FOLDER.parent / "README.md", FOLDER.parent / "docs/measured.md"
+from results import Results, by_length
+
+ROOT = Path(__file__).resolve().parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs/measured.md"
 BEGIN, END = "<!-- begin: python benchmarks/table.py -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
-
-
-class Results:
-    """The newest row of each measurement."""
-
-    def __init__(self, path: Path = FOLDER / "results.csv") -> None:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        self.rows = {(row["benchmark"], row["implementation"], row["metric"], row["x"]): row for row in rows}
-
-    def value(self, benchmark: str, implementation: str, metric: str, x: str | None = None) -> float:
-        """The median; `x` may be left out where a benchmark has one setting."""
-        found = [
-            row["p50"]
-            for key, row in self.rows.items()
-            if key[:3] == (benchmark, implementation, metric) and x in (None, key[3])
-        ]
-        if len(found) != 1:
-            raise ValueError(f"results.csv has {len(found)} rows for {benchmark}, {implementation}, {metric}, {x}")
-        return float(found[0])
-
-    def conditions(self, benchmarks: Iterable[str]) -> list[str]:
-        """Where the numbers of some benchmarks come from, in words; a line for each device with its versions."""
-        places: dict[str, list[str]] = {}
-        for (benchmark, *_), row in self.rows.items():
-            if benchmark in benchmarks:
-                commits = places.setdefault(f"{row['device']}; {row['versions']}", [])
-                commits.append(f"{benchmark} {row['commit']} ({row['date']})")
-        return [f"{place}. Commits: {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
-
-    def settings(self, benchmark: str) -> str:
-        """The setting of a benchmark that has one."""
-        return " / ".join(self.all_settings(benchmark))
-
-    def all_settings(self, benchmark: str) -> list[str]:
-        return list(dict.fromkeys(key[3] for key in self.rows if key[0] == benchmark))
-
-    def implementations(self, benchmark: str, x: str | None = None) -> list[str]:
-        """In the order in which they were measured first."""
-        return list(dict.fromkeys(key[1] for key in self.rows if key[0] == benchmark and x in (None, key[3])))
 
 
 def loss_table(results: Results) -> list[str]:
@@ -91,17 +52,22 @@ def training_table(results: Results) -> list[str]:
 
 
 def gpu_table(results: Results) -> list[str]:
-    metrics = ("tokens per second", "time / uniform", "arithmetic / uniform", "model FLOPs utilization", "peak memory")
-    forms = ("{:,.0f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.1f}")
+    forms = {
+        "tokens per second": "{:,.0f}",
+        "time / uniform": "{:.2f}",
+        "arithmetic / uniform": "{:.2f}",
+        "model FLOPs utilization": "{:.2f}",
+        "peak memory": "{:.1f}",
+        "longest row that fits": "{:,.0f}",
+    }
+    found = {key[1:]: row for key, row in results.rows.items() if key[0] == "gpu"}
     lines = []
-    for x in results.all_settings("gpu"):
-        longest = "at most" in x
-        shown = {"longest row that fits": "{:,.0f}"} if longest else dict(zip(metrics, forms))
-        heading = "Longest row of a training step" if longest else "Training step, forward and backward, on a GPU"
-        lines += [f"{heading} ({x}):", "", f"| | {' | '.join(shown)} |", "|" + "---|" * (len(shown) + 1)]
+    for what, x in dict.fromkeys((row["what"], row["x"]) for row in found.values()):
+        shown = [metric for metric in forms if any(key[1:] == (metric, x) for key in found)]
+        lines += [f"On a GPU: {what} ({x}):", "", f"| | {' | '.join(shown)} |", "|" + "---|" * (len(shown) + 1)]
         for name in results.implementations("gpu", x):
-            found = ((form, results.rows.get(("gpu", name, metric, x))) for metric, form in shown.items())
-            cells = ("" if row is None else form.format(float(row["p50"])) for form, row in found)
+            rows = ((forms[metric], found.get((name, metric, x))) for metric in shown)
+            cells = ("" if row is None else form.format(float(row["p50"])) for form, row in rows)
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return lines[:-1]
@@ -175,35 +141,27 @@ def reference_table(results: Results) -> list[str]:
     return lines[:-1]
 
 
-def by_length(results: Results, metric: str) -> dict[str, dict[int, float]]:
-    """Of the benchmark of growth, by kind of step: the values by the number of tokens of a row, short rows first."""
-    found: dict[str, dict[int, float]] = {}
-    for (benchmark, kind, name, x), row in results.rows.items():
-        if (benchmark, name) == ("growth", metric):
-            found.setdefault(kind, {})[int(re.search(r"1 x (\d+) tokens", x)[1])] = float(row["p50"])
-    return {kind: dict(sorted(values.items())) for kind, values in found.items()}
-
-
 def growth_table(results: Results) -> list[str]:
-    time, ratio, memory = (
+    time, ratio, arithmetic, memory = (
         by_length(results, metric)
         for metric in (
             "time per token",
             "time / uniform",
+            "arithmetic / uniform",
             "peak memory over model and gradients per token, freed memory given back",
         )
     )
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
     lines = [
-        f"A training step as rows get longer ({model}):",
+        f"A training step as rows get longer ({model}); in brackets what arithmetic says:",
         "",
         f"| tokens of a row | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
         "uniform, KiB per token | self-scored dense, KiB per token |",
         "|" + "---|" * (len(others) + 4),
     ]
     for length, micros in time["uniform"].items():
-        ratios = " | ".join(f"{ratio[kind][length]:.2f}" for kind in others)
+        ratios = " | ".join(f"{ratio[kind][length]:.2f} ({arithmetic[kind][length]:.2f})" for kind in others)
         kib = " | ".join(f"{memory[kind][length]:.1f}" for kind in ("uniform", "self-scored dense"))
         lines.append(f"| {length:,} | {micros:.0f} | {ratios} | {kib} |")
     return lines

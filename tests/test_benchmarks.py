@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ METRICS = {
 OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory given back"
 SLOW_METRICS = {
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
-    "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
+    "growth": {"time per token", "time / uniform", "arithmetic / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
     "reference": {
         *(
@@ -88,6 +87,11 @@ def test_a_slower_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_p
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert_complete(name, SLOW_METRICS[name], done.returncode, done.stdout + done.stderr, tmp_path / "rows.csv")
     assert_shown(name, tmp_path / "rows.csv")
+    if name == "gpu":
+        longest = [*command, "--longest", "--steps", "uniform"]
+        assert subprocess.run(longest, cwd=tmp_path).returncode == 0
+        table = load("table")
+        assert "| uniform | 2,048 |" in table.gpu_table(table.Results(tmp_path / "rows.csv"))
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
@@ -196,37 +200,10 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     assert len(weights["ours"].unique()) > 1
 
 
-def test_uniform_losses_of_others_have_the_gradients_of_ours():
-    gpu = load("gpu")
-    bench = gpu.Bench("tiny", 64, torch.device("cpu"))
-    bench.model.double()
-    gradients = {}
-    for name in (gpu.UNIFORM, "uniform, transformers", "uniform, trl", gpu.UNIFORM):
-        bench.prepare(name)
-        bench.run(name)
-        found = [parameter.grad.clone() for parameter in bench.model.parameters()]
-        # TRL computes losses of about 6 nats in float32, and transformers rounds its logits to that.
-        torch.testing.assert_close(found, gradients.setdefault(gpu.UNIFORM, found), rtol=1e-5, atol=1e-6)
-        gradients[name] = found
-    assert all(gradient.count_nonzero() for gradient in gradients["uniform, trl"])
-
-
-@pytest.mark.parametrize("fitting", [0, 5000, 8192, 10000, 100000, 262143, 2**18, 2**20])
-def test_the_longest_row_is_found_to_an_eighth_below_the_limit(fitting):
-    tried = []
-    bench = SimpleNamespace(set_length=tried.append, peak_bytes=lambda name: 0 if tried[-1] <= fitting else None)
-    found, limit = load("gpu").longest_that_fits(bench, "uniform", 2**18), 2**18
-    assert found <= min(fitting, limit)
-    assert found >= min(fitting, limit) - max(tried[-4:]) / 8
-    assert max(tried) <= limit
-
-
-def test_without_a_gpu_nothing_is_measured_and_it_is_said(tmp_path, capsys, monkeypatch):
-    gpu = load("gpu")
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    gpu.main(csv=tmp_path / "rows.csv")
-    assert "no GPU" in capsys.readouterr().err
-    assert not (tmp_path / "rows.csv").exists()
+def test_the_process_that_gives_freed_memory_back_is_told_so_and_no_other(common):
+    assert common.in_fresh_process(os.getenv, "MALLOC_MMAP_THRESHOLD_", keep_freed=False) == "131072"
+    assert os.getenv("MALLOC_MMAP_THRESHOLD_") is None
+    assert common.in_fresh_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") is None
 
 
 def test_peak_memory_of_full_logits_is_that_of_the_arrays_autograd_must_hold(quick_runs):

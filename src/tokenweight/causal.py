@@ -37,6 +37,14 @@ class CausalParts:
         """
         return self.max_packed_rows == 1
 
+    def refuse_other_head(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the output head of the model is no longer the one that was found here."""
+        if model.get_output_embeddings() is not self.output:
+            raise ValueError(
+                "the output head was replaced after with_weighted_loss or Scorer had found it, as by modules_to_save "
+                "of an adapter or by resize_token_embeddings: call them after that"
+            )
+
     @property
     def head(self) -> dict[str, Any]:
         """The arguments of `linear_nll` and `weighted_linear_cross_entropy` that describe the output head."""
@@ -195,7 +203,7 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     seen: dict[str, Any] = {}
     hooks = [
         decoder.register_forward_hook(lambda module, arguments, result: seen.update(decoded=result)),
-        output.register_forward_hook(lambda module, arguments, result: seen.update(read=arguments[0], plain=result)),
+        output.register_forward_hook(lambda module, arguments, result: seen.update(read=arguments[0])),
     ]
     try:
         with torch.no_grad(), evaluating(model):
@@ -206,7 +214,9 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     states = getattr(seen.get("decoded"), "last_hidden_state", None)
     if states is None or "read" not in seen or not torch.equal(states, seen["read"]):
         raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
-    scale = _find_scale(config, seen["plain"], expected, softcap)
+    with torch.no_grad():
+        plain = nn.functional.linear(states, output.weight, getattr(output, "bias", None))
+    scale = _find_scale(config, plain, expected, softcap)
     if scale is None:
         raise ValueError(
             f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
@@ -219,20 +229,30 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
 
 
 def _output_head(model: PreTrainedModel) -> Any:
-    """What makes logits of states, if a loss that reads its weight and bias leaves nothing out."""
+    """What makes logits of states; its weight and bias have to be all that it trains."""
     name, output = type(model).__name__, model.get_output_embeddings()
     if output is None or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
     if not output.weight.is_floating_point():
         raise ValueError(f"{name} is not supported: its output head is quantized ({output.weight.dtype})")
-    plain = (output.weight, getattr(output, "bias", None))
-    besides = [n for n, p in output.named_parameters() if p.requires_grad and all(p is not known for known in plain)]
+    besides = _trained_besides_weight_and_bias(output)
     if besides:
         raise ValueError(
             f"{name} is not supported: its output head trains {besides[0]} besides weight and bias: take the head out "
             "of the target_modules of the adapter, or train all of it (modules_to_save)"
         )
     return output
+
+
+def _trained_besides_weight_and_bias(output: Any) -> list[str]:
+    """Parameters of a head on which neither depends: an adapter that starts at 0 changes no logits, but it will."""
+    trained = {name: parameter for name, parameter in output.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        read = sum(tensor.sum() for tensor in (output.weight, getattr(output, "bias", None)) if tensor is not None)
+    if not (trained and read.requires_grad):
+        return list(trained)
+    gradients = torch.autograd.grad(read, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients) if gradient is None]
 
 
 @torch.no_grad()
@@ -251,7 +271,7 @@ def _separates(decoder: nn.Module, tokens: Int[Tensor, "1 seq"], num_rows: int) 
 
 
 def _find_scale(config: Any, plain: Tensor, expected: Tensor, softcap: float | None) -> float | None:
-    """The factor that makes logits of the head's output, of those the configuration may mean; None if none does."""
+    """The factor that makes logits of states times head, of those the configuration may mean; None if none does."""
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (plain, expected))
     wide = torch.promote_types(plain.dtype, torch.float32)
     plain, expected = plain.to(wide), expected.to(wide)
@@ -262,5 +282,5 @@ def _find_scale(config: Any, plain: Tensor, expected: Tensor, softcap: float | N
         logits = plain * scale if softcap is None else softcap * torch.tanh(plain * scale / softcap)
         errors[scale] = (logits - expected).abs().max().item()
     best = min(errors, key=lambda scale: errors[scale])
-    # Both come from the same head output: they may differ by a rounding or two of scale and cap in the model's dtype.
+    # Both come from the same product: they may differ by a rounding or two of scale and cap in the model's dtype.
     return best if errors[best] <= 8 * eps * expected.abs().max().item() else None

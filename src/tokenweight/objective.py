@@ -120,7 +120,7 @@ def _forward(
                 "compute_loss_func of a Trainer take the labels away, and with them the weights"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    refuse_replaced_head(self)
+    bound.parts.refuse_other_head(self)
     if short_nll is not None and short_nll.dtype == torch.int32:
         short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
     share = None
@@ -151,15 +151,6 @@ def _forward(
     num_ranks = 1 if bound.context is None else bound.context.size()
     output.loss /= mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
     return output
-
-
-def refuse_replaced_head(model: Any) -> None:
-    """Raise ValueError where the head of a bound model is no longer the one that the loss reads, and trains."""
-    if model.get_output_embeddings() is not model._token_weighting.parts.output:
-        raise ValueError(
-            "the output head was replaced after with_weighted_loss, as by modules_to_save of an adapter or by "
-            "resize_token_embeddings: call with_weighted_loss after that"
-        )
 
 
 def _in_two_passes(

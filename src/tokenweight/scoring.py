@@ -235,6 +235,7 @@ class Scorer:
         scored.view(-1)[target] = True
 
     def _refuse_unknown(self, tokens: Tensor, first_row: int) -> None:
+        self.parts.refuse_other_head(self.model)
         known = self.parts.head["head"].shape[0]
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from tokenweight.objective import refuse_replaced_head
 from tokenweight.training import collate
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
@@ -51,7 +50,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             )
         _refuse_masks(args, given)
         super().__init__(model, args, data_collator=_collate, **given)
-        refuse_replaced_head(_base(self.model))
+        base = _base(self.model)
+        base._token_weighting.parts.refuse_other_head(base)
         if self.aux_loss_enabled:
             raise ValueError(
                 f"SFTConfig: router_aux_loss_coef is {self.router_aux_loss_coef}, a loss that is not added to the "
