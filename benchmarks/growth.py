@@ -20,7 +20,7 @@ import tyro
 from common import GIVEN_BACK, RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now, tiny_llama
 from results import Results, by_length
 from tokenweight import Scorer, ShortContext, with_weighted_loss
-from training import STEPS, UNIFORM, run_step, step_flops
+from training import STEPS, UNIFORM, run_step
 
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
@@ -65,7 +65,6 @@ def report_length(
     """Rows of the time of every kind, and of the memory of those `weighed`."""
     bench = Bench(sizes, length, context)
     seconds = alternately({kind: functools.partial(bench.run, kind) for kind in KINDS}, rounds, bench.bind)
-    flops = {kind: step_flops(bench.model, STEPS[kind], length, context) for kind in KINDS}
     del bench
     model = (
         f"random Llama ({sizes['num_hidden_layers']} layers, {sizes['hidden_size']} wide, {sizes['vocab_size']} words)"
@@ -75,7 +74,6 @@ def report_length(
         setting = {"what": "training step, forward and backward", "x": x, "implementation": kind}
         report.add(**setting, metric=TIME, unit="µs", values=[1e6 * value / length for value in values])
         report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
-        report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[flops[kind] / flops[UNIFORM]])
         if kind not in weighed:
             continue
         peak = in_fresh_process(measure_memory, kind, sizes, length, context, keep_freed=False)

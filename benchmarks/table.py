@@ -142,26 +142,25 @@ def reference_table(results: Results) -> list[str]:
 
 
 def growth_table(results: Results) -> list[str]:
-    time, ratio, arithmetic, memory = (
+    time, ratio, memory = (
         by_length(results, metric)
         for metric in (
             "time per token",
             "time / uniform",
-            "arithmetic / uniform",
             "peak memory over model and gradients per token, freed memory given back",
         )
     )
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
     lines = [
-        f"A training step as rows get longer ({model}); in brackets what arithmetic says:",
+        f"A training step as rows get longer ({model}):",
         "",
         f"| tokens of a row | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
         "uniform, KiB per token | self-scored dense, KiB per token |",
         "|" + "---|" * (len(others) + 4),
     ]
     for length, micros in time["uniform"].items():
-        ratios = " | ".join(f"{ratio[kind][length]:.2f} ({arithmetic[kind][length]:.2f})" for kind in others)
+        ratios = " | ".join(f"{ratio[kind][length]:.2f}" for kind in others)
         kib = " | ".join(f"{memory[kind][length]:.1f}" for kind in ("uniform", "self-scored dense"))
         lines.append(f"| {length:,} | {micros:.0f} | {ratios} | {kib} |")
     return lines

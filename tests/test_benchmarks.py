@@ -26,7 +26,7 @@ METRICS = {
 OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory given back"
 SLOW_METRICS = {
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
-    "growth": {"time per token", "time / uniform", "arithmetic / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
+    "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
     "reference": {
         *(

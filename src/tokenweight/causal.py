@@ -201,9 +201,15 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     softcap = getattr(config, "final_logit_softcapping", None)
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
     seen: dict[str, Any] = {}
+
+    def at_head(head: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+        # Here rather than later: under the autocast of a trained model, if it has one.
+        plain = nn.functional.linear(arguments[0], head.weight, getattr(head, "bias", None))
+        seen.update(read=arguments[0], plain=plain)
+
     hooks = [
         decoder.register_forward_hook(lambda module, arguments, result: seen.update(decoded=result)),
-        output.register_forward_hook(lambda module, arguments, result: seen.update(read=arguments[0])),
+        output.register_forward_hook(at_head),
     ]
     try:
         with torch.no_grad(), evaluating(model):
@@ -214,9 +220,7 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     states = getattr(seen.get("decoded"), "last_hidden_state", None)
     if states is None or "read" not in seen or not torch.equal(states, seen["read"]):
         raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
-    with torch.no_grad():
-        plain = nn.functional.linear(states, output.weight, getattr(output, "bias", None))
-    scale = _find_scale(config, plain, expected, softcap)
+    scale = _find_scale(config, seen["plain"], expected, softcap)
     if scale is None:
         raise ValueError(
             f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
