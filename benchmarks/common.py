@@ -205,6 +205,11 @@ def _status_bytes(key: str) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
+def plain_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers computes from tokens as labels, whether the model is bound to a weighted loss or not."""
+    return type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
 def decoder_flops(model: Any, lengths: Sequence[int], *, causal: bool = True) -> int:
     """Floating-point operations of one forward pass through the decoder, without the head.
 

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 import tyro
 
-from common import GIB, RESULTS, Report, alternately, decoder_flops
+from common import GIB, RESULTS, Report, alternately, decoder_flops, plain_loss
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from tokenweight.gpus import PEAK_FLOPS
-from training import STEPS, UNIFORM, step_flops
+from training import STEPS, UNIFORM, run_step, step_flops
 
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -44,10 +44,6 @@ SHAPES = {
 GPUS = {"H100 80GB HBM3": "H100", "A100": "A100", "RTX 4090": "4090"}
 """What stands in the name of a device: the key of its peak. Other H100s than SXM have a lower one."""
 OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
-
-
-def of_transformers(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    return type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss  # never the bound one
 
 
 def of_liger(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -80,7 +76,7 @@ def states_and_targets(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
-    "uniform, transformers": ("transformers", of_transformers),
+    "uniform, transformers": ("transformers", plain_loss),
     "uniform, liger-kernel": ("liger_kernel", of_liger),
     "uniform, cut-cross-entropy": ("cut_cross_entropy", of_cce),
     "uniform, trl": ("trl", of_trl),
@@ -122,12 +118,9 @@ class Bench:
 
     def run(self, name: str) -> None:
         if name in OTHERS:
-            loss = OTHERS[name][1](self.model, self.tokens)
+            OTHERS[name][1](self.model, self.tokens).backward()
         else:
-            stored = STEPS[name].weighting.uses_short and not STEPS[name].self_scored
-            short_nll = self.short_nll if stored else None
-            loss = self.model(input_ids=self.tokens, labels=self.tokens, short_nll=short_nll).loss
-        loss.backward()
+            run_step(self.model, self.tokens, self.short_nll if STEPS[name].reads_stored else None, autocast=False)
 
     def peak_bytes(self, name: str) -> int | None:
         """Of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""

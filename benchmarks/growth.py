@@ -43,8 +43,7 @@ class Bench:
         with_weighted_loss(self.model, STEPS[kind].weighting, scorer)
 
     def run(self, kind: str) -> None:
-        stored = STEPS[kind].weighting.uses_short and not STEPS[kind].self_scored
-        run_step(self.model, self.tokens, self.short_nll if stored else None, autocast=False)
+        run_step(self.model, self.tokens, self.short_nll if STEPS[kind].reads_stored else None, autocast=False)
 
 
 def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:

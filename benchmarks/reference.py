@@ -31,7 +31,17 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import GIB, GIVEN_BACK, RESULTS, Report, alternately, in_fresh_process, model_and_row, peak_bytes_over_now
+from common import (
+    GIB,
+    GIVEN_BACK,
+    RESULTS,
+    Report,
+    alternately,
+    in_fresh_process,
+    model_and_row,
+    peak_bytes_over_now,
+    plain_loss,
+)
 from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
 from tokenweight.windows import windows
 
@@ -115,7 +125,7 @@ def run_step(model: Any, tokens: torch.Tensor, context: ShortContext, name: str)
     elif name == DECODER:
         loss = decoder_alone(model, tokens, context)
     else:
-        loss = type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss  # never the bound one
+        loss = plain_loss(model, tokens)
     loss.backward()
 
 

@@ -41,6 +41,11 @@ class Step:
     weighting: Weighting
     self_scored: bool
 
+    @property
+    def reads_stored(self) -> bool:
+        """Whether it needs the column of short losses."""
+        return self.weighting.uses_short and not self.self_scored
+
 
 STEPS = {
     UNIFORM: Step(parse_weighting("uniform"), self_scored=False),
@@ -87,7 +92,7 @@ def measure(
 
     runs: dict[str, Callable[[], Any]] = {}
     for name, step in STEPS.items():
-        column = short_nll if step.weighting.uses_short and not step.self_scored else None
+        column = short_nll if step.reads_stored else None
         runs[name] = functools.partial(run_step, model, tokens, column, autocast)
     return alternately(runs, rounds, prepare)
 

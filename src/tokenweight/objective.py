@@ -120,7 +120,6 @@ def _forward(
                 "compute_loss_func of a Trainer take the labels away, and with them the weights"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    bound.parts.refuse_other_head(self)
     if short_nll is not None and short_nll.dtype == torch.int32:
         short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
     share = None
@@ -128,7 +127,7 @@ def _forward(
         share = share_of_rows(position_ids, bound.context)
         labels = share.labels(shift_labels)
         short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
-    _refuse(bound, input_ids, labels, shift_labels, short_nll, kwargs)
+    _refuse(self, input_ids, labels, shift_labels, short_nll, kwargs)
     kwargs.pop("return_dict", None)
     kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
     mask = prediction_mask(labels, position_ids if share is None else None)
@@ -212,7 +211,7 @@ def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callabl
 
 
 def _refuse(
-    bound: _Binding,
+    model: Any,
     input_ids: Tensor | None,
     labels: Tensor,
     shift_labels: Tensor | None,
@@ -220,6 +219,8 @@ def _refuse(
     kwargs: dict[str, Any],
 ) -> None:
     """Refuse what would make the weights silently wrong or absent."""
+    bound: _Binding = model._token_weighting
+    bound.parts.refuse_other_head(model)
     if shift_labels is not None and bound.context is None:
         raise ValueError(
             "a model with a weighted loss found shift_labels, as of rows that are split over a context: expected "

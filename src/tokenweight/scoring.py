@@ -107,7 +107,7 @@ class Scorer:
         Raises:
             ValueError: if a loss is not finite, naming row and position, or a token is not in the model's vocabulary.
         """
-        self._refuse_unknown(tokens, first_row)
+        self._refuse(tokens, first_row)
         dtype = torch.promote_types(self.parts.head["head"].dtype, torch.float32)
         short_nll = (
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
@@ -137,7 +137,7 @@ class Scorer:
 
         Args, Returns, Raises: as for the short loss.
         """
-        self._refuse_unknown(tokens, first_row)
+        self._refuse(tokens, first_row)
         losses: dict[int, Tensor] = {}
 
         def read(rows: list[int]) -> None:
@@ -234,7 +234,8 @@ class Scorer:
         short_nll.view(-1)[target] = losses.to(short_nll.dtype)
         scored.view(-1)[target] = True
 
-    def _refuse_unknown(self, tokens: Tensor, first_row: int) -> None:
+    def _refuse(self, tokens: Tensor, first_row: int) -> None:
+        """Refuse a model whose head was replaced, and tokens that it does not know."""
         self.parts.refuse_other_head(self.model)
         known = self.parts.head["head"].shape[0]
         unknown = (tokens < 0) | (tokens >= known)
