@@ -25,11 +25,8 @@ import tyro
 
 from common import GIB, RESULTS, Report, alternately, in_fresh_process, model_and_row, tiny_llama
 from tokenweight import ShortContext, load_tokenizer
-from tokenweight.columns import RowScorer
-from tokenweight.demo import packaged_model
-from tokenweight.documents import Document, find_sources, read_documents
-from tokenweight.rows import load_rows, prepare_rows
-from tokenweight.store import score_rows
+from tokenweight.cli.demo import packaged_model
+from tokenweight.data import Document, RowScorer, find_sources, load_rows, prepare_rows, read_documents, score_rows
 
 PREPARE, MAP = "tokenweight.prepare_rows", "datasets.map"
 LENGTH = 4096

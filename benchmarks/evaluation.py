@@ -26,12 +26,9 @@ import tyro
 
 from common import RESULTS, Report, alternately, model_and_row
 from tokenweight import Scorer, ShortContext
-from tokenweight.benefit import key_tokens
-from tokenweight.causal import prediction_mask
-from tokenweight.evalplan import EvalSettings, Plan, make_plan
-from tokenweight.intervals import row_sums
-from tokenweight.measures import Rows, open_weights, row_measures
-from tokenweight.windows import windows
+from tokenweight.data import key_tokens
+from tokenweight.evaluate import EvalSettings, Plan, Rows, make_plan, open_weights, row_measures, row_sums
+from tokenweight.method import prediction_mask, sliding_windows
 
 OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
@@ -41,7 +38,7 @@ def inputs(plan: Plan, tokens: torch.Tensor) -> list[torch.Tensor]:
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
     for size, stride in contexts:
-        spans = windows(tokens.shape[1], size, stride)
+        spans = sliding_windows(tokens.shape[1], size, stride)
         read.append(torch.stack([tokens[0, w.start : w.start + size] for w in spans if w.stop - w.start == size]))
     return read
 
@@ -75,7 +72,7 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int,
     from longppl.longppl import compute_longppl
 
     from tokenweight import load_tokenizer
-    from tokenweight.demo import packaged_model
+    from tokenweight.cli.demo import packaged_model
 
     name, model, tokens = model_and_row(length, quick=False)
     tokenizer = load_tokenizer(packaged_model())

@@ -25,19 +25,13 @@ import tyro
 import yaml
 
 from evidence_table import mean, tabulate
-from tokenweight.checkpoints import last_whole
-from tokenweight.demo import INSTALL, packaged_model
-from tokenweight.documents import Document, find_sources, read_documents
-from tokenweight.evalplan import EvalSettings
-from tokenweight.evaluate import evaluate
-from tokenweight.model import load_model, load_tokenizer, own_device, token_nll, tokenizer_fingerprint
-from tokenweight.recipe import TrainSettings, refuse_unknown
+from tokenweight.cli.demo import INSTALL, packaged_model
+from tokenweight.data import Document, find_sources, load_rows, prepare_rows, read_documents, score_folder
+from tokenweight.evaluate import EvalSettings, evaluate
+from tokenweight.method import ShortContext, parse_weighting
+from tokenweight.models import load_model, load_tokenizer, own_device, token_nll, tokenizer_fingerprint
 from tokenweight.records import differences, environment, read_json, write_json
-from tokenweight.rows import load_rows, prepare_rows
-from tokenweight.scoring import ShortContext
-from tokenweight.store import score_folder
-from tokenweight.training import train
-from tokenweight.weighting import parse_weighting
+from tokenweight.train import TrainSettings, last_whole, refuse_unknown, train
 
 BEGUN = time.perf_counter()
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenweight.canvas import write_figure
-from tokenweight.comparison import Entry, Measure, compare, csv_text, grid_markdown, markdown
-from tokenweight.plots import benefit_figure, loss_figure
+from tokenweight.evaluate import Entry, Measure, compare, csv_text, grid_markdown, markdown
 from tokenweight.records import read_json, write_json
+from tokenweight.view import benefit_figure, loss_figure, write_figure
 
 LINES = 6
 """Of a figure, so that each looks different."""

@@ -30,7 +30,7 @@ import tyro
 
 from common import GIB, RESULTS, Report, alternately, decoder_flops, plain_loss
 from tokenweight import Scorer, ShortContext, with_weighted_loss
-from tokenweight.gpus import PEAK_FLOPS
+from tokenweight.plan import PEAK_FLOPS
 from training import STEPS, UNIFORM, run_step, step_flops
 
 SIZES = (

@@ -80,8 +80,7 @@ def report_length(
 
 
 def draw_figure(results: Path, path: Path) -> None:
-    from tokenweight.canvas import write_figure
-    from tokenweight.plots import growth_figure
+    from tokenweight.view import growth_figure, write_figure
 
     times, memory = (
         {kind: list(points.items()) for kind, points in by_length(Results(results), metric).items()}

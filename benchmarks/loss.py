@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 
 from common import GIB, RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now
-from tokenweight.loss import BUFFER_BYTES, weighted_linear_cross_entropy
+from tokenweight.method import BUFFER_BYTES, weighted_linear_cross_entropy
 
 OURS = {
     "tokenweight, uniform weights": "uniform",

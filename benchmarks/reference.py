@@ -43,7 +43,7 @@ from common import (
     plain_loss,
 )
 from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
-from tokenweight.windows import windows
+from tokenweight.method import sliding_windows
 
 WEIGHTINGS = {"dense": Dense(interpolation=0.75), "sparse": Sparse(keep=0.2)}
 UNIFORM, DECODER, PUBLISHED, OURS = "uniform, transformers", "decoder alone", "as published", "tokenweight"
@@ -69,7 +69,7 @@ def published_short_nll(
 ) -> torch.Tensor:
     """[batch, seq - 1]: of a model that scores itself, so that the first window is not read."""
     short_nll = long_nll.clone()
-    for start, first, stop in windows(tokens.shape[1], context.size, context.stride):
+    for start, first, stop in sliding_windows(tokens.shape[1], context.size, context.stride):
         logits = model(input_ids=tokens[:, start:stop], use_cache=False).logits
         losses = shifted_nll(logits, tokens[:, start:stop])
         unused_entropy(logits)
@@ -103,7 +103,7 @@ def published_loss(
 def decoder_alone(model: Any, tokens: torch.Tensor, context: ShortContext) -> torch.Tensor:
     states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     with torch.no_grad():
-        for start, _, stop in windows(tokens.shape[1], context.size, context.stride):
+        for start, _, stop in sliding_windows(tokens.shape[1], context.size, context.stride):
             model.base_model(input_ids=tokens[:, start:stop], use_cache=False)
     return states.sum()
 

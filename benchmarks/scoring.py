@@ -22,9 +22,8 @@ import tyro
 
 from common import RESULTS, Report, alternately, model_and_row
 from tokenweight import Scorer, ShortContext
-from tokenweight.columns import RowScorer
-from tokenweight.store import score_rows
-from tokenweight.windows import windows
+from tokenweight.data import RowScorer, score_rows
+from tokenweight.method import sliding_windows
 
 SCORER = "tokenweight.Scorer"
 STORED = "tokenweight.score_rows, to disk"
@@ -34,7 +33,10 @@ ROW = "forward of the row"
 
 def window_batch(tokens: torch.Tensor, context: ShortContext) -> torch.Tensor:
     """What the scorer reads of a row, as one batch; all windows must be full."""
-    spans = [(0, context.size), *((w.start, w.stop) for w in windows(tokens.shape[1], context.size, context.stride))]
+    spans = [
+        (0, context.size),
+        *((w.start, w.stop) for w in sliding_windows(tokens.shape[1], context.size, context.stride)),
+    ]
     return torch.stack([tokens[0, start:stop] for start, stop in spans])
 
 

@@ -29,7 +29,7 @@ import tyro
 
 from common import RESULTS, Report, alternately, decoder_flops, head_flops, model_and_row
 from tokenweight import Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
-from tokenweight.windows import windows
+from tokenweight.method import sliding_windows
 
 UNIFORM = "uniform"
 
@@ -68,7 +68,7 @@ def step_flops(model: Any, step: Step, length: int, context: ShortContext) -> fl
         head_products = 1 + 3 * kept
     scoring = 0
     if step.self_scored:
-        parts = windows(length, context.size, context.stride)
+        parts = sliding_windows(length, context.size, context.stride)
         scoring = decoder_flops(model, [w.stop - w.start for w in parts])
         scoring += head_flops(model, sum(w.stop - w.first for w in parts))
     return 3 * decoder + head_products * head + scoring

@@ -35,4 +35,10 @@ def folders(tmp_path):
 @pytest.fixture
 def shards_of_two(monkeypatch):
     """Scores are stored in shards of two rows of `models.some_rows`."""
-    monkeypatch.setattr("tokenweight.store.SHARD_TOKENS", 2 * models.LENGTH + 1)
+    monkeypatch.setattr("tokenweight.data.score.SHARD_TOKENS", 2 * models.LENGTH + 1)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "framed"])
+def framed(request):
+    """Whether a tokenizer puts BOS before a text and EOS after it."""
+    return request.param

@@ -1,0 +1,32 @@
+"""The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from tokenweight import evaluate
+from tokenweight.cli.progress import progress_bar
+from tokenweight.evaluate import EvalSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(EvalSettings):
+    """Measure a model at long and at short range, and compare it with its baseline in one table."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Folder, hub id or .gguf file of the model."""
+
+    def run(self) -> None:
+        """Write the folder and print the table."""
+        from rich.console import Console
+
+        with progress_bar("tokens") as advance:
+            record = evaluate.evaluate(self, progress=advance)
+        table = evaluate.read_table(record)
+        console = Console()
+        tables = evaluate.terminal_tables(table, width=console.width)
+        console.print(*tables, *evaluate.notes(table, unit=record["unit"]), sep="\n")
+        print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
+        if self.baseline is not None and evaluate.add_evaluation(self.model, record):
+            print(f"{self.model}/README.md: the evaluation in the model card")

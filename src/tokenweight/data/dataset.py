@@ -1,0 +1,258 @@
+"""Documents -> rows of tokens of one length, in a folder that `datasets.load_from_disk` opens."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.data.documents import find_sources, read_documents
+from tokenweight.data.prepare import special_tokens
+from tokenweight.data.shards import dataset_files, verify
+from tokenweight.method import ShortContext, default_stride, prediction_mask
+from tokenweight.models import (
+    Scorer,
+    context_length,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    own_device,
+    refuse_length,
+    refuse_tokenizer,
+    token_nll,
+)
+from tokenweight.records import read_json
+
+_ROWS_READ = 64  # at a time, when all rows are looked at
+
+
+def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
+    """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
+
+    Raises:
+        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is damaged.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
+    verify(Path(folder))
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except IndexError:  # so `datasets` says that there are none
+        raise ValueError(f"{folder} holds no rows") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished `datasets` folder: {' '.join(str(error).split())}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        raise ValueError(f"{folder} holds several splits ({', '.join(rows)}): name one of its folders")
+    if "input_ids" not in rows.column_names:
+        raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise ValueError(f"{folder} holds no rows")
+    return rows.with_format("numpy")
+
+
+def row_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
+    lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
+    return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+
+
+def token_range(rows: datasets.Dataset) -> tuple[int, int]:
+    """The smallest and the largest token id of all rows."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
+    ranges = [pc.min_max(batch.column("input_ids").combine_chunks().flatten()).as_py() for batch in batches]
+    return min(found["min"] for found in ranges), max(found["max"] for found in ranges)
+
+
+def rows_fingerprint(rows: datasets.Dataset) -> str:
+    """16 hex digits of all token ids, positions and labels, in order: what losses depend on."""
+    columns = [name for name in ("input_ids", "position_ids", "labels") if name in rows.column_names]
+    digest = hashlib.sha256(",".join(columns).encode())
+    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_READ):
+        for name in columns:
+            column = batch.column(name).combine_chunks()
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+logger = logging.getLogger(__name__)
+TEXT_LENGTH = 4096
+"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
+_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
+
+
+def load_scores(
+    folder: str | os.PathLike[str], *, size: int | None = None, stride: int | None = None
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Open a scored folder: its rows, and its provenance (empty, if it was not made by `score_rows`).
+
+    The chosen scores are the column `short_nll`. Settings of windows that these were not made with are warned of.
+
+    Args:
+        size: of the short context, where scores of several are stored.
+        stride: expected.
+
+    Raises:
+        ValueError: if it is not finished, holds no scores (of that size), or is not what was scored.
+    """
+    return choose_scores(load_rows(folder), folder, size=size, stride=stride)
+
+
+def choose_scores(
+    rows: datasets.Dataset, folder: str | os.PathLike[str], *, size: int | None = None, stride: int | None = None
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """`load_scores` of rows that `load_rows` has opened."""
+    provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
+    if provenance:
+        _refuse_resaved(Path(folder))
+    rows = _chosen(rows, provenance, folder, size, stride)
+    if not provenance:
+        logger.warning("%s does not say who scored it: its scores are used as they are", folder)
+    return rows, provenance
+
+
+def has_scores(rows: datasets.Dataset) -> bool:
+    """Whether the rows have short losses, of one context or several."""
+    return any(name.startswith("short_nll") for name in rows.column_names)
+
+
+def _chosen(
+    rows: datasets.Dataset, provenance: dict[str, Any], folder: object, size: int | None, stride: int | None
+) -> datasets.Dataset:
+    if not has_scores(rows):
+        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
+    found = {"size": provenance.get("size"), "stride": provenance.get("stride")}
+    if "short_nll" not in rows.column_names:
+        sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
+        if size not in sizes:
+            known = ", ".join(map(str, sizes))
+            other = "" if size is None else f", not {size}"
+            raise ValueError(f"size: {folder} holds scores with contexts of {known} tokens{other}: name one of them")
+        rows = rows.rename_column(f"short_nll_{size}", "short_nll")
+        strides = dict(zip(found["size"] or (), found["stride"] or ()))
+        found = {"size": size, "stride": strides.get(size)}
+    for name, ours in (("size", size), ("stride", stride)):
+        if None not in (ours, found[name]) and ours != found[name]:
+            logger.warning("%s was scored with %s %s, not %s: it is used as it is", folder, name, found[name], ours)
+    return rows
+
+
+def _refuse_resaved(folder: Path) -> None:
+    for name in dataset_files(folder):
+        if not name.startswith("scores-"):
+            raise ValueError(f"{folder} was changed after it was scored: its rows are in {name}; score them again")
+
+
+class ScoredRow(NamedTuple):
+    """One scored row, as a batch of one, with what reads it."""
+
+    tokens: Int[Tensor, "1 seq"]
+    long_nll: Float[Tensor, "1 seq"]
+    short_nll: Float[Tensor, "1 seq"]
+    mask: Bool[Tensor, "1 seq"]
+    tokenizer: PreTrainedTokenizerBase | None
+    position_ids: Int[Tensor, "1 seq"] | None = None
+    """Where they restart at 0, a packed document begins; without them the row is one document."""
+
+
+def read_row(
+    folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
+) -> ScoredRow:
+    """The row of that number; see `read_rows`."""
+    return read_rows(folder, number, 1, model_name, size=size)[0]
+
+
+def read_rows(
+    folder: str | os.PathLike[str], first: int, num: int, model_name: str | None = None, *, size: int | None = None
+) -> list[ScoredRow]:
+    """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
+
+    Args:
+        first: number of the first row, from 0.
+        num: of rows; fewer, where the folder ends.
+        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
+            those that are not stored.
+        size: of the short context, where scores of several are stored.
+
+    Raises:
+        ValueError: if there is no such row, or no model is named where one is needed.
+    """
+    rows, provenance = load_scores(folder, size=size)
+    if not 0 <= first < len(rows):
+        raise ValueError(f"--row {first}: {folder} has rows 0 to {len(rows) - 1}")
+    name = model_name or provenance.get("model")
+    revision = provenance.get("revision") if name == provenance.get("model") else None
+    tokenizer = None if name is None else find_tokenizer(name, revision=revision)
+    refuse_tokenizer(tokenizer, str(name), provenance, folder)
+    model = None
+    if model_name or "long_nll" not in rows.column_names:
+        if name is None:
+            raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
+        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
+    found = []
+    for row in rows.select(range(first, min(first + num, len(rows)))):
+        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
+        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+        if model is None:
+            long_nll = columns["long_nll"]
+        else:
+            refuse_length(model.config, tokens.shape[1], f"{folder}: rows")
+            places = None if positions is None else positions.to(model.device)
+            long_nll = token_nll(model, tokens.to(model.device), places)
+        mask = prediction_mask(columns.get("labels", tokens), positions)
+        losses = long_nll.float().cpu(), columns["short_nll"].float()
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions))
+    return found
+
+
+def score_text(
+    path: str | os.PathLike[str],
+    model_name: str,
+    *,
+    number: int = 0,
+    length: int | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+) -> ScoredRow:
+    """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
+
+    Args:
+        path: of a file that `prepare` reads.
+        model_name: gives tokenizer and losses.
+        number: of the row, from 0.
+        length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
+        size, stride: of the short context; by default a quarter of the row, and three quarters of that.
+
+    Raises:
+        ValueError: if there is no such row, or no token of it would have a shorter context.
+    """
+    document = next(read_documents(find_sources([path])), None)
+    if document is None or not document.text.strip():
+        raise ValueError(f"{path} holds no text")
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
+    if length is None:
+        length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
+    refuse_length(model.config, length, f"{path}: rows")
+    text = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = special_tokens(tokenizer)[0] + text
+    row = ids[number * length : (number + 1) * length] if number >= 0 else []
+    if not row:
+        raise ValueError(f"--row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    size = len(row) // 4 if size is None else size
+    if size >= len(row):
+        raise ValueError(f"--size {size}: the row has {len(row)} tokens: no token would have a shorter context")
+    context = ShortContext(size, default_stride(size) if stride is None else stride)
+    scorer = Scorer(model, context, bos=tokenizer.bos_token_id)
+    tokens = torch.tensor([row], device=model.device)
+    long_nll = scorer.long_nll(tokens, first_row=number)
+    short_nll = scorer(tokens, long_nll=long_nll, first_row=number)
+    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), prediction_mask(tokens).cpu(), tokenizer)

@@ -1,0 +1,233 @@
+"""Scored rows -> rows with their loss weights, in the columns that other trainers read. See docs/export.md."""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int
+
+from tokenweight.data.dataset import load_scores
+from tokenweight.data.shards import finish_dataset, new_shard, unlock
+from tokenweight.method import Weighting, prediction_mask, refuse_nonfinite
+from tokenweight.records import environment, write_json
+
+_ROWS_PER_BATCH = 16
+"""Rows held in memory at once."""
+_TINY = 1e-30
+"""In place of a weight of 0, where 0 would mean that the token is not predicted: float32 and bfloat16 hold it, and no
+sum of losses feels it."""
+
+
+class WeighedRow(NamedTuple):
+    """One row, or one document of it, with what a loss needs."""
+
+    number: int
+    """Of the row, from 0."""
+    tokens: Int[np.ndarray, "seq"]
+    weights: Float[np.ndarray, "seq"]
+    """0 where no token is predicted."""
+    mask: Bool[np.ndarray, "seq"]
+    """True where a token is predicted and counts."""
+    positions: Int[np.ndarray, "seq"] | None
+
+    @property
+    def labels(self) -> Int[np.ndarray, "seq"]:
+        """The tokens, -100 where none is predicted."""
+        return np.where(self.mask, self.tokens, np.int32(-100))
+
+
+@dataclass
+class ExportSummary:
+    """What was written, counted in rows of the new data set and in tokens."""
+
+    rows: int = 0
+    tokens: int = 0
+    predicted: int = 0
+    sum_weights: float = 0.0
+    left_out: int = 0
+    """Documents in which no token is predicted, where each document gets a row of its own."""
+
+    def __str__(self) -> str:
+        mean = self.sum_weights / max(1, self.predicted)
+        left_out = f"; {self.left_out:,} documents left out, in which none is" if self.left_out else ""
+        predicted = f"{self.predicted:,} of them predicted, with a mean weight of {mean:.4g}"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {predicted}{left_out}"
+
+
+def export_weights(
+    folder: str | os.PathLike[str],
+    weighting: Weighting,
+    out: str | os.PathLike[str],
+    *,
+    format: str,
+    size: int | None = None,
+) -> ExportSummary:
+    """Weigh the rows of a scored folder and write them to the new folder `out`, made whole or not at all.
+
+    `out` opens with `datasets.load_from_disk`, or as the Arrow file `data.arrow` in it. `weights.json` beside it says
+    which scores and which weighting made the weights.
+
+    Args:
+        folder: scored with the long losses.
+        format: hf, trl, llamafactory, ms-swift or tinker: docs/export.md says how each of them uses the weights.
+        size: of the short context, where scores of several are stored.
+
+    Raises:
+        ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
+            format cannot carry what a row holds.
+    """
+    out = Path(out)
+    if format not in _FORMATS:
+        raise ValueError(f"--format {format}: expected one of {', '.join(_FORMATS)}")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    rows, provenance = load_scores(folder, size=size)
+    if "long_nll" not in rows.column_names:
+        raise ValueError(f"{folder} has no column long_nll: score its rows anew, with `tokenweight score --long`")
+    sizes = provenance.get("size")
+    if isinstance(sizes, int) and size not in (None, sizes):
+        raise ValueError(f"--size {size}: {folder} was scored with {sizes}")
+    summary = ExportSummary()
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
+        note = {
+            "format": format,
+            "weighting": str(weighting),
+            "size": sizes if isinstance(sizes, int) else size,
+            **vars(summary),
+        }
+        write_json(unfinished / "weights.json", {**note, "scores": provenance, "environment": environment()})
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return summary
+
+
+def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[WeighedRow]:
+    """Weigh rows that hold `input_ids`, `long_nll` and `short_nll`, one at a time.
+
+    Args:
+        rows: in numpy format; `position_ids` and `labels` say, if they are there, which tokens are predicted.
+
+    Raises:
+        ValueError: naming a row whose columns differ in length, in which a loss or weight is not finite, or whose
+            labels are not its tokens: the losses are those of the tokens.
+    """
+    names = ["input_ids", "long_nll", "short_nll", *({"position_ids", "labels"} & set(rows.column_names))]
+    for number, row in enumerate(rows.select_columns(names)):
+        tokens = row["input_ids"]
+        for name in names:
+            if len(row[name]) != len(tokens):
+                raise ValueError(f"row {number} has {len(tokens)} tokens and {len(row[name])} values {name}")
+        columns = {name: torch.as_tensor(np.array(row[name]))[None] for name in names}
+        mask = prediction_mask(columns.get("labels", columns["input_ids"]), columns.get("position_ids"))
+        if "labels" in columns and (differs := mask & (columns["labels"] != columns["input_ids"])).any():
+            position = int(differs.nonzero()[0, 1])
+            raise ValueError(f"row {number}: label and token {position} differ: expected the token, or -100")
+        for name in ("long_nll", "short_nll"):
+            refuse_nonfinite({name: columns[name]}, mask, first_row=number)
+        try:
+            weights = weighting(columns["long_nll"], columns["short_nll"], mask).float()
+        except ValueError as error:  # which counts the rows of its batch
+            raise ValueError(f"row {number}, weighed alone: {error}") from None
+        tokens = tokens.astype(np.int32)
+        yield WeighedRow(number, tokens, weights[0].numpy(), mask[0].numpy(), row.get("position_ids"))
+
+
+def _documents(row: WeighedRow) -> list[WeighedRow]:
+    """The documents of a row, for a format that does not know positions."""
+    if row.positions is None:
+        return [row]
+    starts = np.flatnonzero(row.positions == 0)
+    ends = [*starts[1:], len(row.tokens)]
+    counted = [np.arange(end - start) for start, end in zip(starts, ends)]
+    if not np.array_equal(row.positions, np.concatenate([*counted, np.arange(0)])):
+        raise ValueError(f"row {row.number}: position_ids skip positions, which only --format hf can carry")
+    return [
+        WeighedRow(row.number, row.tokens[start:end], row.weights[start:end], row.mask[start:end], None)
+        for start, end in zip(starts, ends)
+    ]
+
+
+def _hf(row: WeighedRow) -> dict[str, Any]:
+    columns = {"input_ids": row.tokens, "labels": row.labels, "loss_weights": row.weights}
+    return columns if row.positions is None else {**columns, "position_ids": row.positions.astype(np.int32)}
+
+
+def _trl(row: WeighedRow) -> dict[str, Any]:
+    seq_lengths = [len(document.tokens) for document in _documents(row)]
+    return {**_hf(row._replace(positions=None)), "seq_lengths": seq_lengths}
+
+
+def _ms_swift(document: WeighedRow) -> dict[str, Any]:
+    if (document.weights < 0).any():
+        raise ValueError(f"row {document.number} has a negative weight, which ms-swift takes for: not predicted")
+    loss_scale = np.where(document.mask, document.weights.clip(min=_TINY), np.float32(0))
+    content = {"token_ids": document.tokens, "loss_scale": loss_scale}
+    return {"messages": [{"role": "assistant", "content": content}], "lengths": len(document.tokens)}
+
+
+def _tinker(document: WeighedRow) -> dict[str, Any]:
+    tokens = document.tokens
+    return {"model_input": tokens[:-1], "target_tokens": tokens[1:], "weights": document.weights[1:]}
+
+
+class _Format(NamedTuple):
+    columns: Callable[[WeighedRow], dict[str, Any]]
+    splits: bool
+    """Whether each document gets a row of its own: the tool does not read positions."""
+
+
+_FORMATS = {
+    "hf": _Format(_hf, False),
+    "trl": _Format(_trl, False),
+    "llamafactory": _Format(_hf, True),
+    "ms-swift": _Format(_ms_swift, True),
+    "tinker": _Format(_tinker, True),
+}
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_CONTENT = pa.struct({"token_ids": _INTS, "loss_scale": _FLOATS})
+_TYPES = {
+    **dict.fromkeys(["input_ids", "labels", "position_ids", "seq_lengths", "model_input", "target_tokens"], _INTS),
+    **dict.fromkeys(["loss_weights", "weights"], _FLOATS),
+    "messages": pa.list_(pa.struct({"role": pa.string(), "content": _CONTENT})),
+    "lengths": pa.int32(),
+}
+
+
+def _count(rows: Iterator[WeighedRow], format: _Format, summary: ExportSummary) -> Iterator[dict[str, Any]]:
+    """The columns of each row that is written, counted in `summary`."""
+    for row in rows:
+        for part in _documents(row) if format.splits else [row]:
+            if format.splits and not part.mask.any():
+                summary.left_out += 1
+                continue
+            summary.rows += 1
+            summary.tokens += len(part.tokens)
+            summary.predicted += int(part.mask.sum())
+            summary.sum_weights += float(part.weights.sum(dtype=np.float64))
+            yield format.columns(part)
+
+
+def _write(folder: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Make `folder` a data set of rows that have the columns of the first one."""
+    batch = list(itertools.islice(rows, _ROWS_PER_BATCH))
+    if not batch:
+        raise ValueError("no token is predicted in any row: expected labels other than -100")
+    schema = pa.schema([(name, _TYPES[name]) for name in batch[0]])
+    with new_shard(folder / "data.arrow", schema) as (file, _):
+        while batch:
+            file.write(pa.Table.from_pylist(batch, schema=schema))
+            batch = list(itertools.islice(rows, _ROWS_PER_BATCH))
+    finish_dataset(folder, ["data.arrow"])
+    unlock(folder)

@@ -1,0 +1,242 @@
+"""Documents -> rows of tokens of one length, in a folder that `datasets.load_from_disk` opens."""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.data.documents import Document
+from tokenweight.data.packing import Cutter, RowSummary
+from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock, write_note
+from tokenweight.records import differences, read_json
+
+logger = logging.getLogger(__name__)
+SHARD_TOKENS = 1 << 24
+"""Tokens of a shard: what is cut again, at most, after an interruption."""
+BATCH_CHARACTERS = 1 << 22
+"""Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
+_TOKENS = pa.list_(pa.int32())
+_SCHEMAS = {
+    "drop": pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()}),
+    "pack": pa.schema(
+        {
+            "input_ids": _TOKENS,
+            "position_ids": _TOKENS,
+            "documents": pa.list_(pa.string()),
+            "offsets": pa.list_(pa.int64()),
+        }
+    ),
+}
+
+
+def prepare_rows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    out: str | os.PathLike[str],
+    *,
+    short: str = "drop",
+    max_rows: int | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> RowSummary:
+    """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
+
+    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), and no token of a document is
+    lost between its rows. `Cutter` says what becomes of short documents and of the ends of long ones.
+
+    Until it is whole, the folder is called `out.unfinished`. An interrupted call, made again with the same documents
+    and settings, goes on after the last whole shard; the rows are the same to the byte.
+
+    Args:
+        documents: read one at a time, so that memory does not grow with the corpus.
+        length: tokens of a row.
+        short: "drop", each row belongs to one document, as in the paper; "pack", what fills no row of its own shares
+            rows, in which `position_ids` restart at 0 with each document.
+        max_rows: stop after so many.
+        provenance: kept in `rows.json` beside the summary.
+
+    Raises:
+        ValueError: if `out` exists, an unfinished folder was begun otherwise, or there is no row.
+    """
+    out = Path(out)
+    prefix, suffix = special_tokens(tokenizer)
+    if short not in _SCHEMAS:
+        raise ValueError(f"--short {short}: expected drop or pack")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"--max_rows {max_rows}: expected at least 1")
+    if length < len(prefix) + 2:
+        raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
+    settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
+    settings |= {"prefix": prefix, "suffix": suffix}
+    with _unfinished(out, settings) as folder:
+        if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
+            cutter = Cutter(length, prefix, suffix, pack=short == "pack")
+            _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
+            cutter.refuse_no_rows()
+            write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
+        for shard in folder.glob("rows-*.arrow"):
+            strip_note(shard)
+        summary = read_json(folder / "rows.json")
+    return RowSummary(**{name: summary[name] for name in vars(RowSummary())})
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
+    folder = out.with_name(f"{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "rows.json"
+    with locked(note) as alone:
+        if not alone:
+            raise ValueError(f"--out {out}: another process is making it")
+        for left in folder.glob(".rows-*"):  # of a process that was killed
+            left.unlink()
+        try:
+            if out.exists():
+                raise ValueError(f"--out {out}: exists already; name a new folder")
+            if not any(folder.glob("*.arrow")):
+                write_note(note, settings)
+            elif found := differences(read_json(note), settings):
+                raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
+            yield folder
+            unlock(folder)
+            folder.rename(out)
+        finally:
+            if folder.is_dir() and not any(folder.glob("*.arrow")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_shards(
+    folder: Path, source: "_Read", tokenizer: PreTrainedTokenizerBase, cutter: Cutter, max_rows: int | None
+) -> None:
+    """Write the shards that are not there yet."""
+    schema = _SCHEMAS["pack" if cutter.pack else "drop"]
+    num_shards = _resume(folder, cutter, source)
+    tables = _tables(source, tokenizer, cutter, schema, max_rows)
+    for number in itertools.count(num_shards):
+        if (table := next(tables, None)) is None:
+            return
+        with new_shard(folder / _name(number), schema) as (file, note):
+            while table is not None:
+                file.write(table)
+                table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
+            note.update(source=source.state(), cutter=cutter.state())
+
+
+def _name(number: int) -> str:
+    return f"rows-{number:05d}.arrow"
+
+
+def _resume(folder: Path, cutter: Cutter, source: "_Read") -> int:
+    """How many shards are there and whole; cutter and source go on after the last of them."""
+    state: dict[str, Any] = {}
+    for number in itertools.count():
+        try:
+            note = read_note(folder / _name(number))
+        except ValueError as error:
+            logger.warning("%s; it is made again, and those after it", error)
+            note = None
+        if note is None:
+            break
+        state = note
+    for shard in folder.glob("rows-*.arrow"):
+        if shard.name >= _name(number):
+            shard.unlink()
+    if state:
+        cutter.restore(state["cutter"])
+        source.skip(state["source"], folder)
+    return number
+
+
+class _Read:
+    """Documents, counted and hashed as they are read."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.documents, self.num, self.digest = iter(documents), 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.num += 1
+            self.digest.update(f"{len(document.name)} {len(document.text)} {document.name}".encode())
+            self.digest.update(document.text.encode())
+            yield document
+
+    def state(self) -> dict[str, Any]:
+        return {"documents": self.num, "sha256": self.digest.hexdigest()}
+
+    def skip(self, state: dict[str, Any], folder: Path) -> None:
+        for _ in itertools.islice(self, state["documents"]):
+            pass
+        if self.state() != state:
+            raise ValueError(f"the texts have changed since {folder} was begun: remove it to start again")
+
+
+def _batches(source: _Read) -> Iterator[list[Document]]:
+    """Documents of about `BATCH_CHARACTERS`. None is read ahead, so that what was read is what is in a batch."""
+    batch: list[Document] = []
+    size = 0
+    for document in source:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tables(
+    source: _Read, tokenizer: PreTrainedTokenizerBase, cutter: Cutter, schema: pa.Schema, max_rows: int | None
+) -> Iterator[pa.Table]:
+    """The rows of each batch of documents, where there are any."""
+
+    def table(rows: Iterable[dict[str, Any]]) -> list[pa.Table]:
+        room = None if max_rows is None else max_rows - cutter.summary.rows
+        chosen = list(itertools.islice(rows, room))
+        return [_table(chosen, schema)] if chosen else []
+
+    for batch in _batches(source):
+        tokens = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        arrays = (np.array(ids, dtype=np.int32) for ids in tokens)
+        yield from table(row for document, ids in zip(batch, arrays) for row in cutter.rows(document.name, ids))
+        if cutter.summary.rows == max_rows:
+            return
+    yield from table(cutter.last_rows())
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        if field.type == _TOKENS:
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(values)))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer, by its own rule, puts before and after a text: ([BOS] or [], [EOS] or [])."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return special[:start], special[start + len(plain) :]
+    raise ValueError(f"{type(tokenizer).__name__}: cannot tell special tokens from text in {special}")

@@ -1,0 +1,128 @@
+"""The columns that scoring adds to rows: losses with each context, and what the long one gives to a row."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokenweight.data.context_gain import Benefit, context_benefit
+from tokenweight.method import ShortContext, document_positions, prediction_mask
+from tokenweight.models import Scorer
+
+
+class RowScorer:
+    """Scores batches of rows: a callable from columns to columns, for `Dataset.map`, Ray Data, or `score_rows`.
+
+    It adds to a batch
+
+    - `short_nll`, the losses with a short context, token-aligned; of several contexts `short_nll_512`, `short_nll_1024`
+      and so on, by their sizes;
+    - with the long losses: `long_nll`, and for each context the fields of `Benefit`, one number a row, over the tokens
+      that have more tokens before them than the short context holds.
+
+    Args:
+        model: that scores.
+        contexts: one or several short contexts.
+        bos, max_tokens: of `Scorer`.
+        with_long: also the losses with the whole row as context.
+
+    Raises:
+        ValueError: if two contexts have one size, or the model is not supported.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        contexts: Sequence[ShortContext],
+        *,
+        bos: int | None = None,
+        with_long: bool = False,
+        max_tokens: int = 32768,
+    ) -> None:
+        sizes = [context.size for context in contexts]
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
+        self.max_tokens, self.with_long = max_tokens, with_long
+        suffixes = [""] if len(sizes) == 1 else [f"_{size}" for size in sizes]
+        scorer = Scorer(model, contexts[0], bos=bos, max_tokens=max_tokens)
+        self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """The added columns and their types."""
+        each_token = ["long_nll"] * self.with_long + [f"short_nll{suffix}" for suffix in self.scorers]
+        each_row = [f"{name}{suffix}" for suffix in self.scorers for name in Benefit._fields] if self.with_long else []
+        losses = {name: datasets.List(datasets.Value("float32")) for name in each_token}
+        return losses | {name: datasets.Value("float32") for name in each_row}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the columns to a batch of rows, which may differ in length.
+
+        Raises:
+            ValueError: if a loss is not finite, naming row (of the batch) and position, or a token is unknown.
+        """
+        return {**batch, **self.score(batch)[0]}
+
+    def score(self, batch: Mapping[str, Any], *, first_row: int = 0) -> tuple[dict[str, list], dict[str, list[float]]]:
+        """The added columns; and, with long losses, for each context: how many tokens count, the sum of their
+        |long - short| in nats, and how many differ by more than 2 nats."""
+        columns: dict[str, list] = {name: [] for name in self.features}
+        totals = {suffix: np.zeros(3) for suffix in self.scorers} if self.with_long else {}
+        for start, stop in _equal_lengths(batch["input_ids"]):
+            self._score(
+                {name: batch[name][start:stop] for name in ("input_ids", "position_ids", "labels") if name in batch},
+                first_row + start,
+                columns,
+                totals,
+            )
+        return columns, {suffix: values.tolist() for suffix, values in totals.items()}
+
+    def _score(
+        self, batch: dict[str, Any], first_row: int, columns: dict[str, list], totals: dict[str, np.ndarray]
+    ) -> None:
+        device = next(iter(self.scorers.values())).model.device
+        tokens, positions, predicted = row_tensors(batch, device)
+        long_nll = None
+        for suffix, scorer in self.scorers.items():
+            if self.with_long and long_nll is None:
+                long_nll = scorer.long_nll(tokens, position_ids=positions, first_row=first_row)
+                columns["long_nll"] += _rows(long_nll)
+            short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll, first_row=first_row)
+            columns[f"short_nll{suffix}"] += _rows(short_nll)
+            if long_nll is not None:
+                mask = predicted & (document_positions(tokens, positions) >= scorer.context.size)
+                for name, values in context_benefit(long_nll, short_nll, mask)._asdict().items():
+                    columns[f"{name}{suffix}"] += values.tolist()
+                difference = (long_nll - short_nll)[mask].abs().double()
+                totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
+
+
+def row_tensors(
+    batch: Mapping[str, Any], device: torch.device
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"] | None, Bool[Tensor, "batch seq"]]:
+    """Tokens, positions (None, if each row is one document) and mask of rows of one length."""
+    tokens, positions, labels = (
+        torch.from_numpy(np.stack(batch[name]).astype(np.int64)).to(device) if name in batch else None
+        for name in ("input_ids", "position_ids", "labels")
+    )
+    assert tokens is not None
+    return tokens, positions, prediction_mask(tokens if labels is None else labels, positions)
+
+
+def _rows(values: Tensor) -> list[np.ndarray]:
+    return list(values.float().cpu().numpy())
+
+
+def _equal_lengths(rows: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive rows of one length."""
+    start = 0
+    for _, group in itertools.groupby(rows, key=len):
+        stop = start + sum(1 for _ in group)
+        yield start, stop
+        start = stop

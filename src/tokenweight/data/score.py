@@ -1,0 +1,259 @@
+"""Scores on disk: rows with their short losses, in shards, with a note of who scored them and how."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from tokenweight.data.dataset import load_rows, row_lengths, rows_fingerprint, token_range
+from tokenweight.data.row_scorer import RowScorer
+from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
+from tokenweight.method import ShortContext
+from tokenweight.models import (
+    config_fingerprint,
+    find_tokenizer,
+    load_model,
+    own_device,
+    refuse_length,
+    refuse_stale_rows,
+    refuse_tokenizer,
+    refuse_tokens,
+    weights_fingerprint,
+)
+from tokenweight.records import differences, environment, read_json, read_provenance
+
+logger = logging.getLogger(__name__)
+SHARD_TOKENS = 1 << 20
+"""Tokens of a shard: what is scored again, at most, after an interruption. More where there would be `MAX_SHARDS`."""
+MAX_SHARDS = 1000
+
+
+@dataclass
+class ScoreSummary:
+    """What was scored: in all shards that are there, and by this call."""
+
+    rows: int = 0
+    tokens: int = 0
+    new_tokens: int = 0
+    """Scored by this call; the others were there."""
+    seconds: float = 0.0
+    shards: int = 0
+    missing_shards: int = 0
+    """Not there yet: the shares of other processes."""
+    differences: dict[str, list[float]] = field(default_factory=dict)
+    """With long losses: `RowScorer.score` of all rows, for each context by the suffix of its columns."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.new_tokens:,} of them scored now"]
+        if self.new_tokens:
+            lines[0] += f" in {self.seconds:,.0f} s, {self.new_tokens / self.seconds:,.0f} tokens/s"
+        for suffix, (number, total, above) in self.differences.items():
+            context = f"with {suffix[1:]} tokens: " if suffix else ""
+            found = (
+                f"mean |difference| {total / number:.3f} nats, {above / number:.2%} above 2" if number else "no token"
+            )
+            lines.append(f"{context}{found} (beyond the first window)")
+        if self.missing_shards:
+            lines.append(f"{self.missing_shards} of {self.shards} shards are not there yet: other processes' shares")
+        return "; ".join(lines)
+
+
+def score_folder(
+    folder: str | os.PathLike[str],
+    model_name: str,
+    contexts: Sequence[ShortContext],
+    out: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    with_long: bool = False,
+    max_tokens: int = 32768,
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> ScoreSummary:
+    """Score a folder of rows with the model of that name, on the GPU if there is one. See `score_rows`.
+
+    Raises:
+        ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
+    """
+    rows, made = load_rows(folder), read_provenance(folder)
+    lengths, size = row_lengths(rows), max(context.size for context in contexts)
+    if not lengths.all():
+        raise ValueError(f"{folder}: row {int(np.argmin(lengths))} is empty")
+    longest = int(lengths.max())
+    if size >= longest:
+        raise ValueError(f"--size {size}: the rows hold {longest} tokens: no token would have a shorter context")
+    tokenizer = find_tokenizer(model_name, revision=revision)
+    refuse_tokenizer(tokenizer, model_name, made, folder)
+    model = load_model(model_name, dtype=dtype, revision=revision)
+    refuse_tokens(model.config, *token_range(rows), folder)
+    refuse_length(model.config, longest if with_long else size, "--long: rows" if with_long else "--size: windows")
+    refuse_stale_rows(model.config, lengths.tolist() if with_long else [])
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    sizes, strides = ([getattr(context, name) for context in contexts] for name in ("size", "stride"))
+    provenance = {
+        "model": model_name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_fingerprint": weights_fingerprint(model),
+        "config_fingerprint": config_fingerprint(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "tokenizer": made.get("tokenizer"),
+        "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
+        **{name: values if len(contexts) > 1 else values[0] for name, values in (("size", sizes), ("stride", strides))},
+        "bos": bos,
+        "rows": str(folder),
+        "rows_fingerprint": rows_fingerprint(rows),
+        "environment": environment(),
+    }
+    scorer = RowScorer(model.to(own_device()), contexts, bos=bos, with_long=with_long, max_tokens=max_tokens)
+    return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress)
+
+
+def score_rows(
+    rows: datasets.Dataset,
+    scorer: RowScorer,
+    out: str | os.PathLike[str],
+    *,
+    provenance: dict[str, Any],
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> ScoreSummary:
+    """Write `rows` with the columns of `scorer` to the folder `out`.
+
+    Called again with the same provenance, it scores only the shards that are missing, and, with a warning, those that
+    are damaged; a shard that another process is at is left to it. The folder becomes a data set, which
+    `datasets.load_from_disk` opens, when the last shard is there.
+
+    Args:
+        rows: with `input_ids` and, where documents are packed, `position_ids`; all other columns are kept.
+        provenance: written to `scores.json`: whatever the scores depend on.
+        share: (i, n): every n-th shard, from the i-th; n processes, each with its own i, do all.
+        progress: called after each batch with its number of tokens, and that of all rows of the share.
+
+    Raises:
+        ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
+    """
+    out = Path(out)
+    if there := [name for name in scorer.features if name in rows.column_names]:
+        raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
+    _claim(out, {**provenance, "long": scorer.with_long})
+    lengths = row_lengths(rows)
+    shards = _shards(lengths)
+    files = [out / f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    summary, begun = ScoreSummary(shards=len(shards)), time.perf_counter()
+    schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
+    ours = list(zip(files, shards))[share[0] :: share[1]]
+    total = sum(int(lengths[shard].sum()) for _, shard in ours)
+    for file, shard in ours:
+        with locked(file) as alone:
+            if not alone or _is_whole(file):  # another process is at it, or was
+                progress(int(lengths[shard].sum()), total)
+                continue
+            with new_shard(file, schema) as (written, note):
+                note["differences"] = {}
+                for batch in _batches(shard, lengths, scorer.max_tokens):
+                    table, totals = _scored(rows, batch, scorer)
+                    written.write(table)
+                    _add(note["differences"], totals)
+                    progress(int(lengths[batch].sum()), total)
+            summary.new_tokens += note["tokens"]
+    summary.seconds = time.perf_counter() - begun
+    return _finished(out, files, summary)
+
+
+def process_share(shard: str | None) -> tuple[int, int]:
+    """The share of this process in a job: `--shard i/n` of a job array, and rank and world size under torchrun.
+
+    Raises:
+        ValueError: if the text is not i/n with 0 <= i < n.
+    """
+    index, count = 0, 1
+    if shard is not None:
+        first, slash, second = shard.partition("/")
+        if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+            raise ValueError(f"--shard {shard}: expected i/n, from 0/n to n-1/n")
+        index, count = int(first), int(second)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return index * world + int(os.environ.get("RANK", "0")), count * world
+
+
+def _claim(out: Path, provenance: dict[str, Any]) -> None:
+    """Note the provenance in a new folder, or compare it with the one that is there."""
+    path = out / "scores.json"
+    if out.exists() and any(not file.name.startswith(".") for file in out.iterdir()) and not path.is_file():
+        raise ValueError(f"--out {out}: exists and holds no scores; name a new folder")
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(path, wait=True):
+            if not path.is_file():
+                write_note(path, provenance)
+    # The rows are compared by their fingerprint, not by the path that led to them.
+    if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
+        raise ValueError(f"--out {out}: holds scores made otherwise ({found}); name a new folder")
+
+
+def _shards(lengths: np.ndarray) -> list[np.ndarray]:
+    """Consecutive rows of about `SHARD_TOKENS` tokens; the same for every call, whoever makes it."""
+    numbers = (np.cumsum(lengths) - 1) // max(SHARD_TOKENS, int(lengths.sum()) // MAX_SHARDS)
+    return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(numbers)) + 1)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a shard is there. A damaged one is named, and removed."""
+    try:
+        return read_note(file) is not None
+    except ValueError as error:
+        logger.warning("%s: scoring it again", error)
+        file.unlink(missing_ok=True)
+        return False
+
+
+def _batches(shard: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Consecutive rows, about `max_tokens` tokens together: what is held in memory at once."""
+    numbers = (np.cumsum(lengths[shard]) - 1) // max_tokens
+    yield from np.split(shard, np.flatnonzero(np.diff(numbers)) + 1)
+
+
+def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tuple[pa.Table, dict[str, list[float]]]:
+    """The rows of a batch as they are, with the columns of the scorer appended; and the sums of their differences."""
+    table = rows.with_format("arrow")[batch]
+    read = {
+        name: [row.values.to_numpy(zero_copy_only=False) for row in table.column(name)]
+        for name in ("input_ids", "position_ids", "labels")
+        if name in table.column_names
+    }
+    columns, totals = scorer.score(read, first_row=int(batch[0]))
+    for name, feature in scorer.features.items():
+        table = table.append_column(
+            name, pa.array(columns[name], datasets.Features({name: feature}).arrow_schema[0].type)
+        )
+    return table, totals
+
+
+def _add(sums: dict[str, list[float]], more: dict[str, list[float]]) -> None:
+    for suffix, values in more.items():
+        sums[suffix] = [a + b for a, b in zip(sums.get(suffix, [0, 0, 0]), values)]
+
+
+def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSummary:
+    """Sum up the shards that are there; if they all are, the folder becomes a data set."""
+    notes = [read_json(file.with_suffix(".json")) if file.is_file() else None for file in files]
+    for note in notes:
+        if note is None:
+            summary.missing_shards += 1
+            continue
+        summary.rows += note["rows"]
+        summary.tokens += note["tokens"]
+        _add(summary.differences, note["differences"])
+    if not summary.missing_shards:
+        finish_dataset(out, [file.name for file in files])
+        unlock(out)
+    return summary

@@ -1,0 +1,253 @@
+"""What a model answers to retrieval probes: by likelihood of answers against decoys, or by what it generates."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice, product
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenweight.evaluate.compare import Measure
+from tokenweight.evaluate.probes import NUM_DECOYS, WITHOUT_DEPTH, Probe, make_probes, prompt_tokens
+from tokenweight.evaluate.settings import Plan
+from tokenweight.method import linear_nll
+from tokenweight.models import CausalParts, causal_parts, evaluating, refuse_length, refuse_tokens
+
+_BUDGET = {
+    "multi_value": 128,
+    "multi_query": 128,
+    "variable_tracking": 64,
+    "common_words": 128,
+    "frequent_words": 64,
+}
+"""Tokens that may be generated for a family, if more than 32. RULER allows 128 for all needles: enough for a base model
+to list every fact of the text, asked for or not."""
+
+
+class ProbeScore(NamedTuple):
+    """What a model made of one probe."""
+
+    accuracy: float
+    """Share of the answers found: more likely than each decoy, or part of the output."""
+    margin: float | None
+    """Nats by which an answer is more likely than the best decoy, the mean over the answers; None if generated."""
+
+
+class ProbeRecord(NamedTuple):
+    """The scores of the probes of one family, length and depth, in their order, and their means."""
+
+    family: str
+    length: int
+    depth: float | None
+    by: str
+    num: int
+    chance: float
+    """Accuracy of a guess: one of the answer and the decoys, or, if the answer is generated, 0."""
+    accuracy: float
+    margin: float | None
+    accuracies: tuple[float, ...]
+    margins: tuple[float, ...] | None
+
+
+def probe_grid(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    families: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    num: int,
+    seed: int,
+    haystack: str | None = None,
+    by: Literal["likelihood", "generation"] = "likelihood",
+) -> list[ProbeRecord]:
+    """Score probes of each family at each length and depth; those without a depth once for each length.
+
+    The same probe of two records of a family, or of two models with one tokenizer, asks for the same fact: take the
+    differences of `accuracies` and `margins` one by one.
+
+    Args:
+        num: probes of a record.
+        by: "likelihood" asks which candidate the model holds for more likely, and tells small base models apart;
+            "generation" looks for the answers in greedy output, as RULER does, and leaves room for it in `length`.
+
+    Raises:
+        ValueError: if the model has too few positions, or `make_probes` refuses a setting; before any is scored.
+    """
+    if by not in ("likelihood", "generation"):
+        raise ValueError(f"by {by!r}: expected likelihood or generation")
+    for length in lengths:
+        refuse_length(model.config, length, "probes")
+    make = partial(make_probes, tokenizer=tokenizer, num=num, seed=seed, haystack=haystack)
+    cells = []
+    for family, length in product(families, lengths):
+        room = generation_budget(family) if by == "generation" else 0
+        for depth in [None] if family in WITHOUT_DEPTH else depths:
+            cells.append(make(family, length=length, depth=depth, room=room))
+    score = score_by_likelihood if by == "likelihood" else score_by_generation
+    scores = iter(score(model, tokenizer, [probe for probes in cells for probe in probes]))
+    return [_record(probes, list(islice(scores, len(probes))), by) for probes in cells]
+
+
+def _record(probes: list[Probe], scores: list[ProbeScore], by: str) -> ProbeRecord:
+    accuracies, margins = zip(*scores)
+    num, generated = len(scores), by == "generation"
+    return ProbeRecord(
+        *probes[0][3:],
+        by=by,
+        num=num,
+        chance=0.0 if generated else 1 / (1 + NUM_DECOYS),
+        accuracy=sum(accuracies) / num,
+        margin=None if generated else sum(margins) / num,
+        accuracies=accuracies,
+        margins=None if generated else margins,
+    )
+
+
+def score_by_likelihood(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]
+) -> list[ProbeScore]:
+    """Compare the probability of each answer, after the earlier ones, with those of the decoys in its place.
+
+    Candidates end in the same mark and exclude each other, so their whole probabilities count, not means over tokens. A
+    prompt and a continuation are tokenized as one text, and what all of them begin with is read once, whether or not it
+    ends where the prompt does: its probability is the same for all. A tie with a decoy counts as not found.
+
+    The memory needed is that of the KV cache of `2 + len(decoys)` rows.
+
+    Raises:
+        ValueError: if the model is not supported, a token is not in its vocabulary, or it has too few positions.
+    """
+    parts = causal_parts(model)
+    with evaluating(model), torch.no_grad():
+        return [_likelihood_score(model, parts, tokenizer, probe) for probe in probes]
+
+
+def _likelihood_score(
+    model: PreTrainedModel, parts: CausalParts, tokenizer: PreTrainedTokenizerBase, probe: Probe
+) -> ProbeScore:
+    groups = [[prompt_tokens(tokenizer, probe.prompt + text) for text in group] for group in probe.continuations()]
+    rows = [row for group in groups for row in group]
+    _refuse(model, rows, 0)
+    # Continuations exclude each other, so that their rows differ before the shortest ends.
+    shared = next(t for t, column in enumerate(zip(*rows)) if len(set(column)) > 1)
+    cache = _read(model, parts, rows[0][: shared - 1])
+    margins = []
+    for group in groups:
+        nll = _continuation_nll(parts, [row[shared - 1 :] for row in group], copy.deepcopy(cache), model.device)
+        margins.append((nll[1:].min() - nll[0]).item())
+    return ProbeScore(sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins))
+
+
+def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> DynamicCache:
+    """The model's KV cache after these tokens."""
+    cache = DynamicCache(config=model.config)
+    if tokens:
+        parts.states(torch.tensor([tokens], device=model.device), past_key_values=cache)
+    # Recurrent layers, if they have read something, take several more tokens at once for a new text.
+    if any(hasattr(layer, "conv_states") for layer in cache.layers) or cache.get_seq_length() != len(tokens):
+        raise ValueError(
+            f"{type(model).__name__} has layers without a KV cache: probes can be scored by generation only"
+        )
+    return cache
+
+
+def _continuation_nll(
+    parts: CausalParts, rows: list[list[int]], cache: DynamicCache, device: torch.device
+) -> Float[Tensor, " rows"]:
+    """Loss of each row but for its first token, after what is in the cache. The cache is used up."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
+    counts = torch.tensor([[0 < t < len(row) for t in range(width)] for row in rows])
+    tokens, counts = tokens.to(device), counts.to(device)
+    cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=device))
+    states = parts.states(tokens, past_key_values=cache)
+    losses = linear_nll(states.flatten(0, 1), targets=tokens.where(counts, -100).flatten(), **parts.head)
+    return losses.view(tokens.shape).double().sum(dim=1)
+
+
+def score_by_generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]
+) -> list[ProbeScore]:
+    """Share of the answers that stand in the greedy output of `generation_budget` tokens.
+
+    Raises:
+        ValueError: if a token is not in the model's vocabulary, or the model has too few positions.
+
+    Source: `string_match_all` of NVIDIA/RULER.
+    """
+    scores = []
+    for probe in probes:
+        tokens, budget = prompt_tokens(tokenizer, probe.prompt), generation_budget(probe.family)
+        _refuse(model, [tokens], budget)
+        output = _generated(model, tokens, budget)
+        text = tokenizer.decode(output, skip_special_tokens=True)
+        scores.append(ProbeScore(share_found(text, probe.answers), None))
+    return scores
+
+
+def generation_budget(family: str) -> int:
+    """Tokens that a model may generate to answer a probe of the family."""
+    return _BUDGET.get(family, 32)
+
+
+def share_found(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that stand in a text, in whatever case."""
+    return sum(answer.casefold() in text.casefold() for answer in answers) / len(answers)
+
+
+def _generated(model: PreTrainedModel, tokens: list[int], budget: int) -> list[int]:
+    # What is not said here comes from the model's own settings, which may punish repetition, as an answer is.
+    plain = GenerationConfig(
+        max_new_tokens=budget,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=0,
+    )
+    read = torch.tensor([tokens], device=model.device)
+    with evaluating(model), torch.no_grad():
+        output = model.generate(read, attention_mask=torch.ones_like(read), generation_config=plain)
+    return output[0, len(tokens) :].tolist()
+
+
+def _refuse(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
+    refuse_tokens(model.config, min(map(min, rows)), max(map(max, rows)), "probes")
+    refuse_length(model.config, max(map(len, rows)) + budget, "a probe")
+
+
+def ask_probes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, haystack: str | None, plan: Plan
+) -> list[ProbeRecord]:
+    """What the model answers, at each length and depth of each family."""
+    if not plan.families:
+        return []
+    assert tokenizer is not None
+    lengths, depths = plan.probe_lengths, plan.depths
+    return probe_grid(
+        model, tokenizer, plan.families, lengths, depths, plan.num_probes, plan.seed, haystack, plan.probe_by
+    )
+
+
+def probe_measures(grid: Sequence[ProbeRecord], plan: Plan) -> list[Measure]:
+    """Accuracy and margin of each family, and of each family and length.
+
+    The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
+    """
+    measures: list[Measure] = []
+    for family in plan.families:
+        for length in [None, *plan.probe_lengths]:
+            records = [record for record in grid if record.family == family and length in (None, record.length)]
+            name = f"probe_{family}" if length is None else f"probe_{family}_{length}"
+            total = [sum(values) for values in zip(*(record.accuracies for record in records))]
+            num = [float(len(records))] * plan.num_probes
+            measures.append(Measure(name, "long", "share", "higher", total, num, length is None))
+            margins = [record.margins for record in records if record.margins is not None]
+            if margins:
+                total = [sum(values) for values in zip(*margins)]
+                measures.append(Measure(f"{name}_margin", "long", "nats", "higher", total, num))
+    return measures

@@ -1,0 +1,163 @@
+"""Models side by side: the value of every measure, its change from the baseline, and how far that may be chance."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from tokenweight.evaluate.compare import Entry, short_names
+
+_NAME, _COLUMN = 12, 11
+"""Characters that the name of a model needs in a line, and a measure: its widest word or number."""
+
+
+def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
+    """The measures of the summary, a model a row: value, change, and below it the interval of the change.
+
+    Args:
+        table: of `compare`.
+        width: characters of a line; several tables are made if one is wider.
+    """
+    columns = list(_columns([[entry for entry in row if entry.summary] for row in table]).values())
+    num = max(1, (width - _NAME) // _COLUMN)
+    return [_terminal_table(table, columns[i : i + num]) for i in range(0, len(columns), num)]
+
+
+def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> Table:
+    titles = [_title(entry).split() for entry in columns]
+    height = max(map(len, titles))
+    shown = Table("model", box=SIMPLE_HEAD, show_lines=True, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    shown.columns[0].overflow = "fold"
+    group = ""
+    for entry, words in zip(columns, titles):
+        # A word a line, and the group above its first column, as high as the tallest title.
+        lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
+        shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
+        group = entry.group
+    for name, row in zip(short_names(table), table):
+        found = {entry.measure: entry for entry in row}
+        shown.add_row(name, *(_terminal_cell(found.get(entry.measure)) for entry in columns))
+    return shown
+
+
+def _terminal_cell(entry: Entry | None) -> Text:
+    if entry is None:
+        return Text("-")
+    text = Text().append(_value(entry), "bold" if entry.best else "")
+    if entry.change is not None:
+        text.append(f"\n{_change(entry)}")
+        limits = "-" if entry.low is None else f"[{_changed(entry, entry.low)},\n{_changed(entry, entry.high)}]"
+        text.append(f"\n{limits}", "dim")
+    return text
+
+
+def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[str]:
+    """What one must know to read the tables, a line each.
+
+    Args:
+        unit: what the sums of the measures of rows belong to, "document" or "row".
+    """
+    entries = [entry for row in table for entry in row]
+    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a measure."]
+    if len(table) > 1:
+        drawn = f"drawing {unit}s (of probes: facts) anew"
+        lines.append(f"Changes are from the first model, with 95 % intervals, {drawn}.")
+        lines.append("* the interval does not hold 0 (of a ratio, 1). Changes of % are points, of LongPPL ratios (x).")
+    if any(entry.change is not None and entry.low is None for entry in entries):
+        lines.append(f"- for an interval: too few {unit}s hold such a token to make one.")
+    if any(entry.value is None for entry in entries):
+        lines.append("- for a value: there is no such token.")
+    return lines
+
+
+def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str:
+    """The summary, a model a row, and below it every measure, a model a column; `unit` as in `notes`."""
+    columns = _columns([[entry for entry in row if entry.summary] for row in table])
+    lines = [["model", *(f"{entry.group}: {_title(entry)}" for entry in columns.values())]]
+    for row in table:
+        found = {entry.measure: entry for entry in row}
+        lines.append([row[0].model, *(_markdown_cell(found.get(name)) for name in columns)])
+    whole = [["group", "measure", "unit", "documents", *(row[0].model for row in table)]]
+    for name, entry in _columns(table).items():
+        cells = [next((entry for entry in row if entry.measure == name), None) for row in table]
+        head = [entry.group, _title(entry), entry.unit, str(entry.num_documents)]
+        whole.append([*head, *map(_markdown_cell, cells)])
+    text = "\n".join(f"- {line}" for line in notes(table, unit=unit))
+    return f"{_markdown(lines)}\n\n{text}\n\n## Every measure\n\n{_markdown(whole)}\n"
+
+
+def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """The accuracy in probes by length and depth, a table for each family; empty without probes.
+
+    Args:
+        models: name, and the probes as `GRID` says.
+    """
+    parts = []
+    for family in dict.fromkeys(cell["family"] for _, cells in models for cell in cells):
+        own = [(name, [cell for cell in cells if cell["family"] == family]) for name, cells in models]
+        depths = list(dict.fromkeys(cell["depth"] for _, cells in own for cell in cells))
+        lines = [["model", "length", *("any depth" if depth is None else f"depth {depth:g}" for depth in depths)]]
+        for name, cells in own:
+            for length in dict.fromkeys(cell["length"] for cell in cells):
+                found = {cell["depth"]: f"{cell['accuracy']:.1%}" for cell in cells if cell["length"] == length}
+                lines.append([name, str(length), *(found.get(depth, "-") for depth in depths)])
+        parts.append(f"\n## Probes: {family.replace('_', ' ')}\n\n{_markdown(lines)}\n")
+    return "".join(parts)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _markdown_cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "-"
+    value = f"**{_value(entry)}**" if entry.best else _value(entry)
+    if entry.change is None:
+        return value
+    limits = "-" if entry.low is None else f"[{_changed(entry, entry.low)}, {_changed(entry, entry.high)}]"
+    return f"{value} ({_change(entry)} {limits})"
+
+
+def csv_text(table: Sequence[Sequence[Entry]]) -> str:
+    """Every entry a line, with all digits."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(Entry._fields)
+    writer.writerows(entry for row in table for entry in row)
+    return file.getvalue()
+
+
+def _columns(table: Sequence[Sequence[Entry]]) -> dict[str, Entry]:
+    """An entry of each measure, those of one group together."""
+    entries = {entry.measure: entry for row in table for entry in row}
+    groups = list(dict.fromkeys(["long", "short", "cost", *(entry.group for entry in entries.values())]))
+    return dict(sorted(entries.items(), key=lambda item: groups.index(item[1].group)))
+
+
+def _title(entry: Entry) -> str:
+    arrow = {"lower": " ↓", "higher": " ↑"}.get(entry.better or "", "")
+    return entry.measure.replace("_", " ").replace("longppl", "LongPPL") + arrow
+
+
+def _value(entry: Entry) -> str:
+    if entry.value is None:
+        return "-"
+    return f"{entry.value:.1%}" if entry.unit == "share" else f"{entry.value:.4f}"
+
+
+def _change(entry: Entry) -> str:
+    return _changed(entry, entry.change) + "*" * entry.clear
+
+
+def _changed(entry: Entry, number: float | None) -> str:
+    assert number is not None
+    if entry.unit == "perplexity":
+        return f"x {number:.3f}"
+    return f"{100 * number:+.1f}" if entry.unit == "share" else f"{number:+.4f}"

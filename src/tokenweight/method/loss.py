@@ -1,0 +1,238 @@
+"""Cross-entropy joined to the output projection, weighted per token. The only module that touches the vocabulary axis.
+
+No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and
+turned in place into probabilities and then into their own gradient, which is multiplied away at once. Per chunk and
+product this is one matrix multiplication; a loss with known weights takes three (logits, gradient of the states,
+gradient of the head).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BUFFER_BYTES = 256 << 20
+"""Logits held at a time. Smaller chunks re-read the head too often; larger ones gain nothing (benchmarks/loss.py)."""
+CAST_BYTES = 32 << 20
+"""The part of a 16-bit head that is held in float32 at a time, where the device cannot multiply into float32."""
+INTO_FLOAT32 = frozenset({"cuda"})
+"""Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
+WeightsOfChunk = Callable[[Float[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor, " n"]]
+"""(losses of a chunk, their row numbers) -> weights of the chunk."""
+
+
+def linear_nll(
+    hidden: Float[Tensor, "N D"],
+    head: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " N"]:
+    """Negative log-likelihood of each target under `softmax(logits)`, without gradient.
+
+    The logits are `z = scale * (hidden @ head.T + bias)`, and `softcap * tanh(z / softcap)` where a soft-cap is given.
+
+    Args:
+        hidden: states, one per row; the state in row i predicts `targets[i]`.
+        head: the output projection.
+        targets: token ids; rows with -100 get loss 0 and cost nothing.
+        bias: of the output projection.
+        scale: multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: bound of the logits (Gemma's `final_logit_softcapping`).
+        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`.
+
+    Returns:
+        Nats in float32 (float64 from float64 states), whatever the dtype of the states.
+
+    Raises:
+        ValueError: if a target is neither -100 nor a row of `head`.
+    """
+    logits = _Logits(hidden, head, bias, scale, softcap)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        losses = torch.zeros(len(hidden), dtype=logits.dtype, device=hidden.device)
+        for rows in logits.chunks(_active(targets, len(head)), chunk_size):
+            losses[rows] = logits.losses(hidden[rows], targets[rows])
+    return losses
+
+
+def weighted_linear_cross_entropy(
+    hidden: Float[Tensor, "N D"],
+    head: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    weights: Float[Tensor, " N"] | WeightsOfChunk,
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, ""]:
+    """Sum over all rows of weight times negative log-likelihood; not divided, since only the caller knows by what.
+
+    Weights are constants. Rows of weight 0 are not read: a share k of non-zero rows costs 3k head products (losses,
+    gradient of the states, gradient of the head), or k where no gradient is asked for. The gradients are made in the
+    forward pass, so `backward` can run once.
+
+    Args:
+        weights: one per row; or, where a weight depends on nothing but the row's own loss, a function of the losses of
+            a chunk and its row numbers, called under `no_grad` on every row with a target: then one pass serves both.
+
+    The other arguments, dtypes and errors are those of `linear_nll`. In addition:
+
+    Raises:
+        RuntimeError: on a second `backward`.
+    """
+    needs_grad = torch.is_grad_enabled()
+    if isinstance(weights, Tensor):
+        if len(weights) != len(hidden):
+            raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
+        weights = weights.detach()
+    return _WeightedLoss.apply(hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad)
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad):
+        logits = _Logits(hidden, head, bias, scale, softcap)
+        active = _active(targets, len(head), weights if isinstance(weights, Tensor) else None)
+        inputs = (hidden, head, bias)
+        wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
+        grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
+        loss = torch.zeros((), dtype=logits.dtype, device=hidden.device)
+        # Autocast would round the sum of the losses to 16 bits; `_Logits` knows by itself what to compute in them.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in logits.chunks(active, chunk_size):
+                states = hidden[rows]
+                losses = logits.losses(states, targets[rows])
+                chosen = (weights[rows] if isinstance(weights, Tensor) else weights(losses, rows)).to(logits.dtype)
+                loss += chosen @ losses
+                if any(grad is not None for grad in grads):
+                    logits.add_gradients(grads, rows, states, targets[rows], chosen)
+        ctx.grads, ctx.dtypes = grads, [None if tensor is None else tensor.dtype for tensor in inputs]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.grads is None:
+            raise RuntimeError("weighted_linear_cross_entropy: backward ran before, and its gradients were given away")
+        # Scaled in place and given away, so that no second array of the size of the head comes into being.
+        grads, ctx.grads = ctx.grads, None
+        scaled = [None if grad is None else grad.mul_(grad_output).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
+        return *scaled, None, None, None, None, None, None
+
+
+class _Logits:
+    """The logits of a chunk of rows, and what is computed from them in place."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
+        self.head, self.bias, self.scale, self.softcap = head, bias, scale, softcap
+        kind = hidden.device.type
+        self.compute_dtype = torch.promote_types(hidden.dtype, head.dtype)
+        if kind in INTO_FLOAT32 and torch.is_autocast_enabled(kind):
+            self.compute_dtype = torch.get_autocast_dtype(kind)
+        if kind not in INTO_FLOAT32 or self.compute_dtype == torch.float16:
+            # Logits rounded to bfloat16 are off by up to 0.06 nats: more than the differences we are after. And in
+            # float16 their gradients, often below 1e-7, vanish before a scaler of the loss could make them larger.
+            self.compute_dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        self.dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        block = len(head) if head.dtype == self.compute_dtype else max(1, CAST_BYTES // (4 * head.shape[1]))
+        self.blocks = [slice(i, min(i + block, len(head))) for i in range(0, len(head), block)]
+
+    def chunks(self, rows: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
+        """Split row numbers into chunks of `chunk_size`, or of as many rows as fit the buffer, and evenly so."""
+        if not len(rows):
+            return
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
+        if chunk_size is None:
+            chunk_size = max(16, BUFFER_BYTES // (self.dtype.itemsize * len(self.head)))
+        num_chunks = -(-len(rows) // chunk_size)
+        chunk_size = -(-len(rows) // num_chunks)
+        # One buffer for all chunks: fresh pages of memory for each would cost a third of a head product.
+        self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
+        yield from rows.split(chunk_size)
+
+    def losses(self, states: Float[Tensor, "n D"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Fill the buffer, read the losses from it, and leave `exp(logits - max)` in it."""
+        z = self.logits = self.buffer[: len(states)]
+        states = states.to(self.compute_dtype)
+        for block in self.blocks:
+            _multiply_into(z[:, block], states, self.head[block].to(self.compute_dtype).t())
+        if self.bias is not None:
+            z += self.bias
+        if self.scale != 1:
+            z *= self.scale
+        self.tanh = None
+        if self.softcap is not None:
+            self.tanh = z.div_(self.softcap).tanh_().clone()
+            z *= self.softcap
+        largest = z.amax(dim=1, keepdim=True)
+        of_target = z.gather(1, targets[:, None])
+        z.sub_(largest).exp_()
+        self.total = z.sum(dim=1, keepdim=True)
+        return (self.total.log() + largest - of_target).squeeze(1)
+
+    def add_gradients(
+        self, grads: list[Tensor | None], rows: Tensor, states: Tensor, targets: Tensor, weights: Tensor
+    ) -> None:
+        """Turn the buffer into the gradient of the weighted losses by the logits, and add its products to `grads`.
+
+        The weights go in with the division by the total, which costs nothing. They must be inside the sum over rows:
+        scaling the finished gradient of the head by one number is right for equal weights only. And inside the one
+        array that is rounded to 16 bits: weighted states would be rounded once more.
+        """
+        z = self.logits
+        row_scale = (weights * self.scale)[:, None]
+        z *= row_scale / self.total
+        z.scatter_add_(1, targets[:, None], -row_scale)
+        if self.tanh is not None:
+            z *= self.tanh.square_().neg_().add_(1)
+        of_hidden, of_head, of_bias = grads
+        states = states.to(self.compute_dtype)
+        of_states = torch.zeros_like(states, dtype=self.dtype)
+        for block in self.blocks:
+            of_logits = z[:, block].to(self.compute_dtype)
+            if of_hidden is not None:
+                _add_product(of_states, of_logits, self.head[block].to(self.compute_dtype))
+            if of_head is not None:
+                _add_product(of_head[block], of_logits.t(), states)
+        if of_hidden is not None:
+            of_hidden[rows] = of_states
+        if of_bias is not None:
+            of_bias += z.sum(dim=0)
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, summed and returned in the dtype of `out` even where a and b have 16 bits."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, summed in the dtype of `out` even where a and b have 16 bits."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+def _active(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
+    """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
+    valid = targets != -100
+    wrong = valid & ((targets < 0) | (targets >= vocabulary))
+    active = valid if weights is None else valid & (weights != 0)
+    # One wait of the host for the device, where `any` and `nonzero` would be two.
+    num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
+    if num_wrong:
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target {int(targets[row])} in row {row}: expected -100 or a token id from 0 to {vocabulary - 1}"
+        )
+    return active.byte().argsort(descending=True, stable=True)[:num_active]

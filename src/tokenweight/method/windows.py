@@ -1,0 +1,62 @@
+"""Which tokens a short context reads, and which of them it scores. Integers only."""
+
+from typing import NamedTuple
+
+
+class Window(NamedTuple):
+    """One pass of a short-context model: it reads tokens `[start, stop)` and scores `[first, stop)`."""
+
+    start: int
+    first: int
+    stop: int
+
+
+def check_window_setting(size: int, stride: int) -> None:
+    """Refuse a `size` and `stride` (tokens) that leave some token without any context.
+
+    Raises:
+        ValueError: unless `1 <= stride < size`.
+    """
+    if not 1 <= stride < size:
+        raise ValueError(
+            f"stride={stride} does not fit size={size}: expected 1 <= stride < size "
+            "(every scored token needs at least size - stride >= 1 tokens of context)"
+        )
+
+
+def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
+    """Cover the tokens of a document that a context of `size` tokens cannot see whole.
+
+    The scored parts tile `[size, length)` exactly once. Tokens before `size` have the same context in a short and in a
+    long model, so no window scores them. The context of token t is `size - stride + (t - size) % stride` tokens: it
+    depends on t alone, not on the length of the document, and lies between `size - stride` and `size - 1`.
+
+        length 10, size 4, stride 2        . read   # read and scored
+        token  0 1 2 3 4 5 6 7 8 9
+               ~ ~ ~ ~                     the first window: short and long context are the same
+                   . . # #
+                       . . # #
+                           . . # #
+
+    A length that `stride` does not divide ends in a shorter window.
+
+    Args:
+        length: tokens of the document.
+        size: tokens that one window reads.
+        stride: tokens that one window scores.
+
+    Raises:
+        ValueError: unless `1 <= stride < size`.
+
+    Source: Helm et al. 2025, `base_length` and `base_stride` of the reference code, which refuses other lengths.
+    """
+    check_window_setting(size, stride)
+    return [
+        Window(start=first - (size - stride), first=first, stop=min(first + stride, length))
+        for first in range(size, length, stride)
+    ]
+
+
+def default_stride(size: int) -> int:
+    """Three quarters of a window, as in the paper: 6144 of 8192."""
+    return max(1, size * 3 // 4)

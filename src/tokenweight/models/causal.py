@@ -1,0 +1,247 @@
+"""A causal language model as two parts, decoder and output head, and the one place where states are shifted by one."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tokenweight.method import aligned_with_tokens, linear_nll, prediction_mask
+
+
+@dataclass(frozen=True)
+class CausalParts:
+    """What a loss needs of a causal model: `logits = cap(scale * head(decoder(tokens)))`.
+
+    Made and verified by `causal_parts`. It holds modules, not tensors, and so follows the model when it moves.
+    """
+
+    decoder: nn.Module
+    output: nn.Module
+    scale: float
+    softcap: float | None
+    max_packed_rows: float
+    """How many rows of a batch may hold packed documents, so that these do not see each other: 0, 1, or any number."""
+
+    @property
+    def packs_without_mask(self) -> bool:
+        """Whether attention itself tells packed documents apart, rather than a mask, whose hidden pairs cost time.
+
+        Taken to be so where only a batch of one row keeps documents apart, as with flash kernels: what separates by a
+        mask does so in any batch. Were it wrong, packing would be slow, but right.
+        """
+        return self.max_packed_rows == 1
+
+    def refuse_other_head(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the output head of the model is no longer the one that was found here."""
+        if model.get_output_embeddings() is not self.output:
+            raise ValueError(
+                "the output head was replaced after with_weighted_loss or Scorer had found it, as by modules_to_save "
+                "of an adapter or by resize_token_embeddings: call them after that"
+            )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The arguments of `linear_nll` and `weighted_linear_cross_entropy` that describe the output head."""
+        bias = getattr(self.output, "bias", None)
+        return {"head": self.output.weight, "bias": bias, "scale": self.scale, "softcap": self.softcap}
+
+    def states(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
+
+        No KV cache is used: with one, transformers would let packed documents see each other.
+
+        Args:
+            position_ids: rising by one, except that 0 begins a new document, and larger jumps skip positions (PoSE).
+
+        Raises:
+            ValueError: if the positions do not allow to keep documents apart.
+        """
+        return aligned_with_tokens(self.decoded(tokens, position_ids, attention_mask, **kwargs))
+
+    def decoded(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The decoder's output at each token, not shifted; arguments and errors are those of `states`."""
+        if position_ids is not None:
+            attention_mask = _separating_mask(position_ids, attention_mask, self.max_packed_rows)
+        outputs = self.decoder(
+            input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+        )
+        return outputs.last_hidden_state
+
+    @torch.no_grad()
+    def nll(
+        self, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq"]:
+        """The loss of every token given all tokens before it in its row or document: `model.token_nll`."""
+        targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
+        with evaluating(self.decoder):
+            states = self.states(tokens, position_ids).flatten(0, 1)
+        return linear_nll(states, targets=targets, **self.head).view_as(tokens)
+
+
+def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_packed_rows: float) -> Tensor | None:
+    """The attention mask with which transformers separates documents where positions restart at 0, and only there.
+
+    Without a mask it takes *every* step other than +1 for a new document; with a mask it separates nothing.
+    """
+    jumps = position_ids.diff(dim=1) != 1
+    if not jumps.any():
+        return attention_mask
+    restarts = jumps & (position_ids[:, 1:] == 0)
+    if not restarts.any():
+        return torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    if len(position_ids) > max_packed_rows:
+        remedy = "give each document a row" if max_packed_rows == 0 else "use batches of one row"
+        raise ValueError(
+            f"position_ids hold packed documents, but in a batch of {len(position_ids)} rows this model, with its "
+            f"attention, lets a document see those before it: {remedy}"
+        )
+    if not torch.equal(jumps, restarts):
+        row, column = (jumps & ~restarts).nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids of row {row} jump to {position_ids[row, column + 1].item()} at token {column + 1}, in a "
+            "batch with packed documents: transformers would take the jump for a document border. "
+            "Skip positions, or pack documents, not both"
+        )
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            "position_ids hold packed documents, and attention_mask holds padding: transformers would then let the "
+            "documents see each other. Drop attention_mask, and give the padding labels of -100 and positions from 0"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while, and give every submodule its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def causal_parts(model: PreTrainedModel) -> CausalParts:
+    """Find decoder, head, and what happens to the logits after it; and prove on eight tokens that nothing is missing.
+
+    Raises:
+        ValueError: if the model's logits are not its head times its decoder's states, scaled and soft-capped.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = ": use model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
+        raise ValueError(f"{name} is not a model of transformers{inner}")
+    config, output = model.config, _output_head(model)
+    decoder = model.base_model if model.base_model is not model else model.get_decoder()
+    if decoder is model:
+        raise ValueError(f"{name} is not supported: expected a decoder that is a part of the model")
+    softcap = getattr(config, "final_logit_softcapping", None)
+    tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
+    seen: dict[str, Any] = {}
+
+    def at_head(head: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+        # Here rather than later: under the autocast of a trained model, if it has one.
+        plain = nn.functional.linear(arguments[0], head.weight, getattr(head, "bias", None))
+        seen.update(read=arguments[0], plain=plain)
+
+    hooks = [
+        decoder.register_forward_hook(lambda module, arguments, result: seen.update(decoded=result)),
+        output.register_forward_hook(at_head),
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            expected = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    states = getattr(seen.get("decoded"), "last_hidden_state", None)
+    if states is None or "read" not in seen or not torch.equal(states, seen["read"]):
+        raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
+    scale = _find_scale(config, seen["plain"], expected, softcap)
+    if scale is None:
+        raise ValueError(
+            f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
+            "or soft-capped as its configuration says"
+        )
+    # Flash attention knows packed documents in a batch of one row only.
+    packed = (most for rows, most in ((2, math.inf), (1, 1.0)) if _separates(decoder, tokens, rows))
+    max_packed_rows = next(packed, 0.0)
+    return CausalParts(decoder, output, scale, softcap, max_packed_rows)
+
+
+def _output_head(model: PreTrainedModel) -> Any:
+    """What makes logits of states; its weight and bias have to be all that it trains."""
+    name, output = type(model).__name__, model.get_output_embeddings()
+    if output is None or model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
+    if not output.weight.is_floating_point():
+        raise ValueError(f"{name} is not supported: its output head is quantized ({output.weight.dtype})")
+    besides = _trained_besides_weight_and_bias(output)
+    if besides:
+        raise ValueError(
+            f"{name} is not supported: its output head trains {besides[0]} besides weight and bias: take the head out "
+            "of the target_modules of the adapter, or train all of it (modules_to_save)"
+        )
+    return output
+
+
+def _trained_besides_weight_and_bias(output: Any) -> list[str]:
+    """Parameters of a head on which neither depends: an adapter that starts at 0 changes no logits, but it will."""
+    trained = {name: parameter for name, parameter in output.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        read = sum(tensor.sum() for tensor in (output.weight, getattr(output, "bias", None)) if tensor is not None)
+    if not (trained and read.requires_grad):
+        return list(trained)
+    gradients = torch.autograd.grad(read, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients) if gradient is None]
+
+
+@torch.no_grad()
+def _separates(decoder: nn.Module, tokens: Int[Tensor, "1 seq"], num_rows: int) -> bool:
+    """Whether the second of two packed documents stays the same, to the bit, when the first one changes."""
+    tokens, half = tokens.expand(num_rows, -1), tokens.shape[1] // 2
+    positions = torch.arange(tokens.shape[1], device=tokens.device).remainder(half).expand(num_rows, -1)
+    changed = torch.cat([tokens[:, :half].flip(1), tokens[:, half:]], dim=1)
+    with evaluating(decoder):
+        try:
+            runs = [decoder(input_ids=t, position_ids=positions, use_cache=False) for t in (tokens, changed)]
+        except TypeError:  # it takes no positions
+            return False
+    first, second = (run.last_hidden_state[:, half:] for run in runs)
+    return torch.equal(first, second)
+
+
+def _find_scale(config: Any, plain: Tensor, expected: Tensor, softcap: float | None) -> float | None:
+    """The factor that makes logits of states times head, of those the configuration may mean; None if none does."""
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (plain, expected))
+    wide = torch.promote_types(plain.dtype, torch.float32)
+    plain, expected = plain.to(wide), expected.to(wide)
+    values = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
+    given = [float(value) for value in values if value]
+    errors = {}
+    for scale in [factor for value in given for factor in (value, 1 / value)] + [1.0]:
+        logits = plain * scale if softcap is None else softcap * torch.tanh(plain * scale / softcap)
+        errors[scale] = (logits - expected).abs().max().item()
+    best = min(errors, key=lambda scale: errors[scale])
+    # Both come from the same product: they may differ by a rounding or two of scale and cap in the model's dtype.
+    return best if errors[best] <= 8 * eps * expected.abs().max().item() else None

@@ -1,0 +1,78 @@
+"""Load a causal language model and its tokenizer; what a model says of tokens; what does not fit it."""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenweight.models.rope import context_length
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that two tokenizers share if they give every token of a text the same id.
+
+    Of special tokens those count that it puts around a text by its own rule. Others have different names among the
+    models of one family (Llama 3 reserves what Llama 3.2 uses), which nevertheless score each other's texts.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special -= set(tokenizer("")["input_ids"])
+    tokens = ((token, name) for name, token in tokenizer.get_vocab().items() if token not in special)
+    vocabulary = [(name, token) for token, name in sorted(tokens)]
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits of all weights, with their names, shapes and types."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, value in sorted(model.state_dict().items()):
+        if value.data_ptr() not in seen:  # of tied weights, one
+            seen.add(value.data_ptr())
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def config_fingerprint(config: Any) -> str:
+    """16 hex digits of whatever a config says beyond the defaults of its kind, but for names and versions."""
+    said = config.to_diff_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
+        said.pop(name, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def refuse_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
+) -> None:
+    """Raise a ValueError if rows, by their provenance, were made with another tokenizer than the model's."""
+    theirs = provenance.get("tokenizer_fingerprint")
+    if tokenizer is None or theirs is None or tokenizer_fingerprint(tokenizer) == theirs:
+        return
+    since = ", or an earlier version of tokenweight wrote them" if provenance.get("tokenizer") == name else ""
+    raise ValueError(
+        f"{folder} was made with the tokenizer of {provenance.get('tokenizer')} ({theirs}), but {name} has another "
+        f"({tokenizer_fingerprint(tokenizer)}){since}: prepare the rows with the tokenizer of {name}"
+    )
+
+
+def refuse_length(config: Any, length: int, what: str) -> None:
+    """Raise a ValueError if a model has fewer positions than `length` tokens need."""
+    positions = context_length(config)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{what} of {length} tokens: the model has {positions} positions. Extend its context first "
+            "(docs/context-extension.md)"
+        )
+
+
+def refuse_tokens(config: Any, smallest: int, largest: int, folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if rows hold a token id that a model's vocabulary does not have."""
+    if smallest < 0 or largest >= config.vocab_size:
+        token = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"{folder}: token {token} is not in the vocabulary of the model, which has {config.vocab_size} tokens: "
+            "expected rows made with its tokenizer"
+        )

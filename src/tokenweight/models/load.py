@@ -1,0 +1,152 @@
+"""Load a causal language model and its tokenizer; what a model says of tokens; what does not fit it."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tokenweight.models.causal import causal_parts
+from tokenweight.models.rope import extend_context
+from tokenweight.models.rope_check import prove_rope
+
+logger = logging.getLogger(__name__)
+
+
+def token_nll(
+    model: PreTrainedModel, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+) -> Float[Tensor, "batch seq"]:
+    """Loss of every token given all tokens before it in its row (in its document, where `position_ids` restart).
+
+    In evaluation mode, without KV cache and without logits of the whole row.
+
+    Returns:
+        Nats, float32. Column t speaks of token t; 0 for the first token of a row or document, which nothing predicts.
+    """
+    return causal_parts(model).nll(tokens, position_ids)
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    extend: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model: a plain transformers model that can be trained and saved.
+
+    Args:
+        name: a folder, a hub id, or a `.gguf` file. A `.gguf` file is de-quantized once and kept as an ordinary folder
+            in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second.
+        dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
+            rounded away.
+        revision: of a hub model.
+        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; proved after loading.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
+
+    Raises:
+        ValueError: one line that says what was not found or could not be read.
+    """
+    if extend:
+        kwargs["config"] = extend_context(load_config(name, revision=revision), **extend)
+    model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
+    if extend:
+        prove_rope(model, kwargs["config"])
+    return model
+
+
+def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
+    return _load(AutoConfig, "model", name, revision=revision)
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, a hub id or a `.gguf` file, as `load_model` does.
+
+    Raises:
+        ValueError: one line that says what was not found or could not be read.
+    """
+    return _load(AutoTokenizer, "tokenizer", name, revision=revision)
+
+
+def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None if it is a folder that holds no tokenizer."""
+    has_none = Path(name).is_dir() and not any(Path(name).glob("*token*"))
+    return None if has_none else load_tokenizer(name, revision=revision)
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, where torchrun starts several the one of its rank; without a GPU, the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{what} {str(name)!r}: no such file")
+        path = _converted(path)
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f"{what} {str(name)!r} is a file: expected a folder, a hub id or a .gguf file")
+    dtype = kwargs.get("dtype", "auto")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: expected auto, float32, bfloat16, float16 or float64")
+    try:
+        return kind.from_pretrained(str(path), **kwargs)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "its folder" if path.is_dir() else "the hub, and there is no such folder"
+        raise ValueError(f"{what} {str(name)!r} cannot be loaded from {where}: {reason}") from error
+
+
+def _converted(path: Path) -> Path:
+    """The folder in the user's cache that holds the model of a `.gguf` file, made if it is not there."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenweight"
+    folder = cache / f"{path.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    logger.warning("converting %s; kept for the next time in %s", path.name, folder)
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise ValueError(
+            f"{path.name} needs a package that is missing: pip install 'gguf>=0.10' accelerate ({error})"
+        ) from error
+    # transformers refuses to save a model that came from a .gguf file, so its weights move into one that did not.
+    config = type(quantized.config).from_dict(
+        {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
+    )
+    plain = type(quantized)(config)
+    plain.load_state_dict(quantized.state_dict())
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        unfinished = Path(scratch) / "model"
+        plain.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+            unfinished.rename(folder)
+    if not folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"cannot write the converted model to {folder}")
+    return folder

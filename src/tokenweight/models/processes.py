@@ -1,0 +1,18 @@
+"""What engines that divide a model among processes (FSDP2, DeepSpeed ZeRO-3) need beyond a stock Trainer."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights, so that all have to run the same forward passes."""
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # DeepSpeed's mark
+    return zero3 or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def any_process(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process of the run, all of which ask."""
+    anywhere = torch.tensor(here, dtype=torch.int, device=device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    return bool(anywhere)

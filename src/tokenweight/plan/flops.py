@@ -1,0 +1,246 @@
+"""What a training step computes, counted without weights: matrix products of any decoder, attention by its pairs.
+
+The model is built from its config alone, of tensors that have a shape and no values. Its attention is replaced by one
+that computes nothing and keeps what a flash kernel keeps for the backward pass; experts by one that reads as many rows.
+A product of [m, k] and [k, n] counts 2 m k n.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from tokenweight.method import Weighting, Window
+from tokenweight.models import CausalParts
+
+_COUNTED_TOKENS = 64
+_NAME = "tokenweight_blank"
+
+
+class Attention(NamedTuple):
+    """One layer: `width` is heads x (dimensions of a key + those of a value); `window` keys are seen, or all."""
+
+    width: int
+    window: int | None
+
+
+class Forward(NamedTuple):
+    """FLOPs of a forward pass: of the decoder's matrix products, and of one product with the head, both per token."""
+
+    linear: float
+    head: float
+    attention: tuple[Attention, ...]
+
+    def attended(self, length: int, *, square: bool = False) -> float:
+        """FLOPs of attention over a row: 2 x width for each pair of a query and a key that it sees.
+
+        Args:
+            square: count every pair of tokens instead, as kernels without causal blocks compute, and as
+                `torch.utils.flop_counter` counts.
+        """
+        return sum(
+            2.0 * layer.width * (length**2 if square else _pairs(length, layer.window)) for layer in self.attention
+        )
+
+    def decoder(self, length: int, *, square: bool = False) -> float:
+        """FLOPs of the decoder over a row, without the head."""
+        return self.linear * length + self.attended(length, square=square)
+
+
+class Step(NamedTuple):
+    """FLOPs of one optimizer step, by what they are spent on."""
+
+    forward: float
+    """The decoder over the rows: the long context."""
+    scoring: float
+    """Windows of the short context, with their losses."""
+    backward: float
+    """Of the decoder: twice its forward pass."""
+    head: float
+    """The loss: products with the output head, forward and backward."""
+    recomputation: float
+    """The decoder's forward pass again, where activations are not kept."""
+    attention: float
+    """How much of all that is attention."""
+
+    @property
+    def total(self) -> float:
+        """Their sum (`attention` is a part of the others)."""
+        return self.forward + self.scoring + self.backward + self.head + self.recomputation
+
+
+def step_flops(
+    forward: Forward,
+    length: int,
+    weighting: Weighting,
+    scored: list[Window] | None = None,
+    *,
+    checkpointing: bool = False,
+    num_rows: int = 1,
+    square: bool = False,
+) -> Step:
+    """FLOPs of forward and backward pass over rows that are one document each.
+
+    With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
+    3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
+    (uniform, LongCE); else the losses come first, then gradients for the share k of tokens with a weight: 1 + 3 k.
+
+    Args:
+        scored: what the model reads again to score itself; None where short losses are stored or not needed.
+        num_rows: of the step, on all GPUs.
+        square: see `Forward.attended`.
+    """
+    num_predicted = length - 1
+    products = 3.0
+    if not weighting.pointwise:
+        products = 1 + 3 * max(1, int(getattr(weighting, "keep", 1) * num_predicted)) / num_predicted
+    long, attended = forward.decoder(length, square=square), forward.attended(length, square=square)
+    scoring, attended_again = window_flops(forward, scored or [], square=square)
+    passes = 4 if checkpointing else 3
+    parts = (
+        long,
+        scoring,
+        2 * long,
+        products * forward.head * num_predicted,
+        long if checkpointing else 0.0,
+        passes * attended + attended_again,
+    )
+    return Step(*(num_rows * part for part in parts))
+
+
+def window_flops(forward: Forward, scored: list[Window], *, square: bool = False) -> tuple[float, float]:
+    """FLOPs of reading windows and of the losses of their scored parts; and how much of that is attention."""
+    sizes = [window.stop - window.start for window in scored]
+    head = forward.head * sum(window.stop - window.first for window in scored)
+    total = head + sum(forward.decoder(size, square=square) for size in sizes)
+    return total, float(sum(forward.attended(size, square=square) for size in sizes))
+
+
+def count_forward(config: PreTrainedConfig) -> Forward:
+    """Count the products of a causal model of transformers, from its config alone.
+
+    Raises:
+        ValueError: if it does something that cannot be counted so: attention of its own, or none.
+    """
+    tokens = _COUNTED_TOKENS
+    found: list[Attention] = []
+    with blank_model(config, torch.bfloat16, seen=found.append) as model:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, explained(config):
+            parts_of(model).states(torch.zeros(1, tokens, dtype=torch.long))
+        head = model.get_output_embeddings().weight
+        if len(found) != config.num_hidden_layers:
+            raise ValueError(
+                f"model: {config.model_type} has {config.num_hidden_layers} layers, {len(found)} with the attention of "
+                "transformers: what the others compute cannot be counted"
+            )
+        return Forward(counter.get_total_flops() / tokens, 2.0 * head.numel(), tuple(found))
+
+
+def parts_of(model: PreTrainedModel) -> CausalParts:
+    """Decoder and head of a model without values: nothing can be proved of it, and `train` will."""
+    decoder = model.base_model if model.base_model is not model else model.get_decoder()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return CausalParts(decoder, model.get_output_embeddings(), 1.0, softcap, 0.0)
+
+
+@contextlib.contextmanager
+def blank_model(
+    config: PreTrainedConfig, dtype: torch.dtype, seen: Callable[[Attention], None] = lambda layer: None
+) -> Iterator[PreTrainedModel]:
+    """The model of a config, of tensors without values on a make-believe CPU, while the context lasts.
+
+    Args:
+        seen: is told of each attention layer that runs.
+
+    Raises:
+        ValueError: if transformers has no causal language model of that config.
+    """
+    config = type(config).from_dict(config.to_dict())
+    _straighten(config)
+    # Under a name that transformers has no mask for: none is made, and a sliding window comes as an argument.
+    AttentionInterface.register(_NAME, functools.partial(_attention, seen))
+    ExpertsInterface.register(_NAME, _experts)
+    names = {"attn_implementation": _NAME}
+    if hasattr(config, "_experts_implementation"):
+        names["experts_implementation"] = _NAME
+    with FakeTensorMode():
+        with explained(config):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **names)
+        yield model
+
+
+@contextlib.contextmanager
+def explained(config: PreTrainedConfig) -> Iterator[None]:
+    """Turn what a model raises that computes without values into a line that names it."""
+    try:
+        yield
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AssertionError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model: {config.model_type} cannot be counted from its config: {reason}") from error
+
+
+def _straighten(config: PreTrainedConfig) -> None:
+    """Rotary angles that depend on the length of the input would need its values, and cost nothing worth counting."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            parameters["rope_type"] = "default"
+
+
+def _pairs(length: int, window: int | None) -> float:
+    """Pairs of a token and a token that it sees: itself, and those before it, `window` in all."""
+    if window is None or window >= length:
+        return length * (length + 1) / 2
+    return window * (window + 1) / 2 + (length - window) * window
+
+
+class _Flash(torch.autograd.Function):
+    """Computes nothing; keeps what a flash kernel keeps: queries, keys, values, result, a number per head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(
+    seen: Callable[[Attention], None], module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    width = query.shape[1] * (query.shape[3] + value.shape[3])
+    seen(Attention(width, kwargs.get("sliding_window")))
+    return _Flash.apply(query, key, value), None
+
+
+def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As many rows as all chosen experts read, multiplied with the first one: so their products cost the same."""
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        one = weight.to(rows.dtype)[0]
+        return rows @ (one if self.is_transposed else one.t())
+
+    rows = hidden_states.repeat_interleave(top_k_index.shape[-1], dim=0)
+    rows = product(rows, self.gate_up_proj if self.has_gate else self.up_proj)
+    rows = product(self._apply_gate(rows) if self.has_gate else self.act_fn(rows), self.down_proj)
+    weighted = rows * top_k_weights.reshape(-1, 1)
+    return weighted.view(len(hidden_states), -1, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)

@@ -1,0 +1,162 @@
+"""What each GPU of a run holds: weights, gradients, optimizer states, and a step's peak; and how fast it is."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
+
+from tokenweight.plan.flops import blank_model
+from tokenweight.plan.memory import Held
+
+PEAK_FLOPS = {"H100": 989.4e12, "A100": 312e12, "4090": 165.2e12}
+"""FLOP/s of dense bfloat16 matrix products summed in float32, by NVIDIA's data sheets: H100 SXM (1,979 teraFLOPS with
+sparsity, half of that without), A100 (312), and the Ada GPU architecture whitepaper's table of the RTX 4090 (165.2)."""
+DEFAULT_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the GPUs are: FLOP/s of one by name, times a share; or tokens/s of all, measured in a uniform run."""
+
+    gpu: str | None = None
+    mfu: float | None = None
+    tokens_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpu is not None and self.gpu not in PEAK_FLOPS:
+            raise ValueError(f"--gpu {self.gpu}: expected one of {', '.join(PEAK_FLOPS)}, or --tokens_per_s")
+        if self.tokens_per_s is not None and (self.gpu or not 0 < self.tokens_per_s < math.inf):
+            raise ValueError(f"--tokens_per_s {self.tokens_per_s}: expected a number above 0, and no --gpu beside it")
+        if self.mfu is not None and (self.gpu is None or not 0 < self.mfu <= 1):
+            raise ValueError(f"--mfu {self.mfu}: expected a share above 0, up to 1, of the peak of a --gpu")
+
+    def flops_per_s(self, num_gpus: int, flops_per_token: float) -> float | None:
+        """Of all GPUs; None if nothing is known.
+
+        Args:
+            flops_per_token: of the uniform run.
+        """
+        if self.gpu is not None:
+            return PEAK_FLOPS[self.gpu] * (self.mfu or DEFAULT_MFU) * num_gpus
+        return None if self.tokens_per_s is None else self.tokens_per_s * flops_per_token
+
+    def __str__(self) -> str:
+        if self.gpu is not None:
+            share = f"mfu {self.mfu or DEFAULT_MFU:g}, an assumption"
+            return f"{self.gpu}, {PEAK_FLOPS[self.gpu] / 1e12:g} TFLOP/s in bfloat16 at {share}"
+        return (
+            "unknown" if self.tokens_per_s is None else f"{self.tokens_per_s:,g} tokens/s of the uniform run, measured"
+        )
+
+
+UNKNOWN = Speed()
+
+
+class Peak(NamedTuple):
+    """Bytes on one GPU at the moment of a step that holds most."""
+
+    moment: str
+    """forward, scoring, loss, backward or update."""
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """What forward and backward pass of the decoder hold, kept or passing."""
+    loss: float
+    scoring: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return float(sum(self[1:]))
+
+
+class Fixed(NamedTuple):
+    """Bytes on one GPU that do not depend on the rows."""
+
+    weights: float
+    optimizer: float
+    before: float
+    """Gradients that are there throughout a step."""
+    after: float
+    """Gradients when the weights are updated."""
+
+
+def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
+    """The moment of a step that holds most.
+
+    Args:
+        scoring: whether the model scores itself.
+    """
+    weights, optimizer, before, after = fixed
+    moments = [
+        Peak("forward", weights, before, optimizer, held.forward, 0, 0),
+        Peak("loss", weights, before, optimizer, held.kept, held.loss, 0),
+        Peak("backward", weights, before + held.gradients, optimizer, held.backward - held.gradients, 0, 0),
+        Peak("update", weights, after, optimizer, 0, 0, 0),
+    ]
+    if scoring:
+        moments.append(Peak("scoring", weights, before, optimizer, held.kept, 0, held.scoring))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def fixed_bytes(
+    config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, compute: torch.dtype, num_gpus: int
+) -> Fixed:
+    """Weights, optimizer states and gradients on each GPU, as a `transformers.Trainer` with these arguments has them.
+
+    - One GPU: all; gradients only from the backward pass on, unless they are accumulated.
+    - Several: the same, and the buckets in which DistributedDataParallel sums gradients, as large as these (torch
+      documents that as the memory that `gradient_as_bucket_view=True` would save; the Trainer does not set it).
+    - FSDP: a share of each; beside it, in the dtype of the computation, what is gathered: embeddings, head and whatever
+      else is in no block, and two blocks (one computes, the next is on its way), or all if `reshard_after_forward` is
+      false; and gradients that are accumulated, which wait for the last pass unshared.
+
+    Args:
+        dtype: of the weights.
+        compute: what the decoder computes in.
+
+    Raises:
+        ValueError: for CPU offload, DeepSpeed, or an optimizer whose states cannot be counted.
+    """
+    if arguments.deepspeed is not None:
+        raise ValueError("trainer: deepspeed cannot be planned: expected fsdp, or neither")
+    accumulating = arguments.gradient_accumulation_steps > 1
+    with blank_model(config, dtype) as model:
+        kinds = set(getattr(model, "_no_split_modules", None) or ())
+        blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+        num = sum(parameter.numel() for parameter in model.parameters())
+    whole, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
+    if not arguments.fsdp:
+        buckets = whole if num_gpus > 1 else 0.0
+        return Fixed(whole, states, buckets + (whole if accumulating else 0.0), buckets + whole)
+    settings: Any = arguments.fsdp_config
+    if settings.get("cpu_offload"):
+        raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
+    resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
+    gathered = num - sum(sizes) + 2 * max(sizes, default=0) if resharded else num
+    waiting = num * compute.itemsize if accumulating else 0
+    share = whole / num_gpus
+    return Fixed(share + gathered * compute.itemsize, states / num_gpus, share + waiting, share + waiting)
+
+
+def _optimizer_bytes(shapes: list[tuple[int, ...]], dtype: torch.dtype, arguments: TrainingArguments) -> float:
+    """One update, of tensors without values, and the states there are after it."""
+    kind_name = getattr(arguments.optim, "value", arguments.optim)
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        settings.pop("fused", None)  # has the same states, but no kernel for tensors without values
+        parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = kind(parameters, **settings)
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"trainer: the states of optim {kind_name} cannot be counted: {reason}") from error
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return float(sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.is_meta))

@@ -1,0 +1,182 @@
+"""What a training step holds in memory: the step runs on tensors without values, and their bytes are counted."""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tokenweight.method import BUFFER_BYTES, ShortContext, sliding_windows
+from tokenweight.plan.flops import blank_model, explained, parts_of
+
+
+class Held(NamedTuple):
+    """Bytes, beyond weights and optimizer states, that forward and backward pass of a step hold at most, by moment."""
+
+    forward: float
+    kept: float
+    """Of the forward pass, for the backward pass: when scoring and loss begin."""
+    scoring: float
+    """Beyond `kept`."""
+    loss: float
+    """Beyond `kept`."""
+    backward: float
+    """With the gradients there are at that moment."""
+    gradients: float
+    """At that moment."""
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being while it is active, until they are gone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live, self.peak, self.at_peak = 0, 0, 0
+        self.beside: Callable[[], int] = lambda: 0
+        self.known = {parameter.untyped_storage()._cdata for parameter in [*model.parameters(), *model.buffers()]}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        weakref.finalize(storage, self._remove, key, size)
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, self.beside()
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def restart(self) -> int:
+        """The peak since the last call; counting goes on from what is live now."""
+        before, self.peak = self.peak, self.live
+        return before
+
+
+class _Loss(torch.autograd.Function):
+    """Computes nothing; holds what `loss.weighted_linear_cross_entropy` holds."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, num_rows: int, capped: bool) -> Tensor:
+        inputs = [tensor for tensor in (hidden, head, bias) if tensor is not None]
+        ctx.grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in inputs]
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        buffers = _logits(hidden, head, num_rows, capped)
+        buffers.append(hidden.new_empty(len(buffers[0]), hidden.shape[1], dtype=torch.float32))
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        made, ctx.grads = ctx.grads, None
+        made = [grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes)]
+        return *made, *[None] * (5 - len(made))
+
+
+def _logits(hidden: Tensor, head: Tensor, num_rows: int, capped: bool) -> list[Tensor]:
+    """The chunk of logits that is held at a time, and its copy where a soft-cap is undone."""
+    most = max(16, BUFFER_BYTES // (4 * len(head)))
+    chunk = -(-num_rows // -(-num_rows // most))
+    return [hidden.new_empty(chunk, len(head), dtype=torch.float32) for _ in range(2 if capped else 1)]
+
+
+def hold(
+    config: PreTrainedConfig,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    checkpointing: dict[str, Any] | None = None,
+    batch: int = 1,
+    context: ShortContext | None = None,
+    max_tokens: int = 32768,
+    new_gradients: bool = True,
+) -> Held:
+    """Run one forward and backward pass without values, and count what it holds.
+
+    Attention is a flash kernel: no square of tokens is held. Rows are one document each.
+
+    Args:
+        length: tokens of a row.
+        dtype: of the weights.
+        autocast: what the decoder computes in, if not in the dtype of the weights.
+        checkpointing: arguments of gradient checkpointing; None keeps all activations.
+        batch: rows in one pass.
+        context: of a model that scores itself.
+        max_tokens: that scoring reads in one pass.
+        new_gradients: count the gradients that the pass leaves; not where they are added to those of an earlier pass,
+            or given away as each is made.
+
+    Raises:
+        ValueError: for a model that does not run without values.
+    """
+    with blank_model(config, dtype) as model, explained(config):
+        model.train()
+        if checkpointing is not None:
+            _checkpoint(model, checkpointing)
+        done = _count_gradients(model, new_gradients)
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        with _Live(model) as live:
+            live.beside = done
+            with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                parts, capped = parts_of(model), getattr(config, "final_logit_softcapping", None) is not None
+                states = parts.states(tokens).flatten(0, 1)
+                forward, before = live.restart(), live.live
+                if context is not None:
+                    _score(model, batch, length, context, max_tokens)
+                scoring = live.restart() - before
+                loss = _Loss.apply(states, parts.head["head"], parts.head["bias"], batch * (length - 1), capped)
+            held = live.restart() - before
+            del states
+            loss.backward()
+            return Held(*map(float, (forward, before, scoring, held, live.peak, live.at_peak)))
+
+
+def _checkpoint(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    with warnings.catch_warnings():  # transformers 5.23 has a newer name for it, 5.5 does not
+        warnings.simplefilter("ignore", FutureWarning)
+        # Numbers without values cannot be drawn twice.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "preserve_rng_state": False})
+
+
+def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[], int]:
+    """How many bytes of gradients this pass has made and kept, asked at any moment."""
+    total = 0
+
+    def made(parameter: Tensor) -> None:
+        nonlocal total
+        if new_gradients:
+            total += parameter.nbytes
+        else:
+            parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(made)
+    return lambda: total
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContext, max_tokens: int) -> None:
+    """Read the windows of a row, as many as fit one pass, and hold the logits of a chunk of their scored tokens."""
+    scored = sliding_windows(length, context.size, context.stride) * batch
+    num = min(len(scored), max(1, max_tokens // context.size))
+    parts = parts_of(model)
+    model.eval()
+    states = parts.states(torch.zeros(num, context.size, dtype=torch.long)).flatten(0, 1)[: num * context.stride]
+    model.train()
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    _logits(states, parts.head["head"], len(states), capped)

@@ -1,0 +1,5 @@
+"""Files that are complete or absent, and what stands beside every number: settings, versions, device, commit."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,13 @@
+from .files import read_json as read_json
+from .files import write_json as write_json
+from .metrics import append_line as append_line
+from .metrics import read_metrics as read_metrics
+from .modelcard import NAME as NAME
+from .modelcard import _cell as _cell
+from .modelcard import _edit as _edit
+from .modelcard import _marks as _marks
+from .modelcard import _with_section as _with_section
+from .provenance import differences as differences
+from .provenance import environment as environment
+from .provenance import read_provenance as read_provenance
+from .provenance import run_kind as run_kind

@@ -1,0 +1,92 @@
+"""What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenweight.records.files import read_json
+
+_KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
+"""What a folder is, by the file it holds."""
+
+
+def environment() -> dict[str, Any]:
+    """Command line, versions, device, source commit and time: what a number needs beside it to mean something."""
+    versions = {"python": platform.python_version()}
+    for package in ("tokenweight", "torch", "transformers", "accelerate", "datasets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "tokenweight"), *sys.argv[1:]],
+        "versions": versions,
+        "device": device_name(),
+        "commit": source_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's with the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def source_commit() -> str | None:
+    """The commit this package was imported from, with `+dirty` after it if files differ; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def differences(there: dict[str, Any], ours: dict[str, Any], *, ignored: Sequence[str] = ("environment",)) -> str:
+    """What our settings have otherwise than those written down, in one line; empty if nothing."""
+    return "; ".join(
+        f"{key} is {there.get(key)!r} there, {value!r} now"
+        for key, value in ours.items()
+        if key not in ignored and there.get(key) != value
+    )
+
+
+def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is known of a folder of rows or scores: `scores.json`, else `rows.json`, else nothing."""
+    for name in ("scores.json", "rows.json"):
+        if (Path(folder) / name).is_file():
+            return read_json(Path(folder) / name)
+    return {}
+
+
+def run_kind(folder: Path) -> str:
+    """What wrote a folder: "scored", "training" or "evaluation".
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    for name, kind in _KINDS.items():
+        if (folder / name).is_file():
+            return kind
+    found = f"holds no {', '.join(_KINDS)}" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{folder} {found}: expected a folder of `score`, `train` or `eval`")

@@ -1,0 +1,204 @@
+"""The model card (README.md) of a trained folder: what its records say, and nothing else."""
+
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel, TrainingArguments
+
+from tokenweight.models import describe_rope, load_model
+from tokenweight.records import _cell, _edit, _with_section, read_json, read_metrics, read_provenance
+from tokenweight.train.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+TAGS = ("tokenweight", "long-context")
+FORMULAS = {
+    "uniform": "w = 1",
+    "dense": "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|",
+    "sparse": "w = 1 / keep for the share `keep` of tokens with the largest |long - short|, else 0",
+    "longce": "w = min(exp(short - long), cap)",
+    "ppmi": "w = 1 / keep for the share `keep` of tokens with the largest max(short - long - log(shift), 0), else 0",
+    "npmi": "w = 1 / keep for the share `keep` of tokens with the largest max(long - short - log(shift), 0), else 0",
+}
+"""Of each weighting, in `long` and `short`: the losses of a token with the long and with the short context."""
+_TRAINER = {
+    "optim": "optimizer",
+    "learning_rate": "learning rate",
+    "adam_beta1": "beta 1",
+    "adam_beta2": "beta 2",
+    "adam_epsilon": "epsilon",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "gradients clipped to norm",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup steps",
+    "per_device_train_batch_size": "rows per process and pass",
+    "gradient_accumulation_steps": "passes per step",
+    "world_size": "processes",
+    "bf16": "bf16 autocast",
+    "fp16": "fp16 autocast",
+    "seed": "seed",
+    "data_seed": "seed of the order of rows",
+}
+
+
+def run_facts(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    settings: TrainSettings,
+    provenance: dict[str, Any],
+    sizes: list[int],
+) -> dict[str, Any]:
+    """What `run.json` says beyond settings, provenance and environment.
+
+    Args:
+        model: as it is trained.
+        provenance: of the rows; where they are scored, what `prepare` noted is looked up beside the rows themselves.
+        sizes: tokens of each row.
+    """
+    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
+    if (prepared.get("rows"), prepared.get("tokens")) != (len(sizes), sum(sizes)):
+        prepared = {}  # other rows by now
+    noted = ("texts", "hub", "subset", "split", "seed", "documents")
+    before = load_model(settings.model, device_map="meta").config if settings.extend else model.config
+    return {
+        "rows": {"num": len(sizes), "tokens": sum(sizes), "shortest": min(sizes), "longest": max(sizes)},
+        "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
+        "rope": {"before": _rope(before), "after": _rope(model.config)},
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "arguments": {key: value for key in _TRAINER if (value := _plain(getattr(arguments, key))) is not None},
+    }
+
+
+def _rope(config: Any) -> str | None:
+    try:
+        return describe_rope(config)
+    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enumeration
+
+
+def write_card(folder: str | os.PathLike[str]) -> bool:
+    """Write the card of a trained folder, from `run.json` and `metrics.jsonl`; in a card that is there, our section.
+
+    A failure is logged, not raised: the model beside it is trained.
+
+    Returns:
+        Whether it was written.
+    """
+
+    def edit(card: ModelCard) -> None:
+        run = read_json(Path(folder) / "run.json")
+        name = run["settings"]["model"]
+        if not Path(name).exists():  # then it came from the hub
+            card.data.base_model = name
+        card.data.library_name = "transformers"
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+        if hub := run.get("texts", {}).get("hub"):
+            card.data.datasets = hub
+        if not card.text.strip():
+            card.text = f"\n# {Path(folder).resolve().name}\n"
+        card.text = _with_section(card.text, "training", _training(run, _last_metrics(Path(folder))))
+
+    return _edit(Path(folder), edit)
+
+
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """The last value of everything that the Trainer logged; nothing if there is no such file."""
+    found: dict[str, Any] = {}
+    for line in read_metrics(folder):
+        found |= line
+    return found
+
+
+def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
+    settings, rows, rope = run["settings"], run.get("rows", {}), run.get("rope", {})
+    arguments = run.get("arguments", {})
+    given = [f"{label} {arguments[key]}" for key, label in _TRAINER.items() if arguments.get(key) not in (None, False)]
+    lines = {
+        "Base model": f"`{settings['model']}`",
+        "Context": _context(rope),
+        "Weighting": f"`{settings['weighting']}`{_formula(settings['weighting'])}",
+        "Short losses": _scorer(settings, run.get("data", {})),
+        "Texts": _texts(run.get("texts", {})),
+        "Rows": _rows(rows, run.get("data", {})),
+        "Trained": _trained(rows, metrics),
+        "Trainer": ", ".join(given),
+        "Weights": settings["dtype"],
+        "Versions": ", ".join(f"{name} {number}" for name, number in run.get("versions", {}).items()),
+        "Resumed": "; ".join(f"{Path(part['checkpoint']).name}, {part.get('date')}" for part in run.get("resumed", [])),
+        "Device": run.get("device"),
+        "Commit of tokenweight": run.get("commit"),
+        "Date": run.get("date"),
+        "Command": run.get("command") and f"`{shlex.join(run['command'])}`",
+        "Again": "`tokenweight train --config run.json --out again`, with the `run.json` of this folder",
+    }
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in lines.items() if text)
+    intro = (
+        "Trained with token weights by tokenweight: a token counts more or less in the loss by what a long context "
+        "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
+    )
+    return f"## Training\n\n{intro}\n\n| | |\n|---|---|\n{table}"
+
+
+def _context(rope: dict[str, str]) -> str | None:
+    before, after = rope.get("before"), rope.get("after")
+    return after if before in (None, after) else f"{after}; before training: {before}"
+
+
+def _formula(weighting: str) -> str:
+    formula = FORMULAS.get(weighting.partition(":")[0])
+    return f": {formula}" if formula else ""
+
+
+def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """Who scored, and with which windows."""
+    if settings["weighting"] == "uniform":
+        return None
+    stored, name = settings["scorer"] == "stored", settings["scorer"]
+    said = data if stored else settings
+    size, stride = said.get("size"), said.get("stride")
+    if isinstance(size, list):  # scores of several contexts are there: one was chosen
+        strides = dict(zip(size, stride or ()))
+        size, stride = settings["size"], strides.get(settings["size"])
+    who = f"`{data.get('model') if stored else name}`, frozen"
+    if name == "self" or (stored and not data.get("model")):
+        who = "the model itself, as it is trained" if name == "self" else "stored"
+    given = [f"windows of {size} tokens" if size else "", f"stride {stride}" if stride else ""]
+    if stored:
+        labels = {"revision": "revision", "weights_fingerprint": "fingerprint of its weights"}
+        given += [f"{label} {data[key]}" for key, label in labels.items() if data.get(key)]
+    return ", ".join([who, *filter(None, given)])
+
+
+def _texts(texts: dict[str, Any]) -> str | None:
+    if "texts" not in texts:
+        return None
+    given = [", ".join(f"`{name}`" for name in texts["texts"])]
+    given += [f"{key} {texts[key]}" for key in ("subset", "split") if "hub" in texts and key in texts]
+    labels = {"documents": "documents", "seed": "seed of their order"}
+    return ", ".join([*given, *(f"{label}: {texts[key]}" for key, label in labels.items() if key in texts)])
+
+
+def _rows(rows: dict[str, int], data: dict[str, Any]) -> str:
+    given = []
+    if rows:
+        lengths = dict.fromkeys([rows["shortest"], rows["longest"]])
+        given.append(f"{rows['num']:,} of {' to '.join(map(str, lengths))} tokens, {rows['tokens']:,} in all")
+    given += [f"tokenizer of `{data['tokenizer']}`"] if data.get("tokenizer") else []
+    labels = {"tokenizer_fingerprint": "fingerprint of the tokenizer", "rows_fingerprint": "of the rows"}
+    return ", ".join([*given, *(f"{label} {data[key]}" for key, label in labels.items() if data.get(key))])
+
+
+def _trained(rows: dict[str, int], metrics: dict[str, Any]) -> str:
+    given = [f"{metrics['step']:,} steps"] if "step" in metrics else []
+    if epochs := metrics.get("epoch"):
+        given.append(f"{epochs:.4g} epoch{'s' * (epochs != 1)}")
+        given += [f"{rows['num'] * epochs:,.0f} rows", f"{rows['tokens'] * epochs:,.0f} tokens"] if rows else []
+    given += [f"last weighted loss logged {metrics['loss']:.4f} nats"] if "loss" in metrics else []
+    return ", ".join(given)

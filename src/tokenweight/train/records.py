@@ -1,0 +1,94 @@
+"""A `transformers.Trainer` for long runs: it tells what weights do, stops at what is not finite, saves whole
+checkpoints."""
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokenweight.records import append_line, differences, read_json, write_json
+from tokenweight.train.checkpoints import unmark_after, writing
+
+logger = logging.getLogger(__name__)
+
+
+class FinishedRun(Exception):
+    """No step is left to be made."""
+
+
+class Records(TrainerCallback):
+    """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write `run.json`; in a run that goes on, take back what was done after its checkpoint."""
+        out = Path(args.output_dir)
+        if state.is_world_process_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            with writing("run.json and metrics.jsonl", out, out):
+                write_json(out / "run.json", self.run)
+                if state.global_step:
+                    unmark_after(out, state.global_step)
+                    _take_back(out / "metrics.jsonl", state)
+        if 0 < state.max_steps <= state.global_step:
+            raise FinishedRun  # the Trainer would make one step more
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line to `metrics.jsonl`."""
+        out = Path(args.output_dir)
+        if state.is_world_process_zero:
+            with writing("metrics.jsonl", out, out):
+                append_line(out / "metrics.jsonl", {"step": state.global_step, **(logs or {})})
+
+
+def _take_back(path: Path, state: TrainerState) -> None:
+    """Begin the lines again: those that the checkpoint knows, and the summaries of attempts that ended before it."""
+    lines = [{"step": line["step"], **line} for line in state.log_history]
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote the last one
+            line = json.loads(text)
+            if "train_runtime" in line and line["step"] <= state.global_step and line not in lines:
+                lines.append(line)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
+    os.replace(unfinished, path)
+
+
+def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """The record of a run: what was there when it began, and under `resumed` each time that it went on."""
+    if checkpoint is None or not (out / "run.json").is_file():
+        return run
+    earlier = read_json(out / "run.json")
+    there, now = (
+        {**_lasting(one.get("settings", {})), "processes": one.get("arguments", {}).get("world_size")}
+        for one in (earlier, run)
+    )
+    changed = differences(there, now)
+    if changed:
+        logger.warning("%s goes on with other settings: %s", out, changed)
+    return {**earlier, "resumed": [*earlier.get("resumed", []), {"checkpoint": str(checkpoint), **run}]}
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is the same in every part of a run, unless somebody changes it."""
+    trainer = {f"trainer.{name}": value for name, value in settings.get("trainer", {}).items()}
+    return {
+        name: value
+        for name, value in {**settings, **trainer}.items()
+        if name not in ("trainer", "trainer.resume_from_checkpoint")
+    }

@@ -1,0 +1,134 @@
+"""A `transformers.Trainer` for long runs: it tells what weights do, stops at what is not finite, saves whole
+checkpoints."""
+
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from tokenweight.models import any_process, context_mesh
+from tokenweight.train.card import write_card
+from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
+from tokenweight.train.engines import save_whole
+from tokenweight.train.statistics import WeightStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class WeightedTrainer(Trainer):
+    """Trains a model that `with_weighted_loss` has bound, on rows of a `datasets.Dataset`.
+
+    Args:
+        size: of the short context, for `WeightStatistics`.
+
+    Raises:
+        ValueError: when a loss, a gradient norm or a weight of the model is not finite: with the step, the row if one
+            is to blame, and the last whole checkpoint.
+        OSError: when a checkpoint or the trained model cannot be written.
+    """
+
+    def __init__(self, *args: Any, size: int | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ranks = context_mesh(self.accelerator)
+        self.statistics = WeightStatistics(self.model, size=size, copies=1 if ranks is None else ranks.size())
+        self.out = Path(self.args.output_dir)
+        self.add_callback(self.statistics)
+        # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the Trainer does, and the statistics of the weights, to all trackers.
+
+        With float16, gradients overflow now and then and their step is skipped.
+        """
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            scaled = key == "grad_norm" and self.accelerator.scaler is not None
+            if not math.isfinite(logs.get(key, 0.0)) and not scaled:
+                raise self._stop(f"the {name} is {logs[key]}: expected a finite number")
+        statistics = self.statistics.flush() if "loss" in logs else {}
+        super().log({**logs, **statistics}, start_time)
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; what the loss says of a row of the batch is said of a row of the data."""
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except ValueError as error:
+            blamed = re.search(r"of row (\d+), position (\d+) is \S+: expected a finite number", str(error))
+            if blamed is None:
+                raise
+            row, position = map(int, blamed.groups())
+            named = name_row(self.train_dataset, inputs["input_ids"][row], inputs["labels"][row], position)
+            told = str(error).replace(f"of row {row}, position", f"of {named}, position")
+            raise self._stop(told, self.state.global_step + 1) from error
+
+    def save_trained(self) -> None:
+        """Write the trained model, an ordinary one of transformers, into the folder of the run."""
+        self._refuse_nonfinite_weights()
+        save_whole(self)
+        with writing("the trained model", self.out, self.out):
+            self.save_model(_internal_call=True)  # without the upload, whose failure is another
+        self.create_model_card()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write ours; `push_to_hub` calls this before it uploads."""
+        if self.is_world_process_zero():
+            write_card(self.out)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does; then mark it, and only then make room."""
+        self._refuse_nonfinite_weights()
+        folder = self.out / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing("a checkpoint", folder, self.out):
+                super()._save_checkpoint(*args, **kwargs)
+                self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+                if self.args.should_save:
+                    mark_whole(folder)
+                    rotate(self.out, self._limit)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
+            raise
+
+    def _refuse_nonfinite_weights(self) -> None:
+        # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.
+        parameters = ((name, getattr(one, "ds_tensor", one)) for name, one in self.model.named_parameters())
+        name = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
+        # Each process may hold a part of them, and all have to stop: the others would wait for this one.
+        if self.args.world_size > 1 and any_process(name is not None, self.args.device):
+            name = name or "a weight in another process"
+        if name is not None:
+            raise self._stop(f"{name} is not finite, after gradients that were not: it is not saved")
+
+    def _stop(self, what: str, step: int | None = None) -> ValueError:
+        step = self.state.global_step if step is None else step
+        return ValueError(f"step {step}: {what}; {last_whole_named(self.out)}")
+
+
+def name_row(rows: datasets.Dataset, tokens: Tensor, labels: Tensor, position: int) -> str:
+    """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
+    tokens, predicted = tokens.cpu(), (labels != -100).cpu()
+
+    def same(row: dict[str, Any]) -> bool:
+        found = torch.as_tensor(row["input_ids"])
+        return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
+
+    candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
+    number = next((number for number, row in candidates if same(row)), None)
+    if number is None:
+        return "a row that is not in the data"
+    row = rows.with_format(None)[number]
+    told = {name: row[name] for name in ("document", "offset") if name in row}
+    if "documents" in row and "position_ids" in row:  # packed
+        which = row["position_ids"][: position + 1].count(0) - 1
+        told = {"document": row["documents"][which], "offset": row["offsets"][which]}
+    named = ", ".join(f"{name} {value}" for name, value in told.items())
+    return f"row {number} of the data" + (f" ({named})" if named else "")

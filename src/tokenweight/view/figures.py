@@ -1,0 +1,121 @@
+"""Figures of scored rows, trainings and evaluations, read from their folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tokenweight.data import ScoredRow, read_rows
+from tokenweight.evaluate import read_table
+from tokenweight.method import Weighting, document_positions
+from tokenweight.records import read_json, read_metrics, read_provenance, run_kind
+from tokenweight.view import plots
+from tokenweight.view.summaries import by_kind, by_position, difference_histogram
+from tokenweight.view.terminal import token_pieces
+
+
+def draw(
+    folders: Sequence[Path],
+    weightings: dict[str, Weighting],
+    *,
+    first_row: int = 0,
+    num_rows: int = 8,
+    size: int | None = None,
+    style: str = "paper",
+) -> dict[str, Figure]:
+    """Every figure that the folders give, by the name of its file: several of scores and evaluations, one of trainings.
+
+    Args:
+        folders: of scores, trainings and evaluations, with different names.
+        weightings: of scored rows, by the names they are to have in the figures.
+        first_row: of scored rows.
+        num_rows: at most.
+        size: of the short context, where scores of several are stored.
+        style: one of `canvas.STYLES`.
+
+    Raises:
+        ValueError: if a folder is not one of these, or holds nothing to draw.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{', '.join(sorted(twice))}: two folders have this name, and so would their figures")
+    kinds = [run_kind(folder) for folder in folders]
+    figures: dict[str, Figure] = {}
+    for name, folder, kind in zip(names, folders, kinds):
+        own = {}
+        if kind == "scored":
+            rows = read_rows(folder, first_row, num_rows, size=size)
+            own = score_figures(rows, weightings, window=_window(folder, size), style=style)
+        elif kind == "evaluation":
+            own = evaluation_figures(folder, style=style)
+        figures |= {f"{name}-{what}": figure for what, figure in own.items()}
+    trainings = {name: _losses(folder) for name, folder, kind in zip(names, folders, kinds) if kind == "training"}
+    if trainings:
+        figures["loss-by-step"] = plots.step_figure(trainings, style=style)
+    return figures
+
+
+def score_figures(
+    rows: Sequence[ScoredRow], weightings: dict[str, Weighting], *, window: int | None = None, style: str = "paper"
+) -> dict[str, Figure]:
+    """Figures of scored rows: differences beyond the first window, and weight by position and by kind of token.
+
+    Rows without a tokenizer have no kinds.
+
+    Args:
+        window: tokens of the short context.
+
+    Raises:
+        ValueError: if no token has a shorter context.
+    """
+    weights = {
+        name: [weighting(row.long_nll, row.short_nll, row.mask) for row in rows]
+        for name, weighting in weightings.items()
+    }
+    places = [document_positions(row.tokens, row.position_ids) for row in rows]
+    beyond = [row._replace(mask=row.mask & (own >= (window or 0))) for row, own in zip(rows, places)]
+    if not any(row.mask.any() for row in beyond):
+        raise ValueError(f"no document of these rows is longer than the first window of {window} tokens")
+    bins = {name: by_position(rows, own) for name, own in weights.items()}
+    figures = {
+        "differences": plots.difference_figure(difference_histogram(beyond), style=style),
+        "weight-by-position": plots.position_figure(bins, window=window, style=style),
+    }
+    if rows[0].tokenizer is not None:
+        pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
+        shares = {name: by_kind(rows, own, pieces) for name, own in weights.items()}
+        figures["weight-by-kind"] = plots.kind_figure(shares, style=style)
+    return figures
+
+
+def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figure]:
+    """Figures of an evaluation: loss by position, and benefit by context, with changes from the first model.
+
+    Raises:
+        ValueError: if `eval.json` is not that of an evaluation.
+    """
+    record = read_json(folder / "eval.json")
+    try:
+        table, edges, sizes = read_table(record), record["settings"]["edges"], record["settings"]["sizes"]
+        known = {entry.measure for row in table for entry in row if entry.value is not None}
+        figures = {"loss-by-position": plots.loss_figure(table, edges, style=style)}
+        if f"benefit_{sizes[0]}" in known:  # all of them are of the same tokens, which short documents do not have
+            figures["benefit-by-context"] = plots.benefit_figure(table, sizes, style=style)
+        return figures
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/eval.json is not what `tokenweight eval` writes: {error!r}") from error
+
+
+def _window(folder: Path, size: int | None) -> int | None:
+    """Tokens of the short context that was scored with, if it is known; of several, the chosen one."""
+    stored = read_provenance(folder).get("size")
+    return size if isinstance(stored, list) else stored
+
+
+def _losses(folder: Path) -> list[dict[str, Any]]:
+    """The lines that hold a loss, in the order of their steps; after an interruption, the later of two lines."""
+    steps = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
+    if not steps:
+        raise ValueError(f"{folder}/metrics.jsonl holds no loss: expected lines that the training logged")
+    return [steps[step] for step in sorted(steps)]

@@ -1,0 +1,267 @@
+"""Figures for papers and screens, drawn from plain numbers. Nothing here reads a file or needs a display."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from tokenweight.evaluate import Entry, short_names
+from tokenweight.plan import Cost
+from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
+from tokenweight.view.summaries import Histogram, KindShare, PositionBin
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
+    """How many tokens the long context helps how much; the outer bars hold what lies beyond them, too.
+
+    Args:
+        histogram: of `insight.difference_histogram`.
+        style: one of `STYLES`.
+    """
+    edges, counts = histogram
+    with styled(style):
+        figure, (axes,) = new_panels(style, [0.62])
+        colors = [ORANGE if start + stop > 0 else BLUE for start, stop in pairwise(edges)]
+        axes.bar(edges[:-1], counts, edges[1] - edges[0], align="edge", color=colors)
+        axes.set(yscale="log", ylim=(0.5, 2 * max(1, *counts)), xlim=(edges[0], edges[-1]), ylabel="tokens")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"short {_MINUS} long loss (nats)")
+        signs = {edges[0]: "≤", edges[-1]: "≥"}
+        axes.set_xticks([edges[0], edges[0] / 2, 0, edges[-1] / 2, edges[-1]])
+        axes.xaxis.set_major_formatter(lambda x, _: f"{signs.get(x, '')}{x:g}".replace("-", _MINUS))
+        for place, side, text in ((0, "left", "short is better"), (1, "right", "long is better")):
+            axes.text(place, 1.02, text, ha=side, transform=axes.transAxes)
+        add_head(figure, axes, style, "What the long context gives to the loss of a token")
+    return figure
+
+
+def position_figure(
+    bins: Mapping[str, Sequence[PositionBin]], *, window: int | None = None, style: str = "screen"
+) -> Figure:
+    """Mean weight by position, and below it the mean difference of the losses, which no weighting changes.
+
+    Args:
+        bins: of `insight.by_position`, by the name of the weighting.
+        window: tokens of the short context; the first so many have no other context, which is shaded.
+        style: one of `STYLES`.
+    """
+    with styled(style):
+        figure, (upper, lower) = new_panels(style, [0.5, 0.3])
+        for (name, own), look in zip(bins.items(), line_looks(len(bins))):
+            upper.step(_middles(own), [part.mean_weight for part in own], where="mid", label=name, **look)
+        own = next(iter(bins.values()))
+        lower.step(_middles(own), [part.mean_difference for part in own], where="mid", color=BLACK)
+        upper.set(ylabel="mean weight")
+        lower.set(ylabel=f"|short {_MINUS} long|\n(nats)", xlabel="position in the document (tokens)")
+        lower.set(xlim=(0, max(part.stop for part in own)), ylim=(0, None))
+        lower.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if window is not None:
+            for axes in (upper, lower):
+                axes.axvspan(0, window, color=GRAY, alpha=0.35, lw=0)
+            room = lower.get_ylim()[1] * 0.94
+            lower.text(window * 1.04, room, "◂ first window", va="top")
+        add_head(figure, upper, style, "Where the weight is")
+    return figure
+
+
+def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "screen") -> Figure:
+    """The share that each kind of tokens has of the tokens, and of the weight.
+
+    Args:
+        shares: of `insight.by_kind` of the same rows, by the name of the weighting.
+        style: one of `STYLES`.
+    """
+    kinds = [share.kind for share in next(iter(shares.values()))]
+    tokens = [share.token_share for share in next(iter(shares.values()))]
+    series = [("tokens", tokens, GRAY)]
+    colors = [look["color"] for look in line_looks(len(shares))]
+    series += [
+        (f"weight, {name}", [share.weight_share for share in own], color)
+        for (name, own), color in zip(shares.items(), colors)
+    ]
+    height = 0.8 / len(series)
+    with styled(style):
+        figure, (axes,) = new_panels(style, [0.15 + 0.03 * len(kinds) * len(series)])
+        for number, (name, values, color) in enumerate(series):
+            places = [kind + height * (number - (len(series) - 1) / 2) for kind in range(len(kinds))]
+            axes.barh(places, values, 0.9 * height, color=color, label=name)
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel("share (a token may be of several kinds)")
+        add_head(figure, axes, style, "Which kinds of tokens have the weight")
+    return figure
+
+
+def step_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, style: str = "screen") -> Figure:
+    """Training loss by step, as weighted and as plain training has it, and the share of tokens that are in effect.
+
+    Args:
+        runs: the lines of `metrics.jsonl` by the name of the run: `step`, `loss`, and if they were logged
+            `unweighted_loss` and `effective_share`.
+        style: one of `STYLES`.
+    """
+    has_share = any("effective_share" in line for lines in runs.values() for line in lines)
+    with styled(style):
+        figure, panels = new_panels(style, [0.55, 0.25][: 1 + has_share])
+        for (name, lines), look in zip(runs.items(), line_looks(len(runs))):
+            marked: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(lines) <= 20 else {}
+            panels[0].plot(*_column(lines, "loss"), label=name, **look, **marked)
+            if any("unweighted_loss" in line for line in lines):
+                thin: dict[str, Any] = {"color": look["color"], "linestyle": ":", "linewidth": 0.8}
+                panels[0].plot(*_column(lines, "unweighted_loss"), label=f"{name}, unweighted", **thin)
+            if any("effective_share" in line for line in lines):
+                panels[-1].plot(*_column(lines, "effective_share"), **look, **marked)
+        panels[0].set_ylabel("loss (nats)")
+        panels[-1].set_xlabel("step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if has_share:
+            panels[1].set(ylabel="effective\ntokens", ylim=(0, None))
+            panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        add_head(figure, panels[0], style, "Training loss")
+    return figure
+
+
+def loss_figure(table: Sequence[Sequence[Entry]], edges: Sequence[int], *, style: str = "screen") -> Figure:
+    """Loss by position of every model, and its change from the first model with its interval.
+
+    Args:
+        table: of `comparison.compare`, with the measures `position_N`.
+        edges: of their bins; N is where a bin begins.
+        style: one of `STYLES`.
+    """
+    names, places = [f"position_{edge}" for edge in edges[:-1]], [i + 0.5 for i in range(len(edges) - 1)]
+    with styled(style):
+        figure, panels = _compared(style, table, names, places, "loss (nats)", "Loss by position")
+        panels[-1].set_xticks(range(len(edges)), map(_tokens, edges))
+        panels[-1].set_xlabel(f"position in the document (tokens{_thousands(edges)})")
+    return figure
+
+
+def benefit_figure(table: Sequence[Sequence[Entry]], sizes: Sequence[int], *, style: str = "screen") -> Figure:
+    """What each model gains when the whole context takes the place of a short one, and how that changed.
+
+    Args:
+        table: of `comparison.compare`, with the measures `benefit_N`.
+        sizes: the tokens N of the short contexts.
+        style: one of `STYLES`.
+    """
+    names, places = [f"benefit_{size}" for size in sizes], list(map(float, range(len(sizes))))
+    with styled(style):
+        title = "What the whole context gives, compared with a short one"
+        figure, panels = _compared(style, table, names, places, "benefit (nats)", title)
+        panels[-1].set_xticks(range(len(sizes)), map(_tokens, sizes))
+        panels[-1].set(xlabel=f"short context (tokens{_thousands(sizes)})", xlim=(-0.5, len(sizes) - 0.5))
+    return figure
+
+
+def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
+    """What an optimizer step computes, and what one GPU holds, by the length of rows: a line for each mode.
+
+    Args:
+        costs: of `Budget`, its run and its growth.
+        style: one of `STYLES`.
+    """
+    modes = list(dict.fromkeys(cost.mode for cost in costs))
+    with styled(style):
+        figure, panels = new_panels(style, [0.42, 0.42])
+        for mode, look in zip(modes, line_looks(len(modes))):
+            own = sorted((cost for cost in costs if cost.mode == mode), key=lambda cost: cost.length)
+            lengths = [cost.length for cost in own]
+            panels[0].plot(lengths, [cost.step_flops for cost in own], label=mode, **look)
+            panels[1].plot(lengths, [cost.peak.total / 2**30 for cost in own], **look)
+        lengths = sorted({cost.length for cost in costs})
+        for axes, name in zip(panels, ("FLOPs of a step", "GiB per GPU")):
+            axes.set(xscale="log", yscale="log", ylabel=name)
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[1].yaxis.set_major_formatter("{x:g}")
+        panels[1].set(xlabel=f"length of a row (tokens{_thousands(lengths)})")
+        panels[1].set_xticks(lengths, [_tokens(number) for number in lengths])
+        panels[1].minorticks_off()
+        add_head(figure, panels[0], style, "What a longer context costs")
+    return figure
+
+
+Growth = Mapping[str, Sequence[tuple[int, float]]]
+"""By the name of a step: (tokens of a row, what was measured)."""
+
+
+def growth_figure(times: Growth, memory: Growth, *, style: str = "screen") -> Figure:
+    """Time and memory per token of a training step as rows get longer.
+
+    Args:
+        times: microseconds per token; equal distances are equal ratios.
+        memory: peak, in KiB per token.
+        style: one of `STYLES`.
+    """
+    lengths = sorted({length for points in times.values() for length, _ in points})
+    with styled(style):
+        figure, panels = new_panels(style, [0.5, 0.3])
+        for axes, found in zip(panels, (times, memory)):
+            for (name, points), look in zip(found.items(), line_looks(len(found))):
+                axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
+        panels[0].set(xscale="log", yscale="log", ylabel="µs per token")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
+        panels[1].set(ylabel="KiB per token", xlabel=f"tokens of a row{_thousands(lengths)}")
+        panels[1].set_ylim(bottom=0)
+        panels[1].set_xticks(lengths, map(_tokens, lengths))
+        panels[1].xaxis.set_minor_locator(NullLocator())
+        add_head(figure, panels[0], style, "Time and memory of a training step")
+    return figure
+
+
+def _compared(
+    style: str, table: Sequence[Sequence[Entry]], names: Sequence[str], places: Sequence[float], unit: str, title: str
+) -> tuple[Figure, list[Axes]]:
+    """A panel of values and, if there are models to compare with the first, one of changes."""
+    labels = short_names(table)
+    figure, panels = new_panels(style, [0.5, 0.35] if len(table) > 1 else [0.62])
+    for number, (row, label, look) in enumerate(zip(table, labels, line_looks(len(table)))):
+        entries = {entry.measure: entry for entry in row}
+        found = [entries[name] for name in names]
+        panels[0].plot(places, _numbers(found, "value"), marker="o", markersize=3, label=label, **look)
+        if number:
+            shift = 0.16 * (number - len(table) / 2)  # beside each other, so that every interval is seen
+            shifted = [place + shift for place in places]
+            color = look["color"]
+            panels[1].vlines(shifted, _numbers(found, "low"), _numbers(found, "high"), color=color, linewidth=1.3)
+            panels[1].plot(shifted, _numbers(found, "change"), marker="o", markersize=3.5, linestyle="", color=color)
+    panels[0].set_ylabel(unit)
+    if len(table) > 1:
+        panels[1].axhline(0, color=BLACK, linewidth=0.6)
+        panels[1].set_ylabel("change, with\n95 % interval")
+    add_head(figure, panels[0], style, title)
+    return figure, panels
+
+
+def _middles(bins: Sequence[PositionBin]) -> list[float]:
+    return [(part.first + part.stop) / 2 for part in bins]
+
+
+def _column(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values, where there are any."""
+    found = [(int(line["step"]), float(line[key])) for line in lines if key in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _numbers(entries: Sequence[Entry], field: str) -> list[float]:
+    values = [getattr(entry, field) for entry in entries]
+    return [math.nan if value is None else value for value in values]
+
+
+def _tokens(number: int) -> str:
+    return f"{number // 1024}k" if number and number % 1024 == 0 else str(number)
+
+
+def _thousands(numbers: Sequence[int]) -> str:
+    return "; 1k is 1024" if any(_tokens(number).endswith("k") for number in numbers) else ""

@@ -1,0 +1,111 @@
+"""How figures look, and writing them. Nothing here needs a display."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+class Style(NamedTuple):
+    """How large a figure is, and whether it says what it shows: in a paper the caption does."""
+
+    width: float
+    """Inches."""
+    font: float
+    """Points."""
+    dpi: int
+    """Of the PNG."""
+    titled: bool
+
+
+STYLES = {"paper": Style(3.3, 8, 300, False), "screen": Style(7.0, 11, 150, True)}
+"""A column of a paper with two columns, and a page in a browser."""
+# The hues of `show`, orange and blue, are told apart with every common color blindness. Neighbors differ in lightness,
+# and in their lines, so that they also do in print without color.
+BLUE, ORANGE, BLACK, GRAY = "#1f5a92", "#f59132", "#333333", "#b8bec6"
+_SERIES = (
+    (BLUE, "-"),
+    (ORANGE, "--"),
+    (BLACK, "-."),
+    ("#69a8de", (0, (1, 1))),
+    ("#8a4a12", (0, (5, 1, 1, 1, 1, 1))),
+    ("#8d959e", (0, (8, 2))),
+)
+
+
+def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> None:
+    """Write `path`.svg and `path`.png. They appear whole or not at all, and the same figure gives the same bytes.
+
+    Letters are drawn as shapes, so that the SVG looks the same wherever it is shown.
+
+    Args:
+        figure: of `plots`, with the same `style`.
+        path: without the ending; existing files are replaced.
+    """
+    for ending, metadata in (("svg", {"Date": None}), ("png", {})):
+        file = io.BytesIO()
+        with styled(style):
+            figure.savefig(file, format=ending, dpi=STYLES[style].dpi, metadata=metadata)
+        whole = Path(f"{path}.{ending}")
+        part = whole.with_name(f".{whole.name}.{os.getpid()}")
+        try:
+            part.write_bytes(file.getvalue())
+            part.replace(whole)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def styled(style: str) -> Iterator[None]:
+    """Settings of matplotlib: its own, whatever the user's file says, and these."""
+    settings = {
+        "font.size": STYLES[style].font,
+        "axes.labelsize": "medium",
+        "figure.titlesize": "large",
+        "legend.fontsize": "medium",
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e3e6ea",
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.3,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "tokenweight",  # or ids in the file would be random
+    }
+    with matplotlib.style.context(["default", settings]):
+        yield
+
+
+def new_panels(style: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Panels below one another, of these heights in units of the width, with one horizontal axis."""
+    width = STYLES[style].width
+    figure = Figure(figsize=(width, width * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
+    return figure, list(grid[:, 0])
+
+
+def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
+    """Above all panels, where they hide nothing: the title, and the names of what `axes` shows, as many in a line as
+    fit."""
+    handles, names = axes.get_legend_handles_labels()
+    shown = title if STYLES[style].titled else None
+    if not names:
+        figure.suptitle(shown or "")
+        return
+    room = STYLES[style].width * 72 / (0.6 * STYLES[style].font)  # characters of a line
+    columns = max(1, min(len(names), int(room // (6 + max(map(len, names))))))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, title=shown, title_fontsize="large")
+
+
+def line_looks(num: int) -> list[dict[str, Any]]:
+    """Color and style of so many lines; from the seventh on they are those of the first."""
+    return [dict(zip(("color", "linestyle"), _SERIES[i % len(_SERIES)])) for i in range(num)]

@@ -1,0 +1,295 @@
+"""A text tinted by the loss weight of each token, for the terminal. Nothing here prints."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from jaxtyping import Bool, Float
+from rich import box
+from rich.cells import set_cell_size
+from rich.color import Color, ColorTriplet, blend_rgb
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.data import ScoredRow
+from tokenweight.method import Weighting
+
+# Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full
+# tint; dark ink has a contrast of at least 6 on all of it, so the tints read the same on dark and light terminals.
+_ORANGES = ColorTriplet(255, 240, 222), ColorTriplet(245, 145, 50)
+_BLUES = ColorTriplet(232, 242, 252), ColorTriplet(105, 168, 222)
+_INK = Color.from_rgb(26, 26, 26)
+# Nothing in a text may act on the terminal or break the XML of a picture: control characters, line separators,
+# bidirectional overrides and non-characters are shown as escapes. Tabs and line breaks stay.
+_ESCAPED = (range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), (0xFFFE, 0xFFFF))
+_LITERAL = {code: ascii(chr(code))[1:-1] for codes in _ESCAPED for code in codes}
+_ONE_LINE = _LITERAL | {ord("\n"): "⏎", ord("\t"): " "}
+_BEFORE, _AFTER = 30, 12  # characters of context around a token in the table, where there is room
+
+
+def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """The text of each token; joined, they are the decoded text.
+
+    A character whose bytes are spread over several tokens belongs to the last of them; the others get an empty string.
+    Special tokens are shown by name.
+
+    Args:
+        tokens: ids of one row.
+        tokenizer: that the ids are of; without one, the pieces are the ids, separated by spaces.
+    """
+    if tokenizer is None:
+        return [f" {token}" if place else str(token) for place, token in enumerate(tokens)]
+
+    def decode(start: int, stop: int) -> str:  # `join`: of one row it is a string, though typed as perhaps a list
+        return "".join(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False))
+
+    pieces = [""] * len(tokens)
+    # A token alone decodes wrongly: a sentencepiece tokenizer drops its leading space. So each is decoded behind the
+    # tokens before it, tokens[context:done], and what these decode to is cut off.
+    context = done = 0
+    known = ""
+    for stop in range(1, len(tokens) + 1):
+        text = decode(context, stop)
+        if text.endswith("\ufffd") and stop < len(tokens):
+            continue  # perhaps half a character: the next token decides
+        pieces[stop - 1] = text[len(known) :]
+        context, done = done, stop
+        known = decode(context, done)
+    return pieces
+
+
+def tint(weight: float) -> Style:
+    """How a token of this weight looks.
+
+    Above 1 it is orange and bold, from 2 also underlined; below 1 blue. The color deepens with log2(weight), up to
+    weights 4 and 1/4. About 1 (0.92 to 1.09) a token is left as it is, and 0 (not trained) is dim.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"a token has weight {weight}: expected a finite number, 0 or more")
+    if weight == 0:
+        return Style(dim=True)
+    level = round(4 * max(-2.0, min(2.0, math.log2(weight)))) / 4  # in steps, so that a picture needs few styles
+    if level == 0:
+        return Style()
+    background = blend_rgb(*(_ORANGES if level > 0 else _BLUES), abs(level) / 2)
+    bold = True if level > 0 else None
+    return Style(color=_INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
+
+
+def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = True) -> Text:
+    """The text, each token tinted by its weight; or, where nothing can be tinted, between marks (`legend`).
+
+    The space before a word stays untinted, so that a tint does not hang at the end of a line. Line breaks are kept; one
+    that is weighted above 1 is marked ⏎, since there is nothing else of it to see.
+
+    Args:
+        pieces: of `token_pieces`.
+        weights: one per piece.
+        tinted: False for marks.
+
+    Raises:
+        ValueError: if a weight is negative or not finite.
+    """
+    if not tinted:
+        return _marked(pieces, weights.tolist())
+    runs: list[tuple[Style, str]] = []
+    for piece, weight in zip(pieces, weights.tolist(), strict=True):
+        style, shown = tint(weight), piece.translate(_LITERAL)
+        if style.bold:
+            shown = shown.replace("\n", "⏎\n")
+        word = (shown.lstrip(" ") or shown) if style.bgcolor else shown
+        runs += [(Style(), shown.removesuffix(word)), (style, word)]
+    text = Text()
+    for style, run in groupby((run for run in runs if run[1]), key=lambda run: run[0]):
+        text.append("".join(part for _, part in run), style)
+    return text
+
+
+def _marked(pieces: list[str], weights: list[float]) -> Text:
+    text = Text()
+    for marks, group in groupby(zip(pieces, weights), key=lambda pair: _marks(pair[1])):
+        run = "".join(piece for piece, _ in group).translate(_LITERAL)
+        words = run.strip(" \n")
+        before, _, after = run.partition(words) if words else (run, "", "")
+        text.append(before + (words and words.join(marks)) + after)
+    return text
+
+
+def _marks(weight: float) -> tuple[str, str]:
+    """What stands around tokens of this weight where there is no color."""
+    style = tint(weight)
+    if style.dim:
+        return "((", "))"
+    if style.bold:
+        return ("[[", "]]") if style.underline else ("[", "]")
+    return ("(", ")") if style.bgcolor else ("", "")
+
+
+def legend(*, tinted: bool = True) -> Text:
+    """The key of the tints, or of the marks, in one line."""
+    if not tinted:
+        names = {"0, not trained": 0.0, "below 1": 0.5, "above 1": 1.5, "2 or more": 2.0}
+        return Text("weight  " + " ".join(name.join(_marks(weight)) for name, weight in names.items()))
+    samples = {"¼ or less": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4 or more": 4.0}
+    text = Text("weight  ").append("0, not trained", tint(0.0))
+    for label, weight in samples.items():
+        style = tint(weight)
+        margin = Style(bgcolor=style.bgcolor)
+        text.append(" ").append(" ", margin).append(label, style).append(" ", margin)
+    return text
+
+
+def summary(weighting: Weighting, weights: Float[Tensor, "seq"], mask: Bool[Tensor, "seq"]) -> Text:
+    """What a weighting does to a row, in one line.
+
+    The effective number of tokens is (sum w)^2 / sum w^2: with equal weights all of them, with n equal weights and
+    zeros else n.
+
+    Args:
+        weighting: that made the weights.
+        weights: one per token.
+        mask: True where a token is predicted; the others are not counted.
+    """
+    predicted = weights[mask].double()
+    num, squares = len(predicted), predicted.square().sum().item()
+    if not num:
+        return Text(f"{weighting} · no token of this row is predicted")
+    total, num_zero = predicted.sum().item(), int((predicted == 0).sum())
+    effective = total**2 / squares if squares else 0.0
+    return Text(
+        f"{weighting} · mean weight {total / num:.2f} · {num_zero / num:.1%} weigh 0 · "
+        f"effective tokens {effective:,.1f} of {num:,} ({effective / num:.1%})"
+    )
+
+
+def top_tokens(
+    pieces: list[str],
+    weights: Float[Tensor, "seq"],
+    long_nll: Float[Tensor, "seq"],
+    short_nll: Float[Tensor, "seq"],
+    mask: Bool[Tensor, "seq"],
+    *,
+    num: int = 12,
+) -> Table:
+    """The tokens with the largest weights, and where in the row each of them was seen before.
+
+    Of equal weights, the larger |long - short| comes first, then the earlier position. Tokens of weight 0 are left out.
+    The last columns are the nearest earlier position with the same piece, for pieces of at least two letters or digits,
+    and how many tokens ago that is; the text there stands below the token.
+
+    Args:
+        pieces: of `token_pieces`.
+        weights: one per piece.
+        long_nll: loss of each token with the long context, in nats.
+        short_nll: loss with the short context, in nats.
+        mask: True where a token is predicted; nothing else is listed, and no loss outside is read.
+        num: rows of the table, at most.
+    """
+    weight, long, short = weights.tolist(), long_nll.tolist(), short_nll.tolist()
+    places = torch.nonzero(mask & (weights != 0)).flatten().tolist()
+    places.sort(key=lambda place: (-weight[place], -abs(long[place] - short[place]), place))
+    starts, seen = [0, *accumulate(map(len, pieces))], seen_before(pieces)
+    text = "".join(pieces)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, caption="losses in nats", caption_justify="left")
+    table.add_column("position", justify="right", no_wrap=True)
+    table.add_column("token in context\nand where it was before")
+    for header in ("long", "short", "short\n- long", "weight", "seen\nbefore", "tokens\nago"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for place in places[:num]:
+        before, token = seen[place], tint(weight[place]) + Style(bold=True)
+        shown = [_InContext(text, starts[place], starts[place + 1], token)]
+        if before is not None:
+            shown.append(_InContext(text, starts[before], starts[before + 1], Style(), around=Style(dim=True)))
+        table.add_row(
+            str(place),
+            Group(*shown),
+            f"{long[place]:.2f}",
+            f"{short[place]:.2f}",
+            f"{short[place] - long[place]:+.2f}",
+            f"{weight[place]:.2f}",
+            *(("-", "-") if before is None else (str(before), str(place - before))),
+        )
+    return table
+
+
+def view(
+    row: ScoredRow,
+    weighting: Weighting,
+    *,
+    start: int | None = None,
+    num: int = 300,
+    top: int = 12,
+    tinted: bool = True,
+) -> list[RenderableType]:
+    """A scored row as a passage of `num` tokens, the key of its tints, the row in numbers, and the `top` tokens.
+
+    Args:
+        row: of `read_row`.
+        weighting: whose weights tint it.
+        start: first token of the passage; by default where the weights add up to the most.
+        num: tokens of the passage.
+        top: tokens of the list.
+        tinted: False where there is no color: weights are then shown by marks.
+
+    Raises:
+        ValueError: if `start` is not a token of the row.
+    """
+    weights, length = weighting(row.long_nll, row.short_nll, row.mask)[0], row.tokens.shape[1]
+    if start is None:
+        start = int(weights.unfold(0, min(num, length), 1).sum(dim=1).argmax())
+    if not 0 <= start < length:
+        raise ValueError(f"--start {start}: the row has tokens 0 to {length - 1}")
+    pieces, shown = token_pieces(row.tokens[0].tolist(), row.tokenizer), slice(start, start + num)
+    losses = row.long_nll[0], row.short_nll[0]
+    table = top_tokens(pieces, weights, *losses, row.mask[0], num=top)
+    text = passage(pieces[shown], weights[shown], tinted=tinted)
+    return [text, legend(tinted=tinted), summary(weighting, weights, row.mask[0]), table]
+
+
+@dataclass(frozen=True)
+class _InContext:
+    """text[start:stop] among its neighbors, cut to one line of the room there is.
+
+    It begins in the same column in every row of a table, which shows the token where neither color nor bold can.
+    """
+
+    text: str
+    start: int
+    stop: int
+    style: Style
+    around: Style | str = ""
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(16, _BEFORE + self.stop - self.start + _AFTER)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        token = self.text[self.start : self.stop].lstrip(" ") or self.text[self.start : self.stop]
+        room = min(_BEFORE, options.max_width // 2)
+        before = self.text[: self.stop - len(token)][-room:].translate(_ONE_LINE)
+        before = set_cell_size(before[::-1], room)[::-1]
+        after = self.text[self.stop : self.stop + _AFTER].translate(_ONE_LINE)
+        shown = token.translate(_ONE_LINE) or "…"  # part of a character, which the next tokens complete
+        line = Text(before, self.around).append(shown, self.style).append(after)
+        line.truncate(options.max_width)
+        yield line
+
+
+def seen_before(pieces: list[str]) -> list[int | None]:
+    """The nearest earlier place of each piece, spaces aside. Punctuation and single letters recur anyway: None."""
+    last: dict[str, int] = {}
+    places: list[int | None] = []
+    for place, piece in enumerate(map(str.strip, pieces)):
+        places.append(last.get(piece))
+        if sum(map(str.isalnum, piece)) >= 2:
+            last[piece] = place
+    return places

@@ -1,0 +1,295 @@
+"""The commands as a user runs them: `python -m tokenweight`, with real files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import models
+from texts import EXCERPT, trained_tokenizer
+from tokenweight import cli
+from tokenweight.records import read_json
+
+# To import torch takes seconds, and so does to take it down: that is done once, and each command is a fork of it.
+SERVER = """
+import json, os, runpy, sys, traceback
+import tokenweight.demo
+
+def run(argv):
+    sys.argv = ["tokenweight", *argv]
+    try:
+        runpy.run_module("tokenweight", run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+for line in sys.stdin:
+    argv, streams = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, name in enumerate(streams):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        status = run(argv)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out"]
+SCORE = ["score", "rows", "--model", "model", "--size", "16", "--stride", "12"]
+EVAL = ["eval", "model", "--data", "rows", "--probes", "none"]
+PREPARE = ["--tokenizer", "model", "--length", "64"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder that commands run in: a model with its tokenizer, texts, rows, scores and recipes."""
+    root = tmp_path_factory.mktemp("cli")
+    for name, tokenizer in {
+        "model": trained_tokenizer(framed=True),
+        "other": trained_tokenizer(vocab_size=299),
+    }.items():
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        models.tiny(dtype=torch.float32, vocab_size=300, **special).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "empty.txt").write_text("")
+    (root / "binary.txt").write_bytes(b"\xff\xfe")
+    (root / "bad.jsonl").write_text('{"text": "a"}\n{"body": "a"}\n')
+    (root / "book.txt").write_text(EXCERPT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    (root / "notes").mkdir()
+    (root / "notes" / "mine").write_text("mine")
+    recipe = (
+        "model: model\ndata: scored\nout: trained\nweighting: longce\ntrainer:\n  max_steps: 9\n  learning_rate: 1e-3\n"
+    )
+    (root / "recipe.yaml").write_text(recipe + "  disable_tqdm: true\n")
+    for name, extra in (("typo", "wieghting: dense"), ("mistyped", "size: small"), ("number", "weighting: 3")):
+        (root / f"{name}.yaml").write_text(f"model: model\ndata: rows\nout: out\nscorer: self\n{extra}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """Runs a command in `place`: (exit status, standard output, standard error)."""
+    command = [sys.executable, "-c", SERVER]
+    streams = [str(place.parent / f"{place.name}-{name}") for name in ("in", "out", "err")]
+    with subprocess.Popen(command, cwd=place, env=OFFLINE, stdin=-1, stdout=-1, text=True) as server:
+
+        def run(*argv):
+            server.stdin.write(json.dumps([argv, streams]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), *(Path(name).read_text() for name in streams[1:])
+
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def rows(run, place):
+    status, printed, _ = run("prepare", "book.txt", *PREPARE, "--out", "rows")
+    assert status == 0
+    return printed
+
+
+@pytest.fixture(scope="module")
+def scored(run, rows):
+    status, printed, _ = run(*SCORE, "--out", "scored")
+    assert status == 0
+    return printed
+
+
+def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
+    data, note = datasets.load_from_disk(str(place / "rows")), read_json(place / "rows" / "rows.json")
+    assert (len(data), note["length"], note["texts"]) == (note["rows"], 64, ["book.txt"])
+    assert rows == (
+        f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 documents; {note['dropped_tokens']} of their tokens "
+        "are in no row; 0 documents are shorter than a row (0 of them empty)\n"
+    )
+    assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
+
+
+def test_score_scores_once(scored, run, place):
+    num = 64 * len(datasets.load_from_disk(str(place / "rows")))
+    assert re.search(rf"{num:,} tokens, {num:,} of them scored now in [\d,]+ s, [\d,]+ tokens/s", scored)
+    status, printed, errors = run(*SCORE, "--out", "scored")
+    assert (status, errors) == (0, "")
+    assert printed.endswith(f"{num:,} tokens, 0 of them scored now\n")
+
+
+def test_show_prints_text_and_draws_a_picture(scored, run, place):
+    status, printed, errors = run("show", "scored", "--row", "0", "--start", "0", "--num", "60", "--svg", "shown.svg")
+    assert (status, errors) == (0, "")
+    assert "Call me Ishmael. Some years ago" in re.sub(r"[][()]", "", printed)  # no terminal, no color: marks
+    assert "weight  ((0, not trained)) (below 1) [above 1] [[2 or more]]" in printed
+    assert "dense:interpolation=0.75" in printed
+    assert "<svg" in (place / "shown.svg").read_text(encoding="utf-8")
+
+
+def test_show_scores_a_text_at_once(run, place):
+    options = ["--model", "model", "--length", "100", "--row", "1", "--size", "20", "--stride", "10"]
+    status, printed, errors = run("show", "book.txt", *options, "--weighting", "sparse:keep=0.2")
+    assert (status, errors) == (0, "")
+    assert "effective tokens 19.0 of 99" in printed
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, run, place):
+    overrides = ["--trainer.max_steps", "2", "--weighting", "sparse:keep=0.5", "--trainer.seed=3"]
+    status, printed, _ = run("train", "--config", "recipe.yaml", *overrides)
+    assert status == 0
+    assert printed.endswith("trained: the trained model, run.json and metrics.jsonl\n")
+    settings = read_json(place / "trained" / "run.json")["settings"]
+    assert settings["weighting"] == "sparse:keep=0.5,seed=0"
+    assert {name: str(value) for name, value in settings["trainer"].items()} == {
+        "max_steps": "2", "learning_rate": "1e-3", "disable_tqdm": "True", "seed": "3",
+    }  # fmt: skip
+    assert [step for step, _, _ in logged(place / "trained")] == [1, 2]
+    trained = AutoModelForCausalLM.from_pretrained(place / "trained")
+    before = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+    assert run("train", "--config=trained/run.json", "--out=again")[0] == 0
+    assert logged(place / "again") == logged(place / "trained")
+
+
+def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, run, place):
+    assert run(*EVAL, "--out", "before")[0] == 0
+    status, printed, errors = run(*EVAL, "--baseline", "before", "--out", "after")
+    assert (status, errors) == (0, "")
+    assert printed.endswith("after: eval.json, table.csv, and table.md with every measure\n")
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "+0.0000" in printed
+    assert "too few documents hold such a token" in printed  # all rows are of one book
+    record = read_json(place / "after" / "eval.json")
+    assert [model["model"] for model in record["models"]] == ["model", "model"]
+    loss = record["models"][0]["measures"][0]["value"]
+    assert f" {loss:.4f} " in printed
+    assert f"| {loss:.4f} |" in (place / "after" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prepare", "missing.txt", *PREPARE, "--out", "out"], "missing.txt: no such file or folder"),
+        (["prepare", "empty.txt", *PREPARE, "--out", "out"], "the text is empty"),
+        (["prepare", "book.txt", "binary.txt", *PREPARE, "--out", "out"], "binary.txt: not UTF-8 text (byte 0"),
+        (["prepare", "bad.jsonl", *PREPARE, "--out", "out"], "bad.jsonl, line 2: no text in column 'text': found body"),
+        (["prepare", "book.txt", *PREPARE, "--out", "rows"], "--out rows: exists already"),
+        (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or try --short pack"),
+        (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
+        (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
+        (["prepare", "book.txt", *PREPARE], "Missing from tokenweight prepare: --out PATH; For full"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght, 3; Perhaps you meant: --leng"),
+        ([*SCORE[:4], "--size", "64", "--stride", "48", "--out", "out"], "--size 64: the rows hold 64 tokens"),
+        ([*SCORE[:4], "--size", "8", "--stride", "8", "--out", "out"], "stride=8 does not fit size=8"),
+        ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size small: expected a number of tokens"),
+        ([*SCORE[:4], "--size", "8,16", "--stride", "8", "--out", "out"], "--stride 8: expected one number for each"),
+        ([*SCORE[:4], "--size", "8,8", "--out", "out"], "size: expected different sizes, found 8, 8"),
+        ([*SCORE, "--shard", "2/2", "--out", "out"], "--shard 2/2: expected i/n, from 0/n to n-1/n"),
+        ([*SCORE, "--shard", "1", "--out", "out"], "--shard 1: expected i/n"),
+        ([*SCORE[:4], "--size", "16", "--stride", "11", "--out", "scored"], "stride is 12 there, 11 now"),
+        ([*SCORE, "--long", "--out", "scored"], "long is False there, True now"),
+        ([*SCORE, "--out", "notes"], "--out notes: exists and holds no scores"),
+        ([*SCORE, "--out", "out", "--dtype", "float77"], "float77"),
+        (["score", "scored", *SCORE[2:], "--out", "out"], "the rows have a column short_nll already"),
+        (["score", "notes", *SCORE[2:], "--out", "out"], "notes is not a finished `datasets` folder"),
+        (["score", "gone", *SCORE[2:], "--out", "out"], "gone: no such folder of rows"),
+        (["score", "rows", "--model", "gone", *SCORE[4:], "--out", "out"], "'gone' cannot be loaded"),
+        (["score", "rows", "--model", "other", *SCORE[4:], "--out", "out"], "made with the tokenizer of model ("),
+        (["train", "--model", "other", *TRAIN[3:]], "scored was made with the tokenizer of model ("),
+        (["train", "--model", "gone", *TRAIN[3:]], "'gone' cannot be loaded"),
+        ([*TRAIN, "--data", "rows"], "rows has no column short_nll"),
+        ([*TRAIN, "--out", "notes"], "out: notes exists; name a new folder"),
+        ([*TRAIN, "--weighting", "sprase"], "unknown weighting 'sprase' (did you mean 'sparse'?)"),
+        ([*TRAIN, "--weighting", "sparse:keeps=1"], "unknown setting 'keeps' of weighting 'sparse' (did you"),
+        ([*TRAIN, "--weighting", "nowhere.at.all"], "weighting 'nowhere.at.all' cannot be imported"),
+        ([*TRAIN, "--trainer.max_step", "3"], "trainer: unknown setting 'max_step': did you mean 'max_steps'?"),
+        ([*TRAIN, "--trainer.hub_token", "hf_x"], "trainer: hub_token would be written into run.json: set the"),
+        ([*TRAIN, "--trainer.max_steps", "few"], "invalid int value: 'few'"),
+        ([*TRAIN, "--trainer.max_steps"], "--trainer.max_steps: expected a value"),
+        ([*TRAIN, "--trainer.optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        ([*TRAIN, "--trainer.resume_from_checkpoint", "gone"], "gone"),
+        ([*TRAIN, "--weigthing", "dense"], "--weigthing"),
+        ([*TRAIN[:-2]], "--out"),
+        (["train", "--config", "gone.yaml"], "--config gone.yaml cannot be read"),
+        (["train", "--config", "typo.yaml"], "unknown setting 'wieghting': did you mean 'weighting'?"),
+        (["train", "--config", "mistyped.yaml"], "size"),
+        (["train", "--config", "number.yaml"], "weighting"),
+        (["show", "rows"], "rows has no column short_nll"),
+        (["show", "scored", "--row", "999"], "--row 999: scored has rows 0 to"),
+        (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),
+        (["show", "scored", "--length", "9"], "--length and --stride are of a text: scored is a folder of rows"),
+        (["show", "book.txt"], "--model: book.txt is a text: name the model that scores it"),
+        (["show", "book.txt", "--model", "gone"], "'gone' cannot be loaded"),
+        (["show", "bad.jsonl", "--model", "model", "--row", "1"], "--row 1: bad.jsonl has rows 0 to 0"),
+        (["show", "scored", "--model", "other"], "scored was made with the tokenizer of model ("),
+        ([*EVAL, "--out", "notes"], "--out notes: exists already; name a new folder"),
+        ([*EVAL], "--out"),
+        ([*EVAL, "--out", "out", "--sizes", "64"], "--sizes 64: expected rising numbers from 2 to 63, below the 64"),
+        ([*EVAL, "--out", "out", "--baseline", "other"], "rows was made with the tokenizer of model ("),
+        ([*EVAL, "--out", "out", "--evaluator", "gone"], "'gone' cannot be loaded"),
+        ([*EVAL, "--out", "out", "--haystack", "gone.txt"], "--haystack gone.txt: cannot be read"),
+        ([*EVAL[:4], "--out", "out"], "length 16 is too short for probes 'single': they need at least"),
+        (["demo", "--out", "notes"], "--out notes: exists already"),
+        (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
+        (["trian"], "unknown command 'trian': expected one of prepare, score, plan, train, export, show"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_bad_input_gets_one_line_and_status_2_and_leaves_nothing(argv, message, scored, run, place):
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    status, printed, errors = run(*argv)
+    left = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    for path in sorted(left.keys() - before.keys(), reverse=True):  # so that the next test is not misled
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith(f"tokenweight {argv[0]}: ")
+    assert message in errors
+    assert printed == ""
+    assert left == before
+
+
+@pytest.mark.parametrize("argv", [["prepare"], ["train", "--config", "gone.yaml"], ["nonsense"]])
+def test_a_process_of_its_own_leaves_with_status_2(argv, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tokenweight", *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_every_command_comes_without_torch():
+    script = """
+import sys
+from tokenweight.cli import COMMANDS, main
+assert {main(words) for words in ([], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS))} == {0}
+assert main(["train", "--model", "m", "--help"]) == 0
+assert not {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("usage: tokenweight COMMAND") == 3
+    for name, option in {"prepare": "--length", "score": "--stride", "train": "--weighting", "show": "--svg"}.items():
+        assert re.search(rf"usage: tokenweight {name} .*{option}", done.stdout, re.DOTALL)
+
+
+def test_an_interruption_is_said_and_has_status_130(monkeypatch, tmp_path, capfd):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenweight.data.prepare.prepare_rows", interrupt)
+    trained_tokenizer().save_pretrained(tmp_path)
+    argv = ["prepare", str(EXCERPT), "--tokenizer", str(tmp_path), "--length", "64", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "tokenweight prepare: interrupted"

@@ -1,0 +1,196 @@
+"""What is read of scored rows, and what is refused because it is not what was scored."""
+
+import json
+
+import pytest
+import torch
+from scored import CONTEXT, OTHER_BATCH
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+import models
+from models import LENGTH, NUM_ROWS, some_rows
+from tokenweight import Scorer, ShortContext, load_model, token_nll
+from tokenweight.data import dataset, load_rows, load_scores, read_row, score_folder, score_text
+
+
+def test_an_unscored_folder_holds_no_scores(folders):
+    with pytest.raises(ValueError, match="rows has no column short_nll: score it with `tokenweight"):
+        load_scores(folders / "rows")
+
+
+@pytest.mark.parametrize("with_long", [True, False])
+def test_a_row_is_read_with_stored_long_losses_or_those_of_the_scoring_model(with_long, folders):
+    score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored", with_long=with_long)
+    if with_long:
+        (folders / "model" / "model.safetensors").unlink()  # not needed then
+    row = read_row(folders / "scored", 4)
+    stored = load_rows(folders / "scored")[4]
+    assert row.tokens.tolist() == [stored["input_ids"].tolist()]
+    assert torch.equal(row.short_nll[0], torch.tensor(stored["short_nll"]))
+    expected = token_nll(models.tiny(dtype=torch.float32), row.tokens)
+    torch.testing.assert_close(row.long_nll, expected, **OTHER_BATCH)
+    assert row.mask.tolist() == [[False] + [True] * (LENGTH - 1)]
+    assert row.tokenizer is None
+
+
+def test_a_row_is_read_with_the_long_losses_of_the_model_that_is_named(folders):
+    score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
+    other = models.tiny(seed=1, dtype=torch.float32)
+    other.save_pretrained(folders / "other")
+    row = read_row(folders / "scored", 2, str(folders / "other"))
+    torch.testing.assert_close(row.long_nll, token_nll(other, row.tokens), **OTHER_BATCH)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_scoring_model_is_loaded_in_the_revision_that_scored(named, folders, monkeypatch):
+    name, loaded = str(folders / "model"), []
+    score_folder(folders / "rows", name, [CONTEXT], folders / "scored")
+    note = folders / "scored" / "scores.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "revision": "v2"}))  # as of a hub model
+    load_model = dataset.load_model
+    monkeypatch.setattr(
+        dataset, "load_model", lambda *names, **settings: loaded.append(settings) or load_model(*names, **settings)
+    )
+    read_row(folders / "scored", 0, name if named else None)
+    assert [settings["revision"] for settings in loaded] == ["v2"]
+
+
+@pytest.mark.parametrize("number", [-1, NUM_ROWS])
+def test_a_row_that_is_not_there_is_refused_with_those_that_are(number, folders):
+    score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored")
+    with pytest.raises(ValueError, match=f"--row {number}: .*scored has rows 0 to 6"):
+        read_row(folders / "scored", number)
+
+
+def test_long_losses_that_nobody_stored_need_a_model(folders):
+    some_rows(short_nll=[[0.0] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
+    with pytest.raises(ValueError, match=r"--model: .*foreign stores no long losses"):
+        read_row(folders / "foreign", 0)
+    assert read_row(folders / "foreign", 0, str(folders / "model")).short_nll.tolist() == [[0.0] * LENGTH]
+
+
+LADDER = [ShortContext(4, 2), CONTEXT]
+
+
+def score(folders, *contexts, **settings):
+    score_folder(folders / "rows", str(folders / "model"), contexts, folders / "scored", **settings)
+    return folders / "scored"
+
+
+def test_of_several_contexts_one_is_chosen_by_its_size(folders):
+    scored = score(folders, *LADDER)
+    for context in LADDER:
+        rows, provenance = load_scores(scored, size=context.size)
+        assert torch.equal(
+            torch.tensor(rows["short_nll"][:]), torch.tensor(load_rows(scored)[f"short_nll_{context.size}"][:])
+        )
+        assert (provenance["size"], provenance["stride"]) == ([4, 8], [2, 5])
+    assert torch.equal(read_row(scored, 3, size=4).short_nll[0], torch.tensor(load_rows(scored)["short_nll_4"][3]))
+    for size, found in ((None, ""), (5, ", not 5")):
+        with pytest.raises(ValueError, match=f"size: .*scored holds scores with contexts of 4, 8 tokens{found}: name"):
+            load_scores(scored, size=size)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "settings", "warning"),
+    [
+        ([CONTEXT], {"size": 9}, "scored was scored with size 8, not 9"),
+        ([CONTEXT], {"size": 8, "stride": 4}, "scored was scored with stride 5, not 4"),
+        (LADDER, {"size": 4, "stride": 3}, "scored was scored with stride 2, not 3"),
+        ([CONTEXT], {"size": 8, "stride": 5}, None),
+        ([CONTEXT], {}, None),
+        (LADDER, {"size": 8, "stride": 5}, None),
+    ],
+)
+def test_settings_of_other_windows_are_warned_of_with_the_difference(contexts, settings, warning, folders, caplog):
+    scored = score(folders, *contexts)
+    load_scores(scored, **settings)
+    assert caplog.text == "" if warning is None else warning in caplog.text
+
+
+@pytest.mark.parametrize("read", [load_scores, lambda folder: read_row(folder, 0)])
+def test_a_shard_that_changed_since_is_refused_with_what_mends_it(read, folders):
+    scored = score(folders, CONTEXT)
+    (shard,) = scored.glob("*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[-200] ^= 1
+    shard.write_bytes(content)
+    message = f"{shard} is damaged.*; `tokenweight score` with the same options makes it again"
+    with pytest.raises(ValueError, match=message):
+        read(scored)
+    score(folders, CONTEXT)
+    read(scored)
+
+
+def test_rows_edited_after_they_were_scored_are_refused(folders):
+    scored = score(folders, CONTEXT)
+    edited = load_rows(scored).with_format(None).map(lambda row: {"input_ids": row["input_ids"][::-1]})
+    edited.save_to_disk(str(folders / "edited"))
+    assert load_scores(folders / "edited")[1] == {}  # its origin is unknown
+    (folders / "edited" / "scores.json").write_bytes((scored / "scores.json").read_bytes())
+    with pytest.raises(ValueError, match=r"edited was changed after it was scored: its rows are in data-00000"):
+        load_scores(folders / "edited")
+
+
+def word_tokenizer():
+    """Words w3 to w60, and a BOS before a text, as llama's tokenizer puts one there."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{token}": token for token in range(3, models.VOCABULARY)}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file, its tokens, and the folder of a model with its tokenizer."""
+    tokenizer = word_tokenizer()
+    models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(f"w{token}" for token in models.some_tokens(1, 58)[0].tolist()))
+    return path, tokenizer(path.read_text())["input_ids"], str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("number", "length"), [(0, 30), (1, 30), (1, 48), (0, None)])
+def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
+    path, tokens, name = text
+    row = score_text(path, name, number=number, length=length, size=8, stride=3)
+    expected = tokens[number * (length or 128) : (number + 1) * (length or 128)]
+    assert row.tokens.tolist() == [expected]
+    model, batch = load_model(name), torch.tensor([expected])
+    torch.testing.assert_close(row.long_nll, token_nll(model, batch), **OTHER_BATCH)
+    short_nll = Scorer(model, ShortContext(8, 3), bos=1)(batch)
+    torch.testing.assert_close(row.short_nll[:, 8:], short_nll[:, 8:], **OTHER_BATCH)
+    assert torch.equal(row.short_nll[:, :8], row.long_nll[:, :8])
+    assert row.mask.tolist() == [[False] + [True] * (len(expected) - 1)]
+    default = score_text(path, name, number=number, length=length)
+    sizes = ShortContext(size=len(expected) // 4, stride=len(expected) // 4 * 3 // 4)
+    again = score_text(path, name, number=number, length=length, size=sizes.size, stride=sizes.stride)
+    assert torch.equal(default.short_nll, again.short_nll)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"number": 2, "length": 30}, r"--row 2: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"number": -1, "length": 30}, r"--row -1: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"length": 30, "size": 30}, "--size 30: the row has 30 tokens: no token would have a shorter context"),
+        ({"length": 129}, r"book.txt: rows of 129 tokens: the model has 128 positions"),
+        ({"size": 8, "stride": 8}, "stride=8 does not fit size=8"),
+    ],
+)
+def test_what_no_text_can_be_scored_with_is_refused(settings, message, text):
+    with pytest.raises(ValueError, match=message):
+        score_text(text[0], text[2], **settings)
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty.txt", " \n"), ("empty.jsonl", "")])
+def test_a_file_without_text_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} holds no text"):
+        score_text(tmp_path / name, "never loaded")

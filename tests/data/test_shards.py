@@ -1,0 +1,105 @@
+"""Shards are whole or not there, and only one process makes each."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+
+from tokenweight.data.shards import dataset_files, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.records import read_json
+
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32())})
+TABLE = pa.table({"input_ids": [[1, 2, 3], [4]]}, schema=SCHEMA)
+
+
+def write(path, **note):
+    with new_shard(path, SCHEMA) as (file, added):
+        file.write(TABLE)
+        file.write(TABLE)
+        added.update(note)
+
+
+def test_a_shard_has_a_note_of_what_is_in_it(tmp_path):
+    write(tmp_path / "a.arrow", more=[1])
+    note = read_note(tmp_path / "a.arrow")
+    assert (note["rows"], note["tokens"], note["more"]) == (4, 8, [1])
+    with pa.ipc.open_stream(tmp_path / "a.arrow") as stream:
+        assert stream.read_all().num_rows == 4
+    assert {file.name for file in tmp_path.iterdir()} == {"a.arrow", "a.json"}
+    assert read_note(tmp_path / "b.arrow") is None
+
+
+def test_nothing_has_the_name_of_a_shard_before_it_is_whole(tmp_path):
+    def interrupted():
+        with new_shard(tmp_path / "a.arrow", SCHEMA) as (file, _):
+            file.write(TABLE)
+            assert not (tmp_path / "a.arrow").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+        lambda content: b"",
+    ],
+)
+def test_a_shard_that_is_not_what_was_written_is_refused_by_name(damage, tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path} is damaged: its sha256 is \w+…, \w+… was written"):
+        read_note(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"a\.json cannot be read"):
+        read_note(path)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tokenweight.shards import locked
+with locked(Path(sys.argv[1])) as alone:
+    Path(sys.argv[1]).with_name(".a.arrow.host.123").write_text("half")
+    print(alone, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path):
+    path = tmp_path / "a.arrow"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=-1, text=True) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with locked(path) as alone:
+            assert not alone
+        assert (tmp_path / ".a.arrow.host.123").exists()
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    with locked(path) as alone:
+        assert alone
+        assert not (tmp_path / ".a.arrow.host.123").exists()  # what the killed process left
+
+
+def test_finished_files_are_a_data_set_whose_fingerprint_is_that_of_their_contents(tmp_path):
+    states = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        for name in ("a.arrow", "b.arrow"):
+            write(folder / name)
+        with locked(folder / "a.arrow"):
+            pass
+        finish_dataset(folder, ["a.arrow", "b.arrow"])
+        unlock(folder)
+        assert dataset_files(folder) == ["a.arrow", "b.arrow"]
+        assert not list(folder.glob(".*"))
+        states.append(read_json(folder / "state.json"))
+    assert states[0] == states[1]

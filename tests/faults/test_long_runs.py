@@ -1,0 +1,291 @@
+"""Training that is killed, runs out of disk or meets numbers that are not finite: what is said, and how it goes on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from faulty import copied, ended, refused, run, small_disk, start, told
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tokenweight.records import read_json
+from tokenweight.train import TrainSettings, collate, train
+from tokenweight.train.checkpoints import is_whole, last_whole
+from tokenweight.train.trainer import name_row
+
+NUM_STEPS = 6
+TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out", "--trainer.learning_rate", "1e-2"]
+TRAIN += ["--trainer.max_steps", str(NUM_STEPS), "--trainer.save_steps", "2", "--trainer.warmup_steps", "1"]
+TRAIN += ["--trainer.save_total_limit", "1", "--trainer.disable_tqdm", "true", "--trainer.lr_scheduler_type", "cosine"]
+RESUME = [*TRAIN, "--trainer.resume_from_checkpoint", "true"]
+NONE_WHOLE = (
+    "trainer.resume_from_checkpoint true: … holds no whole checkpoint…; train from the start, into a new folder"
+)
+NOT_WHOLE = "… is not whole: resuming from …"
+FULL = "cannot write … to …: … (… MiB free there); the last whole checkpoint is …"
+FULL_AT_FIRST = "cannot write … to …: … (… MiB free there); no checkpoint yet"
+LOSS = (
+    "step …: the long loss of row … of the data (document …, offset …), position … is nan: expected a finite number; "
+    "the last whole checkpoint is …"
+)
+SCORE = (
+    "step …: short_nll of row … of the data (document …, offset …), position … is nan: expected a finite number; "
+    "no checkpoint yet"
+)
+TIMES = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A model, some rows, and what an undisturbed run leaves."""
+    place = copied(tmp_path_factory.mktemp("origin"))
+    datasets.load_from_disk(str(place / "rows")).select(range(4)).save_to_disk(str(place / "few"))
+    assert run(place, "score", "few", "--model", "model", "--size", "16", "--out", "scored").status == 0
+    done = run(place, *TRAIN)
+    assert done.status == 0, done.errors
+    return place
+
+
+@pytest.fixture
+def place(origin, tmp_path):
+    for name in ("model", "scored"):
+        shutil.copytree(origin / name, tmp_path / name)
+    return tmp_path
+
+
+def lines(out):
+    """What was logged, but for times; the loss of a whole run is of the part after the last interruption."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+def assert_ends_as_undisturbed(out, origin):
+    """Same lines, same weights, to the bit; and one whole checkpoint, of the last step."""
+    steps = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
+    assert steps == [line for line in lines(origin / "out") if "loss" in line]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, origin / "out"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert [folder.name for folder in out.glob("checkpoint-*")] == [f"checkpoint-{NUM_STEPS}"]
+    assert is_whole(out / f"checkpoint-{NUM_STEPS}")
+
+
+def gone_on(place, **settings):
+    """Resume; begin again where nothing was saved. Whoever resumes is warned of what is not whole."""
+    out = place / "out"
+    if not out.exists() or not any(out.iterdir()):
+        return run(place, *TRAIN, **settings)
+    last = last_whole(out)
+    broken = [folder.name for folder in out.glob("checkpoint-*") if not is_whole(folder)]
+    broken = [name for name in broken if last is None or int(name[11:]) > int(last.name[11:])]
+    if last is None:
+        refused(NONE_WHOLE, run(place, *RESUME), *(f"{name} was not saved to its end" for name in broken))
+        shutil.rmtree(out)
+        return run(place, *TRAIN, **settings)
+    done = run(place, *RESUME, **settings)
+    warned = "".join(line for line in done.errors.splitlines(keepends=True) if "is not whole" in line)
+    assert done.status < 0 or bool(warned) == bool(broken)
+    if warned:
+        assert told(NOT_WHOLE, warned)
+        assert broken[0] in warned
+        assert last.name in warned
+    return done
+
+
+def where(out):
+    """How far a killed run was."""
+    if not out.exists() or not list(out.glob("checkpoint-*")):
+        return "before the first checkpoint"
+    if not all(is_whole(folder) for folder in out.glob("checkpoint-*")):
+        return "within a checkpoint"
+    return "after the last step" if is_whole(out / f"checkpoint-{NUM_STEPS}") else "between checkpoints"
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_run_ends_as_if_undisturbed(place, origin):
+    chance, found = random.Random(1), Counter()
+    for _ in range(3):
+        while (done := gone_on(place, at=chance.randrange(8, 45))).status != 0:
+            assert done.status == -signal.SIGKILL, done.errors
+            found[where(place / "out")] += 1
+        assert_ends_as_undisturbed(place / "out", origin)
+        shutil.rmtree(place / "out")
+    assert found["within a checkpoint"] >= 3
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(place, origin):
+    chance = random.Random(2)
+    for _ in range(4):
+        killed = start(place, *(RESUME if (place / "out").exists() and last_whole(place / "out") else TRAIN))
+        time.sleep(1 + 2 * chance.random())
+        os.kill(killed[0], signal.SIGKILL)
+        ended(killed)
+        if (place / "out").exists() and last_whole(place / "out") is None:
+            shutil.rmtree(place / "out")
+    assert gone_on(place).status == 0
+    assert_ends_as_undisturbed(place / "out", origin)
+
+
+def stopped(message, done, *named):
+    """Whether a run that had begun ended with this line."""
+    assert done.status == 2
+    assert told(message, done.errors), done.errors
+    assert all(name in done.errors for name in named), done.errors
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_with_room_the_run_goes_on(place, origin, tmp_path):
+    disk, saved = tmp_path / "disk", Counter()
+    with small_disk(disk):
+        for name in ("model", "scored"):
+            (disk / name).symlink_to(place / name)
+        for room in range(60_000, 1_000_000, 80_000):
+            (disk / "filler").write_bytes(bytes((1 << 20) - room - 4096))
+            done = run(disk, *TRAIN)
+            (disk / "filler").unlink()
+            if done.status == 0:
+                break
+            last = last_whole(disk / "out")
+            if last is None:
+                stopped(FULL_AT_FIRST, done, "to out/")
+            else:
+                stopped(FULL, done, "to out", f"the last whole checkpoint is out/{last.name}\n")
+                assert gone_on(disk).status == 0
+                assert_ends_as_undisturbed(disk / "out", origin)
+            saved[last and last.name] += 1
+            shutil.rmtree(disk / "out", ignore_errors=True)
+        assert done.status == 0
+    assert saved[None] > 0
+    assert saved["checkpoint-2"] > 0
+
+
+def test_a_resumed_run_is_recorded_and_a_file_that_may_not_grow_is_told(place):
+    short = [*TRAIN, "--trainer.max_steps", "2"]
+    assert run(place, *short).status == 0
+    first = read_json(place / "out" / "run.json")
+    broken = place / "out" / "checkpoint-4"
+    shutil.copytree(place / "out" / "checkpoint-2", broken)
+    os.truncate(broken / "optimizer.pt", 100)
+    done = run(place, *RESUME, limit=60_000)
+    warnings, changed, error = done.errors.splitlines(keepends=True)
+    assert told(NOT_WHOLE, warnings)
+    assert warnings.startswith("out/checkpoint-4 ")
+    assert told("… goes on with other settings: … is … there, … now", changed)
+    assert "trainer.max_steps is '2' there, '6' now" in changed
+    stopped(FULL, done._replace(errors=error), "a checkpoint to out/checkpoint-4", "is out/checkpoint-2")
+    assert not broken.exists()
+    record = read_json(place / "out" / "run.json")
+    (entry,) = record.pop("resumed")
+    assert record == first
+    assert entry["checkpoint"] == "out/checkpoint-2"
+    assert entry["settings"]["trainer"]["max_steps"] == "6"
+    assert entry["versions"] == first["versions"]
+    assert [line["step"] for line in lines(place / "out")] == [1, 2, 2, 3, 4]
+    message = "trainer.resume_from_checkpoint …: not a whole checkpoint; the last whole checkpoint is …"
+    refused(message, run(place, *TRAIN, "--trainer.resume_from_checkpoint", "out/checkpoint-9"), "out/checkpoint-2")
+
+
+def test_a_run_that_had_ended_makes_no_step_more_and_writes_its_model_again(origin, tmp_path):
+    for name in ("model", "scored", "out"):
+        shutil.copytree(origin / name, tmp_path / name)
+    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    os.truncate(tmp_path / "out" / "model.safetensors", 100)
+    assert gone_on(tmp_path).status == 0
+    assert_ends_as_undisturbed(tmp_path / "out", origin)
+    after = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert list(map(json.loads, after.splitlines())) == list(map(json.loads, before.splitlines()))
+    summary = json.loads(after.splitlines()[-1])
+    assert summary["train_runtime"] > 0
+    assert all(json.loads(line)["tokens_per_second"] > 0 for line in after.splitlines()[:-1])
+
+
+def test_a_loss_that_is_not_finite_is_told_by_step_row_and_checkpoint(place):
+    rows = datasets.load_from_disk(str(place / "scored"))
+    explode = ["--trainer.learning_rate", "1e15", "--trainer.save_steps", "1"]
+    done = run(place, *TRAIN, *explode, "--trainer.train_sampling_strategy", "sequential")
+    named = f"step 3: the long loss of row 2 of the data (document {rows[2]['document']}, offset {rows[2]['offset']})"
+    stopped(LOSS, done, named, "is out/checkpoint-2\n")
+
+
+def test_a_score_that_is_not_finite_is_told_by_its_row(place):
+    rows = datasets.load_from_disk(str(place / "scored"))
+    scores = rows["short_nll"][:]
+    scores[3][17] = float("nan")
+    rows.remove_columns("short_nll").add_column("short_nll", scores).save_to_disk(str(place / "broken"))
+    by_two = ["--trainer.per_device_train_batch_size", "2", "--trainer.train_sampling_strategy", "sequential"]
+    done = run(place, *TRAIN, "--data", "broken", "--trainer.save_steps", "5", *by_two)
+    done = done._replace(errors=done.errors.splitlines(keepends=True)[-1])  # who scored these is not known
+    stopped(SCORE, done, "step 2: short_nll of row 3 of", f"offset {rows[3]['offset']}), position 17 is nan")
+
+
+def test_a_row_is_found_in_a_padded_batch_and_by_its_document_where_it_is_packed():
+    columns = {"input_ids": [[5, 6, 7], [5, 6], [5, 6, 0], [5, 6, 8, 9]]}
+    rows = datasets.Dataset.from_dict(columns)
+    batch = collate(list(rows))
+    found = [name_row(rows, *pair, 1) for pair in zip(batch["input_ids"], batch["labels"])]
+    assert found == [f"row {number} of the data" for number in range(4)]
+    columns = {"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]], "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]]}
+    columns |= {"documents": [["a"], ["b", "c"]], "offsets": [[0], [7, 0]]}
+    rows = datasets.Dataset.from_dict(columns)
+    tokens = torch.tensor(columns["input_ids"])
+    assert name_row(rows, tokens[1], tokens[1], 1) == "row 1 of the data (document b, offset 7)"
+    assert name_row(rows, tokens[1], tokens[1], 2) == "row 1 of the data (document c, offset 0)"
+
+
+class Poison(TrainerCallback):
+    """At some step, gradients of the head are NaN."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * torch.nan)
+
+
+NORM = "step …: the gradient norm is nan: expected a finite number; the last whole checkpoint is …"
+WEIGHT = "step …: … is not finite, after gradients that were not: it is not saved; the last whole checkpoint is …"
+
+
+@pytest.mark.parametrize(
+    ("step", "logging_steps", "message"), [(3, 1, NORM), (4, 100, WEIGHT), (5, 100, WEIGHT)], ids=["log", "save", "end"]
+)
+def test_gradients_that_are_not_finite_stop_a_run_before_anything_is_saved(step, logging_steps, message, place):
+    given = {"max_steps": 5, "save_steps": 2, "logging_steps": logging_steps, "disable_tqdm": True}
+    settings = TrainSettings(str(place / "model"), str(place / "scored"), str(place / "out"), trainer=given)
+    with pytest.raises(ValueError, match=f"^step {step}: ") as caught:
+        train(settings, callbacks=[Poison(step)])
+    last = place / "out" / f"checkpoint-{2 if step < 5 else 4}"
+    assert told(message, f"{caught.value}\n")
+    assert str(caught.value).endswith(f"is {last}")
+    assert last_whole(place / "out") == last
+    assert [folder.name for folder in (place / "out").glob("checkpoint-*")].count(f"checkpoint-{step}") == 0
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint_and_forgets_what_came_after_it(place, origin):
+    keep = [*TRAIN, "--trainer.save_total_limit", "3"]
+    assert run(place, *keep).status == 0
+    out = place / "out"
+    done = run(place, *keep, "--trainer.resume_from_checkpoint", "out/checkpoint-2", at=9)  # it logs again
+    assert done.status == -signal.SIGKILL
+    assert last_whole(out) == out / "checkpoint-2"
+    assert run(place, *RESUME).status == 0
+    assert_ends_as_undisturbed(out, origin)
+
+
+def test_false_does_not_resume(place):
+    (place / "out").mkdir()
+    (place / "out" / "notes").write_text("")
+    done = run(place, *TRAIN, "--trainer.resume_from_checkpoint", "false")
+    assert done.status == 2
+    assert "out exists; name a new folder" in done.errors

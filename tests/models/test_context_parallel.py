@@ -1,0 +1,182 @@
+"""Rows split over a context have the weights, the loss and the gradients that they have whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import distributed
+import parallel as script
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+
+import models
+from models import assert_close
+from tokenweight import Dense, Scorer, ShortContext, Uniform, with_weighted_loss
+from tokenweight.models import context_mesh, context_parallel
+from tokenweight.models.context_parallel import share_of_rows
+
+
+class OneRank(DeviceMesh):
+    """A rank among others that are not there: what each of them would send is given."""
+
+    def __init__(self, rank, num):
+        self.rank, self.num, self.sent = rank, num, []
+
+    def size(self, mesh_dim=None):
+        return self.num
+
+    def get_local_rank(self, mesh_dim=None):
+        return self.rank
+
+    def gather(self, values):
+        """The number of tokens of each rank, which is the same for all; or what was given."""
+        return values.repeat(1, self.num) if values.numel() == 1 else self.sent.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    monkeypatch.setattr(context_parallel, "_gather", lambda values, mesh: mesh.gather(values))
+
+
+@st.composite
+def dealt_rows(draw):
+    """The columns of some rows, dealt out to ranks in any order, another for each row; and gaps between positions."""
+    num, share, batch = draw(st.integers(2, 4)), draw(st.integers(2, 6)), draw(st.integers(1, 3))
+    columns = torch.tensor([draw(st.permutations(range(num * share))) for _ in range(batch)])
+    gaps = draw(st.lists(st.integers(1, 9), min_size=num * share, max_size=num * share))
+    return num, columns, torch.tensor(gaps).cumsum(0)
+
+
+@given(dealt_rows())
+def test_every_rank_finds_its_columns_and_all_of_them_make_the_rows(dealt):
+    num, columns, positions = dealt
+    rows = torch.rand(columns.shape, dtype=torch.float64)
+    length, width = columns.shape[1], columns.shape[1] // num
+    own = []
+    for rank in range(num):
+        mesh, mine = OneRank(rank, num), columns[:, rank * width : (rank + 1) * width]
+        mesh.sent = [positions[columns]]
+        share = share_of_rows(positions[mine], mesh)
+        assert torch.equal(share.columns, mine)
+        mesh.sent = [rows.gather(1, columns)]
+        assert torch.equal(share.rows("rows", rows.gather(1, mine)), rows)
+        assert share.rows("rows", rows) is rows
+        own.append(share.own(rows, fill=-5))
+        for row, tokens in enumerate(mine.tolist()):
+            expected = [rows[row, token + 1].item() if token + 1 < length else -5 for token in tokens]
+            assert own[-1][row].tolist() == expected
+    mesh.sent = [torch.cat(own, dim=1)]
+    whole = share.whole(own[-1])
+    assert torch.equal(whole[:, 1:], rows[:, 1:])
+    assert not whole[:, 0].any()
+
+
+def test_a_scorer_reads_whole_rows_and_is_refused():
+    model = models.tiny()
+    with pytest.raises(ValueError, match=r"a scorer reads whole rows.*`tokenweight score`"):
+        with_weighted_loss(model, Dense(), Scorer(model, ShortContext(8, 5)), OneRank(0, 2))
+
+
+def test_without_context_parallelism_there_is_no_mesh():
+    class Accelerator:
+        parallelism_config = None
+
+    assert context_mesh(Accelerator()) is None
+    assert context_mesh(object()) is None
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two processes found, and their folder."""
+    folder = tmp_path_factory.mktemp("parallel")
+    models.tiny().save_pretrained(folder / "model")
+    distributed.some_rows((script.LENGTH,) * 8).save_to_disk(str(folder / "rows"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, script.__file__, str(folder)], env=environ, check=True, timeout=500)
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", script.ORDERS)
+@pytest.mark.parametrize("name", script.WEIGHTINGS)
+def test_given_losses_have_the_weights_of_whole_rows_to_the_bit(two_ranks, name, order):
+    (long, short, mask), (states, head, targets) = script.given_losses(), script.states_and_head()
+    weights = script.WEIGHTINGS[name](long, short, mask)
+    found = [rank[f"losses, {order}"][name] for rank in two_ranks[1]]
+    for rank in found:
+        for row in range(3):
+            for column, weight in zip(rank["columns"][row].tolist(), rank["weights"][row].tolist()):
+                assert weight == (weights[row, column + 1].item() if column + 1 < script.LENGTH else 0)
+    states.requires_grad_(), head.requires_grad_()
+    nll = torch.nn.functional.cross_entropy((states @ head.t()).flatten(0, 1), targets.flatten(), reduction="none")
+    loss = (nll * weights.flatten()).sum()
+    expected = torch.autograd.grad(loss, (states, head))
+    # Sums in another order, in float64.
+    torch.testing.assert_close(found[0]["loss"] + found[1]["loss"], loss.detach(), rtol=1e-13, atol=0)
+    for number, grad in enumerate(expected):
+        torch.testing.assert_close(found[0]["grads"][number] + found[1]["grads"][number], grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", script.ORDERS)
+@pytest.mark.parametrize("name", script.WEIGHTINGS)
+def test_a_model_has_the_loss_and_the_gradients_of_one_process(two_ranks, name, order):
+    model, batches = with_weighted_loss(models.tiny(), script.WEIGHTINGS[name]), script.micro_batches()
+    num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    outputs = [model(**batch, num_items_in_batch=num_items) for batch in batches]
+    loss = sum(output.loss for output in outputs)
+    loss.backward()
+    expected = {"loss": loss.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected["mean"] = model(**batches[0]).loss.detach()
+    for key in ("weights", "long_nll", "short_nll"):
+        expected |= {f"{key} {number}": output[key] for number, output in enumerate(outputs)}
+    for found in two_ranks[1]:
+        found = dict(found[f"{name}, {order}"])
+        if script.WEIGHTINGS[name] == Uniform():  # needs no short losses, and says nothing of them
+            found = {key: value for key, value in found.items() if not key.startswith("short")}
+            expected = {key: value for key, value in expected.items() if not key.startswith("short")}
+        assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "longce"])
+def test_the_train_command_makes_the_steps_of_one_process(two_ranks, name, tmp_path):
+    folder = two_ranks[0]
+    if not (folder / "whole").exists():
+        script.train_folders(folder, "whole")
+
+    def steps(kind):
+        lines = [json.loads(line) for line in (folder / kind / name / "metrics.jsonl").read_text().splitlines()]
+        keys = ("loss", "grad_norm", "effective_tokens", "weight_std", "unweighted_loss")
+        return [line[key] for line in lines if "loss" in line for key in keys]
+
+    assert len(steps("whole")) == 10
+    assert steps("split") == pytest.approx(steps("whole"), rel=1e-5)  # as CLOSE: norms in float32
+    whole, split = (
+        dict(models.tiny().from_pretrained(folder / kind / name).named_parameters()) for kind in ("whole", "split")
+    )
+    start = dict(models.tiny().named_parameters())
+    assert any((whole[key] - start[key]).abs().max() > 1e-3 for key in start)
+    assert_close(split, whole, rtol=1e-6, atol=1e-7)  # a step is 0.01 of a gradient, which has the error of CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "packed": "position_ids of row 0 repeat: documents packed into a row would see each other",
+        "uneven": "rows of 9 tokens do not split evenly over 2 ranks of a context: expected a multiple of 4",
+        "beyond": "shift_labels end in 3: expected -100",
+        "no positions": "position_ids are missing",
+        "no scores": "needs the short loss of every token",
+        "not finite": "short_nll of row 0, position 19 is nan",
+    }.items(),
+)
+def test_what_does_not_make_whole_rows_is_refused_by_all_ranks(two_ranks, name, message):
+    for found in two_ranks[1]:
+        assert message in found["refusals"][name]

@@ -1,0 +1,257 @@
+"""Losses of tokens against the model's own logits, for each way in which an architecture makes them."""
+
+import contextlib
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import cross_entropy, linear
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import models
+from tokenweight import load_model, load_tokenizer, token_nll
+from tokenweight.method import prediction_mask
+from tokenweight.models import causal_parts, config_fingerprint, evaluating, tokenizer_fingerprint, weights_fingerprint
+
+LENGTHS = [5, 1, 8]
+PACKED = torch.tensor([[t for length in LENGTHS for t in range(length)]] * 2)
+SKIPPING = torch.tensor([[0, 1, 2, 3, 20, 21, 22, 60, 61, 62, 63, 64, 65, 66]] * 2)
+
+
+def nll_of_logits(model, tokens, **kwargs):
+    """The loss of each token but the first, from all logits of the model as it is."""
+    with torch.no_grad():
+        logits = model(tokens, **kwargs).logits
+    return cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_losses_equal_the_cross_entropy_of_the_logits_shifted_by_one(kind):
+    model, tokens = models.tiny(kind), models.some_tokens(2, 19)
+    losses = token_nll(model, tokens)
+    assert losses[:, 0].tolist() == [0, 0]
+    # The same states, in float64; only the order of the sums over 16 dimensions and 61 tokens differs.
+    torch.testing.assert_close(losses[:, 1:], nll_of_logits(model, tokens), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "cohere"])
+def test_losses_of_a_bfloat16_model_are_float32_and_no_worse_than_those_of_its_bfloat16_logits(kind):
+    model, tokens = models.tiny(kind, dtype=torch.bfloat16), models.some_tokens(4, 30)
+    parts = causal_parts(model)
+    with torch.no_grad():
+        states = parts.decoder(tokens).last_hidden_state.double()
+        bias = parts.output.bias
+        logits = linear(states, parts.output.weight.double(), None if bias is None else bias.double()) * parts.scale
+    if parts.softcap is not None:
+        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    exact = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    ours = token_nll(model, tokens)[:, 1:]
+    assert ours.dtype == torch.float32
+    naive = nll_of_logits(model, tokens)
+    # Float32: a sum of 16 products and one of 61, of logits up to 60 in size: at worst 77 * 60 * 2**-24 = 3e-4.
+    assert (ours - exact).abs().max() < 3e-4 < (naive.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_dropout_is_off_and_every_submodule_gets_its_own_mode_back(kind):
+    model, tokens = models.tiny(kind, dropout=0.5), models.some_tokens(2, 19)
+    expected = nll_of_logits(model, tokens)
+    model.train()
+    frozen = model.get_input_embeddings()
+    frozen.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert sorted(set(modes.values())) == [False, True]
+    torch.testing.assert_close(token_nll(model, tokens)[:, 1:], expected, rtol=1e-12, atol=1e-12)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_modes_come_back_also_after_an_error():
+    model = models.tiny().train()
+    with contextlib.suppress(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert all(module.training for module in model.modules())
+
+
+class Scaled(LlamaForCausalLM):
+    secret_scale = 3.0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.secret_scale * output.logits
+        return output
+
+
+class SlightlyScaled(Scaled):
+    secret_scale = 1.05
+
+
+def encoder_decoder():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": models.VOCABULARY}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (encoder_decoder, "T5ForConditionalGeneration is not supported: expected a causal language model"),
+        (lambda: models.tiny().model, "LlamaModel is not supported"),
+        (lambda: AutoModel.from_config(models.tiny("gpt2").config), "GPT2Model is not supported"),
+        (lambda: Scaled(models.tiny().config), "Scaled is not supported: its logits are not its output head times"),
+        (lambda: SlightlyScaled(models.tiny().config), "SlightlyScaled is not supported"),
+    ],
+)
+def test_a_model_whose_logits_are_something_else_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        causal_parts(make())
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [("granite", "logits_scaling", 1.02), ("cohere", "logit_scale", 1.02), ("granite", "logits_scaling", 0.99)],
+)
+def test_a_scale_close_to_one_is_applied_the_right_way_around(kind, setting, value):
+    model, tokens = models.tiny(kind, **{setting: value}), models.some_tokens(2, 19)
+    torch.testing.assert_close(token_nll(model, tokens)[:, 1:], nll_of_logits(model, tokens), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_packed_documents_have_the_losses_they_have_alone(kind):
+    model, tokens = models.tiny(kind), models.some_tokens(2, sum(LENGTHS))
+    model.config.use_cache = True
+    alone = torch.cat([token_nll(model, document) for document in tokens.split(LENGTHS, dim=1)], dim=1)
+    packed = token_nll(model, tokens, PACKED)
+    # Some of these models compute norms or softmax in float32 even if their weights are float64.
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    assert (token_nll(model, tokens) - alone).abs()[:, LENGTHS[0] + 2 :].max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "bloom", "mamba"])
+def test_a_model_that_cannot_keep_packed_documents_apart_does_not_silently_mix_them(model_type):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": models.VOCABULARY}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    tokens = models.some_tokens(2, sum(LENGTHS))
+    try:
+        packed = token_nll(model, tokens, PACKED)
+    except ValueError:
+        return
+    alone = torch.cat([token_nll(model, document) for document in tokens.split(LENGTHS, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gpt_neox"])
+def test_skipped_positions_are_no_border_between_documents(kind):
+    model, tokens = models.tiny(kind), models.some_tokens(2, SKIPPING.shape[1])
+    expected = nll_of_logits(model, tokens, position_ids=SKIPPING, attention_mask=torch.ones_like(tokens))
+    torch.testing.assert_close(token_nll(model, tokens, SKIPPING)[:, 1:], expected, rtol=1e-12, atol=1e-12)
+    as_documents = nll_of_logits(model, tokens, position_ids=SKIPPING, use_cache=False)
+    assert (as_documents - expected).abs().max() > 0.01  # what transformers does unless it is told otherwise
+
+
+@pytest.mark.parametrize(
+    ("positions", "padding", "message"),
+    [
+        (torch.cat([SKIPPING[:1], PACKED[:1]]), 0, "row 0 jump to 20 at token 4, in a batch with packed"),
+        (PACKED + 7 * (torch.arange(14) > 10), 0, "row 0 jump to 12 at token 11"),
+        (PACKED, 1, "attention_mask holds padding"),
+    ],
+)
+def test_positions_that_would_mix_documents_are_refused(positions, padding, message):
+    model, tokens = models.tiny(), models.some_tokens(2, sum(LENGTHS))
+    attention_mask = torch.ones_like(tokens)
+    attention_mask[1, tokens.shape[1] - padding :] = 0
+    with pytest.raises(ValueError, match=message):
+        causal_parts(model).states(tokens, positions, attention_mask)
+
+
+def test_a_token_is_predicted_unless_it_is_unlabeled_or_begins_a_row_or_document():
+    labels = torch.tensor([[5, 6, -100, 8, 9, 10]])
+    assert prediction_mask(labels).tolist() == [[False, True, False, True, True, True]]
+    positions = torch.tensor([[3, 4, 5, 0, 1, 0]])
+    assert prediction_mask(labels, positions).tolist() == [[False, True, False, False, True, False]]
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "cannot be loaded from the hub, and there is no such folder: "),
+        ("empty", "cannot be loaded from its folder: "),
+        ("model.bin", "is a file: expected a folder, a hub id or a .gguf file"),
+        ("missing.gguf", "no such file"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line_that_names_it(load, name, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.bin").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(tmp_path / name)
+    assert repr(str(tmp_path / name)) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_saved_model_is_loaded_with_the_dtype_of_its_file_unless_another_is_asked_for(dtype, tmp_path):
+    model, tokens = models.tiny(dtype=torch.float32), models.some_tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, **({"dtype": dtype} if dtype else {}))
+    assert type(loaded) is type(model)
+    assert loaded.dtype == (dtype or torch.float32)
+    assert torch.equal(token_nll(loaded, tokens), token_nll(model.to(loaded.dtype), tokens))
+
+
+def tokenizer(vocabulary, **special):
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
+
+
+def framed(*arguments, **special):
+    made = tokenizer(*arguments, **special)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    return made
+
+
+def test_tokenizers_have_one_fingerprint_if_and_only_if_they_give_a_text_the_same_ids():
+    words = {"<unk>": 0, "a": 1, "b": 2, "<s>": 3}
+    fingerprint = tokenizer_fingerprint(tokenizer(words))
+    assert len(fingerprint) == 16
+    assert set(fingerprint) <= set("0123456789abcdef")
+    assert tokenizer_fingerprint(tokenizer(dict(reversed(words.items())))) == fingerprint
+    assert tokenizer_fingerprint(tokenizer(words, pad_token="<reserved>")) == fingerprint
+    assert tokenizer_fingerprint(tokenizer(words, pad_token="<pad>")) == fingerprint
+    others = [
+        tokenizer({"<unk>": 0, "a": 2, "b": 1, "<s>": 3}),
+        tokenizer({"<unk>": 0, "a": 1, "b": 2}),
+        tokenizer({"<unk>": 0, "a": 1, "c": 2, "<s>": 3}),
+    ]
+    assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 4
+    first = tokenizer_fingerprint(framed(words, bos_token="<s>"))
+    assert first == tokenizer_fingerprint(framed(words, bos_token="<s>", eos_token="</s>"))
+    assert first != tokenizer_fingerprint(tokenizer(words, bos_token="<s>"))  # puts nothing before a text
+
+
+def test_fingerprints_of_weights_and_configs_tell_what_changes_losses():
+    model = models.tiny()
+    weights, config = weights_fingerprint(model), config_fingerprint(model.config)
+    assert (weights, config) == (weights_fingerprint(models.tiny()), config_fingerprint(models.tiny().config))
+    model.config.transformers_version = "6"
+    model.config._name_or_path = "elsewhere"
+    assert config_fingerprint(model.config) == config
+    model.config.rms_norm_eps = 0.5
+    assert config_fingerprint(model.config) != config
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-7
+    assert weights_fingerprint(model) != weights
+    assert weights_fingerprint(models.tiny(seed=1)) != weights
+    tied = models.tiny("llama-tied")
+    assert weights_fingerprint(tied) == weights_fingerprint(models.tiny("llama-tied"))

@@ -1,0 +1,213 @@
+"""Settings: read from YAML and from the record of an earlier run, handed to the Trainer, and refused if they cannot be
+right."""
+
+import dataclasses
+import json
+import re
+
+import datasets
+import pytest
+import torch
+import yaml
+from distributed import some_rows
+
+import models
+from texts import trained_tokenizer
+from tokenweight.train import TrainSettings, read_recipe, train, training_arguments
+from tokenweight.train.settings import PAPER_ARGUMENTS
+
+SETTINGS = TrainSettings(
+    model="some/model",
+    data="rows — naïve",
+    out="out",
+    weighting="sparse:keep=0.1",
+    scorer="self",
+    size=64,
+    stride=48,
+    trainer={"learning_rate": 0.0005, "bf16": True, "report_to": ["none"], "max_steps": 3, "run_name": "a: b"},
+)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda settings: yaml.safe_dump(settings),
+        lambda settings: yaml.safe_dump(settings, allow_unicode=True),
+        lambda settings: json.dumps(settings),
+        lambda settings: json.dumps({"settings": settings, "data": {"rows": 3}, "versions": {"torch": "2"}}, indent=2),
+    ],
+    ids=["yaml", "unicode", "json", "run.json"],
+)
+def test_settings_come_back_as_they_were_written(write, tmp_path):
+    path = tmp_path / "recipe"
+    path.write_text(write(dataclasses.asdict(SETTINGS)), encoding="utf-8")
+    assert TrainSettings(**read_recipe(path)) == SETTINGS
+
+
+def test_a_recipe_may_leave_settings_to_their_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: m\ndata: d  # rows\nout: o\ntrainer:\n  max_steps: 3\n")
+    settings = TrainSettings(**read_recipe(tmp_path / "a.yaml"))
+    assert settings == TrainSettings("m", "d", "o", trainer={"max_steps": 3})
+    assert (settings.weighting, settings.scorer, settings.dtype) == ("dense", "stored", "float32")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: m", "unknown setting 'modle': did you mean 'model'?"),
+        ("trainer: {}\nweigthing: dense", "unknown setting 'weigthing': did you mean 'weighting'?"),
+        ('{"settings": {"strides": 3}}', "unknown setting 'strides': did you mean 'stride'?"),
+        ("12: 3", "unknown setting 12: expected one of model, data, out"),
+        ("learning_rate: 1e-5", "unknown setting 'learning_rate': expected one of model, data, out"),
+        ("- model", "holds a list: expected settings"),
+        ("model", "holds a str: expected settings"),
+        ("", "holds a NoneType: expected settings"),
+        ("settings: 3", "holds a int: expected settings"),
+        ("trainer: [max_steps]", "trainer is ['max_steps']: expected fields of TrainingArguments"),
+        ("trainer:", "trainer is None: expected fields of TrainingArguments"),
+        ("model: [m", "cannot be read: while parsing a flow sequence"),
+        (b"model: caf\xe9", "cannot be read: "),
+        (None, "cannot be read: [Errno 2] No such file or directory"),
+    ],
+)
+def test_a_recipe_that_cannot_be_right_is_refused_in_one_line_that_names_it(text, message, tmp_path, unchecked):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="--config") as refusal:
+        read_recipe(path)
+    assert str(path) in str(refusal.value)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"learning_rate": "2e-5", "max_steps": "3"}, {"learning_rate": 2e-5, "max_steps": 3}),
+        ({"bf16": "true", "do_train": "False", "max_grad_norm": "0"}, {"bf16": True, "do_train": False}),
+        ({"bf16": True, "use_cpu": True, "seed": 7, "warmup_steps": 0.1}, {"bf16": True, "seed": 7}),
+        ({"label_names": ["labels", "short_nll"]}, {"label_names": ["labels", "short_nll"]}),
+        ({"lr_scheduler_kwargs": '{"min_lr": 0.5}'}, {"lr_scheduler_kwargs": {"min_lr": 0.5}}),
+        ({"lr_scheduler_kwargs": {"min_lr": 0.5, "a": True}}, {"lr_scheduler_kwargs": {"min_lr": 0.5, "a": True}}),
+        ({"report_to": ["none"], "run_name": "a b: c"}, {"report_to": [], "run_name": "a b: c"}),
+        ({"max_steps": -1, "num_train_epochs": "0.5"}, {"max_steps": -1, "num_train_epochs": 0.5}),
+        ({"learning_rate": None}, {"learning_rate": 5e-5}),  # the default of transformers, not that of the paper
+    ],
+)
+def test_fields_of_the_trainer_have_the_value_given_as_a_number_a_list_or_a_word(given, expected, tmp_path):
+    arguments = training_arguments(given, tmp_path / "out")
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    kept = {name: value for name, value in PAPER_ARGUMENTS.items() if name not in (*given, "report_to")}
+    assert {name: getattr(arguments, name) for name in kept} == kept
+    assert arguments.output_dir == str(tmp_path / "out")
+    assert arguments.use_cpu is not torch.accelerator.is_available()
+
+
+def test_numbers_without_a_point_survive_the_way_through_json_and_yaml(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"trainer": {"learning_rate": 2e-5, "max_steps": 2}}}))
+    arguments = training_arguments(read_recipe(tmp_path / "run.json")["trainer"], tmp_path / "out")
+    assert (arguments.learning_rate, arguments.max_steps) == (2e-5, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learnin_rate": 1}, "trainer: unknown setting 'learnin_rate': did you mean 'learning_rate'?"),
+        ({"help": True}, "trainer: unknown setting 'help': expected one of output_dir, "),
+        ({"max_steps": "abc"}, "invalid int value: 'abc'"),
+        ({"max_steps": 2.5}, "invalid int value: '2.5'"),
+        ({"bf16": "perhaps"}, "Truthy value expected: got perhaps"),
+        ({"lr_scheduler_type": "constnat"}, "invalid choice: 'constnat'"),
+        ({"logging_steps": 0}, "logging_steps"),
+        ({"lr_scheduler_kwargs": "{min_lr: 0.5}"}, "lr_scheduler_kwargs"),
+        ({"output_dir": "elsewhere"}, "output_dir"),  # settings have `out`
+        ({"label_smoothing_factor": 0.1}, "put another loss in place of the weighted one"),
+        ({"use_liger_kernel": "true"}, "put another loss in place of the weighted one"),
+    ],
+)
+def test_a_field_that_the_trainer_does_not_have_or_take_is_refused_by_name(given, message, tmp_path, capfd):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        training_arguments(given, tmp_path / "out")
+    assert "".join(capfd.readouterr()) == ""  # argparse would print every field
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models and rows that do not all fit one another."""
+    root = tmp_path_factory.mktemp("recipe")
+    models.tiny(dtype=torch.float32).save_pretrained(root / "model")
+    models.tiny(dtype=torch.float32, vocab_size=300).save_pretrained(root / "with-tokenizer")
+    trained_tokenizer().save_pretrained(root / "with-tokenizer")
+    rows = {
+        "rows": some_rows((40,) * 4, scored=False),
+        "scored": some_rows((40,) * 4),
+        "ladder": some_rows((40,) * 4).rename_column("short_nll", "short_nll_8"),
+        "long": some_rows((150,), scored=False),
+        "late-long": some_rows((40,) * 64 + (150,), scored=False),
+        "unknown": datasets.Dataset.from_dict({"input_ids": [[5] * 39 + [61]]}),
+        "none": some_rows((40,), scored=False).select([]),
+        "theirs": some_rows((40,), scored=False),
+    }
+    rows["ladder"] = rows["ladder"].add_column("short_nll_16", rows["ladder"]["short_nll_8"][:])
+    for name, data in rows.items():
+        data.save_to_disk(str(root / name))
+    (root / "theirs" / "rows.json").write_text('{"tokenizer": "other", "tokenizer_fingerprint": "0123"}')
+    (root / "occupied").mkdir()
+    (root / "occupied" / "notes").write_text("mine")
+    return root
+
+
+NO_SHORTER = "rows hold 40: no token would have a shorter context"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weighting": "dens"}, "unknown weighting 'dens' (did you mean 'dense'?)"),
+        ({"weighting": "dense:keep=1"}, "unknown setting 'keep' of weighting 'dense'"),
+        ({"trainer": {"max_step": 2}}, "trainer: unknown setting 'max_step': did you mean 'max_steps'?"),
+        ({"out": "occupied"}, "occupied exists; name a new folder, or set trainer.resume_from_checkpoint"),
+        ({"data": "missing"}, "missing: no such folder of rows"),
+        ({"data": "rows"}, "rows has no column short_nll: score it with `tokenweight score`, or set scorer to self"),
+        ({"scorer": "self"}, "scorer: 'self', but"),
+        ({"scorer": "model"}, "holds stored scores (short_nll), which would be used"),
+        ({"data": "ladder"}, "ladder holds scores with contexts of 8, 16 tokens: name one of them"),
+        ({"data": "ladder", "size": 9}, "ladder holds scores with contexts of 8, 16 tokens, not 9: name one of them"),
+        ({"data": "ladder", "scorer": "self"}, "holds stored scores (short_nll), which would be used"),
+        ({"extend": {"lenght": 256}}, "extend: unknown setting 'lenght': did you mean 'length'?"),
+        ({"extend": {"method": "yarn"}}, "extend: found method: expected length, the tokens to extend to"),
+        ({"extend": {"length": "100"}}, "length 100: the model reads 128 tokens already"),
+        ({"extend": {"length": 256, "method": "yran"}}, "method 'yran': expected one of base, linear"),
+        ({"extend": {"length": 256, "method": "linear", "theta": 3}}, "theta"),
+        ({"data": "rows", "scorer": "self", "size": 40}, f"size: 40 tokens, but {NO_SHORTER}"),
+        ({"data": "rows", "scorer": "self", "size": 41, "stride": 3}, f"size: 41 tokens, but {NO_SHORTER}"),
+        ({"data": "rows", "scorer": "self", "size": 8, "stride": 8}, "stride=8 does not fit size=8"),
+        ({"data": "rows", "scorer": "self", "size": 0}, "size"),
+        ({"model": "missing"}, "missing' cannot be loaded"),
+        ({"dtype": "float77"}, "float77"),
+        ({"data": "rows", "scorer": "missing"}, "missing' cannot be loaded"),
+        ({"data": "long", "weighting": "uniform"}, "rows of 150 tokens: the model has 128 positions"),
+        ({"data": "late-long", "weighting": "uniform"}, "rows of 150 tokens: the model has 128 positions"),
+        (
+            {"data": "theirs", "scorer": "self", "model": "with-tokenizer"},
+            "was made with the tokenizer of other (0123)",
+        ),
+        ({"data": "none", "scorer": "self"}, "none"),
+        ({"data": "unknown", "weighting": "uniform"}, "61"),
+        ({"data": "unknown", "scorer": "self"}, "token 61 "),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes, message, folders, tmp_path):
+    settings = {"model": "model", "data": "scored", "trainer": {"max_steps": 1, "disable_tqdm": True}, **changes}
+    for name in ("model", "data", "out", "scorer"):
+        if settings.get(name, "self") != "self":
+            settings[name] = str(folders / settings[name])
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        train(TrainSettings(**{"out": str(tmp_path / "out"), **settings}))
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(folders.rglob("*")) == before
