@@ -31,7 +31,7 @@ from tokenweight.evaluate import EvalSettings, evaluate
 from tokenweight.method import ShortContext, parse_weighting
 from tokenweight.models import load_model, load_tokenizer, own_device, token_nll, tokenizer_fingerprint
 from tokenweight.records import differences, environment, read_json, write_json
-from tokenweight.train import TrainSettings, last_whole, refuse_unknown, train
+from tokenweight.train import TrainSettings, check_known, last_whole, train
 
 BEGUN = time.perf_counter()
 
@@ -75,7 +75,7 @@ def read_experiment(path: Path) -> Experiment:
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key in given:
-            refuse_unknown(key, [field.name for field in dataclasses.fields(Experiment)], str(path))
+            check_known(key, [field.name for field in dataclasses.fields(Experiment)], str(path))
         experiment = Experiment(**given)
     except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
@@ -83,7 +83,7 @@ def read_experiment(path: Path) -> Experiment:
         raise ValueError(f"{path}: expected an arm `uniform: {{weighting: uniform}}`, with which all are compared")
     for name, arm in experiment.arms.items():
         for key in arm:
-            refuse_unknown(key, ["weighting", "scorer", "match"], f"{path}: arm {name}")
+            check_known(key, ["weighting", "scorer", "match"], f"{path}: arm {name}")
         if "match" in arm and "match" in experiment.arms.get(arm["match"], {"match": ""}):
             raise ValueError(f"{path}: arm {name}: match is {arm['match']}: expected an arm that matches none itself")
         parse_weighting(str(arm.get("weighting")))

@@ -198,7 +198,7 @@ def report_longest(report: Report, bench: Bench, shape: str, names: list[str], l
     report.finish()
 
 
-def refuse_unknown(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+def check_known(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
             raise SystemExit(f"--{option} {name}: expected one of {', '.join(map(repr, known))}")
@@ -237,8 +237,8 @@ def main(
             given.
         csv: file to append rows to; by default results.csv beside this script.
     """
-    refuse_unknown("steps", steps, (*STEPS, *OTHERS))
-    refuse_unknown("shapes", shapes, tuple(SHAPES))
+    check_known("steps", steps, (*STEPS, *OTHERS))
+    check_known("shapes", shapes, tuple(SHAPES))
     if not (torch.cuda.is_available() or quick):
         print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
         return

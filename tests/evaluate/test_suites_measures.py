@@ -6,7 +6,7 @@ from suite_tasks import LENGTHS, ruler_tokenizer, tiny
 
 import models
 from tokenweight.evaluate import EvalSettings, evaluate, read_table, run_suites
-from tokenweight.evaluate.run import _refuse_other_samples
+from tokenweight.evaluate.run import _check_samples
 from tokenweight.evaluate.settings import make_plan
 from tokenweight.evaluate.suites import suite_measures
 
@@ -56,8 +56,8 @@ def test_models_that_saw_other_samples_are_not_compared():
     with pytest.raises(
         ValueError, match=r"--suites: a and b saw different samples .mmlu is '1 by lm_eval 0.4.13' there"
     ):
-        _refuse_other_samples(models)
-    _refuse_other_samples([models[0], {**models[0], "model": "b"}])
+        _check_samples(models)
+    _check_samples([models[0], {**models[0], "model": "b"}])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import models
 from texts import trained_tokenizer
 from tokenweight import NPMI, PPMI, Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, load_model, token_nll
 from tokenweight.method import sliding_windows
-from tokenweight.models import context_length, describe_rope, extend_context, refuse_stale_windows, with_weighted_loss
+from tokenweight.models import check_stale_windows, context_length, describe_rope, extend_context, with_weighted_loss
 from tokenweight.models.rope_check import prove_rope
 
 METHODS = ["base", "linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -249,12 +249,12 @@ def test_windows_that_would_keep_the_dynamic_frequencies_of_longer_rows_are_refu
         model(tokens)
         stale = model(tokens[:, :128]).logits
         assert torch.equal(model(tokens[:, :127]).logits, fresh[127])
-    refuse_stale_windows(model.config, 127)
+    check_stale_windows(model.config, 127)
     assert not torch.equal(stale, fresh[128])  # once transformers resets here too, there is nothing left to refuse
     with pytest.raises(ValueError, match=r"windows of 128 tokens would keep .* expected a size below 128"):
-        refuse_stale_windows(model.config, 128)
+        check_stale_windows(model.config, 128)
     for config in (extended_model("yarn").config, models.tiny("gpt2").config):
-        refuse_stale_windows(config, 128)
+        check_stale_windows(config, 128)
 
 
 WEIGHTINGS = [Uniform(), Dense(), Sparse(), LongCE(), PPMI(), NPMI()]

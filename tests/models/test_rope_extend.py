@@ -8,7 +8,7 @@ from transformers import AutoConfig
 import models
 from tokenweight import Scorer, ShortContext, load_model, token_nll
 from tokenweight.cli import main
-from tokenweight.models import extend_context, refuse_stale_rows
+from tokenweight.models import check_stale_rows, extend_context
 from tokenweight.models.rope_check import prove_rope
 from tokenweight.records import read_json
 from tokenweight.train import TrainSettings, train
@@ -85,10 +85,10 @@ def test_rows_that_would_keep_the_angles_of_longer_rows_are_refused(tmp_path):
     dynamic, linear = (
         load_model(tmp_path, extend={"length": 128, "method": method}).config for method in ("dynamic", "linear")
     )
-    refuse_stale_rows(dynamic, [8, 31, 60, 60])
-    refuse_stale_rows(linear, [60, 100])
+    check_stale_rows(dynamic, [8, 31, 60, 60])
+    check_stale_rows(linear, [60, 100])
     with pytest.raises(ValueError, match="rows of 60 tokens would keep the dynamic rotary frequencies of rows of 100"):
-        refuse_stale_rows(dynamic, [100, 8, 60])
+        check_stale_rows(dynamic, [100, 8, 60])
 
 
 @pytest.mark.parametrize("extend", [{"length": "32k"}, {"length": 160.5}, {"length": 160, "original": "all"}])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenweight.method import refuse_nonfinite
+from tokenweight.method import check_finite
 
 
 class Benefit(NamedTuple):
@@ -45,7 +45,7 @@ def key_tokens(
     """
     if not alpha >= 0:
         raise ValueError(f"alpha={alpha}: expected at least 0 (tokens without a short context have a gain of 0)")
-    refuse_nonfinite({"the evaluator's long loss": long_nll, "the evaluator's short loss": short_nll}, mask)
+    check_finite({"the evaluator's long loss": long_nll, "the evaluator's short loss": short_nll}, mask)
     return mask & (short_nll - long_nll > alpha) & (-long_nll > beta)
 
 

@@ -20,13 +20,13 @@ from tokenweight.data.shards import dataset_files, verify
 from tokenweight.method import ShortContext, default_stride, prediction_mask
 from tokenweight.models import (
     Scorer,
+    check_length,
+    check_tokenizer,
     context_length,
     find_tokenizer,
     load_model,
     load_tokenizer,
     own_device,
-    refuse_length,
-    refuse_tokenizer,
     token_nll,
 )
 from tokenweight.records import read_json
@@ -113,7 +113,7 @@ def choose_scores(
     """`load_scores` of rows that `load_rows` has opened."""
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance:
-        _refuse_resaved(Path(folder))
+        _check_not_resaved(Path(folder))
     rows = _chosen(rows, provenance, folder, size, stride)
     if not provenance:
         logger.warning("%s does not say who scored it: its scores are used as they are", folder)
@@ -146,7 +146,7 @@ def _chosen(
     return rows
 
 
-def _refuse_resaved(folder: Path) -> None:
+def _check_not_resaved(folder: Path) -> None:
     for name in dataset_files(folder):
         if not name.startswith("scores-"):
             raise ValueError(f"{folder} was changed after it was scored: its rows are in {name}; score them again")
@@ -192,7 +192,7 @@ def read_rows(
     name = model_name or provenance.get("model")
     revision = provenance.get("revision") if name == provenance.get("model") else None
     tokenizer = None if name is None else find_tokenizer(name, revision=revision)
-    refuse_tokenizer(tokenizer, str(name), provenance, folder)
+    check_tokenizer(tokenizer, str(name), provenance, folder)
     model = None
     if model_name or "long_nll" not in rows.column_names:
         if name is None:
@@ -205,7 +205,7 @@ def read_rows(
         if model is None:
             long_nll = columns["long_nll"]
         else:
-            refuse_length(model.config, tokens.shape[1], f"{folder}: rows")
+            check_length(model.config, tokens.shape[1], f"{folder}: rows")
             places = None if positions is None else positions.to(model.device)
             long_nll = token_nll(model, tokens.to(model.device), places)
         mask = prediction_mask(columns.get("labels", tokens), positions)
@@ -241,7 +241,7 @@ def score_text(
     tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
     if length is None:
         length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
-    refuse_length(model.config, length, f"{path}: rows")
+    check_length(model.config, length, f"{path}: rows")
     text = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = special_tokens(tokenizer)[0] + text
     row = ids[number * length : (number + 1) * length] if number >= 0 else []

@@ -89,7 +89,7 @@ class Cutter:
         while self._num_held() >= self.length:
             yield self._packed()
 
-    def refuse_no_rows(self) -> None:
+    def check_any_rows(self) -> None:
         """Raise a ValueError if all documents together gave no row."""
         count = self.summary
         if count.documents == count.empty_documents:

@@ -81,7 +81,7 @@ def prepare_rows(
         if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
             cutter = Cutter(length, prefix, suffix, pack=short == "pack")
             _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
-            cutter.refuse_no_rows()
+            cutter.check_any_rows()
             write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
             finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
         for shard in folder.glob("rows-*.arrow"):

@@ -17,14 +17,14 @@ from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
+    check_length,
+    check_stale_rows,
+    check_tokenizer,
+    check_tokens,
     config_fingerprint,
     find_tokenizer,
     load_model,
     own_device,
-    refuse_length,
-    refuse_stale_rows,
-    refuse_tokenizer,
-    refuse_tokens,
     weights_fingerprint,
 )
 from tokenweight.records import differences, environment, read_json, read_provenance
@@ -91,11 +91,11 @@ def score_folder(
     if size >= longest:
         raise ValueError(f"--size {size}: the rows hold {longest} tokens: no token would have a shorter context")
     tokenizer = find_tokenizer(model_name, revision=revision)
-    refuse_tokenizer(tokenizer, model_name, made, folder)
+    check_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype, revision=revision)
-    refuse_tokens(model.config, *token_range(rows), folder)
-    refuse_length(model.config, longest if with_long else size, "--long: rows" if with_long else "--size: windows")
-    refuse_stale_rows(model.config, lengths.tolist() if with_long else [])
+    check_tokens(model.config, *token_range(rows), folder)
+    check_length(model.config, longest if with_long else size, "--long: rows" if with_long else "--size: windows")
+    check_stale_rows(model.config, lengths.tolist() if with_long else [])
     bos = None if tokenizer is None else tokenizer.bos_token_id
     sizes, strides = ([getattr(context, name) for context in contexts] for name in ("size", "stride"))
     provenance = {

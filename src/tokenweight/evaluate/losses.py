@@ -21,7 +21,7 @@ from tokenweight.evaluate.probe_scoring import ask_probes, probe_measures
 from tokenweight.evaluate.settings import Plan
 from tokenweight.evaluate.suites import suite_measures
 from tokenweight.method import LongCE, ShortContext, document_positions, prediction_mask
-from tokenweight.models import Scorer, load_model, own_device, refuse_length, token_nll, weights_fingerprint
+from tokenweight.models import Scorer, check_length, load_model, own_device, token_nll, weights_fingerprint
 
 
 class PositionBin(NamedTuple):
@@ -381,7 +381,7 @@ def key_tokens_of_text(
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: expected one that knows offsets")
     encoded = tokenizer("".join(pieces), return_tensors="pt", return_offsets_mapping=True, verbose=False)
     tokens = encoded["input_ids"].to(scorer.model.device)
-    refuse_length(scorer.model.config, tokens.shape[1], "the evaluator's model: a text")
+    check_length(scorer.model.config, tokens.shape[1], "the evaluator's model: a text")
     long_nll = token_nll(scorer.model, tokens)
     short_nll = scorer(tokens, long_nll=long_nll)
     key = key_tokens(long_nll, short_nll, prediction_mask(tokens), alpha=alpha, beta=beta)

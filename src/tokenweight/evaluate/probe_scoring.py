@@ -15,7 +15,7 @@ from tokenweight.evaluate.compare import Measure
 from tokenweight.evaluate.probes import NUM_DECOYS, WITHOUT_DEPTH, Probe, make_probes, prompt_tokens
 from tokenweight.evaluate.settings import Plan
 from tokenweight.method import linear_nll
-from tokenweight.models import CausalParts, causal_parts, evaluating, refuse_length, refuse_tokens
+from tokenweight.models import CausalParts, causal_parts, check_length, check_tokens, evaluating
 
 _BUDGET = {
     "multi_value": 128,
@@ -80,7 +80,7 @@ def probe_grid(
     if by not in ("likelihood", "generation"):
         raise ValueError(f"by {by!r}: expected likelihood or generation")
     for length in lengths:
-        refuse_length(model.config, length, "probes")
+        check_length(model.config, length, "probes")
     make = partial(make_probes, tokenizer=tokenizer, num=num, seed=seed, haystack=haystack)
     cells = []
     for family, length in product(families, lengths):
@@ -131,7 +131,7 @@ def _likelihood_score(
 ) -> ProbeScore:
     groups = [[prompt_tokens(tokenizer, probe.prompt + text) for text in group] for group in probe.continuations()]
     rows = [row for group in groups for row in group]
-    _refuse(model, rows, 0)
+    _check(model, rows, 0)
     # Continuations exclude each other, so that their rows differ before the shortest ends.
     shared = next(t for t, column in enumerate(zip(*rows)) if len(set(column)) > 1)
     cache = _read(model, parts, rows[0][: shared - 1])
@@ -182,7 +182,7 @@ def score_by_generation(
     scores = []
     for probe in probes:
         tokens, budget = prompt_tokens(tokenizer, probe.prompt), generation_budget(probe.family)
-        _refuse(model, [tokens], budget)
+        _check(model, [tokens], budget)
         output = _generated(model, tokens, budget)
         text = tokenizer.decode(output, skip_special_tokens=True)
         scores.append(ProbeScore(share_found(text, probe.answers), None))
@@ -215,9 +215,9 @@ def _generated(model: PreTrainedModel, tokens: list[int], budget: int) -> list[i
     return output[0, len(tokens) :].tolist()
 
 
-def _refuse(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
-    refuse_tokens(model.config, min(map(min, rows)), max(map(max, rows)), "probes")
-    refuse_length(model.config, max(map(len, rows)) + budget, "a probe")
+def _check(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
+    check_tokens(model.config, min(map(min, rows)), max(map(max, rows)), "probes")
+    check_length(model.config, max(map(len, rows)) + budget, "a probe")
 
 
 def ask_probes(

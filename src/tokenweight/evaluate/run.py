@@ -21,13 +21,13 @@ from tokenweight.evaluate.probes import WITHOUT_DEPTH, make_probes
 from tokenweight.evaluate.settings import EvalSettings, Plan, make_plan, read_haystack
 from tokenweight.evaluate.tables import csv_text, grid_markdown, markdown
 from tokenweight.models import (
+    check_stale_rows,
+    check_stale_windows,
+    check_tokenizer,
+    check_tokens,
     context_length,
     find_tokenizer,
     load_model,
-    refuse_stale_rows,
-    refuse_stale_windows,
-    refuse_tokenizer,
-    refuse_tokens,
     tokenizer_fingerprint,
 )
 from tokenweight.records import differences, environment, read_json, read_provenance, write_json
@@ -107,7 +107,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
         models, judge = task.earlier["models"] + models, task.earlier["evaluator"]
     else:
         judge["weights_sha256"] = checksum(path)
-    _refuse_other_samples(models)
+    _check_samples(models)
     table = compare([(model["model"], _measures(model)) for model in models], seed=settings.seed)
     return {
         "data": str(settings.data),
@@ -123,7 +123,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
     }
 
 
-def _refuse_other_samples(models: list[dict[str, Any]]) -> None:
+def _check_samples(models: list[dict[str, Any]]) -> None:
     """Raise a ValueError if a suite gave the models different samples: the harness, or its data, have changed."""
     for model in models[1:]:
         if found := differences(models[0]["suites"], model["suites"]):
@@ -161,8 +161,8 @@ def _checked(settings: EvalSettings) -> _Task:
     task = _Task(names, evaluator, plan, rows, {}, earlier)
     task = task._replace(rows=rows._replace(tokenizer=_common_tokenizer(task.loaded, settings)))
     for name in task.loaded:
-        _refuse_model(name, settings, plan, task.rows)
-    _refuse_probes(settings, plan, task.rows)
+        _check_model(name, settings, plan, task.rows)
+    _check_probes(settings, plan, task.rows)
     comparable = {**asdict(plan), **_fingerprints(task.rows)}
     if earlier and (found := differences(earlier["settings"], comparable)):
         raise ValueError(f"--baseline {settings.baseline}: was evaluated otherwise ({found})")
@@ -204,7 +204,7 @@ def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTok
     provenance = read_provenance(settings.data)
     found = {name: tokenizer for name in names if (tokenizer := find_tokenizer(name)) is not None}
     for name, tokenizer in found.items():
-        refuse_tokenizer(tokenizer, name, provenance, settings.data)
+        check_tokenizer(tokenizer, name, provenance, settings.data)
     prints = {name: tokenizer_fingerprint(tokenizer) for name, tokenizer in found.items()}
     if len(set(prints.values())) > 1:
         listed = ", ".join(f"{name} ({digits})" for name, digits in prints.items())
@@ -212,10 +212,10 @@ def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTok
     return next(iter(found.values()), None)
 
 
-def _refuse_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> None:
+def _check_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> None:
     """Raise a ValueError if a model cannot read rows or probes: seen from its config, without its weights."""
     config = load_model(name, dtype=plan.dtype, device_map="meta").config
-    refuse_tokens(config, *token_range(rows.data), settings.data)
+    check_tokens(config, *token_range(rows.data), settings.data)
     positions = context_length(config)
     for what, length in (
         ("--data: rows", plan.length),
@@ -227,11 +227,11 @@ def _refuse_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> 
                 "(docs/context-extension.md)"
             )
     for size in [*plan.sizes, plan.long_context[0]]:
-        refuse_stale_windows(config, size)
-    refuse_stale_rows(config, [*set(rows.lengths.tolist()), *plan.probe_lengths])
+        check_stale_windows(config, size)
+    check_stale_rows(config, [*set(rows.lengths.tolist()), *plan.probe_lengths])
 
 
-def _refuse_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
+def _check_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
     """Raise a ValueError if a family does not fit the shortest length, or there is no tokenizer to ask with."""
     if plan.families and rows.tokenizer is None:
         raise ValueError(

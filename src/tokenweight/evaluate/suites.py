@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenweight.evaluate.compare import Measure
 from tokenweight.evaluate.intervals import Difference, Sums, paired_difference
 from tokenweight.evaluate.settings import Plan
-from tokenweight.models import context_length, evaluating, refuse_length
+from tokenweight.models import check_length, context_length, evaluating
 
 SUITES = ("ruler", "longbench", "babilong", "mmlu", "bbh")
 SHORT_SUITES = ("mmlu", "bbh")
@@ -130,7 +130,7 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> Any:
 def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, folder: str, seed: int) -> Any:
     """A task of one length. Its samples do not depend on what was made before it."""
     if is_ruler(name):
-        _refuse_endless(name, length, tokenizer)
+        _check_endless(name, length, tokenizer)
         size: Any = [length]
     elif length % 1024 == 0:
         size = f"{length // 1024}k"
@@ -150,7 +150,7 @@ def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, fold
     return task
 
 
-def _refuse_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse lengths at which RULER would look for a sample that fits for ever, deaf to interrupts."""
     if name not in ("ruler_vt", "ruler_cwe", "ruler_fwe"):
         return
@@ -386,7 +386,7 @@ def _harness(
         raise ValueError(f"suites need a package that is missing: pip install 'tokenweight[eval]' ({error})") from error
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1 sample of each task")
-    refuse_length(model.config, max_length, f"max_length={max_length}: requests")
+    check_length(model.config, max_length, f"max_length={max_length}: requests")
     devices = [model.device] if model.device.type == "cuda" else []
     states = random.getstate(), numpy.random.get_state()
     try:

@@ -15,7 +15,7 @@ from .weightings import Sparse as Sparse
 from .weightings import Uniform as Uniform
 from .weightings import Weighting as Weighting
 from .weightings import as_weighting as as_weighting
-from .weightings import refuse_nonfinite as refuse_nonfinite
+from .weightings import check_finite as check_finite
 from .windows import Window as Window
 from .windows import check_window_setting as check_window_setting
 from .windows import default_stride as default_stride

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def refuse_nonfinite(
+def check_finite(
     losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"], first_row: int = 0
 ) -> None:
     """Raise a ValueError for the first non-finite loss under `mask`, with its name, its row and its position."""
@@ -69,7 +69,7 @@ class Weighting(ABC):
         )
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
-        refuse_nonfinite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)
+        check_finite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)
         return torch.where(mask, weights.to(dtype), zero)
 
     def __str__(self) -> str:

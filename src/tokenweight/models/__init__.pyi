@@ -2,10 +2,10 @@ from .bind import with_weighted_loss as with_weighted_loss
 from .causal import CausalParts as CausalParts
 from .causal import causal_parts as causal_parts
 from .causal import evaluating as evaluating
+from .checks import check_length as check_length
+from .checks import check_tokenizer as check_tokenizer
+from .checks import check_tokens as check_tokens
 from .checks import config_fingerprint as config_fingerprint
-from .checks import refuse_length as refuse_length
-from .checks import refuse_tokenizer as refuse_tokenizer
-from .checks import refuse_tokens as refuse_tokens
 from .checks import tokenizer_fingerprint as tokenizer_fingerprint
 from .checks import weights_fingerprint as weights_fingerprint
 from .context_parallel import context_mesh as context_mesh
@@ -18,11 +18,11 @@ from .load import own_device as own_device
 from .load import token_nll as token_nll
 from .processes import any_process as any_process
 from .rope import SETTINGS as SETTINGS
+from .rope import check_stale_rows as check_stale_rows
+from .rope import check_stale_windows as check_stale_windows
 from .rope import context_length as context_length
 from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
-from .rope import refuse_stale_rows as refuse_stale_rows
-from .rope import refuse_stale_windows as refuse_stale_windows
 from .rope import turns_by_length as turns_by_length
 from .rope_check import prove_rope as prove_rope
 from .scorer import Scorer as Scorer

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import ModelOutput
 from tokenweight.method import (
     Weighting,
     as_weighting,
+    check_finite,
     linear_nll,
     prediction_mask,
-    refuse_nonfinite,
     weighted_linear_cross_entropy,
 )
 from tokenweight.models.causal import CausalParts, causal_parts
@@ -89,7 +89,7 @@ def with_weighted_loss(
     forward = model.forward if bound is None else bound.forward
     model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward, context)
     if bound is None:
-        model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True)
+        model.register_forward_pre_hook(_check_fused_head, with_kwargs=True)
     # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
     # model.
     model.forward = types.MethodType(_forward, model)
@@ -97,7 +97,7 @@ def with_weighted_loss(
     return model
 
 
-def _refuse_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
+def _check_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
     """TRL puts a forward of its own over the bound one, and asks it for a loss without weights."""
     if named.get("fused_lm_head"):
         raise ValueError(
@@ -133,7 +133,7 @@ def _forward(
         share = share_of_rows(position_ids, bound.context)
         labels = share.labels(shift_labels)
         short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
-    _refuse(self, input_ids, labels, shift_labels, short_nll, kwargs)
+    _check(self, input_ids, labels, shift_labels, short_nll, kwargs)
     kwargs.pop("return_dict", None)
     kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
     mask = prediction_mask(labels, position_ids if share is None else None)
@@ -205,7 +205,7 @@ def _in_one_pass(
 
     loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
     long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
-    refuse_nonfinite({"the long loss": long_nll, f"the weight by {bound.weighting}": weights}, mask)
+    check_finite({"the long loss": long_nll, f"the weight by {bound.weighting}": weights}, mask)
     return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
@@ -216,7 +216,7 @@ def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callabl
     return share.own, share.whole
 
 
-def _refuse(
+def _check(
     model: Any,
     input_ids: Tensor | None,
     labels: Tensor,
@@ -226,7 +226,7 @@ def _refuse(
 ) -> None:
     """Refuse what would make the weights silently wrong or absent."""
     bound: _Binding = model._token_weighting
-    bound.parts.refuse_other_head(model)
+    bound.parts.check_head(model)
     if shift_labels is not None and bound.context is None:
         raise ValueError(
             "a model with a weighted loss found shift_labels, as of rows that are split over a context: expected "
@@ -251,7 +251,7 @@ def _refuse(
                 f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
                 "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use tokenweight.train.collate"
             )
-        refuse_nonfinite({"short_nll": short_nll}, prediction_mask(labels))
+        check_finite({"short_nll": short_nll}, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "

@@ -37,7 +37,7 @@ class CausalParts:
         """
         return self.max_packed_rows == 1
 
-    def refuse_other_head(self, model: PreTrainedModel) -> None:
+    def check_head(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the output head of the model is no longer the one that was found here."""
         if model.get_output_embeddings() is not self.output:
             raise ValueError(

@@ -44,7 +44,7 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def refuse_tokenizer(
+def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
 ) -> None:
     """Raise a ValueError if rows, by their provenance, were made with another tokenizer than the model's."""
@@ -58,7 +58,7 @@ def refuse_tokenizer(
     )
 
 
-def refuse_length(config: Any, length: int, what: str) -> None:
+def check_length(config: Any, length: int, what: str) -> None:
     """Raise a ValueError if a model has fewer positions than `length` tokens need."""
     positions = context_length(config)
     if positions is not None and length > positions:
@@ -68,7 +68,7 @@ def refuse_length(config: Any, length: int, what: str) -> None:
         )
 
 
-def refuse_tokens(config: Any, smallest: int, largest: int, folder: str | os.PathLike[str]) -> None:
+def check_tokens(config: Any, smallest: int, largest: int, folder: str | os.PathLike[str]) -> None:
     """Raise a ValueError if rows hold a token id that a model's vocabulary does not have."""
     if smallest < 0 or largest >= config.vocab_size:
         token = smallest if smallest < 0 else largest

@@ -67,7 +67,7 @@ def extend_context(
         raise ValueError(f"length {length}: the model reads {positions} tokens already: expected more")
     parameters = layers.get("full_attention") or layers[None]
     dim, new = _rotary_dim(config, parameters), copy.deepcopy(config)
-    _refuse_settings(method, settings, dim)
+    _check_settings(method, settings, dim)
     new.max_position_embeddings = length
     if method == "base":
         if parameters["rope_type"] in ("dynamic", "longrope"):
@@ -139,7 +139,7 @@ def _rotary_dim(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def _refuse_settings(method: str, settings: dict[str, Any], dim: int) -> None:
+def _check_settings(method: str, settings: dict[str, Any], dim: int) -> None:
     for name, value in settings.items():
         if name not in SETTINGS[method]:
             known = ", ".join(SETTINGS[method]) or "none"
@@ -229,7 +229,7 @@ def turns_by_length(config: PreTrainedConfig) -> bool:
     return not {"dynamic", "longrope"}.isdisjoint(_types(config))
 
 
-def refuse_stale_windows(config: PreTrainedConfig, size: int) -> None:
+def check_stale_windows(config: PreTrainedConfig, size: int) -> None:
     """Raise a ValueError if windows of `size` tokens would be read with the frequencies of a longer row before them.
 
     With "dynamic", transformers goes back to the original frequencies only for inputs shorter than the original
@@ -242,7 +242,7 @@ def refuse_stale_windows(config: PreTrainedConfig, size: int) -> None:
         )
 
 
-def refuse_stale_rows(config: PreTrainedConfig, lengths: Iterable[int]) -> None:
+def check_stale_rows(config: PreTrainedConfig, lengths: Iterable[int]) -> None:
     """Raise a ValueError if rows of one length would be read with the frequencies of longer ones before them."""
     if "dynamic" not in _types(config):
         return

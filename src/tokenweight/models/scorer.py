@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenweight.method import ShortContext, Window, linear_nll, refuse_nonfinite, sliding_windows
+from tokenweight.method import ShortContext, Window, check_finite, linear_nll, sliding_windows
 from tokenweight.models.causal import causal_parts, evaluating
 from tokenweight.models.processes import any_process, is_divided
-from tokenweight.models.rope import refuse_stale_windows, turns_by_length
+from tokenweight.models.rope import check_stale_windows, turns_by_length
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -52,13 +52,13 @@ class Scorer:
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-        refuse_stale_windows(model.config, context.size)
+        check_stale_windows(model.config, context.size)
         self.model, self.context, self.bos, self.max_tokens = model, context, bos, max_tokens
         self.parts = causal_parts(model)
 
     def with_context(self, context: ShortContext) -> "Scorer":
         """A scorer of the same model with another short context; the model is not proved again."""
-        refuse_stale_windows(self.model.config, context.size)
+        check_stale_windows(self.model.config, context.size)
         scorer = copy.copy(self)
         scorer.context = context
         return scorer
@@ -89,7 +89,7 @@ class Scorer:
         Raises:
             ValueError: if a loss is not finite, naming row and position, or a token is not in the model's vocabulary.
         """
-        self._refuse(tokens, first_row)
+        self._check(tokens, first_row)
         dtype = torch.promote_types(self.parts.head["head"].dtype, torch.float32)
         short_nll = (
             torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) if long_nll is None else long_nll.clone()
@@ -105,7 +105,7 @@ class Scorer:
                 lambda batch: self._score(batch, tokens, position_ids if skips else None, short_nll, scored),
                 tokens.device,
             )
-        refuse_nonfinite({"the short loss": short_nll}, scored, first_row)
+        check_finite({"the short loss": short_nll}, scored, first_row)
         return short_nll
 
     def long_nll(
@@ -119,7 +119,7 @@ class Scorer:
 
         Args, Returns, Raises: as for the short loss.
         """
-        self._refuse(tokens, first_row)
+        self._check(tokens, first_row)
         losses: dict[int, Tensor] = {}
 
         def read(rows: list[int]) -> None:
@@ -128,7 +128,7 @@ class Scorer:
 
         self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
         long_nll = torch.stack([losses[row] for row in range(len(tokens))])
-        refuse_nonfinite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool), first_row)
+        check_finite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool), first_row)
         return long_nll
 
     def _in_batches(
@@ -216,9 +216,9 @@ class Scorer:
         short_nll.view(-1)[target] = losses.to(short_nll.dtype)
         scored.view(-1)[target] = True
 
-    def _refuse(self, tokens: Tensor, first_row: int) -> None:
+    def _check(self, tokens: Tensor, first_row: int) -> None:
         """Refuse a model whose head was replaced, and tokens that it does not know."""
-        self.parts.refuse_other_head(self.model)
+        self.parts.check_head(self.model)
         known = self.parts.head["head"].shape[0]
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():

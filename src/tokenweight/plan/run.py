@@ -20,7 +20,7 @@ from tokenweight.method import (
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import extend_context, load_config, refuse_length, turns_by_length
+from tokenweight.models import check_length, extend_context, load_config, turns_by_length
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, fixed_bytes, peak
 from tokenweight.plan.memory import hold
@@ -113,7 +113,7 @@ def plan(
     length = length or recipe.length
     if length is None:
         raise ValueError("--length: neither data nor extend.length says how many tokens a row has: give --length")
-    refuse_length(recipe.config, length, "rows")
+    check_length(recipe.config, length, "rows")
     every = list(dict.fromkeys([length, *lengths]))
     recipe.context(min(every))
     flops_per_s = recipe.flops_per_s(speed, num_gpus, length)

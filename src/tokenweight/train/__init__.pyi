@@ -3,9 +3,9 @@ from .collator import collate as collate
 from .engines import prepare_engine as prepare_engine
 from .run import train as train
 from .settings import TrainSettings as TrainSettings
+from .settings import check_known as check_known
 from .settings import extension_arguments as extension_arguments
 from .settings import read_recipe as read_recipe
-from .settings import refuse_unknown as refuse_unknown
 from .settings import training_arguments as training_arguments
 from .statistics import WeightStatistics as WeightStatistics
 from .trainer import WeightedTrainer as WeightedTrainer

@@ -14,12 +14,12 @@ from tokenweight.data import choose_scores, has_scores, load_rows, row_lengths, 
 from tokenweight.method import ShortContext, Weighting, default_stride, parse_weighting
 from tokenweight.models import (
     Scorer,
+    check_length,
+    check_tokenizer,
+    check_tokens,
     context_mesh,
     find_tokenizer,
     load_model,
-    refuse_length,
-    refuse_tokenizer,
-    refuse_tokens,
     tokenizer_fingerprint,
     with_weighted_loss,
 )
@@ -89,7 +89,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
 
 def _open_rows(settings: TrainSettings, weighting: Weighting) -> tuple[datasets.Dataset, dict[str, Any]]:
     rows, provenance = load_rows(settings.data), read_provenance(settings.data)
-    _refuse_missing_scores(settings, rows)
+    _check_scores(settings, rows)
     if settings.scorer == "stored" and weighting.uses_short:
         rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
     return rows, provenance
@@ -99,10 +99,10 @@ def _open_model(
     settings: TrainSettings, rows: datasets.Dataset, provenance: dict[str, Any], length: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     model = load_model(settings.model, dtype=settings.dtype, extend=extension_arguments(settings.extend))
-    refuse_length(model.config, length, f"{settings.data}: rows")
-    refuse_tokens(model.config, *token_range(rows), settings.data)
+    check_length(model.config, length, f"{settings.data}: rows")
+    check_tokens(model.config, *token_range(rows), settings.data)
     tokenizer = find_tokenizer(settings.model)
-    refuse_tokenizer(tokenizer, settings.model, provenance, settings.data)
+    check_tokenizer(tokenizer, settings.model, provenance, settings.data)
     return model, tokenizer
 
 
@@ -112,13 +112,13 @@ def _open_scorer(
     scorer, theirs = load_model(settings.scorer), find_tokenizer(settings.scorer)
     if tokenizer is not None:
         made = {"tokenizer": settings.model, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
-        refuse_tokenizer(theirs, settings.scorer, made, settings.data)
-    refuse_tokens(scorer.config, *token_range(rows), settings.data)
-    refuse_length(scorer.config, size, "size: windows")
+        check_tokenizer(theirs, settings.scorer, made, settings.data)
+    check_tokens(scorer.config, *token_range(rows), settings.data)
+    check_length(scorer.config, size, "size: windows")
     return scorer
 
 
-def _refuse_missing_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
+def _check_scores(settings: TrainSettings, rows: datasets.Dataset) -> None:
     stored = has_scores(rows)
     needed = parse_weighting(settings.weighting).uses_short
     if settings.scorer == "stored" and needed and not stored:

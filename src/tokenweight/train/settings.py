@@ -65,7 +65,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"--config {path} holds a {type(settings).__name__}: expected settings, as in `model: …`")
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     for key in settings:
-        refuse_unknown(key, known, f"--config {path}")
+        check_known(key, known, f"--config {path}")
     number, fields = ((int, type(None)), "a whole number"), ((dict,), "fields of TrainingArguments")
     arguments = ((dict,), "length, method and its settings")
     expected = {"size": number, "stride": number, "trainer": fields, "extend": arguments}
@@ -76,7 +76,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def refuse_unknown(key: str, known: list[str], where: str) -> None:
+def check_known(key: str, known: list[str], where: str) -> None:
     """Raise a ValueError that names a key nobody knows, and what was probably meant."""
     if key not in known:
         close = difflib.get_close_matches(str(key), known, n=1)
@@ -113,7 +113,7 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
 
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for key in given:
-        refuse_unknown(key, known, "trainer")
+        check_known(key, known, "trainer")
     if "output_dir" in given:
         raise ValueError("trainer: output_dir is the setting out of the recipe: name it there")
     if "hub_token" in given:
@@ -138,7 +138,7 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
         )
     if arguments.fsdp_config and not arguments.fsdp:
         raise ValueError("trainer: fsdp_config does nothing by itself: expected fsdp true beside it")
-    _refuse_overwriting(Path(out), arguments)
+    _check_out(Path(out), arguments)
     return arguments
 
 
@@ -154,7 +154,7 @@ def _word(key: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _refuse_overwriting(out: Path, arguments: "TrainingArguments") -> None:
+def _check_out(out: Path, arguments: "TrainingArguments") -> None:
     checkpoint = arguments.resume_from_checkpoint
     own = checkpoint is not None and (
         checkpoint.lower() == "true" or Path(checkpoint).resolve().parent == out.resolve()
@@ -172,7 +172,7 @@ def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
     known = [name for name in inspect.signature(models.extend_context).parameters if name not in ("config", "settings")]
     known += [name for names in models.SETTINGS.values() for name in names]
     for key in given:
-        refuse_unknown(key, known, "extend")
+        check_known(key, known, "extend")
     if given and "length" not in given:
         raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
     return {key: _number(value) for key, value in given.items()}

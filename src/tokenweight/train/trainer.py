@@ -70,7 +70,7 @@ class WeightedTrainer(Trainer):
 
     def save_trained(self) -> None:
         """Write the trained model, an ordinary one of transformers, into the folder of the run."""
-        self._refuse_nonfinite_weights()
+        self._check_weights_finite()
         save_whole(self)
         with writing("the trained model", self.out, self.out):
             self.save_model(_internal_call=True)  # without the upload, whose failure is another
@@ -85,7 +85,7 @@ class WeightedTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer does; then mark it, and only then make room."""
-        self._refuse_nonfinite_weights()
+        self._check_weights_finite()
         folder = self.out / f"checkpoint-{self.state.global_step}"
         try:
             with writing("a checkpoint", folder, self.out):
@@ -98,7 +98,7 @@ class WeightedTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
             raise
 
-    def _refuse_nonfinite_weights(self) -> None:
+    def _check_weights_finite(self) -> None:
         # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.
         parameters = ((name, getattr(one, "ds_tensor", one)) for name, one in self.model.named_parameters())
         name = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)

@@ -48,10 +48,10 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"model: a {type(model).__name__} without a weighted loss: expected what with_weighted_loss returns"
             )
-        _refuse_masks(args, given)
+        _check_masks(args, given)
         super().__init__(model, args, data_collator=_collate, **given)
         base = _base(self.model)
-        base._token_weighting.parts.refuse_other_head(base)
+        base._token_weighting.parts.check_head(base)
         if self.aux_loss_enabled:
             raise ValueError(
                 f"SFTConfig: router_aux_loss_coef is {self.router_aux_loss_coef}, a loss that is not added to the "
@@ -63,7 +63,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", "seq_lengths"]
 
 
-def _refuse_masks(args: SFTConfig, given: dict[str, Any]) -> None:
+def _check_masks(args: SFTConfig, given: dict[str, Any]) -> None:
     """Masks of TRL become labels when it prepares a data set; where it does not, all tokens would be trained."""
     if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tokenweight.data import ScoredRow
-from tokenweight.method import document_positions, refuse_nonfinite
+from tokenweight.method import check_finite, document_positions
 
 KINDS = ("name", "number", "punctuation", "word start", "word rest", "repeat")
 """Of tokens, by `token_kinds`."""
@@ -213,5 +213,5 @@ def _spans(pieces: list[str]) -> list[tuple[int, int]]:
 
 
 def _difference(row: ScoredRow, number: int) -> Float64[Tensor, "1 seq"]:
-    refuse_nonfinite({"the long loss": row.long_nll, "the short loss": row.short_nll}, row.mask, number)
+    check_finite({"the long loss": row.long_nll, "the short loss": row.short_nll}, row.mask, number)
     return row.short_nll.double() - row.long_nll.double()
