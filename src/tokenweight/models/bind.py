@@ -6,22 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokenweight.method import (
+    ShortLosses,
     Weighting,
     as_weighting,
     check_finite,
-    linear_nll,
     prediction_mask,
-    weighted_linear_cross_entropy,
+    weighted_loss,
 )
 from tokenweight.models.causal import CausalParts, causal_parts
-from tokenweight.models.context_parallel import RowShare, share_of_rows
+from tokenweight.models.context_parallel import share_of_rows
 from tokenweight.models.scorer import Scorer
 
 
@@ -38,6 +37,8 @@ class WeightedLossOutput(ModelOutput):
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
     mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    """As they were given, unless ranks split the sequences."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,24 @@ def with_weighted_loss(
     return model
 
 
+def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `with_weighted_loss`: the model, changed in place and returned, is an ordinary one of transformers again.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss.
+    """
+    bound = getattr(model, "_token_weighting", None)
+    if bound is None:
+        raise ValueError(f"model: a {type(model).__name__} without a weighted loss: expected a bound model")
+    del model._token_weighting, model.forward, model.accepts_loss_kwargs
+    if getattr(bound.forward, "__func__", None) is not type(model).forward:  # a wrapper, as of autocast, was there
+        model.forward = bound.forward
+    for key, hook in [*model._forward_pre_hooks.items()]:
+        if hook is _check_fused_head:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
 def _check_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
     """TRL puts a forward of its own over the bound one, and asks it for a loss without weights."""
     if named.get("fused_lm_head"):
@@ -122,8 +141,8 @@ def _forward(
     if labels is None:
         if short_nll is not None or num_items_in_batch is not None:
             raise ValueError(
-                "a model with a weighted loss was asked for a loss but got no labels: label_smoothing_factor and "
-                "compute_loss_func of a Trainer take the labels away, and with them the weights"
+                "labels are missing: Trainer removes them when label_smoothing_factor or compute_loss_func is set; "
+                "unset both to use a weighted loss"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
     if short_nll is not None and short_nll.dtype == torch.int32:
@@ -137,83 +156,28 @@ def _forward(
     kwargs.pop("return_dict", None)
     kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
     mask = prediction_mask(labels, position_ids if share is None else None)
-    targets = labels.where(mask, -100)
+    # Before the pass that keeps activations, so that both are not in memory at once.
+    short = _short_losses(self, input_ids, position_ids, short_nll)
     decode = bound.parts.states if share is None else bound.parts.decoded
-    states = decode(input_ids, position_ids, attention_mask, **kwargs)
-
-    def score(long_nll: Tensor) -> Tensor:
-        """The short losses; of a model that scores itself, the long ones wherever the contexts are the same."""
-        if short_nll is not None:
-            return short_nll
-        if bound.scorer is None or not bound.weighting.uses_short:
-            return long_nll
-        return bound.scorer(
-            input_ids, position_ids=position_ids, long_nll=long_nll if bound.scorer.model is self else None
-        )
-
-    weighted_loss = _in_one_pass if bound.weighting.pointwise else _in_two_passes
-    output = weighted_loss(bound, states, targets, mask, score, share)
+    hidden = decode(input_ids, position_ids, attention_mask, **kwargs)
+    split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
+    found = weighted_loss(hidden, bound.parts.head, labels.where(mask, -100), mask, bound.weighting, short, **split)
     num_ranks = 1 if bound.context is None else bound.context.size()
-    output.loss /= mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
-    return output
+    divisor = mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
+    positions = position_ids if share is None else None
+    return WeightedLossOutput(**{**found._asdict(), "loss": found.loss / divisor}, position_ids=positions)
 
 
-def _in_two_passes(
-    bound: _Binding,
-    states: Float[Tensor, "batch share dim"],
-    targets: Int[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    score: Callable[[Tensor], Tensor],
-    share: RowShare | None,
-) -> WeightedLossOutput:
-    """For weights that need all losses of a row first: 1 head product for those, 3 for the rows with a weight."""
-    own, whole = _to_and_from(share)
-    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
-    long_nll = whole(linear_nll(states.detach(), targets=targets, **bound.parts.head).view(len(mask), -1))
-    short_nll = score(long_nll)
-    weights = bound.weighting(long_nll, short_nll, mask)
-    own_weights = own(weights).flatten()
-    loss = weighted_linear_cross_entropy(states, targets=targets, weights=own_weights, **bound.parts.head)
-    return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0), mask)
-
-
-def _in_one_pass(
-    bound: _Binding,
-    states: Float[Tensor, "batch share dim"],
-    targets: Int[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    score: Callable[[Tensor], Tensor],
-    share: RowShare | None,
-) -> WeightedLossOutput:
-    """For a weight that depends on its own token's losses only: 3 head products."""
-    own, whole = _to_and_from(share)
-    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    # Not known yet, so NaN; a model that scores itself hands it on for the tokens whose short context is the whole one.
-    long_nll = torch.full(mask.shape, torch.nan, dtype=dtype, device=mask.device)
-    short_nll = own(score(long_nll)).to(dtype, copy=True)
-    long_nll = own(long_nll)
-    weights = torch.zeros_like(long_nll)
-    long_flat, short_flat, weights_flat = long_nll.view(-1), short_nll.view(-1), weights.view(-1)
-
-    def weigh(losses: Tensor, rows: Tensor) -> Tensor:
-        long_flat[rows] = losses
-        short_flat[rows] = torch.where(short_flat[rows].isnan(), losses, short_flat[rows])
-        present = torch.ones_like(rows, dtype=torch.bool)
-        weights_flat[rows] = bound.weighting.weigh(losses[None], short_flat[rows][None], present[None])[0].to(dtype)
-        return weights_flat[rows]
-
-    loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
-    long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
-    check_finite({"the long loss": long_nll, f"the weight by {bound.weighting}": weights}, mask)
-    return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
-
-
-def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """From whole rows, aligned with tokens, to what this rank has at its states, and back; in one process the same."""
-    if share is None:
-        return lambda of_tokens, fill=0: of_tokens, lambda of_states: of_states
-    return share.own, share.whole
+def _short_losses(
+    model: Any, input_ids: Tensor, position_ids: Tensor | None, short_nll: Tensor | None
+) -> ShortLosses | None:
+    """Stored short losses, else those of the scorer; None if the weighting uses none."""
+    bound: _Binding = model._token_weighting
+    if short_nll is not None:
+        return ShortLosses(short_nll)
+    if bound.scorer is None or not bound.weighting.uses_short:
+        return None
+    return bound.scorer.short_losses(input_ids, position_ids=position_ids, self_scored=bound.scorer.model is model)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer; what a model says of tokens; what does not fit it."""
+"""Load a causal language model and its tokenizer from a folder, the hub or a .gguf file; the loss of every token."""
 
 import contextlib
 import hashlib
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tokenweight.models.causal import causal_parts
+from tokenweight.models.checks import weights_fingerprint
 from tokenweight.models.rope import extend_context
 from tokenweight.models.rope_check import prove_rope
 
@@ -75,6 +76,17 @@ def load_model(
 def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
     """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
     return _load(AutoConfig, "model", name, revision=revision)
+
+
+def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """What tells a loaded model from others, as provenance: name, revision, fingerprint of the weights, dtype, RoPE."""
+    return {
+        "model": name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_fingerprint": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+    }
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:

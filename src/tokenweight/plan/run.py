@@ -16,7 +16,6 @@ from tokenweight.method import (
     Uniform,
     Weighting,
     Window,
-    default_stride,
     parse_weighting,
     sliding_windows,
 )
@@ -198,7 +197,7 @@ class _Recipe:
         size = length // 4 if self.settings.size is None else self.settings.size
         if size >= length:
             raise ValueError(f"size: {size} tokens, but rows hold {length}: no token would have a shorter context")
-        return ShortContext(size, default_stride(size) if self.settings.stride is None else self.settings.stride)
+        return ShortContext(size, ShortContext(size).stride if self.settings.stride is None else self.settings.stride)
 
     def scored(self, length: int, *, first: bool) -> list[Window]:
         """The windows of a row; with the first one where nothing knows its losses."""
