@@ -4,6 +4,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -36,23 +37,35 @@ def declared(name: str, extra: str = "", known: set[str] | None = None) -> set[s
     return known
 
 
+def built_wheel(folder: Path) -> Path:
+    """The wheel of the checkout, built in a folder."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def link(folder: Path, names: Iterable[str]) -> Path:
+    """Link files and folders of the site-packages of this environment into a new folder."""
+    folder.mkdir()
+    for name in set(names) - {"..", "__pycache__"}:
+        (folder / name).symlink_to(Path(sysconfig.get_path("purelib"), name))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A new environment with the wheel. What it declares is linked from the environment of the tests: to install it
     again would download torch."""
     root = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(root), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = root.glob("*.whl")
+    wheel = built_wheel(root)
     venv.create(root / "venv", symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(root / "venv/bin/python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-index", "--no-deps", str(wheel)], check=True)
     (packages,) = root.glob("venv/lib/python*/site-packages")
-    there = Path(sysconfig.get_path("purelib"))
     names = declared("tokenweight", extra="report")
-    for top in {file.parts[0] for name in names for file in distribution(name).files or []} - {"..", "__pycache__"}:
-        if not (packages / top).exists():
-            (packages / top).symlink_to(there / top)
+    linked = link(root / "declared", [file.parts[0] for name in names for file in distribution(name).files or []])
+    (packages / "declared.pth").write_text(f"{linked}\n")
     return root / "venv/bin"
 
 
