@@ -44,7 +44,7 @@ class Scorer:
             scorer halves it and goes on, with a warning.
 
     Raises:
-        ValueError: if the model is not supported, or would read windows with the rotary frequencies of longer sequences.
+        ValueError: if the model is not supported, or would read windows with frequencies of longer sequences.
 
     Example:
         >>> scorer = Scorer(model, size=1024)
