@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokenweight.data.dataset import load_scores
 from tokenweight.data.shards import finish_dataset, new_shard, unlock
 from tokenweight.method import Weighting, check_finite, prediction_mask
 from tokenweight.models import numbered_from
-from tokenweight.records import environment, write_json
+from tokenweight.records import environment, new_folder, write_json
 
 _ROWS_PER_BATCH = 16
 """Rows held in memory at once."""
@@ -97,20 +96,15 @@ def export_weights(
     if isinstance(sizes, int) and size not in (None, sizes):
         raise ValueError(f"--size {size}: {folder} was scored with {sizes}")
     summary = ExportSummary()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        _write(unfinished, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
+    with new_folder(out) as part:
+        _write(part, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
         note = {
             "format": format,
             "weighting": str(weighting),
             "size": sizes if isinstance(sizes, int) else size,
             **vars(summary),
         }
-        write_json(unfinished / "weights.json", {**note, "scores": provenance, "environment": environment()})
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_json(part / "weights.json", {**note, "scores": provenance, "environment": environment()})
     return summary
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
-from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock, write_note
-from tokenweight.records import differences, read_json
+from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock
+from tokenweight.records import differences, read_json, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
@@ -82,7 +82,7 @@ def prepare_rows(
             cutter = Cutter(length, prefix, suffix, pack=short == "pack")
             _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
             cutter.check_any_rows()
-            write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
             finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
         for shard in folder.glob("rows-*.arrow"):
             strip_note(shard)
@@ -105,12 +105,12 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
             if out.exists():
                 raise ValueError(f"--out {out}: exists already; name a new folder")
             if not any(folder.glob("*.arrow")):
-                write_note(note, settings)
+                write_json(note, settings)
             elif found := differences(read_json(note), settings):
                 raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
             unlock(folder)
-            folder.rename(out)
+            rename_folder(folder, out)
         finally:
             if folder.is_dir() and not any(folder.glob("*.arrow")):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from tokenweight.data.dataset import load_rows, row_lengths, rows_fingerprint, token_range
 from tokenweight.data.row_scorer import RowScorer
-from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
+from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     check_length,
@@ -28,7 +28,7 @@ from tokenweight.models import (
     numbered_from,
     own_device,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance
+from tokenweight.records import differences, environment, read_json, read_provenance, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 20
@@ -191,7 +191,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=True):
             if not path.is_file():
-                write_note(path, provenance)
+                write_json(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
     if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
         raise ValueError(f"--out {out}: holds scores made otherwise ({found}); name a new folder")

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,7 @@ import datasets
 import filelock
 import pyarrow as pa
 
-from tokenweight.records import read_json, write_json
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say in one line which folder could not be written to, and why: a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        reason = error if error.errno is None else os.strerror(error.errno)
-        raise OSError(f"cannot write to {folder}: {reason}") from error
+from tokenweight.records import reached, read_json, replaced, write_json, writing_to
 
 
 class ArrowFile:
@@ -33,21 +21,23 @@ class ArrowFile:
         self.num_rows = self.num_tokens = 0
 
     def __enter__(self) -> "ArrowFile":
-        with _writing(self.path.parent):
+        with writing_to(self.path.parent):
             self.sink = pa.OSFile(str(self.path), "wb")
             self.stream = pa.ipc.new_stream(self.sink, self.schema)
         return self
 
     def write(self, table: pa.Table) -> None:
         """Append rows that have the columns of the schema."""
-        with _writing(self.path.parent):
+        reached("batch", self.path)
+        with writing_to(self.path.parent):
             self.stream.write_table(table.cast(self.schema))
+        reached("batch", self.path)
         self.num_rows += len(table)
         if "input_ids" in table.column_names:
             self.num_tokens += len(table.column("input_ids").combine_chunks().flatten())
 
     def __exit__(self, *error: object) -> None:
-        with _writing(self.path.parent):
+        with writing_to(self.path.parent):
             try:
                 self.stream.close()
                 self.sink.flush()
@@ -63,24 +53,12 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
         The file, and a note to which more may be added. Beside the shard, the note is written with the checksum, before
         the shard gets its name: where there is a shard, there is its note.
     """
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     note: dict[str, Any] = {}
-    try:
-        with ArrowFile(unfinished, schema) as file:
+    with replaced(path) as part:
+        with ArrowFile(part, schema) as file:
             yield file, note
-        with _writing(path.parent), unfinished.open("rb+") as written:
-            os.fsync(written.fileno())
-        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
-        write_note(_note(path), note)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_note(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file of a folder of rows or scores."""
-    with _writing(path.parent):
-        write_json(path, value)
+        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(part))
+        write_json(_note(path), note)
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -101,7 +79,7 @@ def read_note(path: Path) -> dict[str, Any] | None:
 def strip_note(path: Path) -> None:
     """Leave in the note of a shard what is said of every shard."""
     note = read_json(_note(path))
-    write_note(_note(path), {key: note[key] for key in ("rows", "tokens", "sha256")})
+    write_json(_note(path), {key: note[key] for key in ("rows", "tokens", "sha256")})
 
 
 @contextlib.contextmanager
@@ -146,8 +124,8 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     }
     features = datasets.Dataset.from_file(str(folder / files[0])).features
     with locked(info, wait=True), locked(state_file, wait=True):  # the last processes may come here together
-        write_note(info, {"features": features.to_dict()})
-        write_note(state_file, state)
+        write_json(info, {"features": features.to_dict()})
+        write_json(state_file, state)
 
 
 def verify(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from tokenweight.models import (
     load_model,
     tokenizer_fingerprint,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
 
 _WEIGHTS = "token_weights.npy"
 
@@ -74,20 +73,15 @@ def evaluate(
     """
     task = _checked(settings)
     total = task.rows.num_tokens * len(task.loaded)
-    unfinished = settings.out.with_name(f".{settings.out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
+    with new_folder(settings.out) as folder:
         if task.earlier:
-            shutil.copyfile(Path(str(settings.baseline)) / _WEIGHTS, unfinished / _WEIGHTS)
-        record = _record(task, settings, unfinished / _WEIGHTS, lambda done: progress(done, total))
-        write_json(unfinished / "eval.json", record)
+            shutil.copyfile(Path(str(settings.baseline)) / _WEIGHTS, folder / _WEIGHTS)
+        record = _record(task, settings, folder / _WEIGHTS, lambda done: progress(done, total))
+        write_json(folder / "eval.json", record)
         table = read_table(record)
         grid = grid_markdown([(model["model"], model.get("probe_grid", [])) for model in record["models"]])
-        (unfinished / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
-        (unfinished / "table.csv").write_text(csv_text(table), encoding="utf-8")
-        unfinished.rename(settings.out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (folder / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
+        (folder / "table.csv").write_text(csv_text(table), encoding="utf-8")
     return record
 
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from tokenweight.data import ScoredRow, load_scores, read_rows
 from tokenweight.evaluate import notes, read_table, short_names
 from tokenweight.method import document_positions, parse_weighting
-from tokenweight.records import read_json, read_metrics, run_kind
+from tokenweight.records import read_json, read_metrics, replaced, run_kind
 from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, token_kinds
 from tokenweight.view.terminal import seen_before, token_pieces
 
@@ -74,12 +73,8 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
         lower = f"--rows {excerpt.rows}" if excerpt.rows > 1 else f"--num {excerpt.num}"
         hint = f"lower {lower}, or name fewer runs" if "scored" in kinds else "name fewer runs"
         raise ValueError(f"{out} would have {len(page) / 1e6:.1f} MB: expected at most {MAX_BYTES / 1e6:g}; {hint}")
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with replaced(out) as part:
         part.write_bytes(page)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return len(page)
 
 
