@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.dataset import load_scores
-from tokenweight.data.shards import finish_dataset, new_shard, unlock
+from tokenweight.data.shards import finish_dataset, new_shard, unlock, verify
 from tokenweight.method import Weighting, check_finite, prediction_mask
 from tokenweight.models import numbered_from
 from tokenweight.records import environment, new_folder, write_json
@@ -78,7 +78,7 @@ def export_weights(
     Args:
         folder: scored with the long losses.
         format: hf, trl, llamafactory, ms-swift or tinker: docs/export.md says how each of them uses the weights.
-        size: of the short context, where scores of several are stored.
+        size: of the short context; by default the only one that is stored.
 
     Raises:
         ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
@@ -86,22 +86,20 @@ def export_weights(
     """
     out = Path(out)
     if format not in _FORMATS:
-        raise ValueError(f"--format {format}: expected one of {', '.join(_FORMATS)}")
+        raise ValueError(f"format {format}: expected one of {', '.join(_FORMATS)}")
     if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
+        raise ValueError(f"out {out}: exists already; name a new folder")
     rows, provenance = load_scores(folder, size=size)
     if "long_nll" not in rows.column_names:
         raise ValueError(f"{folder} has no column long_nll: score its rows anew, with `tokenweight score --long`")
-    sizes = provenance.get("size")
-    if isinstance(sizes, int) and size not in (None, sizes):
-        raise ValueError(f"--size {size}: {folder} was scored with {sizes}")
+    verify(folder)
     summary = ExportSummary()
     with new_folder(out) as part:
         _write(part, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
         note = {
             "format": format,
             "weighting": str(weighting),
-            "size": sizes if isinstance(sizes, int) else size,
+            "context": provenance.get("context"),
             **vars(summary),
         }
         write_json(part / "weights.json", {**note, "scores": provenance, "environment": environment()})

@@ -168,15 +168,14 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
     uniform = [row.mask.float() for row in rows]
-    stored = provenance.get("size")
-    size = excerpt.size if isinstance(stored, list) else stored
-    settings = {key: value for key, value in provenance.items() if key != "environment"}
+    size = provenance.get("context", {}).get("size")
+    settings = {key: value for key, value in provenance.items() if key not in ("contexts", "environment")}
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
     cost = {"rows": len(data), "rows on this page": len(rows)}
     kinds = by_kind(rows, uniform, pieces) if rows[0].tokenizer is not None else []  # ids are of no kind
     return {
-        "size": size if isinstance(size, int) else None,
+        "size": size,
         "rows": [_row(number, row, texts, excerpt.num) for number, row, texts in zip(numbers, rows, pieces)],
         "histogram": difference_histogram([_beyond(row, size) for row in rows])._asdict(),
         "positions": [
@@ -188,9 +187,9 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     }
 
 
-def _beyond(row: ScoredRow, size: Any) -> ScoredRow:
+def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
     """The row without the first window of each document: there, the short context is the long one."""
-    if not isinstance(size, int):
+    if size is None:
         return row
     return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
 
