@@ -1,15 +1,14 @@
 """The commands as a user runs them: `python -m tokenweight`, with real files."""
 
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import datasets
+import faulty
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,35 +18,6 @@ from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
 from tokenweight.records import device_name, read_json
 
-# To import torch takes seconds, and so does to take it down: that is done once, and each command is a fork of it.
-SERVER = """
-import json, os, runpy, sys, traceback
-import tokenweight.demo
-
-def run(argv):
-    sys.argv = ["tokenweight", *argv]
-    try:
-        runpy.run_module("tokenweight", run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-for line in sys.stdin:
-    argv, streams = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, name in enumerate(streams):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        status = run(argv)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os._exit(0)
-"""
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out"]
 SCORE = ["score", "rows", "--model", "model", "--size", "16", "--stride", "12"]
 EVAL = ["eval", "model", "--data", "rows", "--probes", "none"]
@@ -83,17 +53,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(place):
     """Runs a command in `place`: (exit status, standard output, standard error)."""
-    command = [sys.executable, "-c", SERVER]
-    streams = [str(place.parent / f"{place.name}-{name}") for name in ("in", "out", "err")]
-    with subprocess.Popen(command, cwd=place, env=OFFLINE, stdin=-1, stdout=-1, text=True) as server:
-
-        def run(*argv):
-            server.stdin.write(json.dumps([argv, streams]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), *(Path(name).read_text() for name in streams[1:])
-
-        yield run
-        server.stdin.close()
+    return lambda *argv: faulty.run(place, *argv, small=False)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import load_rows, row_lengths
+from tokenweight.data import read_contents
 from tokenweight.method import (
     ShortContext,
     Uniform,
@@ -164,8 +164,8 @@ class _Recipe:
             extension = extension_arguments(settings.extend)
             config, length = extend_context(config, **extension), extension["length"]
         if settings.data and Path(settings.data).exists():
-            rows = load_rows(settings.data)
-            length, num_rows = int(row_lengths(rows).max()), len(rows)
+            contents = read_contents(settings.data)
+            length, num_rows = contents.longest, contents.rows
         compute = _autocast(arguments) or dtype
         fixed = fixed_bytes(config, arguments, dtype, compute, num_gpus)
         forward = count_forward(config)

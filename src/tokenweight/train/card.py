@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, TrainingArguments
 
+from tokenweight.data import Contents
 from tokenweight.models import describe_rope, load_model
 from tokenweight.records import _cell, _edit, _with_section, read_json, read_metrics, read_provenance
 from tokenweight.train.settings import TrainSettings
@@ -49,22 +50,27 @@ def run_facts(
     arguments: TrainingArguments,
     settings: TrainSettings,
     provenance: dict[str, Any],
-    sizes: list[int],
+    contents: Contents,
 ) -> dict[str, Any]:
     """What `run.json` says beyond settings, provenance and environment.
 
     Args:
         model: as it is trained.
         provenance: of the rows; where they are scored, what `prepare` noted is looked up beside the rows themselves.
-        sizes: tokens of each row.
+        contents: of the rows.
     """
     prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
-    if (prepared.get("rows"), prepared.get("tokens")) != (len(sizes), sum(sizes)):
+    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
         prepared = {}  # other rows by now
     noted = ("texts", "hub", "subset", "split", "seed", "documents")
     before = load_model(settings.model, device_map="meta").config if settings.extend else model.config
     return {
-        "rows": {"num": len(sizes), "tokens": sum(sizes), "shortest": min(sizes), "longest": max(sizes)},
+        "rows": {
+            "num": contents.rows,
+            "tokens": contents.tokens,
+            "shortest": contents.shortest,
+            "longest": contents.longest,
+        },
         "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
         "rope": {"before": _rope(before), "after": _rope(model.config)},
         "rope_parameters": getattr(model.config, "rope_parameters", None),
@@ -161,11 +167,8 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
     if settings["weighting"] == "uniform":
         return None
     stored, name = settings["scorer"] == "stored", settings["scorer"]
-    said = data if stored else settings
-    size, stride = said.get("size"), said.get("stride")
-    if isinstance(size, list):  # scores of several contexts are there: one was chosen
-        strides = dict(zip(size, stride or ()))
-        size, stride = settings["size"], strides.get(settings["size"])
+    context = data.get("context", {}) if stored else settings
+    size, stride = context.get("size"), context.get("stride")
     who = f"`{data.get('model') if stored else name}`, frozen"
     if name == "self" or (stored and not data.get("model")):
         who = "the model itself, as it is trained" if name == "self" else "stored"

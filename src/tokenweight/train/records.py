@@ -4,13 +4,12 @@ checkpoints."""
 import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenweight.records import append_line, differences, read_json, write_json
+from tokenweight.records import append_line, differences, read_json, replaced, write_json
 from tokenweight.train.checkpoints import unmark_after, writing
 
 logger = logging.getLogger(__name__)
@@ -64,9 +63,8 @@ def _take_back(path: Path, state: TrainerState) -> None:
             line = json.loads(text)
             if "train_runtime" in line and line["step"] <= state.global_step and line not in lines:
                 lines.append(line)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
-    os.replace(unfinished, path)
+    with replaced(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
 
 
 def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:

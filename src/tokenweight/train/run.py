@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import choose_scores, has_scores, load_rows, row_lengths, token_range
+from tokenweight.data import Contents, choose_scores, has_scores, load_rows, read_contents, tokenizer_note, verify
 from tokenweight.method import ShortContext, Weighting, parse_weighting
 from tokenweight.models import (
     Scorer,
@@ -20,7 +21,6 @@ from tokenweight.models import (
     context_mesh,
     find_tokenizer,
     load_model,
-    tokenizer_fingerprint,
     with_weighted_loss,
 )
 from tokenweight.records import environment, read_provenance
@@ -51,19 +51,20 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     unset_hf_deepspeed_config()
     checkpoint = find_checkpoint(out, arguments.resume_from_checkpoint)
     rows, provenance = _open_rows(settings, weighting)
-    lengths = row_lengths(rows).tolist()
-    context = _short_context(settings, max(lengths))
-    model, tokenizer = _open_model(settings, rows, provenance, max(lengths))
+    contents = read_contents(settings.data)
+    assert contents.longest is not None  # without a row, nothing is opened
+    context = _short_context(settings, contents.longest)
+    model, tokenizer = _open_model(settings, contents, provenance)
     scorer = None
     if context is not None and weighting.uses_short:
         own = settings.scorer == "self"
-        scoring = model if own else _open_scorer(settings, rows, tokenizer, context.size).to(arguments.device)
+        scoring = model if own else _open_scorer(settings, contents, tokenizer, context.size).to(arguments.device)
         scorer = Scorer(scoring, context, bos=None if tokenizer is None else tokenizer.bos_token_id)
     windows = {} if context is None else dataclasses.asdict(context)
     resolved = {**dataclasses.asdict(settings), "weighting": str(weighting), **windows}
     run = {"settings": resolved, "data": provenance, **environment()}
-    run |= run_facts(model, arguments, settings, provenance, lengths)
-    stored = provenance.get("size") if isinstance(provenance.get("size"), int) else settings.size
+    run |= run_facts(model, arguments, settings, provenance, contents)
+    stored = provenance.get("context", {}).get("size", settings.size)
     trainer = WeightedTrainer(
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
@@ -92,28 +93,29 @@ def _open_rows(settings: TrainSettings, weighting: Weighting) -> tuple[datasets.
     _check_scores(settings, rows)
     if settings.scorer == "stored" and weighting.uses_short:
         rows, provenance = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
+    if os.environ.get("RANK", "0") == "0":  # the others would read and compare the same files
+        verify(settings.data)
     return rows, provenance
 
 
 def _open_model(
-    settings: TrainSettings, rows: datasets.Dataset, provenance: dict[str, Any], length: int
+    settings: TrainSettings, contents: Contents, provenance: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     model = load_model(settings.model, dtype=settings.dtype, extend=extension_arguments(settings.extend))
-    check_length(model.config, length, f"{settings.data}: rows")
-    check_tokens(model.config, *token_range(rows), settings.data)
+    check_length(model.config, contents.longest or 0, f"{settings.data}: rows")
+    check_tokens(model.config, *contents.token_range, settings.data)
     tokenizer = find_tokenizer(settings.model)
     check_tokenizer(tokenizer, settings.model, provenance, settings.data)
     return model, tokenizer
 
 
 def _open_scorer(
-    settings: TrainSettings, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, size: int
+    settings: TrainSettings, contents: Contents, tokenizer: PreTrainedTokenizerBase | None, size: int
 ) -> PreTrainedModel:
     scorer, theirs = load_model(settings.scorer), find_tokenizer(settings.scorer)
     if tokenizer is not None:
-        made = {"tokenizer": settings.model, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
-        check_tokenizer(theirs, settings.scorer, made, settings.data)
-    check_tokens(scorer.config, *token_range(rows), settings.data)
+        check_tokenizer(theirs, settings.scorer, tokenizer_note(tokenizer, settings.model), settings.data)
+    check_tokens(scorer.config, *contents.token_range, settings.data)
     check_length(scorer.config, size, "size: windows")
     return scorer
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from tokenweight.data import ScoredRow, load_scores, read_rows
 from tokenweight.evaluate import notes, read_table, short_names
 from tokenweight.method import document_positions, parse_weighting
-from tokenweight.records import read_json, read_metrics, run_kind
+from tokenweight.records import read_json, read_metrics, replaced, run_kind
 from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, token_kinds
 from tokenweight.view.terminal import seen_before, token_pieces
 
@@ -74,12 +73,8 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
         lower = f"--rows {excerpt.rows}" if excerpt.rows > 1 else f"--num {excerpt.num}"
         hint = f"lower {lower}, or name fewer runs" if "scored" in kinds else "name fewer runs"
         raise ValueError(f"{out} would have {len(page) / 1e6:.1f} MB: expected at most {MAX_BYTES / 1e6:g}; {hint}")
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with replaced(out) as part:
         part.write_bytes(page)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return len(page)
 
 
@@ -173,15 +168,14 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
     uniform = [row.mask.float() for row in rows]
-    stored = provenance.get("size")
-    size = excerpt.size if isinstance(stored, list) else stored
-    settings = {key: value for key, value in provenance.items() if key != "environment"}
+    size = provenance.get("context", {}).get("size")
+    settings = {key: value for key, value in provenance.items() if key not in ("contexts", "environment")}
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
     cost = {"rows": len(data), "rows on this page": len(rows)}
     kinds = by_kind(rows, uniform, pieces) if rows[0].tokenizer is not None else []  # ids are of no kind
     return {
-        "size": size if isinstance(size, int) else None,
+        "size": size,
         "rows": [_row(number, row, texts, excerpt.num) for number, row, texts in zip(numbers, rows, pieces)],
         "histogram": difference_histogram([_beyond(row, size) for row in rows])._asdict(),
         "positions": [
@@ -193,9 +187,9 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     }
 
 
-def _beyond(row: ScoredRow, size: Any) -> ScoredRow:
+def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
     """The row without the first window of each document: there, the short context is the long one."""
-    if not isinstance(size, int):
+    if size is None:
         return row
     return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
 
