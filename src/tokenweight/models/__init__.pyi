@@ -1,3 +1,5 @@
+from .bind import pack_bits as pack_bits
+from .bind import unpack_bits as unpack_bits
 from .bind import with_weighted_loss as with_weighted_loss
 from .causal import CausalParts as CausalParts
 from .causal import causal_parts as causal_parts
