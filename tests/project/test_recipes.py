@@ -21,7 +21,7 @@ from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
 from tokenweight.data import load_rows
 from tokenweight.method import parse_weighting
-from tokenweight.train import TrainSettings, collate, read_recipe, train, training_arguments
+from tokenweight.train import DataCollatorWithScores, TrainSettings, read_recipe, train, training_arguments
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -259,7 +259,7 @@ def test_a_recipe_and_the_commands_of_its_header_run_on_a_tiny_model(name, place
     assert (run["rope_parameters"]["rope_theta"] > theirs) == (method == "base")
     assert "theta" not in settings.extend or run["rope_parameters"]["rope_theta"] == float(theta)
 
-    output = model(**collate(list(load_rows(settings.data))[:1]))
+    output = model(**DataCollatorWithScores()(list(load_rows(settings.data))[:1]))
     weights = output.weights[:, 1:]
     if settings.scorer == "stored" and weighting.uses_short:
         assert run["data"]["rope_parameters"]["rope_theta"] == theirs  # the scorer keeps its own base

@@ -20,8 +20,9 @@ from texts import trained_tokenizer
 from tokenweight import Dense, Scorer, ShortContext, Uniform, load_model, parse_weighting, token_nll, with_weighted_loss
 from tokenweight.data import score_folder
 from tokenweight.records import read_json
-from tokenweight.train import TrainSettings, WeightedTrainer, collate, read_recipe, train
+from tokenweight.train import DataCollatorWithScores, TrainSettings, WeightedTrainer, read_recipe, train
 
+collate = DataCollatorWithScores()
 ROWS = [
     {"input_ids": [5, 6, 7], "short_nll": [0.0, 1.5, 2.5], "document": "a"},
     {"input_ids": [8, 9], "short_nll": [0.0, 3.5], "document": "b"},

@@ -1,5 +1,5 @@
 from .checkpoints import last_whole as last_whole
-from .collator import collate as collate
+from .collator import DataCollatorWithScores as DataCollatorWithScores
 from .engines import prepare_engine as prepare_engine
 from .run import train as train
 from .settings import TrainSettings as TrainSettings

@@ -26,7 +26,7 @@ from tokenweight.models import (
 from tokenweight.records import environment, read_provenance
 from tokenweight.train.card import run_facts
 from tokenweight.train.checkpoints import find_checkpoint
-from tokenweight.train.collator import collate
+from tokenweight.train.collator import DataCollatorWithScores
 from tokenweight.train.engines import prepare_engine
 from tokenweight.train.records import FinishedRun, Records, resumed
 from tokenweight.train.settings import TrainSettings, extension_arguments, training_arguments
@@ -68,7 +68,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         model=with_weighted_loss(model, weighting, scorer),
         args=arguments,
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=DataCollatorWithScores(),
         processing_class=tokenizer,
         callbacks=[Records(resumed(run, out, checkpoint)), *callbacks],
         size=None if not weighting.uses_short else stored if context is None else context.size,
