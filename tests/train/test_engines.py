@@ -225,7 +225,7 @@ def test_zero_3_that_would_save_no_model_is_refused(unchecked):
 
 
 def test_settings_of_fsdp_without_fsdp_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="trainer: fsdp_config does nothing by itself: expected fsdp true"):
+    with pytest.raises(ValueError, match=r"trainer\.fsdp_config does nothing by itself: expected trainer\.fsdp true"):
         training_arguments({"fsdp_config": {"version": 2}}, tmp_path / "out")
     assert training_arguments({"fsdp": "true", "fsdp_config": "{}"}, tmp_path / "out").fsdp is True
     assert not training_arguments({"fsdp": False}, tmp_path / "out").fsdp
