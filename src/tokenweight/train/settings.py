@@ -91,12 +91,7 @@ class Run:
         """
         if self.settings.scorer == "stored":
             return None
-        size = length // 4 if self.settings.size is None else self.settings.size
-        stride = method.default_stride(size) if self.settings.stride is None else self.settings.stride
-        context = method.ShortContext(size=size, stride=stride)
-        if size >= length:
-            raise ValueError(f"size {size}: the sequences hold {length} tokens: no token would have a shorter context")
-        return context
+        return method.ShortContext.of(length, self.settings.size, self.settings.stride)
 
 
 def resolve(settings: TrainSettings) -> Run:
