@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tokenweight.records import read_json
-from tokenweight.train import TrainSettings, collate, train
+from tokenweight.train import DataCollatorWithScores, TrainSettings, train
 from tokenweight.train.checkpoints import MARK, is_whole, last_whole
 from tokenweight.train.trainer import name_row
 
@@ -213,7 +213,7 @@ def test_a_score_that_is_not_finite_is_told_by_its_row(place):
 def test_a_row_is_found_in_a_padded_batch_and_by_its_document_where_it_is_packed():
     columns = {"input_ids": [[5, 6, 7], [5, 6], [5, 6, 0], [5, 6, 8, 9]]}
     rows = datasets.Dataset.from_dict(columns)
-    batch = collate(list(rows))
+    batch = DataCollatorWithScores()(list(rows))
     found = [name_row(rows, *pair, 1) for pair in zip(batch["input_ids"], batch["labels"])]
     assert found == [f"row {number} of the data" for number in range(4)]
     columns = {"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]], "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]]}

@@ -18,8 +18,9 @@ from tokenweight import ShortContext, cli, parse_weighting
 from tokenweight.data import Contents, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
 from tokenweight.records import read_json, write_json
-from tokenweight.train import TrainSettings, train, training_arguments
-from tokenweight.train.card import FORMULAS, run_facts, write_card
+from tokenweight.train import TrainSettings, resolve, train
+from tokenweight.train.card import FORMULAS, write_card
+from tokenweight.train.records import describe
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +112,12 @@ def test_what_is_not_known_is_left_out(folder):
 
 def test_texts_of_other_rows_and_rotary_settings_that_nobody_can_name_are_left_out(place):
     model, provenance = models.tiny(), {"rows": str(place / "rows")}
-    arguments = training_arguments({}, place / "none")
-    given = dataclasses.replace(settings(place, "none"), extend={})
-    facts = run_facts(model, arguments, given, provenance, read_contents(place / "rows"))
+    run = resolve(dataclasses.replace(settings(place, "none"), extend={}, trainer={}))
+    facts = describe(run, provenance, read_contents(place / "rows"), None, model.config, model.config)
     assert facts["texts"]["documents"] == 5
     assert facts["rope"] == dict.fromkeys(("before", "after"), "default, 128 positions, theta 10000")
     model.config.rope_parameters = {"some_attention": {"rope_type": "default"}}
-    facts = run_facts(model, arguments, given, provenance, Contents(7, 7 * 40, 40, 40))
+    facts = describe(run, provenance, Contents(7, 7 * 40, 40, 40), None, model.config, model.config)
     assert facts["texts"] == {}
     assert facts["rope"] == {"before": None, "after": None}
 
