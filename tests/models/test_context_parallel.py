@@ -17,7 +17,7 @@ import models
 from models import assert_close
 from tokenweight import Dense, Scorer, ShortContext, Uniform, with_weighted_loss
 from tokenweight.models import context_mesh, context_parallel
-from tokenweight.models.context_parallel import share_of_rows
+from tokenweight.models.context_parallel import sequence_shard
 
 
 class OneRank(DeviceMesh):
@@ -60,7 +60,7 @@ def test_every_rank_finds_its_columns_and_all_of_them_make_the_rows(dealt):
     for rank in range(num):
         mesh, mine = OneRank(rank, num), columns[:, rank * width : (rank + 1) * width]
         mesh.sent = [positions[columns]]
-        share = share_of_rows(positions[mine], mesh)
+        share = sequence_shard(positions[mine], mesh)
         assert torch.equal(share.columns, mine)
         mesh.sent = [rows.gather(1, columns)]
         assert torch.equal(share.rows("rows", rows.gather(1, mine)), rows)
