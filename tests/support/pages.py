@@ -95,7 +95,7 @@ def tables(page):
     found = []
     for part in page.split("<table")[1:]:
         attributes, _, content = part.split("</table>")[0].partition(">")
-        number = re.search(r'data-weighting="(\d+)"', attributes)
+        number = re.search(r'data-setting="(\d+)"', attributes)
         rows = [re.split(r"<t[hd](?: [^>]*)?>", row)[1:] for row in content.split("<tr")[2:]]
         cells = [[text_of(cell).strip() for cell in row] for row in rows]
         found.append((number and int(number[1]), " hidden" in attributes, cells))

@@ -20,7 +20,7 @@ from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, train
 from tokenweight.view import Excerpt, report, write_report
 from tokenweight.view.charts import Point
-from tokenweight.view.excerpt import LOOKS, START, WEIGHTINGS, look
+from tokenweight.view.excerpt import LOOKS, SETTINGS, START, look
 from tokenweight.view.summaries import by_kind, by_position, row_kinds
 from tokenweight.view.terminal import token_pieces
 
@@ -51,11 +51,11 @@ def rows_of(runs, name):
 def test_the_settings_are_every_weighting_at_every_stop_and_begin_at_its_default(pages):
     names = ("uniform", "dense", "sparse", "longce", "ppmi", "npmi")
     for name, scheme in zip(names, embedded(pages["scored"])["schemes"], strict=True):
-        own = WEIGHTINGS[scheme["first"] : scheme["first"] + max(1, len(scheme["stops"]))]
+        own = SETTINGS[scheme["first"] : scheme["first"] + max(1, len(scheme["stops"]))]
         assert own[scheme["start"]] == parse_weighting(name)
         for stop, weighting in zip(scheme["stops"], own, strict=scheme["setting"] is not None):
             assert weighting == parse_weighting(f"{name}:{scheme['setting']}={stop}")
-    assert WEIGHTINGS[START] == parse_weighting("dense")
+    assert SETTINGS[START] == parse_weighting("dense")
 
 
 @pytest.mark.parametrize("name", ["scored", "packed"])
@@ -63,7 +63,7 @@ def test_weights_and_tints_are_those_of_every_weighting(name, runs, pages):
     data = embedded(pages[name])
     for number, found in enumerate(data["runs"][0]["rows"]):
         row = read_row(runs / name, number)
-        for weighting, weights, looks in zip(WEIGHTINGS, found["weights"], found["looks"], strict=True):
+        for weighting, weights, looks in zip(SETTINGS, found["weights"], found["looks"], strict=True):
             expected = weighting(row.long_nll, row.short_nll, row.mask)[0].tolist()
             assert weights == pytest.approx(expected, rel=5e-3)  # three significant digits
             assert [ord(letter) - ord("a") for letter in looks] == list(map(look, expected))
@@ -110,10 +110,10 @@ def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_sett
     rows, pieces = rows_of(runs, name)
     kinds = list(map(row_kinds, rows, pieces))
     numbered = [table for table in tables(pages[name]) if table[0] is not None]
-    assert len(numbered) == 2 * len(WEIGHTINGS)
+    assert len(numbered) == 2 * len(SETTINGS)
     for number, hidden, cells in numbered:
         assert hidden == (number != START)
-        weights = [WEIGHTINGS[number](row.long_nll, row.short_nll, row.mask) for row in rows]
+        weights = [SETTINGS[number](row.long_nll, row.short_nll, row.mask) for row in rows]
         if len(cells[0]) == 2:
             means = {f"{part.first} to {part.stop - 1}": part.mean_weight for part in by_position(rows, weights)}
             assert {label: float(mean) for label, mean in cells} == pytest.approx(means, rel=5e-4)
@@ -123,7 +123,7 @@ def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_sett
                 for share in by_kind(rows, weights, kinds)
             ]
             assert [[cell.replace(" %", "%") for cell in line] for line in cells] == expected
-    shown = [line for line in re.findall(r"<p data-weighting[^>]*>([^<]*)</p>", pages[name]) if "keep=0.2" in line]
+    shown = [line for line in re.findall(r"<p data-setting[^>]*>([^<]*)</p>", pages[name]) if "keep=0.2" in line]
     assert len(shown) == 2 * 3
     assert "mean weight 1.00 · 80.3% weigh 0 · effective tokens 47.0 of 239 (19.7%)" in shown[0] or name == "packed"
 

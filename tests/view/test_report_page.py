@@ -78,8 +78,8 @@ def test_the_switch_and_the_slider_change_tints_summary_chart_and_kinds(open_pag
     page = open_page()
 
     def shown():
-        return [page.inner_text(f"{part} [data-weighting]:visible") for part in ("#text-0 .summary", "#kinds")] + [
-            page.locator("figure [data-weighting]:visible svg").inner_html()
+        return [page.inner_text(f"{part} [data-setting]:visible") for part in ("#text-0 .summary", "#kinds")] + [
+            page.locator("figure [data-setting]:visible svg").inner_html()
         ]
 
     states = [shown()]
@@ -161,4 +161,4 @@ def test_without_scripts_the_text_is_tinted_and_the_charts_are_drawn(open_page, 
     assert page.locator("#text-0 .t.up").count() > 9
     assert page.locator("#text-0 .passage:visible").count() == 2
     assert not page.locator("#controls").is_visible()
-    assert page.locator("figure [data-weighting]:visible svg path.line").count() == 2
+    assert page.locator("figure [data-setting]:visible svg path.line").count() == 2

@@ -1,6 +1,5 @@
 """What a page shows of scored rows: passages of their text, and what each weighting does to them at each setting."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,20 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweight.data import ScoredRow, load_scores, read_rows
-from tokenweight.method import NPMI, PPMI, Dense, LongCE, Sparse, Uniform, Weighting, document_positions
+from tokenweight.method import WEIGHTINGS, Dense, Weighting, document_positions
 from tokenweight.view.summaries import KindShare, by_kind, by_position, difference_histogram, document_spans, row_kinds
 from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level, token_pieces
 
-_KEEP = "keep", (0.02, 0.05, 0.1, 0.2, 0.5)
-_KNOBS: dict[type[Weighting], tuple[str, tuple[float, ...]] | None] = {
-    Uniform: None,
-    Dense: ("interpolation", (0.0, 0.25, 0.5, 0.75, 0.9)),
-    Sparse: _KEEP,
-    LongCE: ("cap", (1.0, 2.0, 5.0, 10.0, 20.0)),
-    PPMI: _KEEP,
-    NPMI: _KEEP,
-}
-"""The setting of each weighting that the page's slider changes, and the stops of the slider."""
 LOOKS = ["zero", "", *(f"down l{n}" for n in range(1, 9)), *(f"up l{n}" for n in range(1, 5))]
 LOOKS += [f"up l{n} far" for n in range(4, 9)]
 """The CSS classes of a tinted token."""
@@ -41,37 +30,39 @@ class Excerpt(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """A weighting on the page: one choice of the switch, with the stops of its slider."""
+    """A kind of weighting on the page: one choice of the switch, with the stops of its slider."""
 
     label: str
+    formula: str
     setting: str | None
     """Name of the setting that the slider changes, if there is one."""
     stops: list[float]
     start: int
     """Number of the stop that is the default."""
     first: int
-    """Number of the first stop in `WEIGHTINGS`."""
+    """Number of the first stop in `SETTINGS`."""
 
 
 def _schemes() -> tuple[list[Scheme], list[Weighting]]:
     schemes: list[Scheme] = []
-    weightings: list[Weighting] = []
-    for kind, knob in _KNOBS.items():
-        default, first = kind(), len(weightings)
-        if knob is None:
-            schemes.append(Scheme(kind.__name__, None, [], 0, first))
-            weightings.append(default)
+    settings: list[Weighting] = []
+    for kind in WEIGHTINGS:
+        default, first = kind(), len(settings)
+        if kind.knob is None:
+            schemes.append(Scheme(kind.__name__, kind.formula, None, [], 0, first))
+            settings.append(default)
             continue
-        name, stops = knob
-        schemes.append(Scheme(kind.__name__, name, list(stops), stops.index(getattr(default, name)), first))
-        weightings += [dataclasses.replace(default, **{name: stop}) for stop in stops]  # type: ignore[type-var]
-    return schemes, weightings
+        name, stops = kind.knob
+        start = stops.index(getattr(default, name))
+        schemes.append(Scheme(kind.__name__, kind.formula, name, list(stops), start, first))
+        settings += [kind(**{name: stop}) for stop in stops]
+    return schemes, settings
 
 
-SCHEMES, WEIGHTINGS = _schemes()
+SCHEMES, SETTINGS = _schemes()
 """The choices of the switch; and every weighting at every stop of its slider, by whose number the page calls it."""
-START = WEIGHTINGS.index(Dense())
-"""Number of the weighting that the page opens with."""
+START = SETTINGS.index(Dense())
+"""Number of the setting that the page opens with."""
 
 
 def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
@@ -79,13 +70,13 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     data, provenance = load_scores(folder, size=excerpt.size)
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
-    weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in WEIGHTINGS]
+    weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in SETTINGS]
     stored = provenance.get("size")
     size = excerpt.size if isinstance(stored, list) else stored
     settings = {key: value for key, value in provenance.items() if key != "environment"}
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
-    kinds: list[list[KindShare]] = [[] for _ in WEIGHTINGS]
+    kinds: list[list[KindShare]] = [[] for _ in SETTINGS]
     if rows[0].tokenizer is not None:  # else the pieces are ids, which are of no kind
         masks = [row_kinds(row, texts) for row, texts in zip(rows, pieces)]
         kinds = [by_kind(rows, own, masks) for own in weights]
@@ -126,7 +117,7 @@ def _row(
     looks = [[look(weight) for weight in own[0, shown].tolist()] for own in weights]
     return {
         "number": number,
-        "summaries": [summary(weigh, own[0], row.mask[0]).plain for weigh, own in zip(WEIGHTINGS, weights)],
+        "summaries": [summary(weigh, own[0], row.mask[0]).plain for weigh, own in zip(SETTINGS, weights)],
         "tokens": [(*_split(piece), LOOKS[own]) for piece, own in zip(pieces[shown], looks[START])],
         "reader": {
             "start": start,

@@ -13,7 +13,7 @@ from typing import Any
 from tokenweight.evaluate import notes, read_table, short_names
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view.charts import MINUS, Chart, Number, Point, Series
-from tokenweight.view.excerpt import LOOKS, SCHEMES, START, WEIGHTINGS, Excerpt, read_scored
+from tokenweight.view.excerpt import LOOKS, SCHEMES, SETTINGS, START, Excerpt, read_scored
 from tokenweight.view.summaries import PositionWeights
 
 MAX_BYTES = 5_000_000
@@ -159,7 +159,7 @@ def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
                 for run in scored
             ]
         )
-        for number in range(len(WEIGHTINGS))
+        for number in range(len(SETTINGS))
     ]
 
 

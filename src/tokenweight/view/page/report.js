@@ -1,12 +1,12 @@
 "use strict";
 // Everything is computed and drawn when the page is written; the script switches between the weightings, and tells of
-// the token that is pointed at. A weighting at one stop of its slider has a number, `weighting(scheme)`.
+// the token that is pointed at. Every weighting at every stop of its slider is a setting of the page, with a number.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const stops = data.schemes.map((scheme) => scheme.start);
 let current = data.schemes.findIndex((scheme) => scheme.label === "Dense");
-const weighting = (scheme) => data.schemes[scheme].first + stops[scheme];
+const settingOf = (scheme) => data.schemes[scheme].first + stops[scheme];
 
 // An element with attributes, and children that are elements or text; text is never read as markup.
 function make(name, attributes = {}, ...children) {
@@ -48,7 +48,7 @@ class Reader {
   }
 
   paint() {
-    const looks = this.row.looks[weighting(current)];
+    const looks = this.row.looks[settingOf(current)];
     this.row.tokens.forEach((token, i) => (token.className = `t ${data.looks[looks.charCodeAt(i) - 97]}`));
     if (this.selected !== undefined) this.tell(this.selected);
   }
@@ -114,7 +114,7 @@ class Reader {
       ["seen before", this.seenBefore(i, ago[i])],
     ].flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
     const rows = data.schemes.map(({ label }, scheme) => {
-      const weight = weights[weighting(scheme)][i];
+      const weight = weights[settingOf(scheme)][i];
       return make("tr", scheme === current ? { class: "current" } : {}, make("th", { scope: "row" }, label),
         make("td", {}, known ? String(weight) : "–"), make("td", {}, make("meter", { class: "weight", max: 8, value: weight, "aria-hidden": true })));
     });
@@ -142,7 +142,7 @@ function follow() {
   $("slider").setAttribute("aria-valuetext", values[stops[current]]);
   $("slider-name").textContent = setting;
   $("slider-value").textContent = values[stops[current]];
-  for (const node of document.querySelectorAll("[data-weighting]")) node.hidden = Number(node.dataset.weighting) !== weighting(current);
+  for (const node of document.querySelectorAll("[data-setting]")) node.hidden = Number(node.dataset.setting) !== settingOf(current);
   readers.forEach((reader) => reader.paint());
 }
 
