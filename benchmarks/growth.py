@@ -16,15 +16,20 @@ from pathlib import Path
 
 import torch
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from common import GIVEN_BACK, RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now, tiny_llama
 from results import Results, by_length
 from tokenweight import Scorer, ShortContext, with_weighted_loss
+from tokenweight.view import add_head, line_looks, new_panels, styled, write_figure
 from training import STEPS, UNIFORM, run_step
 
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
 Sizes = dict[str, int]
+Lines = dict[str, list[tuple[int, float]]]
+"""(tokens of a row, what was measured) by the name of the step."""
 
 
 class Bench:
@@ -79,9 +84,27 @@ def report_length(
         report.add(**setting, metric=MEMORY, unit="KiB", values=[peak / 1024 / length])
 
 
-def draw_figure(results: Path, path: Path) -> None:
-    from tokenweight.view import growth_figure, write_figure
+def growth_figure(times: Lines, memory: Lines) -> Figure:
+    """Time (microseconds per token; equal distances are equal ratios) and peak memory (KiB per token) by length."""
+    lengths = sorted({length for points in times.values() for length, _ in points})
+    with styled("screen"):
+        figure, panels = new_panels("screen", [0.5, 0.3])
+        for axes, found in zip(panels, (times, memory)):
+            for (name, points), look in zip(found.items(), line_looks(len(found))):
+                axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
+        panels[0].set(xscale="log", yscale="log", ylabel="µs per token")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
+        panels[1].set(ylabel="KiB per token", xlabel="tokens of a row; 1k is 1024")
+        panels[1].set_ylim(bottom=0)
+        panels[1].set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
+        panels[1].xaxis.set_minor_locator(NullLocator())
+        add_head(figure, panels[0], "screen", "Time and memory of a training step")
+    return figure
 
+
+def draw_figure(results: Path, path: Path) -> None:
     times, memory = (
         {kind: list(points.items()) for kind, points in by_length(Results(results), metric).items()}
         for metric in (TIME, MEMORY)

@@ -11,7 +11,7 @@ from tokenweight.evaluate import read_table
 from tokenweight.method import Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
-from tokenweight.view.summaries import by_kind, by_position, difference_histogram
+from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 from tokenweight.view.terminal import token_pieces
 
 
@@ -83,8 +83,8 @@ def score_figures(
         "weight-by-position": plots.position_figure(bins, window=window, style=style),
     }
     if rows[0].tokenizer is not None:
-        pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
-        shares = {name: by_kind(rows, own, pieces) for name, own in weights.items()}
+        kinds = [row_kinds(row, token_pieces(row.tokens[0].tolist(), row.tokenizer)) for row in rows]
+        shares = {name: by_kind(rows, own, kinds) for name, own in weights.items()}
         figures["weight-by-kind"] = plots.kind_figure(shares, style=style)
     return figures
 
