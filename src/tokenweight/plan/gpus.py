@@ -102,46 +102,49 @@ def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
     return max(moments, key=lambda moment: moment.total)
 
 
-def fixed_bytes(
-    config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, compute: torch.dtype, num_gpus: int
-) -> Fixed:
+def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, num_gpus: int) -> Fixed:
     """Weights, optimizer states and gradients on each GPU, as a `transformers.Trainer` with these arguments has them.
 
     - One GPU: all; gradients only from the backward pass on, unless they are accumulated.
     - Several: the same, and the buckets in which DistributedDataParallel sums gradients, as large as these (torch
       documents that as the memory that `gradient_as_bucket_view=True` would save; the Trainer does not set it).
-    - FSDP: a share of each; beside it, in the dtype of the computation, what is gathered: embeddings, head and whatever
-      else is in no block, and two blocks (one computes, the next is on its way), or all if `reshard_after_forward` is
-      false; and gradients that are accumulated, which wait for the last pass unshared.
+    - FSDP2: a slice of each, and two things that are not sliced. All-gathered parameters, in the dtype of the
+      computation: embeddings, head and whatever else is in no block, and two blocks (one computes, the next is on its
+      way), or all if `reshard_after_forward` is false. And accumulated gradients, which wait for the last micro-step in
+      the dtype that they will be reduced in: float32 under autocast (`train.prepare_engine`), 4 bytes per parameter.
 
     Args:
         dtype: of the weights.
-        compute: what the decoder computes in.
 
     Raises:
         ValueError: for CPU offload, DeepSpeed, or an optimizer whose states cannot be counted.
     """
     if arguments.deepspeed is not None:
         raise ValueError("trainer: deepspeed cannot be planned: expected fsdp, or neither")
-    accumulating = arguments.gradient_accumulation_steps > 1
+    accumulating, autocast = arguments.gradient_accumulation_steps > 1, autocast_dtype(arguments)
     with blank_model(config, dtype) as model:
         kinds = set(getattr(model, "_no_split_modules", None) or ())
         blocks = [module for module in model.modules() if type(module).__name__ in kinds]
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
         shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-        num = sum(parameter.numel() for parameter in model.parameters())
-    whole, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
+    num = sum(map(math.prod, shapes))
+    every, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
     if not arguments.fsdp:
-        buckets = whole if num_gpus > 1 else 0.0
-        return Fixed(whole, states, buckets + (whole if accumulating else 0.0), buckets + whole)
+        buckets = every if num_gpus > 1 else 0.0
+        return Fixed(every, states, buckets + (every if accumulating else 0.0), buckets + every)
     settings: Any = arguments.fsdp_config
     if settings.get("cpu_offload"):
         raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
     resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
     gathered = num - sum(sizes) + 2 * max(sizes, default=0) if resharded else num
-    waiting = num * compute.itemsize if accumulating else 0
-    share = whole / num_gpus
-    return Fixed(share + gathered * compute.itemsize, states / num_gpus, share + waiting, share + waiting)
+    waiting = num * (torch.float32 if autocast else dtype).itemsize if accumulating else 0
+    own = every / num_gpus
+    return Fixed(own + gathered * (autocast or dtype).itemsize, states / num_gpus, own + waiting, own + waiting)
+
+
+def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """What the decoder computes in, if not in the dtype of the weights."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _optimizer_bytes(shapes: list[tuple[int, ...]], dtype: torch.dtype, arguments: TrainingArguments) -> float:

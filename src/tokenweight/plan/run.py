@@ -22,7 +22,7 @@ from tokenweight.method import (
 )
 from tokenweight.models import check_length, extend_context, load_config, turns_by_length
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
-from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, fixed_bytes, peak
+from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.memory import hold
 from tokenweight.train import TrainSettings, extension_arguments, training_arguments
 
@@ -167,8 +167,7 @@ class _Recipe:
         if settings.data and Path(settings.data).exists():
             rows = load_rows(settings.data)
             length, num_rows = int(row_lengths(rows).max()), len(rows)
-        compute = _autocast(arguments) or dtype
-        fixed = fixed_bytes(config, arguments, dtype, compute, num_gpus)
+        fixed = fixed_bytes(config, arguments, dtype, num_gpus)
         forward = count_forward(config)
         return cls(settings, config, weighting, arguments, num_gpus, length, num_rows, forward, fixed)
 
@@ -231,7 +230,7 @@ class _Recipe:
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
         """A run of the recipe with rows of that length, by mode."""
         sharded, accumulating = bool(self.arguments.fsdp), self.arguments.gradient_accumulation_steps > 1
-        dtype, autocast = getattr(torch, self.settings.dtype), _autocast(self.arguments)
+        dtype, autocast = getattr(torch, self.settings.dtype), autocast_dtype(self.arguments)
         held = hold(
             self.config,
             length,
@@ -275,10 +274,6 @@ class _Recipe:
 def _name(weighting: Weighting) -> str:
     """Of its kind, without settings."""
     return str(weighting).partition(":")[0]
-
-
-def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _plain(value: Any) -> Any:
