@@ -120,7 +120,7 @@ def test_gradients_that_are_added_or_given_away_are_not_held():
     assert given.backward < kept.backward
 
 
-def test_the_moment_that_holds_most_is_found():
+def test_the_phase_that_holds_most_is_found():
     held = Held(forward=50, kept=40, scoring=30, loss=20, backward=70, gradients=10)
     fixed = Fixed(weights=100, optimizer=200, before=5, after=60)
     assert peak(fixed, held, scoring=False) == Peak("backward", 100, 15, 200, 60, 0, 0)
