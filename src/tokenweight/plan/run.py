@@ -91,21 +91,17 @@ def plan(
     Raises:
         ValueError: for settings that `train` would refuse, and where something needed is not known.
     """
-    for name, number, least in [
-        ("num_gpus", num_gpus, 1),
-        *(("length", n, 2) for n in (length, *lengths) if n is not None),
-    ]:
-        if number < least:
+    for name, number, least in [("num_gpus", num_gpus, 1), *(("length", n, 2) for n in (length, *lengths))]:
+        if number is not None and number < least:
             raise ValueError(f"{name} {number}: expected at least {least}")
     recipe = _Recipe.read(settings, num_gpus)
     length = length or recipe.length
     if length is None:
         raise ValueError("length: neither data nor extend.length says how many tokens a sequence has: name it")
     check_length(recipe.config, length, "sequences")
-    every = list(dict.fromkeys([length, *lengths]))
+    every, costs = {length, *lengths}, {}
     recipe.context(min(every))
     flops_per_s = recipe.flops_per_s(speed, length)
-    costs = {}
     for number in every:
         costs[number] = recipe.costs(number, flops_per_s)
         progress(1, len(every))
