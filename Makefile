@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: install demo test lint check bench evidence clean
+.PHONY: install demo test lint check bench tables evidence clean
 
 install: $(READY)
 
@@ -45,9 +45,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/gpu.py
 
+# The tables of README and docs/measured.md, from benchmarks/results.csv.
+tables: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
+
 # 50 minutes on two cores. Interrupted and made again, it goes on.
 evidence: $(READY)
-	$(BIN)/python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
+	$(BIN)/python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
