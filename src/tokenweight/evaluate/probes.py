@@ -134,8 +134,8 @@ def make_probes(
 
     Example:
         >>> (probe,) = make_probes("single", tokenizer, length=200, depth=0.5, num=1, seed=0)
-        >>> probe.prompt[-28:], probe.answers
-        ('A locker code of mevoza is', ('1628312',))
+        >>> probe.prompt[-26:], probe.answers
+        ('A locker code of hidalu is', ('5760908',))
     """
     drafts = _drafts(family, length, depth, num, seed, haystack)
     probes = [Probe("", tuple(draft.answers), tuple(draft.decoys), family, length, depth) for draft in drafts]
