@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import datasets
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import models
 from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
-from tokenweight.records import read_json
+from tokenweight.records import device_name, read_json
 
 # To import torch takes seconds, and so does to take it down: that is done once, and each command is a fork of it.
 SERVER = """
@@ -282,6 +284,14 @@ assert not {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules
     assert done.stdout.count("usage: tokenweight COMMAND") == 3
     for name, option in {"prepare": "--length", "score": "--stride", "train": "--weighting", "show": "--svg"}.items():
         assert re.search(rf"usage: tokenweight {name} .*{option}", done.stdout, re.DOTALL)
+
+
+def test_version_prints_what_a_bug_report_needs(capsys):
+    assert cli.main(["--version"]) == 0
+    printed = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    packages = ("tokenweight", "torch", "transformers", "accelerate", "datasets")
+    expected = {name: version(name) for name in packages}
+    assert printed == {**expected, "python": platform.python_version(), "device": device_name()}
 
 
 def test_an_interruption_is_said_and_has_status_130(monkeypatch, tmp_path, capfd):

@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0
+    if words[0] == "--version":
+        print(_versions())
+        return 0
     try:
         if words[0] not in COMMANDS:
             raise ValueError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}")
@@ -86,7 +89,16 @@ def _overview() -> str:
     ]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<9}{(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "tokenweight COMMAND --help lists the options of a command."])
+    lines += ["", "tokenweight COMMAND --help lists the options of a command."]
+    return "\n".join([*lines, "tokenweight --version prints the versions and the device that a bug report needs."])
+
+
+def _versions() -> str:
+    """What a bug report needs: a line for each version, then one for the device."""
+    from tokenweight.records import device_name, versions
+
+    lines = {"tokenweight": "", **versions(), "device": device_name()}
+    return "\n".join(f"{name} {value}" for name, value in lines.items())
 
 
 def _parse(name: str, argv: list[str], default: Any = tyro.MISSING) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.prepare import special_tokens
 from tokenweight.data.shards import dataset_files, verify
-from tokenweight.method import ShortContext, default_stride, prediction_mask
+from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
     Scorer,
     check_length,
@@ -26,6 +26,7 @@ from tokenweight.models import (
     find_tokenizer,
     load_model,
     load_tokenizer,
+    numbered_from,
     own_device,
     token_nll,
 )
@@ -250,9 +251,10 @@ def score_text(
     size = len(row) // 4 if size is None else size
     if size >= len(row):
         raise ValueError(f"--size {size}: the row has {len(row)} tokens: no token would have a shorter context")
-    context = ShortContext(size, default_stride(size) if stride is None else stride)
+    context = ShortContext(size, ShortContext(size).stride if stride is None else stride)
     scorer = Scorer(model, context, bos=tokenizer.bos_token_id)
     tokens = torch.tensor([row], device=model.device)
-    long_nll = scorer.long_nll(tokens, first_row=number)
-    short_nll = scorer(tokens, long_nll=long_nll, first_row=number)
+    with numbered_from(number):
+        long_nll = scorer.long_nll(tokens)
+        short_nll = scorer(tokens, long_nll=long_nll)
     return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), prediction_mask(tokens).cpu(), tokenizer)

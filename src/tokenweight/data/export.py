@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from tokenweight.data.dataset import load_scores
 from tokenweight.data.shards import finish_dataset, new_shard, unlock
 from tokenweight.method import Weighting, check_finite, prediction_mask
+from tokenweight.models import numbered_from
 from tokenweight.records import environment, write_json
 
 _ROWS_PER_BATCH = 16
@@ -135,7 +136,8 @@ def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[Weighed
             position = int(differs.nonzero()[0, 1])
             raise ValueError(f"row {number}: label and token {position} differ: expected the token, or -100")
         for name in ("long_nll", "short_nll"):
-            check_finite({name: columns[name]}, mask, first_row=number)
+            with numbered_from(number):
+                check_finite({name: columns[name]}, mask)
         try:
             weights = weighting(columns["long_nll"], columns["short_nll"], mask).float()
         except ValueError as error:  # which counts the rows of its batch

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tokenweight.data.context_gain import Benefit, context_benefit
 from tokenweight.method import ShortContext, document_positions, prediction_mask
-from tokenweight.models import Scorer
+from tokenweight.models import Scorer, numbered_from
 
 
 class RowScorer:
@@ -69,31 +69,29 @@ class RowScorer:
         """
         return {**batch, **self.score(batch)[0]}
 
-    def score(self, batch: Mapping[str, Any], *, first_row: int = 0) -> tuple[dict[str, list], dict[str, list[float]]]:
+    def score(
+        self,
+        batch: Mapping[str, Any],
+    ) -> tuple[dict[str, list], dict[str, list[float]]]:
         """The added columns; and, with long losses, for each context: how many tokens count, the sum of their
         |long - short| in nats, and how many differ by more than 2 nats."""
         columns: dict[str, list] = {name: [] for name in self.features}
         totals = {suffix: np.zeros(3) for suffix in self.scorers} if self.with_long else {}
         for start, stop in _equal_lengths(batch["input_ids"]):
-            self._score(
-                {name: batch[name][start:stop] for name in ("input_ids", "position_ids", "labels") if name in batch},
-                first_row + start,
-                columns,
-                totals,
-            )
+            equal = {name: batch[name][start:stop] for name in ("input_ids", "position_ids", "labels") if name in batch}
+            with numbered_from(start):
+                self._score(equal, columns, totals)
         return columns, {suffix: values.tolist() for suffix, values in totals.items()}
 
-    def _score(
-        self, batch: dict[str, Any], first_row: int, columns: dict[str, list], totals: dict[str, np.ndarray]
-    ) -> None:
+    def _score(self, batch: dict[str, Any], columns: dict[str, list], totals: dict[str, np.ndarray]) -> None:
         device = next(iter(self.scorers.values())).model.device
         tokens, positions, predicted = row_tensors(batch, device)
         long_nll = None
         for suffix, scorer in self.scorers.items():
             if self.with_long and long_nll is None:
-                long_nll = scorer.long_nll(tokens, position_ids=positions, first_row=first_row)
+                long_nll = scorer.long_nll(tokens, position_ids=positions)
                 columns["long_nll"] += _rows(long_nll)
-            short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll, first_row=first_row)
+            short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll)
             columns[f"short_nll{suffix}"] += _rows(short_nll)
             if long_nll is not None:
                 mask = predicted & (document_positions(tokens, positions) >= scorer.context.size)

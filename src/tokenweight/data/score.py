@@ -23,9 +23,10 @@ from tokenweight.models import (
     check_tokens,
     config_fingerprint,
     find_tokenizer,
+    identity,
     load_model,
+    numbered_from,
     own_device,
-    weights_fingerprint,
 )
 from tokenweight.records import differences, environment, read_json, read_provenance
 
@@ -99,12 +100,8 @@ def score_folder(
     bos = None if tokenizer is None else tokenizer.bos_token_id
     sizes, strides = ([getattr(context, name) for context in contexts] for name in ("size", "stride"))
     provenance = {
-        "model": model_name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_fingerprint": weights_fingerprint(model),
+        **identity(model, model_name),
         "config_fingerprint": config_fingerprint(model.config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
         "tokenizer": made.get("tokenizer"),
         "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
         **{name: values if len(contexts) > 1 else values[0] for name, values in (("size", sizes), ("stride", strides))},
@@ -230,7 +227,8 @@ def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tup
         for name in ("input_ids", "position_ids", "labels")
         if name in table.column_names
     }
-    columns, totals = scorer.score(read, first_row=int(batch[0]))
+    with numbered_from(int(batch[0])):
+        columns, totals = scorer.score(read)
     for name, feature in scorer.features.items():
         table = table.append_column(
             name, pa.array(columns[name], datasets.Features({name: feature}).arrow_schema[0].type)

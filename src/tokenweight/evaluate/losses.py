@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -18,7 +18,7 @@ from tokenweight.evaluate.compare import Measure
 from tokenweight.evaluate.intervals import Sums, document_sums, row_sums
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import LongCE, ShortContext, document_positions
-from tokenweight.models import Scorer
+from tokenweight.models import Scorer, numbered_from
 
 PAPER_CONTEXT = ShortContext(size=4096 + 1024, stride=1024)
 """The short context of LongPPL's authors, `trunc_len=4096, sliding_window=1024`: 4096 to 5119 tokens.
@@ -74,8 +74,6 @@ def losses_by_context(
     long_nll: Float[Tensor, "rows seq"],
     mask: Bool[Tensor, "rows seq"],
     position_ids: Int[Tensor, "rows seq"] | None = None,
-    *,
-    first_row: int = 0,
 ) -> list[Sums]:
     """Sum the losses of the same tokens under each short context and under the full one: what more context gains.
 
@@ -89,16 +87,13 @@ def losses_by_context(
         long_nll: losses with the full context, by the same model (`token_nll`).
         mask: True where a token was predicted and counts (`prediction_mask`).
         position_ids: a document begins where they restart at 0.
-        first_row: number of the first sequence, for error messages.
 
     Returns:
         Sums of each sequence, for each scorer and then for the full context.
     """
     longest = max(scorer.context.size for scorer in scorers)
     targets = mask & (document_positions(tokens, position_ids) >= longest)
-    short_nll = [
-        scorer(tokens, position_ids=position_ids, long_nll=long_nll, first_row=first_row) for scorer in scorers
-    ]
+    short_nll = [scorer(tokens, position_ids=position_ids, long_nll=long_nll) for scorer in scorers]
     return [row_sums(nll, targets) for nll in (*short_nll, long_nll)]
 
 
@@ -156,7 +151,6 @@ class _Batch(NamedTuple):
     positions: Int[Tensor, "rows seq"] | None
     mask: Bool[Tensor, "rows seq"]
     long_nll: Float[Tensor, "rows seq"]
-    first_row: int
 
 
 def row_measures(
@@ -178,11 +172,13 @@ def row_measures(
     finder = _finder(model, plan, rows)
     scorers = [finder.with_context(ShortContext(size, size // 2)) for size in plan.sizes]
     found: dict[str, list[Sums]] = {}
-    for batch, place in _read(finder, rows):
-        if writes_weights:
-            weights[place] = _token_weights(finder, batch)
-        for key, sums in _batch_sums(batch, plan, scorers, weights[place]).items():
-            found.setdefault(key, []).append(sums)
+    for numbers, place in rows.batches():
+        with numbered_from(numbers.start):
+            batch = _read(finder, rows.data[numbers])
+            if writes_weights:
+                weights[place] = _token_weights(finder, batch)
+            for key, sums in _batch_sums(batch, plan, scorers, weights[place]).items():
+                found.setdefault(key, []).append(sums)
         progress(place.stop - place.start)
     names = rows.documents
     documents = {key: document_sums(Sums(*map(torch.cat, zip(*sums))), names) for key, sums in found.items()}
@@ -199,8 +195,9 @@ def find_key_tokens(
 ) -> None:
     """Let a model that is not measured itself find the key tokens, and fill in `weights`."""
     finder = _finder(model, plan, rows)
-    for batch, place in _read(finder, rows):
-        weights[place] = _token_weights(finder, batch)
+    for numbers, place in rows.batches():
+        with numbered_from(numbers.start):
+            weights[place] = _token_weights(finder, _read(finder, rows.data[numbers]))
         progress(place.stop - place.start)
 
 
@@ -209,17 +206,15 @@ def _finder(model: PreTrainedModel, plan: EvalPlan, rows: Rows) -> Scorer:
     return Scorer(model, ShortContext(*plan.long_context), bos=rows.bos, max_tokens=rows.max_tokens)
 
 
-def _read(scorer: Scorer, rows: Rows) -> Iterator[tuple[_Batch, slice]]:
-    for batch, place in rows.batches():
-        tokens, positions, mask = row_tensors(rows.data[batch], scorer.model.device)
-        long_nll = scorer.long_nll(tokens, position_ids=positions, first_row=batch.start)
-        yield _Batch(tokens, positions, mask, long_nll, batch.start), place
+def _read(scorer: Scorer, batch: dict[str, Any]) -> _Batch:
+    tokens, positions, mask = row_tensors(batch, scorer.model.device)
+    return _Batch(tokens, positions, mask, scorer.long_nll(tokens, position_ids=positions))
 
 
 def _token_weights(finder: Scorer, batch: _Batch) -> np.ndarray:
     """`TOKEN_WEIGHTS` of the tokens of a batch."""
-    tokens, positions, mask, long_nll, first_row = batch
-    short_nll = finder(tokens, position_ids=positions, long_nll=long_nll, first_row=first_row)
+    tokens, positions, mask, long_nll = batch
+    short_nll = finder(tokens, position_ids=positions, long_nll=long_nll)
     weights = np.empty(tokens.numel(), dtype=TOKEN_WEIGHTS)
     weights["key"] = key_tokens(long_nll, short_nll, mask).flatten().cpu().numpy()
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
@@ -228,12 +223,12 @@ def _token_weights(finder: Scorer, batch: _Batch) -> np.ndarray:
 
 def _batch_sums(batch: _Batch, plan: EvalPlan, scorers: Sequence[Scorer], weights: np.ndarray) -> dict[str, Sums]:
     """The sums of each sequence, by the names of `_named_measures`."""
-    tokens, positions, mask, long_nll, first_row = batch
+    tokens, positions, mask, long_nll = batch
     places = document_positions(tokens, positions)
     key, soft = (torch.from_numpy(np.ascontiguousarray(weights[name])).view_as(tokens) for name in ("key", "soft"))
     (short,) = sums_by_position(long_nll, mask, places, [0, plan.short])
     (beyond,) = sums_by_position(long_nll, mask, places, [plan.half, plan.length])
-    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions, first_row=first_row)
+    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions)
     bins = sums_by_position(long_nll, mask, places, plan.edges)
     return {
         "all": row_sums(long_nll, mask),

@@ -28,11 +28,11 @@ from tokenweight.models import (
     check_tokens,
     context_length,
     find_tokenizer,
+    identity,
     load_config,
     load_model,
     own_device,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from tokenweight.records import differences, environment, read_json, read_provenance, write_json
 
@@ -257,28 +257,18 @@ def _measured(
     for name in task.loaded:
         finds = not task.earlier and name == task.evaluator
         model = load_model(name, dtype=task.plan.dtype).to(own_device())
-        identity = _identity(name, model)
+        found = identity(model, name)
         if finds:
-            judge = dict(identity)
+            judge = dict(found)
         if name in task.names:
-            found = measure_model(name, model, task, weights, writes_weights=finds, progress=progress)
-            records[name] = {**identity, **found}
+            measured = measure_model(name, model, task, weights, writes_weights=finds, progress=progress)
+            records[name] = {**found, **measured}
         else:
             find_key_tokens(model, task.plan, task.rows, weights, progress=progress)
         del model  # before the next one is loaded
     if not task.earlier:
         weights.flush()
     return [records[name] for name in task.names], judge
-
-
-def _identity(name: str, model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "model": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_fingerprint": weights_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
-    }
 
 
 def measure_model(

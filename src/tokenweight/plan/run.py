@@ -16,11 +16,10 @@ from tokenweight.method import (
     Uniform,
     Weighting,
     Window,
-    default_stride,
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import check_length, extend_context, load_config, turns_by_length
+from tokenweight.models import check_length, extend_context, load_config, rope_depends_on_length
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, fixed_bytes, peak
 from tokenweight.plan.memory import hold
@@ -198,7 +197,7 @@ class _Recipe:
         size = length // 4 if self.settings.size is None else self.settings.size
         if size >= length:
             raise ValueError(f"size: {size} tokens, but rows hold {length}: no token would have a shorter context")
-        return ShortContext(size, default_stride(size) if self.settings.stride is None else self.settings.stride)
+        return ShortContext(size, ShortContext(size).stride if self.settings.stride is None else self.settings.stride)
 
     def scored(self, length: int, *, first: bool) -> list[Window]:
         """The windows of a row; with the first one where nothing knows its losses."""
@@ -206,7 +205,7 @@ class _Recipe:
         return [Window(0, 1, context.size)] * first + sliding_windows(length, context.size, context.stride)
 
     def step(self, mode: str, weighting: Weighting, length: int, *, square: bool = False) -> Step:
-        scored = self.scored(length, first=turns_by_length(self.config)) if mode == "self-scored" else []
+        scored = self.scored(length, first=rope_depends_on_length(self.config)) if mode == "self-scored" else []
         again, num = self.checkpointing is not None, self.rows_per_step
         return step_flops(self.forward, length, weighting, scored, checkpointing=again, num_rows=num, square=square)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tokenweight.data import choose_scores, has_scores, load_rows, row_lengths, token_range
-from tokenweight.method import ShortContext, Weighting, default_stride, parse_weighting
+from tokenweight.method import ShortContext, Weighting, parse_weighting
 from tokenweight.models import (
     Scorer,
     check_length,
@@ -136,7 +136,7 @@ def _short_context(settings: TrainSettings, length: int) -> ShortContext | None:
     if settings.scorer == "stored":
         return None
     size = length // 4 if settings.size is None else settings.size
-    stride = default_stride(size) if settings.stride is None else settings.stride
+    stride = ShortContext(size).stride if settings.stride is None else settings.stride
     context = ShortContext(size=size, stride=stride)
     if context.size >= length:
         raise ValueError(f"size: {context.size} tokens, but rows hold {length}: no token would have a shorter context")

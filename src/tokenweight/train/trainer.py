@@ -3,7 +3,6 @@ checkpoints."""
 
 import logging
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from tokenweight.method import NonFinite
 from tokenweight.models import any_process, context_mesh
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
@@ -59,13 +59,10 @@ class WeightedTrainer(Trainer):
         """Forward and backward; what the loss says of a row of the batch is said of a row of the data."""
         try:
             return super().training_step(model, inputs, *args, **kwargs)
-        except ValueError as error:
-            blamed = re.search(r"of row (\d+), position (\d+) is \S+: expected a finite number", str(error))
-            if blamed is None:
-                raise
-            row, position = map(int, blamed.groups())
-            named = name_row(self.train_dataset, inputs["input_ids"][row], inputs["labels"][row], position)
-            told = str(error).replace(f"of row {row}, position", f"of {named}, position")
+        except NonFinite as error:
+            tokens, labels = (inputs[name][error.row] for name in ("input_ids", "labels"))
+            named = name_row(self.train_dataset, tokens, labels, error.position)
+            told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
             raise self._stop(told, self.state.global_step + 1) from error
 
     def save_trained(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenweight.data import ScoredRow
 from tokenweight.method import check_finite, document_positions
+from tokenweight.models import numbered_from
 
 KINDS = ("name", "number", "punctuation", "word start", "word rest", "repeat")
 """Of tokens, by `token_kinds`."""
@@ -213,5 +214,6 @@ def _spans(pieces: list[str]) -> list[tuple[int, int]]:
 
 
 def _difference(row: ScoredRow, number: int) -> Float64[Tensor, "1 seq"]:
-    check_finite({"the long loss": row.long_nll, "the short loss": row.short_nll}, row.mask, number)
+    with numbered_from(number):
+        check_finite({"the long loss": row.long_nll, "the short loss": row.short_nll}, row.mask)
     return row.short_nll.double() - row.long_nll.double()
