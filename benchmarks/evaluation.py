@@ -30,13 +30,13 @@ from bench.models import model_and_row
 from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext
 from tokenweight.data import key_tokens
-from tokenweight.evaluate import EvalSettings, Plan, Rows, make_plan, open_weights, row_measures, row_sums
+from tokenweight.evaluate import EvalPlan, EvalSettings, Rows, make_plan, open_weights, row_measures, row_sums
 from tokenweight.method import prediction_mask, sliding_windows
 
 OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
 
-def inputs(plan: Plan, tokens: torch.Tensor) -> list[torch.Tensor]:
+def inputs(plan: EvalPlan, tokens: torch.Tensor) -> list[torch.Tensor]:
     """What the native measures read of a row: the row, and for each context the windows beyond the first."""
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
@@ -50,7 +50,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
     name, model, tokens = model_and_row(length, quick=quick)
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
     plan = make_plan(EvalSettings(name, Path("rows"), Path("out"), probes="none"), length)
-    rows = Rows(data, np.array([length]), None, None, 32768)
+    rows = Rows(data, np.array([length]))
     weights = open_weights(Path(tempfile.mkdtemp()) / "weights.npy", length)
     read = inputs(plan, tokens)
 
