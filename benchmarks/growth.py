@@ -1,14 +1,14 @@
-"""Time and memory per token of a training step, forward and backward, as rows get longer.
+"""Time and memory per token of a training step, forward and backward, as sequences get longer.
 
     python benchmarks/growth.py                              some 12 minutes on two cores
-    python benchmarks/growth.py --quick                      half a minute, on a short row: says nothing
+    python benchmarks/growth.py --quick                      half a minute, on a short sequence: says nothing
     python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
 
-A random model, so small that rows of 32k tokens are read on a CPU. What grows with the row is attention, whose share is
+A random model, so small that a CPU reads 32k tokens. What grows with the length is attention, whose share is
 larger the smaller the model: only the lines of one model can be compared. The windows keep their size, so that scoring
 costs the same per token at every length. The steps, and what a frozen scorer costs (nothing here), are those of
 `training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with gradients,
-in a process of its own where the C library gives back at once what is freed, divided by the tokens of the row.
+in a process of its own where the C library gives back at once what is freed, divided by the tokens of the sequence.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Steps:
 
 
 def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:
-    """Bytes. A step on a short row goes first: it loads code, and makes the gradients."""
+    """Bytes. A step on a short sequence goes first: it loads code, and makes the gradients."""
     steps = Steps(sizes, length, context)
     row, scores = steps.tokens, steps.short_nll
     steps.tokens, steps.short_nll = row[:, : context.size + 8], scores[:, : context.size + 8]
