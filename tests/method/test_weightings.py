@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 
 import models
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform, parse_weighting
-from tokenweight.method import as_weighting
+from tokenweight.method import NonFinite, Weighting, as_weighting
 from tokenweight.method.weightings import Custom
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "weights.json").read_text())
 KINDS = {"dense": Dense, "sparse": Sparse, "longce": LongCE, "ppmi": PPMI, "npmi": NPMI}
+SETTINGS = {
+    "dense": ["interpolation"],
+    "sparse": ["keep"],
+    "longce": ["cap"],
+    "ppmi": ["shift", "keep"],
+    "npmi": ["shift", "keep"],
+}
 TOP = [Sparse(keep=0.3), PPMI(keep=0.3), NPMI(shift=1.5, keep=0.3)]
 NORMALIZED = [Dense(), Dense(0.0), *TOP]
 EVERY = [Uniform(), *NORMALIZED, LongCE(), as_weighting(models.emphasize)]
@@ -49,7 +56,8 @@ def test_weights_equal_those_of_the_reference_implementation(case):
     mask[:, 0] = False
     for name, expected in GOLDEN[case]["weights"].items():
         kind, *settings = name.split("_")
-        weights = KINDS[kind](*map(float, settings))(long, short, mask)
+        values = dict(zip(SETTINGS[kind], map(float, settings)))
+        weights = KINDS[kind](**values)(long, short, mask)
         assert (weights - torch.tensor(expected)).abs().max() < 1e-5, name
 
 
@@ -157,7 +165,7 @@ def test_a_row_without_scores_weighs_one_and_a_row_without_tokens_nothing_whatev
 @given(some_losses(), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.1, 0.5]))
 def test_npmi_is_ppmi_with_long_and_short_exchanged(arguments, shift, keep):
     long, short, mask = arguments
-    assert torch.equal(NPMI(shift, keep)(long, short, mask), PPMI(shift, keep)(short, long, mask))
+    assert torch.equal(NPMI(keep, shift=shift)(long, short, mask), PPMI(keep, shift=shift)(short, long, mask))
 
 
 @pytest.mark.parametrize(("weighting", "kept"), [(PPMI(keep=0.25), 2), (NPMI(keep=0.25), 3), (Sparse(keep=0.25), 3)])
@@ -248,7 +256,7 @@ def test_losses_and_mask_of_different_shapes_are_refused_by_the_shapes():
         (" Dense:interpolation=0.5 ", Dense(0.5)),
         ("sparse:keep=0.1, seed=7", Sparse(0.1, 7)),
         ("longce:cap=2", LongCE(2.0)),
-        ("ppmi:shift=2,keep=0.1", PPMI(2.0, 0.1)),
+        ("ppmi:shift=2,keep=0.1", PPMI(shift=2.0, keep=0.1)),
         ("npmi", NPMI()),
         ("models.emphasize", Custom(models.emphasize)),
         ("models.Threshold:above=2", models.Threshold(2.0)),
@@ -258,7 +266,9 @@ def test_a_weighting_is_read_from_text(text, expected):
     assert parse_weighting(text) == expected
 
 
-@pytest.mark.parametrize("weighting", [*EVERY, Dense(0.1 + 0.2), PPMI(3.0, 1e-5, 99), models.Threshold(2.5)], ids=str)
+@pytest.mark.parametrize(
+    "weighting", [*EVERY, Dense(0.1 + 0.2), PPMI(keep=1e-5, seed=99, shift=3.0), models.Threshold(2.5)], ids=str
+)
 def test_the_text_of_a_weighting_reads_back_as_the_weighting(weighting):
     assert parse_weighting(str(weighting)) == weighting
 
@@ -269,7 +279,7 @@ def test_the_text_of_a_weighting_reads_back_as_the_weighting(weighting):
         ("spars", r"'spars' \(did you mean 'sparse'\?\): expected one of uniform, dense, sparse, longce, ppmi, npmi"),
         ("", "unknown weighting ''"),
         ("dense:keep=0.2", "unknown setting 'keep' of weighting 'dense': expected one of interpolation"),
-        ("ppmi:shfit=2", r"'shfit'.*\(did you mean 'shift'\?\): expected one of shift, keep, seed"),
+        ("ppmi:shfit=2", r"'shfit'.*\(did you mean 'shift'\?\): expected one of keep, seed, shift"),
         ("uniform:keep=1", "unknown setting 'keep' of weighting 'uniform': it has none"),
         ("dense:interpolation=much", "interpolation='much' is not a number"),
         ("sparse:seed=1.5", "seed='1.5' is not"),
@@ -298,3 +308,20 @@ def test_text_that_is_no_weighting_is_refused_in_one_line_that_says_why(text, me
 def test_a_path_to_something_else_is_refused_by_the_path(text):
     with pytest.raises(ValueError, match=re.escape(text)):
         parse_weighting(text)
+
+
+def test_a_weighting_is_never_given_what_is_not_finite():
+    seen = []
+
+    class Recording(Weighting):
+        def weigh(self, long, short, mask):
+            seen.extend([long, short])
+            return torch.ones_like(long)
+
+    long, short = torch.ones(2, 4), torch.ones(2, 4)
+    long[1, 2], short[0, 1] = torch.nan, torch.inf
+    with pytest.raises(NonFinite) as caught:
+        Recording()(long, short, torch.ones(2, 4, dtype=torch.bool))
+    assert (caught.value.name, caught.value.row, caught.value.position) == ("the long loss", 1, 2)
+    assert all(losses.isfinite().all() for losses in seen)
+    assert len(seen) == 2

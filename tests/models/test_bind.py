@@ -6,11 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, pad
 
 import models
 from models import CLOSE, assert_close
-from tokenweight import NPMI, PPMI, Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, load_model, token_nll
+from tokenweight import (
+    NPMI,
+    PPMI,
+    Dense,
+    LongCE,
+    Scorer,
+    ShortContext,
+    Sparse,
+    Uniform,
+    load_model,
+    token_nll,
+    without_weighted_loss,
+)
 from tokenweight import with_weighted_loss as bind
 from tokenweight.method import as_weighting
 
@@ -186,7 +199,7 @@ def test_the_output_is_aligned_with_the_tokens(weighting):
         ({"shift_labels": models.some_tokens(2, 19)}, "found shift_labels"),
         ({"loss_weights": torch.ones(2, 19)}, "found loss_weights"),
         ({"input_ids": None}, "found no input_ids"),
-        ({"labels": None}, "got no labels"),
+        ({"labels": None}, "labels are missing"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 19, 16)}, "found inputs_embeds"),
     ],
 )
@@ -288,3 +301,52 @@ def test_a_model_that_scores_itself_does_so_without_its_dropout(weighting):
         torch.testing.assert_close(output.short_nll[:, 8:], short[:, 8:], rtol=1e-11, atol=1e-11)
         assert torch.equal(output.short_nll[:, :8], output.long_nll[:, :8])
     assert not torch.equal(outputs[0].long_nll, outputs[1].long_nll)
+
+
+@pytest.mark.parametrize("self_scored", [False, True])
+def test_without_the_weighted_loss_a_model_is_what_it_was(self_scored):
+    model, untouched = models.tiny(), models.tiny()
+    tokens = models.some_tokens(2, 19)
+    bind(model, Dense(), Scorer(model, size=8) if self_scored else None)
+    assert without_weighted_loss(model) is model
+    assert "forward" not in vars(model)
+    assert not model._forward_pre_hooks
+    for one in (model, untouched):
+        one(input_ids=tokens, labels=tokens).loss.backward()
+    for ours, theirs in zip(model.parameters(), untouched.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+    with pytest.raises(ValueError, match=type(model).__name__):
+        without_weighted_loss(model)
+
+
+def test_a_wrapper_that_was_around_forward_before_is_there_again():
+    model = models.tiny()
+    forward = model.forward
+    model.forward = lambda *arguments, **named: forward(*arguments, **named)
+    wrapper = model.forward
+    assert without_weighted_loss(bind(model, Uniform())).forward is wrapper
+
+
+def test_a_model_is_verified_once_however_often_it_is_bound_and_read():
+    model, calls = models.tiny(), []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    tokens = models.some_tokens(1, 9)
+    token_nll(model, tokens)
+    first = len(calls)
+    assert first > 1
+    bind(model, Dense(), Scorer(model, size=4))
+    token_nll(model, tokens)
+    assert len(calls) == first + 1
+    model.resize_token_embeddings(len(models.some_tokens(1, 9)) + 200)
+    token_nll(model, tokens)
+    assert len(calls) > first + 2
+
+
+def test_a_model_that_would_let_the_trainer_divide_by_accumulation_steps_does_not(tmp_path):
+    class Denies(type(models.tiny())):
+        accepts_loss_kwargs = False
+
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = Denies(models.tiny().config)
+    assert not transformers.Trainer(model, arguments).model_accepts_loss_kwargs
+    assert transformers.Trainer(bind(model, Uniform()), arguments).model_accepts_loss_kwargs

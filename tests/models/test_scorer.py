@@ -308,3 +308,26 @@ def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory():
     Small(model, 7, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         scorer(models.some_tokens(2, 24))
+
+
+def test_size_and_stride_stand_for_a_short_context_and_not_beside_one():
+    model = models.tiny()
+    assert Scorer(model, size=16).context == ShortContext(16, 12)
+    assert Scorer(model, size=16, stride=5).context == ShortContext(16, 5)
+    for given in (
+        {},
+        {"stride": 4},
+        {"context": ShortContext(16), "size": 16},
+        {"context": ShortContext(16), "stride": 4},
+    ):
+        with pytest.raises(ValueError, match="size"):
+            Scorer(model, **given)
+
+
+def test_what_a_model_that_scores_itself_need_not_read_is_marked():
+    model, tokens = models.tiny(), models.some_tokens(2, 30)
+    long_nll = token_nll(model, tokens)
+    short = Scorer(model, size=8).short_losses(tokens, self_scored=True)
+    assert short.same_as_long.tolist() == [[t < 8 for t in range(30)]] * 2
+    assert torch.equal(short.filled(long_nll), Scorer(model, size=8)(tokens, long_nll=long_nll))
+    assert Scorer(model, size=8).short_losses(tokens).same_as_long is None

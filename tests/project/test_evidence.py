@@ -22,7 +22,7 @@ from tokenweight.evaluate.intervals import Sums
 from tokenweight.evaluate.settings import make_plan
 from tokenweight.method import parse_weighting
 from tokenweight.models import load_model, token_nll
-from tokenweight.train import collate, training_arguments
+from tokenweight.train import DataCollatorWithScores, training_arguments
 
 RECIPES = {path.stem: path for path in (BENCHMARKS.parent / "recipes/evidence").glob("*.yaml")}
 COUNTS = {"held_out": 3, "validation": 1, "train": 4}
@@ -206,11 +206,11 @@ def finished(evidence, place, tmp_path_factory):
 
     def recorded(settings):
         def collated(rows):
-            batch = collate(rows)
+            batch = DataCollatorWithScores()(rows)
             seen.setdefault(Path(settings.out).name.removesuffix(".unfinished"), []).append(batch["input_ids"])
             return batch
 
-        with mock.patch("tokenweight.train.run.collate", collated):
+        with mock.patch("tokenweight.train.run.DataCollatorWithScores", return_value=collated):
             return train(settings)
 
     with mock.patch.object(evidence, "train", recorded):

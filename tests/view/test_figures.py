@@ -85,7 +85,7 @@ def test_without_a_tokenizer_there_are_no_kinds(folders):
 
 def test_weightings_are_told_apart_from_their_settings():
     found = _weightings("ppmi:shift=2,keep=0.1,dense,sparse:keep=0.3")
-    assert found == {"ppmi:shift=2,keep=0.1": PPMI(2, 0.1), "dense": Dense(), "sparse:keep=0.3": Sparse(0.3)}
+    assert found == {"ppmi:shift=2,keep=0.1": PPMI(shift=2, keep=0.1), "dense": Dense(), "sparse:keep=0.3": Sparse(0.3)}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ class Score:
 def _contexts(size: str, stride: str | None) -> list[Any]:
 
     sizes = _numbers("--size", size)
-    strides = [method.default_stride(number) for number in sizes] if stride is None else _numbers("--stride", stride)
+    strides = (
+        [method.ShortContext(number).stride for number in sizes] if stride is None else _numbers("--stride", stride)
+    )
     if len(strides) != len(sizes):
         raise ValueError(f"--stride {stride}: expected one number for each of the sizes {size}")
     return [method.ShortContext(*pair) for pair in zip(sizes, strides)]

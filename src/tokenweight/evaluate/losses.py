@@ -21,7 +21,7 @@ from tokenweight.evaluate.probe_scoring import ask_probes, probe_measures
 from tokenweight.evaluate.settings import Plan
 from tokenweight.evaluate.suites import suite_measures
 from tokenweight.method import LongCE, ShortContext, document_positions, prediction_mask
-from tokenweight.models import Scorer, check_length, load_model, own_device, token_nll, weights_fingerprint
+from tokenweight.models import Scorer, check_length, identity, load_model, numbered_from, own_device, token_nll
 
 
 class PositionBin(NamedTuple):
@@ -93,8 +93,6 @@ def losses_by_context(
     long_nll: Float[Tensor, "rows seq"],
     mask: Bool[Tensor, "rows seq"],
     position_ids: Int[Tensor, "rows seq"] | None = None,
-    *,
-    first_row: int = 0,
 ) -> list[Sums]:
     """Losses of the same tokens with short contexts and with all of it: what the model gains from a longer context.
 
@@ -108,16 +106,13 @@ def losses_by_context(
         long_nll: losses with the whole context, by the same model (`token_nll`).
         mask: True where a token was predicted and counts (`prediction_mask`).
         position_ids: where they restart at 0, a document begins.
-        first_row: number of the first row, for error messages.
 
     Returns:
         Sums of each row, for each scorer and then for the whole context.
     """
     longest = max(scorer.context.size for scorer in scorers)
     targets = mask & (document_positions(tokens, position_ids) >= longest)
-    short_nll = [
-        scorer(tokens, position_ids=position_ids, long_nll=long_nll, first_row=first_row) for scorer in scorers
-    ]
+    short_nll = [scorer(tokens, position_ids=position_ids, long_nll=long_nll) for scorer in scorers]
     return [row_sums(nll, targets) for nll in (*short_nll, long_nll)]
 
 
@@ -197,7 +192,7 @@ def measure_model(
     for measure in measures:
         if not all(map(math.isfinite, measure.total)):
             raise ValueError(f"{measure.name} of {name} is not finite: expected finite losses and margins")
-    return {**_identity(name, model), "measures": measures, "probe_grid": cells, "suites": samples}
+    return {**identity(model, name), "measures": measures, "probe_grid": cells, "suites": samples}
 
 
 def row_measures(
@@ -214,9 +209,9 @@ def row_measures(
     scorers = [finder.with_context(ShortContext(size, size // 2)) for size in plan.sizes]
     found: dict[str, list[Sums]] = {}
     for batch, place in rows.batches():
-        for key, sums in _batch_sums(
-            rows.data[batch], batch.start, plan, scorers, finder if writes_weights else None, weights[place]
-        ).items():
+        with numbered_from(batch.start):
+            told = _batch_sums(rows.data[batch], plan, scorers, finder if writes_weights else None, weights[place])
+        for key, sums in told.items():
             found.setdefault(key, []).append(sums)
         progress(place.stop - place.start)
     names = rows.documents
@@ -232,20 +227,11 @@ def find_key_tokens(
     finder = _finder(model, plan, rows)
     for batch, place in rows.batches():
         tokens, positions, mask = row_tensors(rows.data[batch], model.device)
-        long_nll = finder.long_nll(tokens, position_ids=positions, first_row=batch.start)
-        _write_weights(finder, tokens, positions, mask, long_nll, batch.start, weights[place])
+        with numbered_from(batch.start):
+            long_nll = finder.long_nll(tokens, position_ids=positions)
+            _write_weights(finder, tokens, positions, mask, long_nll, weights[place])
         progress(place.stop - place.start)
-    return _identity(name, model)
-
-
-def _identity(name: str, model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "model": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_fingerprint": weights_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
-    }
+    return identity(model, name)
 
 
 def _loaded(name: str, plan: Plan) -> PreTrainedModel:
@@ -260,7 +246,6 @@ def _finder(model: PreTrainedModel, plan: Plan, rows: Rows) -> Scorer:
 
 def _batch_sums(
     batch: dict[str, Any],
-    first_row: int,
     plan: Plan,
     scorers: Sequence[Scorer],
     finder: Scorer | None,
@@ -268,14 +253,14 @@ def _batch_sums(
 ) -> dict[str, Sums]:
     """The sums of each row, by the names of `_named_measures`."""
     tokens, positions, mask = row_tensors(batch, scorers[0].model.device)
-    long_nll = scorers[0].long_nll(tokens, position_ids=positions, first_row=first_row)
+    long_nll = scorers[0].long_nll(tokens, position_ids=positions)
     if finder is not None:
-        _write_weights(finder, tokens, positions, mask, long_nll, first_row, weights)
+        _write_weights(finder, tokens, positions, mask, long_nll, weights)
     places = document_positions(tokens, positions)
     key, soft = (torch.from_numpy(np.ascontiguousarray(weights[name])).view_as(tokens) for name in ("key", "soft"))
     (short,) = sums_by_position(long_nll, mask, places, [0, plan.short])
     (beyond,) = sums_by_position(long_nll, mask, places, [plan.half, plan.length])
-    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions, first_row=first_row)
+    *curve, full = losses_by_context(scorers, tokens, long_nll, mask, positions)
     return {
         "all": row_sums(long_nll, mask),
         "short_range": short,
@@ -298,10 +283,9 @@ def _write_weights(
     positions: Tensor | None,
     mask: Tensor,
     long_nll: Tensor,
-    first_row: int,
     weights: np.ndarray,
 ) -> None:
-    short_nll = finder(tokens, position_ids=positions, long_nll=long_nll, first_row=first_row)
+    short_nll = finder(tokens, position_ids=positions, long_nll=long_nll)
     weights["key"] = key_tokens(long_nll, short_nll, mask).flatten().cpu().numpy()
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
 

@@ -165,7 +165,8 @@ def _continuation_nll(
     tokens, counts = tokens.to(device), counts.to(device)
     cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=device))
     states = parts.states(tokens, past_key_values=cache)
-    losses = linear_nll(states.flatten(0, 1), targets=tokens.where(counts, -100).flatten(), **parts.head)
+    targets = tokens.where(counts, -100).flatten()
+    losses = linear_nll(states.flatten(0, 1), parts.head.weight, targets, **parts.head.after)
     return losses.view(tokens.shape).double().sum(dim=1)
 
 

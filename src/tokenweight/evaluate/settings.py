@@ -190,7 +190,7 @@ def read_haystack(settings: EvalSettings) -> str | None:
 
 def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
     from tokenweight.evaluate.losses import PAPER_CONTEXT
-    from tokenweight.method import default_stride
+    from tokenweight.method import ShortContext
 
     if settings.long_size is None:
         if settings.long_stride is not None:
@@ -198,9 +198,9 @@ def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
         if length > PAPER_CONTEXT.size:
             return [PAPER_CONTEXT.size, PAPER_CONTEXT.stride], "that of the authors of LongPPL"
         size = length // 4
-        return [size, default_stride(size)], "a quarter of the row, which is too short for that of the authors"
+        return [size, ShortContext(size).stride], "a quarter of the row, which is too short for that of the authors"
     size = settings.long_size
-    stride = default_stride(size) if settings.long_stride is None else settings.long_stride
+    stride = ShortContext(size).stride if settings.long_stride is None else settings.long_stride
     _require("--long_size", size, 2 <= size < length, f"2 to {length - 1}, below the {length} tokens of a row")
     _require("--long_stride", stride, 1 <= stride < size, f"1 to {size - 1}, below --long_size")
     return [size, stride], "asked for"

@@ -1,4 +1,4 @@
-"""A causal language model as two parts, decoder and output head, and the one place where states are shifted by one."""
+"""Column t speaks of token t, everywhere: the one shift by one and its inverse, the mask, positions in documents."""
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -38,9 +38,7 @@ def document_positions(
 ) -> Int[Tensor, "rows seq"]:
     """How many tokens of its own document come before each token: the context that the model has.
 
-    Args:
-        position_ids: where they restart at 0, a document begins; skipped positions (PoSE) hold no tokens. By default
-            each row is one document.
+    Where `position_ids` restart at 0, a document begins; skipped positions (PoSE) hold no tokens.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     if position_ids is None:

@@ -1,12 +1,13 @@
 """Cross-entropy joined to the output projection, weighted per token. The only module that touches the vocabulary axis.
 
 No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and
-turned in place into probabilities and then into their own gradient, which is multiplied away at once. Per chunk and
-product this is one matrix multiplication; a loss with known weights takes three (logits, gradient of the states,
-gradient of the head).
+overwritten in place by the softmax and then by its gradient, which two matrix products consume immediately. Per chunk
+and product this is one matrix multiplication; a loss with known weights takes three (logits, gradient of the hidden
+states, gradient of the head).
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,20 @@ WeightsOfChunk = Callable[[Float[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor
 """(losses of a chunk, their row numbers) -> weights of the chunk."""
 
 
+class Head(NamedTuple):
+    """The output head of a model: `logits = cap(scale * (hidden @ weight.T + bias))`; fields as in `linear_nll`."""
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """What happens to `hidden @ weight.T`: the keywords of both losses."""
+        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+
+
 def linear_nll(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
@@ -35,7 +50,7 @@ def linear_nll(
 ) -> Float[Tensor, " N"]:
     """Negative log-likelihood of each target under `softmax(logits)`, without gradient.
 
-    The logits are `z = scale * (hidden @ head.T + bias)`, and `softcap * tanh(z / softcap)` where a soft-cap is given.
+    The logits are `z = scale * (hidden @ head.T + bias)`, with a soft-cap `softcap * tanh(z / softcap)`.
 
     Args:
         hidden: states, one per row; the state in row i predicts `targets[i]`.
@@ -81,10 +96,7 @@ def weighted_linear_cross_entropy(
         weights: one per row; or, where a weight depends on nothing but the row's own loss, a function of the losses of
             a chunk and its row numbers, called under `no_grad` on every row with a target: then one pass serves both.
 
-    The other arguments, dtypes and errors are those of `linear_nll`. In addition:
-
-    Raises:
-        RuntimeError: on a second `backward`.
+    The other arguments, dtypes and errors are those of `linear_nll`; a second `backward` is a RuntimeError.
     """
     needs_grad = torch.is_grad_enabled()
     if isinstance(weights, Tensor):

@@ -1,4 +1,4 @@
-"""Two losses of every token -> one weight per token. Each weighting is a frozen dataclass: setting and behavior."""
+"""Weightings by name and settings, as on a command line or in a recipe: "sparse:keep=0.2" is `Sparse(keep=0.2)`."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,11 @@ import importlib
 import inspect
 from typing import Any
 
-from tokenweight.method.weightings import NPMI, PPMI, Dense, LongCE, Sparse, Uniform, Weighting, as_weighting
+from tokenweight.method.kin.longce import LongCE
+from tokenweight.method.weightings import NPMI, PPMI, Dense, Sparse, Uniform, Weighting, as_weighting
+
+WEIGHTINGS: tuple[type[Weighting], ...] = (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)
+"""The weightings that have a name of their own, which is that of the class in lower case."""
 
 
 def parse_weighting(text: str) -> Weighting:
@@ -14,18 +18,17 @@ def parse_weighting(text: str) -> Weighting:
 
         dense        sparse:keep=0.2        ppmi:shift=2,keep=0.1        my_package.my_module.my_function
 
-    Raises:
-        ValueError: for an unknown weighting or setting, or a value that it refuses; the line lists what is known.
+    Anything unknown, or a value that a weighting refuses, is a ValueError that lists what is known.
     """
     name, _, settings_text = (part.strip() for part in text.partition(":"))
-    kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)}
+    kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in WEIGHTINGS}
     if name.lower() in kinds:
         kind = kinds[name.lower()]
     elif "." in name:
         kind = _import(name)
     else:
-        known = f"{', '.join(kinds)}, or package.module.function"
-        raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: expected one of {known}")
+        known = f"expected one of {', '.join(kinds)}, or package.module.function"
+        raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: {known}")
     if not isinstance(kind, type):
         if settings_text:
             raise ValueError(f"weighting {text!r}: a function takes no settings, found {settings_text!r}")

@@ -1,4 +1,4 @@
-"""Two losses of every token -> one weight per token. Each weighting is a frozen dataclass: setting and behavior."""
+"""From the two losses of every token to its weight. Each weighting is a frozen dataclass: settings and behavior."""
 
 import dataclasses
 import math
@@ -11,19 +11,28 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def check_finite(
-    losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"], first_row: int = 0
-) -> None:
-    """Raise a ValueError for the first non-finite loss under `mask`, with its name, its row and its position."""
+class NonFinite(ValueError):
+    """A loss or a weight that is not finite, by its name and its place in the batch."""
+
+    def __init__(self, name: str, row: int, position: int, value: float) -> None:
+        super().__init__(name, row, position, value)
+        self.name, self.row, self.position, self.value = name, row, position, value
+
+    def __str__(self) -> str:
+        return f"{self.name} of row {self.row}, position {self.position} is {self.value}: expected a finite number"
+
+
+def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"]) -> None:
+    """Raise `NonFinite` for the first non-finite value under `mask`, with its name, row and position."""
     bad = torch.stack([mask & ~torch.isfinite(values) for values in losses.values()])
-    if bad.any():  # the one wait for the device
+    if bad.any():  # the one host-device synchronization
         number, row, position = bad.nonzero()[0].tolist()
         name, value = list(losses)[number], list(losses.values())[number][row, position].item()
-        raise ValueError(f"{name} of row {first_row + row}, position {position} is {value}: expected a finite number")
+        raise NonFinite(name, row, position, value)
 
 
 class Weighting(ABC):
-    """How much each token counts in the loss: `weigh` gives the formula, a call checks what goes in and comes out.
+    """How much each token counts: `weigh` is the formula, a call checks what goes in and comes out.
 
     Any function of the same three tensors is a weighting too: `with_weighted_loss` wraps it in `Custom`.
     """
@@ -32,6 +41,10 @@ class Weighting(ABC):
     """False if the weights do not depend on the short loss: then nothing needs to be scored."""
     pointwise: ClassVar[bool] = False
     """True if a token's weight depends on its own two losses only: then the loss needs no second pass."""
+    formula: ClassVar[str] = ""
+    """One line in `long` and `short`, the losses of a token with the long and the short context; for model cards."""
+    knob: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+    """The setting worth trying out, and the values to try, its default among them; `tokenweight report` shows each."""
 
     @abstractmethod
     def weigh(
@@ -43,30 +56,27 @@ class Weighting(ABC):
     def __call__(
         self, long: Float[Tensor, "batch seq"], short: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq"]:
-        """Weigh every token of every row by itself.
+        """The weight of every token, each row by itself.
 
         Args:
             long: loss of each token with the whole context, in nats; column t speaks of token t.
-            short: its loss with the short context, aligned the same way.
+            short: its loss with the short context.
             mask: True where a token is predicted and counts. Nothing outside it is read.
 
         Returns:
-            The weights: float32 (float64 from float64 losses), 0 outside `mask`, without gradient.
+            Float32 (float64 from float64 losses), 0 outside `mask`, without gradient.
 
         Raises:
-            ValueError: if a loss or a weight is not finite under `mask`, by row and position; if shapes differ.
+            NonFinite: for a loss or a weight under `mask`; a ValueError if shapes differ.
         """
         if not long.shape == short.shape == mask.shape:
-            raise ValueError(
-                f"long, short and mask have shapes {list(long.shape)}, {list(short.shape)} and {list(mask.shape)}: "
-                "expected one shape, [batch, seq]"
-            )
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (long, short, mask))
+            raise ValueError(f"long, short and mask have shapes {shapes}: expected one shape, [batch, seq]")
         dtype = torch.promote_types(torch.promote_types(long.dtype, short.dtype), torch.float32)
         zero = torch.zeros((), dtype=dtype, device=long.device)
         finite = mask & long.isfinite() & short.isfinite()  # what is not is refused below, in one wait for all three
-        weights = self.weigh(
-            torch.where(finite, long.to(dtype), zero), torch.where(finite, short.to(dtype), zero), mask
-        )
+        clean = [torch.where(finite, losses.to(dtype), zero) for losses in (long, short)]
+        weights = self.weigh(clean[0], clean[1], mask)
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
         check_finite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)
@@ -75,8 +85,8 @@ class Weighting(ABC):
     def __str__(self) -> str:
         fields: tuple[dataclasses.Field, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
-        kind = type(self)
-        name = kind.__name__.lower() if kind.__module__ == __name__ else f"{kind.__module__}.{kind.__qualname__}"
+        kind, ours = type(self), type(self).__module__.startswith(f"{__package__}.")
+        name = kind.__name__.lower() if ours else f"{kind.__module__}.{kind.__qualname__}"
         return f"{name}:{settings}" if settings else name
 
 
@@ -84,6 +94,7 @@ class Weighting(ABC):
 class Uniform(Weighting):
     """Weight 1 for every token: plain next-token cross-entropy, the baseline."""
 
+    formula = "w = 1"
     uses_short: ClassVar[bool] = False
     pointwise: ClassVar[bool] = True
 
@@ -106,6 +117,8 @@ class Dense(Weighting):
     Source: Helm et al. 2025, Eq. 8 and README of the reference code (lambda is `interpolation`; 0.75 in its config).
     """
 
+    formula = "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|"
+    knob = ("interpolation", (0.0, 0.25, 0.5, 0.75, 0.9))
     interpolation: float = 0.75
 
     def __post_init__(self) -> None:
@@ -122,8 +135,8 @@ class Sparse(Weighting):
     """Train only the tokens with the largest |long - short|, all with the same weight; the mean weight of a row is 1.
 
     Of T tokens under the mask, n = max(1, floor(keep * T)) are kept and weigh T / n. Tokens with equal scores are taken
-    in the order of a pseudo-random permutation of the positions, which depends on `seed` and nothing else: not on the
-    batch, its order, or the device. In a row where all scores are 0, no token stands out and every token weighs 1.
+    in the order of a permutation of the positions that `seed` alone decides, on every device and in every batch. In a
+    row where all scores are 0, no token stands out and every token weighs 1.
 
     Args:
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
@@ -132,88 +145,68 @@ class Sparse(Weighting):
     Source: Helm et al. 2025, README of the reference code (kappa is `keep`).
     """
 
+    formula = "w = 1 / keep for the top share `keep` by |long - short|, else 0"
+    knob = ("keep", (0.02, 0.05, 0.1, 0.2, 0.5))
     keep: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
 
+    def score(self, long: Tensor, short: Tensor) -> Tensor:
+        """What the largest are kept of."""
+        return (long - short).abs()
+
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
         """The formula of the class."""
-        return keep_top((long - short).abs(), mask, self.keep, self.seed)
+        return keep_top(self.score(long, short), mask, self.keep, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
-class LongCE(Weighting):
-    """Weight p_long / p_short, capped: w = min(exp(short - long), cap). Not normalized, so the mean weight is not 1.
-
-    Args:
-        cap: the largest weight, above 0.
-
-    Source: Fang et al. 2025 (arXiv 2410.23771), `finetune/finetune.py` of PKU-ML/LongPPL (gamma is `cap`, 5 there).
-    """
-
-    cap: float = 5.0
-    pointwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require(self, "cap", 0 < self.cap < math.inf, "a finite number above 0")
-
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """The formula of the class; clamped before `exp`, which would overflow above 88 nats."""
-        return (short - long).clamp(max=math.log(self.cap)).exp()
-
-
-@dataclasses.dataclass(frozen=True)
-class PPMI(Weighting):
+class PPMI(Sparse):
     """Sparse, by positive pointwise mutual information: tokens that the LONG context predicts better.
 
-    The score is max(log(p_long / p_short) - log(shift), 0); selection and weights are those of `Sparse`. Where fewer
-    tokens than `keep` asks for have a positive score, tokens of score 0 fill up in the order that `seed` gives.
+    The score is max(log(p_long / p_short) - log(shift), 0). Where fewer tokens than `keep` asks for have a positive
+    one, tokens of score 0 fill up in the order that `seed` gives.
 
     Args:
+        keep, seed: as in `Sparse`.
         shift: ratio p_long / p_short above which a score is positive; above 0.
-        keep: share of tokens kept, above 0 and up to 1.
-        seed: of the order among equal scores.
 
     Source: Helm et al. 2025, README of the reference code (`[minus, shift s, max]`).
     """
 
+    formula = "w = 1 / keep for the top share `keep` by max(short - long - log(shift), 0), else 0"
     shift: float = 1.0
-    keep: float = 0.2
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self, "shift", 0 < self.shift < math.inf, "a finite number above 0")
-        _require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
 
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """The formula of the class."""
-        return keep_top((short - long - math.log(self.shift)).clamp(min=0), mask, self.keep, self.seed)
+    def score(self, long: Tensor, short: Tensor) -> Tensor:
+        """What the largest are kept of."""
+        return (short - long - math.log(self.shift)).clamp(min=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class NPMI(PPMI):
     """Sparse, by *negative* pointwise mutual information: tokens that the SHORT context predicts better.
 
-    `PPMI` with the roles of the two losses exchanged: the score is max(log(p_short / p_long) - log(shift), 0). The N
-    does not stand for "normalized".
+    `PPMI` with the roles of the two losses exchanged. The N does not stand for "normalized".
 
     Source: Helm et al. 2025, README of the reference code (`[shift s, max]`).
     """
 
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """The formula of the class."""
-        return super().weigh(short, long, mask)
+    formula = "w = 1 / keep for the top share `keep` by max(long - short - log(shift), 0), else 0"
+
+    def score(self, long: Tensor, short: Tensor) -> Tensor:
+        """What the largest are kept of."""
+        return super().score(short, long)
 
 
 @dataclasses.dataclass(frozen=True)
 class Custom(Weighting):
-    """A function of (long, short, mask) as a weighting, with the checks of the others.
-
-    Args:
-        function: returns weights, all `[batch, seq]`.
-    """
+    """A function of (long, short, mask), all `[batch, seq]`, as a weighting, with the checks of the others."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 

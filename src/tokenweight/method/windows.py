@@ -12,11 +12,7 @@ class Window(NamedTuple):
 
 
 def check_window_setting(size: int, stride: int) -> None:
-    """Refuse a `size` and `stride` (tokens) that leave some token without any context.
-
-    Raises:
-        ValueError: unless `1 <= stride < size`.
-    """
+    """Raise a ValueError unless `1 <= stride < size` (tokens): some token would have no context."""
     if not 1 <= stride < size:
         raise ValueError(
             f"stride={stride} does not fit size={size}: expected 1 <= stride < size "
@@ -55,8 +51,3 @@ def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
         Window(start=first - (size - stride), first=first, stop=min(first + stride, length))
         for first in range(size, length, stride)
     ]
-
-
-def default_stride(size: int) -> int:
-    """Three quarters of a window, as in the paper: 6144 of 8192."""
-    return max(1, size * 3 // 4)

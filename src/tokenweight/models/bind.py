@@ -6,31 +6,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokenweight.method import (
+    ShortLosses,
     Weighting,
     as_weighting,
     check_finite,
-    linear_nll,
     prediction_mask,
-    weighted_linear_cross_entropy,
+    weighted_loss,
 )
 from tokenweight.models.causal import CausalParts, causal_parts
-from tokenweight.models.context_parallel import RowShare, share_of_rows
+from tokenweight.models.context_parallel import sequence_shard
 from tokenweight.models.scorer import Scorer
 
 
 @dataclass
 class WeightedLossOutput(ModelOutput):
-    """What a bound model returns when it is given labels. There are no logits: they are never made.
+    """The output of a bound model that is given labels. It has no logits: they are never materialized.
 
     All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
-    predicted (`mask`); of whole rows, on every rank, where rows are split over a context.
+    predicted (`mask`); under context parallelism, of whole sequences, on every rank.
     """
 
     loss: Any = None
@@ -38,11 +38,13 @@ class WeightedLossOutput(ModelOutput):
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
     mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    """As they were given, unless ranks split the sequences."""
 
 
 @dataclass(frozen=True)
 class _Binding:
-    """What `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
+    """The state that `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
 
     weighting: Weighting
     scorer: Scorer | None
@@ -65,24 +67,29 @@ def with_weighted_loss(
     (which a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the
     predicted tokens of this batch; never by the sum of the weights. Without labels the model answers as before.
 
-    Short losses come from the column `short_nll` (`[batch, seq]`, nats, written by `tokenweight score`): a frozen
-    scorer; or from `scorer`: with `Scorer(model, ...)` the model scores itself, with another model that one scores. A
-    weighting that needs short losses and gets none raises: no token silently weighs 1.
+    Short losses come from the column `short_nll` (`[batch, seq]`, nats, precomputed by `tokenweight score`), or from
+    `scorer`: with `Scorer(model, ...)` the model scores itself (online), with another model that one does. A weighting
+    that needs short losses and gets none raises: no token silently weighs 1.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
-        weighting: one of `tokenweight`, or any function of (long, short, mask).
-        scorer: scores rows that come without a `short_nll` column.
-        context: the ranks over which the tokens of a row are split, `tokenweight.models.context_mesh(accelerator)`.
-            The model then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of
-            whole rows. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
+        weighting: an instance such as `Dense()`, or any function of (long, short, mask).
+        scorer: scores sequences that come without a `short_nll` column.
+        context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. The model
+            then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of whole
+            sequences. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
 
     Raises:
         ValueError: if the model is not supported, or the weighting is not one; if there are a scorer and a context.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
     """
     if scorer is not None and context is not None:
         raise ValueError(
-            "a scorer reads whole rows, but context parallelism splits them: score the rows beforehand "
+            "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
             "(`tokenweight score`), and give no scorer"
         )
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
@@ -95,6 +102,34 @@ def with_weighted_loss(
     model.forward = types.MethodType(_forward, model)
     model.accepts_loss_kwargs = True  # some models deny it, and the Trainer would divide by accumulation steps instead
     return model
+
+
+def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `with_weighted_loss`: the model, changed in place and returned, is an ordinary one of transformers again.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss.
+    """
+    bound = getattr(model, "_token_weighting", None)
+    if bound is None:
+        raise ValueError(f"model: a {type(model).__name__} without a weighted loss: expected a bound model")
+    del model._token_weighting, model.forward, model.accepts_loss_kwargs
+    if getattr(bound.forward, "__func__", None) is not type(model).forward:  # a wrapper, as of autocast, was there
+        model.forward = bound.forward
+    for key, hook in [*model._forward_pre_hooks.items()]:
+        if hook is _check_fused_head:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
+def pack_bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The bits of float32 values as int32: DeepSpeed and FSDP2 cast float columns of a batch to 16 bits."""
+    return values.to(torch.float32).view(torch.int32)
+
+
+def unpack_bits(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The inverse of `pack_bits`; values that are not integers of 32 bits are returned as they are."""
+    return values.view(torch.float32) if values.dtype == torch.int32 else values
 
 
 def _check_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
@@ -122,98 +157,42 @@ def _forward(
     if labels is None:
         if short_nll is not None or num_items_in_batch is not None:
             raise ValueError(
-                "a model with a weighted loss was asked for a loss but got no labels: label_smoothing_factor and "
-                "compute_loss_func of a Trainer take the labels away, and with them the weights"
+                "labels are missing: Trainer removes them when label_smoothing_factor or compute_loss_func is set; "
+                "unset both to use a weighted loss"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    if short_nll is not None and short_nll.dtype == torch.int32:
-        short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
+    short_nll = None if short_nll is None else unpack_bits(short_nll)
     share = None
     if bound.context is not None:
-        share = share_of_rows(position_ids, bound.context)
+        share = sequence_shard(position_ids, bound.context)
         labels = share.labels(shift_labels)
         short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
     _check(self, input_ids, labels, shift_labels, short_nll, kwargs)
     kwargs.pop("return_dict", None)
     kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
     mask = prediction_mask(labels, position_ids if share is None else None)
-    targets = labels.where(mask, -100)
+    # Before the pass that keeps activations, so that both are not in memory at once.
+    short = _short_losses(self, input_ids, position_ids, short_nll)
     decode = bound.parts.states if share is None else bound.parts.decoded
-    states = decode(input_ids, position_ids, attention_mask, **kwargs)
-
-    def score(long_nll: Tensor) -> Tensor:
-        """The short losses; of a model that scores itself, the long ones wherever the contexts are the same."""
-        if short_nll is not None:
-            return short_nll
-        if bound.scorer is None or not bound.weighting.uses_short:
-            return long_nll
-        return bound.scorer(
-            input_ids, position_ids=position_ids, long_nll=long_nll if bound.scorer.model is self else None
-        )
-
-    weighted_loss = _in_one_pass if bound.weighting.pointwise else _in_two_passes
-    output = weighted_loss(bound, states, targets, mask, score, share)
+    hidden = decode(input_ids, position_ids, attention_mask, **kwargs)
+    split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
+    found = weighted_loss(hidden, bound.parts.head, labels.where(mask, -100), mask, bound.weighting, short, **split)
     num_ranks = 1 if bound.context is None else bound.context.size()
-    output.loss /= mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
-    return output
+    divisor = mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
+    positions = position_ids if share is None else None
+    return WeightedLossOutput(**{**found._asdict(), "loss": found.loss / divisor}, position_ids=positions)
 
 
-def _in_two_passes(
-    bound: _Binding,
-    states: Float[Tensor, "batch share dim"],
-    targets: Int[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    score: Callable[[Tensor], Tensor],
-    share: RowShare | None,
-) -> WeightedLossOutput:
-    """For weights that need all losses of a row first: 1 head product for those, 3 for the rows with a weight."""
-    own, whole = _to_and_from(share)
-    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
-    long_nll = whole(linear_nll(states.detach(), targets=targets, **bound.parts.head).view(len(mask), -1))
-    short_nll = score(long_nll)
-    weights = bound.weighting(long_nll, short_nll, mask)
-    own_weights = own(weights).flatten()
-    loss = weighted_linear_cross_entropy(states, targets=targets, weights=own_weights, **bound.parts.head)
-    return WeightedLossOutput(loss, weights, long_nll, short_nll.where(mask, 0.0), mask)
-
-
-def _in_one_pass(
-    bound: _Binding,
-    states: Float[Tensor, "batch share dim"],
-    targets: Int[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    score: Callable[[Tensor], Tensor],
-    share: RowShare | None,
-) -> WeightedLossOutput:
-    """For a weight that depends on its own token's losses only: 3 head products."""
-    own, whole = _to_and_from(share)
-    states, targets = states.flatten(0, 1), own(targets, -100).flatten()
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    # Not known yet, so NaN; a model that scores itself hands it on for the tokens whose short context is the whole one.
-    long_nll = torch.full(mask.shape, torch.nan, dtype=dtype, device=mask.device)
-    short_nll = own(score(long_nll)).to(dtype, copy=True)
-    long_nll = own(long_nll)
-    weights = torch.zeros_like(long_nll)
-    long_flat, short_flat, weights_flat = long_nll.view(-1), short_nll.view(-1), weights.view(-1)
-
-    def weigh(losses: Tensor, rows: Tensor) -> Tensor:
-        long_flat[rows] = losses
-        short_flat[rows] = torch.where(short_flat[rows].isnan(), losses, short_flat[rows])
-        present = torch.ones_like(rows, dtype=torch.bool)
-        weights_flat[rows] = bound.weighting.weigh(losses[None], short_flat[rows][None], present[None])[0].to(dtype)
-        return weights_flat[rows]
-
-    loss = weighted_linear_cross_entropy(states, targets=targets, weights=weigh, **bound.parts.head)
-    long_nll, short_nll, weights = whole(long_nll), whole(short_nll), whole(weights)
-    check_finite({"the long loss": long_nll, f"the weight by {bound.weighting}": weights}, mask)
-    return WeightedLossOutput(loss, weights, long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
-
-
-def _to_and_from(share: RowShare | None) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """From whole rows, aligned with tokens, to what this rank has at its states, and back; in one process the same."""
-    if share is None:
-        return lambda of_tokens, fill=0: of_tokens, lambda of_states: of_states
-    return share.own, share.whole
+def _short_losses(
+    model: Any, input_ids: Tensor, position_ids: Tensor | None, short_nll: Tensor | None
+) -> ShortLosses | None:
+    """Stored short losses, else those of the scorer; None if the weighting uses none."""
+    bound: _Binding = model._token_weighting
+    if short_nll is not None:
+        return ShortLosses(short_nll)
+    if bound.scorer is None or not bound.weighting.uses_short:
+        return None
+    return bound.scorer.short_losses(input_ids, position_ids=position_ids, self_scored=bound.scorer.model is model)
 
 
 def _check(
@@ -229,7 +208,7 @@ def _check(
     bound.parts.check_head(model)
     if shift_labels is not None and bound.context is None:
         raise ValueError(
-            "a model with a weighted loss found shift_labels, as of rows that are split over a context: expected "
+            "a model with a weighted loss found shift_labels, as of sequences that are split over ranks: expected "
             "with_weighted_loss(..., context=tokenweight.models.context_mesh(accelerator))"
         )
     unwanted = ("inputs_embeds", "loss_weights", "logits_to_keep", "return_dict")
@@ -249,12 +228,13 @@ def _check(
         if short_nll.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
-                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use tokenweight.train.collate"
+                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use "
+                "tokenweight.train.DataCollatorWithScores"
             )
         check_finite({"short_nll": short_nll}, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "
             "model and it has no scorer: a collator, packing or remove_unused_columns dropped the column, or the data "
-            "was never scored. Use tokenweight.train.collate, or bind the model with a Scorer"
+            "was never scored. Use tokenweight.train.DataCollatorWithScores, or bind the model with a Scorer"
         )

@@ -1,4 +1,4 @@
-"""A causal language model as two parts, decoder and output head, and the one place where states are shifted by one."""
+"""A causal language model of transformers as two parts, decoder and output head, verified on eight tokens."""
 
 import contextlib
 import math
@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokenweight.method import aligned_with_tokens, linear_nll, prediction_mask
+from tokenweight.method import Head, aligned_with_tokens, linear_nll, prediction_mask
 
 
 @dataclass(frozen=True)
 class CausalParts:
-    """What a loss needs of a causal model: `logits = cap(scale * head(decoder(tokens)))`.
+    """A causal model as the loss reads it: `logits = cap(scale * head(decoder(tokens)))`.
 
     Made and verified by `causal_parts`. It holds modules, not tensors, and so follows the model when it moves.
     """
@@ -26,7 +26,7 @@ class CausalParts:
     scale: float
     softcap: float | None
     max_packed_rows: float
-    """How many rows of a batch may hold packed documents, so that these do not see each other: 0, 1, or any number."""
+    """Rows of a batch that may hold packed documents without these seeing each other: 0, 1, or any number."""
 
     @property
     def packs_without_mask(self) -> bool:
@@ -46,10 +46,10 @@ class CausalParts:
             )
 
     @property
-    def head(self) -> dict[str, Any]:
-        """The arguments of `linear_nll` and `weighted_linear_cross_entropy` that describe the output head."""
-        bias = getattr(self.output, "bias", None)
-        return {"head": self.output.weight, "bias": bias, "scale": self.scale, "softcap": self.softcap}
+    def head(self) -> Head:
+        """The output head as the losses take it."""
+        weight: Any = self.output.weight
+        return Head(weight, getattr(self.output, "bias", None), self.scale, self.softcap)
 
     def states(
         self,
@@ -58,7 +58,7 @@ class CausalParts:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "batch seq dim"]:
-        """The state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
+        """The hidden state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
 
         No KV cache is used: with one, transformers would let packed documents see each other.
 
@@ -92,8 +92,8 @@ class CausalParts:
         """The loss of every token given all tokens before it in its row or document: `model.token_nll`."""
         targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
         with evaluating(self.decoder):
-            states = self.states(tokens, position_ids).flatten(0, 1)
-        return linear_nll(states, targets=targets, **self.head).view_as(tokens)
+            hidden = self.states(tokens, position_ids).flatten(0, 1)
+        return linear_nll(hidden, self.head.weight, targets, **self.head.after).view_as(tokens)
 
 
 def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_packed_rows: float) -> Tensor | None:
@@ -142,16 +142,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def causal_parts(model: PreTrainedModel) -> CausalParts:
-    """Find decoder, head, and what happens to the logits after it; and prove on eight tokens that nothing is missing.
+    """Decoder, head, and what happens to the logits after it, verified once per model and kept on it.
+
+    A head that was replaced, or parameters that began to be trained, are verified again.
 
     Raises:
-        ValueError: if the model's logits are not its head times its decoder's states, scaled and soft-capped.
+        ValueError: if the model's logits are not its head times its decoder's hidden states, scaled and soft-capped.
     """
-    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         inner = ": use model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
-        raise ValueError(f"{name} is not a model of transformers{inner}")
-    config, output = model.config, _output_head(model)
+        raise ValueError(f"{type(model).__name__} is not a model of transformers{inner}")
+    output = _output_head(model)
+    known = model.__dict__.get("_causal_parts")
+    if known is None or known.output is not output:
+        known = model._causal_parts = _verified_parts(model, output)
+    return known
+
+
+def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
+    """Find the parts, and verify on eight tokens that nothing is missing."""
+    name, config = type(model).__name__, model.config
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
     if decoder is model:
         raise ValueError(f"{name} is not supported: expected a decoder that is a part of the model")
@@ -190,7 +200,7 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
 
 
 def _output_head(model: PreTrainedModel) -> Any:
-    """What makes logits of states; its weight and bias have to be all that it trains."""
+    """The module that turns hidden states into logits; its weight and bias have to be all that it trains."""
     name, output = type(model).__name__, model.get_output_embeddings()
     if output is None or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")

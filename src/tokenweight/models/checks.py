@@ -1,13 +1,16 @@
-"""Load a causal language model and its tokenizer; what a model says of tokens; what does not fit it."""
+"""Does a model fit these sequences: fingerprints of tokenizer, weights and config; length; vocabulary."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from tokenweight.method import NonFinite
 from tokenweight.models.rope import context_length
 
 
@@ -24,7 +27,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: torch.nn.Module) -> str:
     """16 hex digits of all weights, with their names, shapes and types."""
     digest = hashlib.sha256()
     seen: set[int] = set()
@@ -76,3 +79,12 @@ def check_tokens(config: Any, smallest: int, largest: int, folder: str | os.Path
             f"{folder}: token {token} is not in the vocabulary of the model, which has {config.vocab_size} tokens: "
             "expected rows made with its tokenizer"
         )
+
+
+@contextlib.contextmanager
+def numbered_from(first: int) -> Iterator[None]:
+    """Number the rows of whatever is not finite inside from `first` on, that of the first row of the batch."""
+    try:
+        yield
+    except NonFinite as error:
+        raise NonFinite(error.name, first + error.row, error.position, error.value) from None

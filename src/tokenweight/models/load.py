@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer; what a model says of tokens; what does not fit it."""
+"""Load a causal language model and its tokenizer from a folder, the hub or a .gguf file; the loss of every token."""
 
 import contextlib
 import hashlib
@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from tokenweight.models.causal import causal_parts
+from tokenweight.models.checks import weights_fingerprint
 from tokenweight.models.rope import extend_context
-from tokenweight.models.rope_check import prove_rope
+from tokenweight.models.rope_check import verify_rope
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def load_model(
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
         revision: of a hub model.
-        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; proved after loading.
+        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; verified after loading.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
 
     Raises:
@@ -68,13 +69,24 @@ def load_model(
         kwargs["config"] = extend_context(load_config(name, revision=revision), **extend)
     model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
     if extend:
-        prove_rope(model, kwargs["config"])
+        verify_rope(model, kwargs["config"])
     return model
 
 
 def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
     """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
     return _load(AutoConfig, "model", name, revision=revision)
+
+
+def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, rotary parameters."""
+    return {
+        "model": name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_fingerprint": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rope_parameters": getattr(model.config, "rope_parameters", None),
+    }
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -140,7 +140,7 @@ def hold(
                 if context is not None:
                     _score(model, batch, length, context)
                 scoring = live.restart() - before
-                loss = _Loss.apply(states, parts.head["head"], parts.head["bias"], batch * (length - 1), capped)
+                loss = _Loss.apply(states, parts.head.weight, parts.head.bias, batch * (length - 1), capped)
             held = live.restart() - before
             del states
             loss.backward()
@@ -180,4 +180,4 @@ def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContex
     states = parts.states(torch.zeros(num, context.size, dtype=torch.long)).flatten(0, 1)[: num * context.stride]
     model.train()
     capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    _logits(states, parts.head["head"], len(states), capped)
+    _logits(states, parts.head.weight, len(states), capped)

@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import load_rows, row_lengths
+from tokenweight.data import read_contents
 from tokenweight.method import (
     ShortContext,
     Uniform,
     Weighting,
     Window,
-    default_stride,
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import check_length, extend_context, load_config, turns_by_length
+from tokenweight.models import check_length, extend_context, load_config, rope_depends_on_length
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.memory import hold
@@ -148,8 +147,8 @@ class _Recipe:
             extension = extension_arguments(settings.extend)
             config, length = extend_context(config, **extension), extension["length"]
         if settings.data and Path(settings.data).exists():
-            rows = load_rows(settings.data)
-            length, num_sequences = int(row_lengths(rows).max()), len(rows)
+            contents = read_contents(settings.data)
+            length, num_sequences = contents.longest, contents.rows
         fixed = fixed_bytes(config, arguments, dtype, num_gpus)
         forward = count_forward(config)
         return cls(settings, config, weighting, arguments, num_gpus, length, num_sequences, forward, fixed)
@@ -177,10 +176,7 @@ class _Recipe:
         return dict(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def context(self, length: int) -> ShortContext:
-        size = length // 4 if self.settings.size is None else self.settings.size
-        if size >= length:
-            raise ValueError(f"size {size}: expected less than the {length} tokens of a sequence")
-        return ShortContext(size, default_stride(size) if self.settings.stride is None else self.settings.stride)
+        return ShortContext.of(length, self.settings.size, self.settings.stride)
 
     def scored(self, length: int, *, first: bool) -> list[Window]:
         """The windows of a sequence; with the first one where its losses are not known from the long context."""
@@ -190,7 +186,7 @@ class _Recipe:
     def step(self, mode: str, length: int) -> Step:
         """FLOPs of one optimizer step on all GPUs."""
         weighting = Uniform() if mode == "uniform" else self.weighting
-        scored = self.scored(length, first=turns_by_length(self.config)) if mode == "self-scored" else []
+        scored = self.scored(length, first=rope_depends_on_length(self.config)) if mode == "self-scored" else []
         checkpointing, num = self.checkpointing is not None, self.sequences_per_step
         return step_flops(self.forward, length, weighting, scored, checkpointing=checkpointing, num_sequences=num)
 

@@ -1,5 +1,10 @@
+from .files import new_folder as new_folder
+from .files import reached as reached
 from .files import read_json as read_json
+from .files import rename_folder as rename_folder
+from .files import replaced as replaced
 from .files import write_json as write_json
+from .files import writing_to as writing_to
 from .metrics import append_line as append_line
 from .metrics import read_metrics as read_metrics
 from .modelcard import NAME as NAME
@@ -7,7 +12,9 @@ from .modelcard import _cell as _cell
 from .modelcard import _edit as _edit
 from .modelcard import _marks as _marks
 from .modelcard import _with_section as _with_section
+from .provenance import device_name as device_name
 from .provenance import differences as differences
 from .provenance import environment as environment
 from .provenance import read_provenance as read_provenance
 from .provenance import run_kind as run_kind
+from .provenance import versions as versions

@@ -1,5 +1,6 @@
 """What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -20,19 +21,22 @@ _KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluat
 
 def environment() -> dict[str, Any]:
     """Command line, versions, device, source commit and time: what a number needs beside it to mean something."""
-    versions = {"python": platform.python_version()}
-    for package in ("tokenweight", "torch", "transformers", "accelerate", "datasets"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "command": [Path(sys.argv[0]).name.replace("__main__.py", "tokenweight"), *sys.argv[1:]],
-        "versions": versions,
+        "versions": versions(),
         "device": device_name(),
         "commit": source_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("tokenweight", "torch", "transformers", "accelerate", "datasets"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def device_name() -> str:

@@ -9,8 +9,6 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from tokenweight.method import document_positions
 
-_ARGUMENTS = ("input_ids", "labels", "short_nll", "num_items_in_batch", "position_ids")
-
 
 class WeightStatistics(TrainerCallback):
     """Sums over the weights of all tokens that a model is trained on, for a `Trainer` or a loop of your own.
@@ -30,7 +28,7 @@ class WeightStatistics(TrainerCallback):
         self._steps: list[Tensor] = []  # sums of the optimizer steps since the last flush
         self._open: Tensor | None = None  # of the step that is not done
         self._since = time.perf_counter()
-        self._hook = model.register_forward_hook(self._add, with_kwargs=True)
+        self._hook = model.register_forward_hook(self._add)
 
     def step(self) -> None:
         """End an optimizer step. A Trainer that has this object among its callbacks does so itself."""
@@ -91,13 +89,10 @@ class WeightStatistics(TrainerCallback):
         self.step()
 
     @torch.no_grad()
-    def _add(self, model: PreTrainedModel, arguments: tuple, named: dict[str, Any], output: Any) -> None:
+    def _add(self, model: PreTrainedModel, arguments: tuple, output: Any) -> None:
         if not model.training or "mask" not in output:
             return
-        given = {**dict(zip(_ARGUMENTS, arguments)), **named}
-        mask, positions = output["mask"], given.get("position_ids")
-        if positions is not None and positions.shape != mask.shape:
-            positions = None  # of a share of the rows, each of which is then one document
+        mask, positions = output["mask"], output.get("position_ids")
         # Float64, or the sums of a long interval would lose what single tokens add; Apple's GPUs have none.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64
         weights = output["weights"].to(dtype)  # 0 outside the mask, as the losses are

@@ -1,0 +1,1 @@
+"""Weightings of other papers, under the same rule of imports: torch, jaxtyping and the standard library."""

@@ -1,0 +1,33 @@
+"""LongCE: the ratio of the two probabilities of a token, capped."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenweight.method.weightings import Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class LongCE(Weighting):
+    """Weight p_long / p_short, capped: w = min(exp(short - long), cap). Not normalized, so the mean weight is not 1.
+
+    Args:
+        cap: the largest weight, above 0.
+
+    Source: Fang et al. 2025 (arXiv 2410.23771), `finetune/finetune.py` of PKU-ML/LongPPL (gamma is `cap`, 5 there).
+    """
+
+    formula = "w = min(exp(short - long), cap)"
+    knob = ("cap", (1.0, 2.0, 5.0, 10.0, 20.0))
+    cap: float = 5.0
+    pointwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cap < math.inf:
+            raise ValueError(f"LongCE: cap={self.cap} is not a finite number above 0")
+
+    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+        """The formula of the class; clamped before `exp`, which would overflow above 88 nats."""
+        return (short - long).clamp(max=math.log(self.cap)).exp()

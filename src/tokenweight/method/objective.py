@@ -1,0 +1,101 @@
+"""From hidden states to the weighted loss. Read this page first: all else prepares its arguments or uses its result."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweight.method.loss import Head, linear_nll, weighted_linear_cross_entropy
+from tokenweight.method.weightings import Weighting, check_finite
+
+
+class ShortLosses(NamedTuple):
+    """The losses of tokens with the short context, in nats."""
+
+    nll: Float[Tensor, "*batch seq"]
+    same_as_long: Bool[Tensor, "*batch seq"] | None = None
+    """True where the short context is the long one, and the loss the long loss: the first window of a document that the
+    trained model scores itself. None: nowhere."""
+
+    def filled(self, long_nll: Float[Tensor, "*batch seq"]) -> Float[Tensor, "*batch seq"]:
+        """The short losses, given the long ones of the same tokens."""
+        return self.nll if self.same_as_long is None else torch.where(self.same_as_long, long_nll, self.nll)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "ShortLosses":
+        """What `function` makes of each."""
+        return ShortLosses(function(self.nll), None if self.same_as_long is None else function(self.same_as_long))
+
+
+class WeightedLoss(NamedTuple):
+    """All but `loss` is aligned with tokens, of whole sequences, without gradient, and 0 outside `mask`."""
+
+    loss: Float[Tensor, ""]
+    """The sum over tokens of weight times negative log-likelihood; the caller divides it."""
+    weights: Float[Tensor, "batch seq"]
+    long_nll: Float[Tensor, "batch seq"]
+    short_nll: Float[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"]
+
+
+def weighted_loss(
+    hidden: Float[Tensor, "batch part dim"],
+    head: Head,
+    targets: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    weighting: Weighting,
+    short: ShortLosses | None,
+    *,
+    own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
+    whole: Callable[..., Tensor] = lambda of_states: of_states,
+) -> WeightedLoss:
+    """The weighted loss of a batch: 3 products with the head if weights are pointwise, else at most 4.
+
+    Args:
+        hidden: the hidden state that predicts each token.
+        targets: token ids, -100 outside `mask`.
+        mask: True where a token is predicted and counts.
+        short: None only if the weighting does not use short losses; the long ones then stand in for them.
+        own: where ranks split sequences: from whole ones, aligned with tokens, to what stands at this rank's states.
+        whole: the inverse of `own`. In one process both return what they are given.
+
+    Raises:
+        NonFinite: if a loss or a weight under `mask` is not finite.
+    """
+    hidden, own_targets = hidden.flatten(0, 1), own(targets, -100).flatten()
+    if weighting.pointwise:
+        known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
+        loss, *of_states = _in_one_pass(hidden, head, own_targets, weighting, known)
+        weights, long_nll, short_nll = (whole(values.view(len(mask), -1)) for values in of_states)
+        check_finite({"the long loss": long_nll, f"the weight by {weighting}": weights}, mask)
+    else:  # all losses of a sequence come first
+        long_nll = whole(linear_nll(hidden.detach(), head.weight, own_targets, **head.after).view(len(mask), -1))
+        short_nll = long_nll if short is None else short.filled(long_nll)
+        weights = weighting(long_nll, short_nll, mask)
+        loss = weighted_linear_cross_entropy(hidden, head.weight, own_targets, own(weights).flatten(), **head.after)
+    weights, long_nll, short_nll = (values.where(mask, 0.0) for values in (weights, long_nll, short_nll))
+    return WeightedLoss(loss, weights, long_nll, short_nll, mask)
+
+
+def _in_one_pass(
+    hidden: Float[Tensor, "N dim"],
+    head: Head,
+    targets: Int[Tensor, " N"],
+    weighting: Weighting,
+    short: ShortLosses | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """The loss, and the weights, long and short losses, where a weight depends on its own token's losses only."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weights, long_nll, short_nll = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
+
+    def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        long_nll[rows] = short_nll[rows] = losses
+        if short is not None:
+            short_nll[rows] = short.map(lambda of_states: of_states[rows]).filled(losses).to(dtype)
+        present = torch.ones_like(rows, dtype=torch.bool)
+        weights[rows] = weighting.weigh(losses[None], short_nll[rows][None], present[None])[0].to(dtype)
+        return weights[rows]
+
+    loss = weighted_linear_cross_entropy(hidden, head.weight, targets, weigh, **head.after)
+    return loss, weights, long_nll, short_nll

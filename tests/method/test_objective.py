@@ -1,0 +1,100 @@
+"""The weighted loss of a batch equals, in float64, the one that is written out token by token."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, softplus
+
+from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform
+from tokenweight.method import Custom, Head, NonFinite, ShortLosses, weighted_loss
+
+ROWS, LENGTH, DIM, VOCABULARY = 2, 13, 6, 17
+HEADS = {"plain": {}, "biased": {"bias": True}, "scaled and capped": {"scale": 0.3, "softcap": 2.0}}
+
+
+def some_batch(**head):
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden, weight = normal(ROWS, LENGTH, DIM).requires_grad_(), normal(VOCABULARY, DIM).requires_grad_()
+    bias = normal(VOCABULARY).requires_grad_() if head.pop("bias", False) else None
+    mask = torch.rand(ROWS, LENGTH, generator=draw) < 0.8
+    mask[:, 0] = False
+    targets = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=draw).where(mask, -100)
+    short = softplus(normal(ROWS, LENGTH))
+    same = torch.arange(LENGTH).expand(ROWS, LENGTH) < 4
+    return hidden, Head(weight, bias, **head), targets, mask, short, same
+
+
+def written_out(hidden, head, targets, mask, weighting, short, same):
+    logits = head.scale * (hidden @ head.weight.T + (0 if head.bias is None else head.bias))
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100).view(mask.shape)
+    shorts = torch.where(same, nll.detach(), short)
+    weights = weighting(nll.detach(), shorts, mask)
+    return (weights * nll).sum(), weights, nll.detach(), shorts.where(mask, 0.0)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("weighting", [Uniform(), Dense(), Sparse(0.3), LongCE(), PPMI(), NPMI()], ids=str)
+def test_loss_weights_and_gradients_are_those_written_out_token_by_token(weighting, head):
+    hidden, parts, targets, mask, short, same = some_batch(**head)
+    leaves = [hidden, parts.weight, *([] if parts.bias is None else [parts.bias])]
+    loss, weights, long_nll, short_nll = written_out(hidden, parts, targets, mask, weighting, short, same)
+    expected = torch.autograd.grad(loss, leaves)
+    ours = weighted_loss(hidden, parts, targets, mask, weighting, ShortLosses(short, same))
+    found = torch.autograd.grad(ours.loss, leaves)
+    for one, other in ((ours.loss, loss), (ours.weights, weights), (ours.long_nll, long_nll), *zip(found, expected)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.short_nll, short_nll, rtol=1e-12, atol=1e-12)
+    assert not ours.weights[:, 0].any()
+    assert torch.equal(ours.mask, mask)
+
+
+def test_what_ranks_hold_of_sequences_has_the_loss_of_whole_ones():
+    hidden, head, targets, mask, short, same = some_batch()
+    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(1))
+
+    def own(of_tokens, fill=0):
+        return of_tokens[:, order]
+
+    def whole(of_states):
+        return of_states[:, order.argsort()]
+
+    for weighting in (Dense(), LongCE()):
+        expected = weighted_loss(hidden, head, targets, mask, weighting, ShortLosses(short, same))
+        found = weighted_loss(
+            hidden[:, order], head, targets, mask, weighting, ShortLosses(short, same), own=own, whole=whole
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", [Uniform(), Dense(), LongCE()], ids=str)
+def test_a_hidden_state_that_is_not_finite_is_named_by_row_and_position(weighting):
+    hidden, head, targets, mask, short, same = some_batch()
+    mask[1, 7], targets[1, 7] = True, 3
+    hidden = hidden.detach().clone()
+    hidden[1, 7] = torch.nan
+    with pytest.raises(NonFinite) as caught:
+        weighted_loss(hidden, head, targets, mask, weighting, ShortLosses(short, same))
+    assert (caught.value.name, caught.value.row, caught.value.position) == ("the long loss", 1, 7)
+    assert caught.value.value != caught.value.value
+
+
+def test_a_weighting_that_uses_no_short_losses_needs_none():
+    hidden, head, targets, mask, *_ = some_batch()
+    found = weighted_loss(hidden, head, targets, mask, Uniform(), None)
+    assert torch.equal(found.short_nll, found.long_nll)
+    assert torch.equal(found.weights, mask.to(found.weights.dtype))
+
+
+def test_a_function_is_a_weighting_of_whole_sequences():
+    hidden, head, targets, mask, short, _ = some_batch()
+
+    def later(long, short, mask):
+        return torch.arange(mask.shape[1], dtype=long.dtype).expand(mask.shape)
+
+    found = weighted_loss(hidden, head, targets, mask, Custom(later), ShortLosses(short))
+    assert found.weights.tolist() == [[t * counts for t, counts in enumerate(row)] for row in mask.tolist()]
