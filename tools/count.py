@@ -30,7 +30,7 @@ def functions(paths: list[Path]) -> Iterator[tuple[str, int]]:
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{path.name}:{node.name}", node.end_lineno - node.lineno + 1
+                yield f"{path.name}:{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def packages(source: Path, tests: Path) -> list[tuple[str, int, int, int]]:
@@ -72,9 +72,11 @@ def imports(source: Path) -> dict[str, set[str]]:
 
     arrows: dict[str, set[str]] = {}
     for module, path in paths.items():
-        tree, imported, packages = ast.parse(path.read_text(encoding="utf-8")), set(), {}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported: set[str] = set()
+        packages: dict[str, str] = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == source.name:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == source.name:
                 imported |= {room(node.module, alias.name) for alias in node.names}
                 packages |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         for node in ast.walk(tree):  # `models.Scorer`, where the package `models` was imported
@@ -89,7 +91,8 @@ def floors(arrows: dict[str, set[str]]) -> int:
 
     @cache
     def reached(module: str) -> frozenset[str]:
-        seen, todo = set(), [module]
+        seen: set[str] = set()
+        todo = [module]
         while todo:
             new = arrows[todo.pop()] - seen
             seen |= new
