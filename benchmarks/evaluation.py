@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --quick    seconds, on a tiny model: says nothing
 
 The native measures of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
-read each row once with its whole context, and in windows for each short context. `forward passes` are the decoder's
-passes over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
+read each sequence once with its whole context, and in windows for each short context. `forward passes` are those of the
+decoder over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
 
 LongPPL: the function `compute_longppl` of the package `longppl` 0.3.0, with one model as evaluator and evaluated,
 beside ours with the same windows on the same text. The values must agree to 1e-3, or the benchmark stops.
@@ -37,7 +37,7 @@ OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
 
 def inputs(plan: EvalPlan, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the native measures read of a row: the row, and for each context the windows beyond the first."""
+    """All that the native measures read of a sequence: itself, and for each context the windows beyond the first."""
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
     for size, stride in contexts:
