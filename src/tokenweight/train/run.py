@@ -24,7 +24,7 @@ from tokenweight.models import (
 from tokenweight.records import read_provenance
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.collator import DataCollatorWithScores
-from tokenweight.train.records import Records, describe, resumed
+from tokenweight.train.records import Records, describe
 from tokenweight.train.settings import Run, TrainSettings, resolve
 from tokenweight.train.trainer import WeightedTrainer
 
@@ -36,6 +36,8 @@ class Data(NamedTuple):
     provenance: dict[str, Any]
     lengths: list[int]
     token_range: tuple[int, int]
+    size: int | None
+    """Tokens of the short context, if its scores are stored and used."""
 
 
 class Opened(NamedTuple):
@@ -77,8 +79,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
             train_dataset=data.rows,
             data_collator=DataCollatorWithScores(),
             processing_class=opened.tokenizer,
-            callbacks=[Records(resumed(record, run.out, checkpoint)), *callbacks],
-            size=_size(run, data, context),
+            callbacks=[Records(record, checkpoint), *callbacks],
+            size=data.size if scorer is None else scorer.context.size,
         )
         trainer.fit(checkpoint)
     finally:
@@ -89,10 +91,11 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
 
 def _open_data(run: Run) -> Data:
     folder = run.settings.data
-    rows, provenance = load_rows(folder), read_provenance(folder)
+    rows, provenance, size = load_rows(folder), read_provenance(folder), None
     if run.reads_scores:
         rows, provenance = choose_scores(rows, folder, size=run.settings.size, stride=run.settings.stride)
-    return Data(rows, provenance, row_lengths(rows).tolist(), token_range(rows))
+        size = provenance["size"] if isinstance(provenance.get("size"), int) else run.settings.size
+    return Data(rows, provenance, row_lengths(rows).tolist(), token_range(rows), size)
 
 
 def check_fit(run: Run, data: Data, context: ShortContext | None, model: Opened, scorer: Opened) -> None:
@@ -121,11 +124,3 @@ def check_fit(run: Run, data: Data, context: ShortContext | None, model: Opened,
         check_tokenizer(scorer.tokenizer, run.settings.scorer, made, folder)
     check_tokens(scorer.model.config, *data.token_range, folder)
     check_length(scorer.model.config, context.size, "size: windows")
-
-
-def _size(run: Run, data: Data, context: ShortContext | None) -> int | None:
-    """Tokens of the short context, where the weights depend on one."""
-    if not run.weighting.uses_short:
-        return None
-    stored = data.provenance.get("size")
-    return context.size if context is not None else stored if isinstance(stored, int) else run.settings.size
