@@ -7,8 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from tokenweight.evaluate import Measure, compare
-from tokenweight.plan import Cost
-from tokenweight.plan.gpus import Peak
+from tokenweight.plan import Cost, Peak, Step
 from tokenweight.view import plots, write_figure
 from tokenweight.view.style import BLUE, ORANGE, STYLES
 from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
@@ -38,7 +37,7 @@ RUNS = {
     ],
 }
 COSTS = [
-    Cost(1024 * k, mode, 1e15 * k * factor, 0.5, Peak("loss", 2.0**31 * k * factor, *[0.0] * 5), None, None)
+    Cost(1024 * k, mode, Step(1e15 * k * factor, *[0.0] * 5), Peak("loss", 2.0**31 * k * factor, *[0.0] * 5), None)
     for k in (2, 1)
     for factor, mode in ((1, "uniform"), (2, "self-scored"))
 ]

@@ -35,7 +35,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "original_max_position_embeddings", *SETTINGS["longrope"]),
     "llama3": ("original_max_position_embeddings", *SETTINGS["llama3"]),
 }
-"""The settings that each `rope_type` of transformers reads besides base and rotary share; it ignores others silently."""
+"""The settings each `rope_type` of transformers reads besides base and rotary share; others are silently ignored."""
 
 
 def extend_context(

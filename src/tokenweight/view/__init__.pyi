@@ -5,10 +5,6 @@ from .plots import cost_figure as cost_figure
 from .plots import loss_figure as loss_figure
 from .plots import position_figure as position_figure
 from .report import write_report as write_report
-from .style import add_head as add_head
-from .style import line_looks as line_looks
-from .style import new_panels as new_panels
-from .style import styled as styled
 from .style import write_figure as write_figure
 from .summaries import by_position as by_position
 from .svg import write_svg as write_svg

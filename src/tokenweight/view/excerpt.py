@@ -71,9 +71,8 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
     weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in SETTINGS]
-    stored = provenance.get("size")
-    size = excerpt.size if isinstance(stored, list) else stored
-    settings = {key: value for key, value in provenance.items() if key != "environment"}
+    size = provenance.get("context", {}).get("size")
+    settings = {key: value for key, value in provenance.items() if key not in ("contexts", "environment")}
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
     kinds: list[list[KindShare]] = [[] for _ in SETTINGS]
@@ -81,7 +80,7 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
         masks = [row_kinds(row, texts) for row, texts in zip(rows, pieces)]
         kinds = [by_kind(rows, own, masks) for own in weights]
     return {
-        "size": size if isinstance(size, int) else None,
+        "size": size,
         "rows": [
             _row(number, row, texts, own, excerpt.num)
             for number, (row, texts, own) in enumerate(zip(rows, pieces, zip(*weights)))
@@ -95,9 +94,9 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
     }
 
 
-def _beyond(row: ScoredRow, size: Any) -> ScoredRow:
+def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
     """Mask the first window of each document: there, the short context is the long one."""
-    if not isinstance(size, int):
+    if size is None:
         return row
     return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
 

@@ -175,7 +175,7 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
         for mode, look in zip(modes, line_looks(len(modes))):
             own = sorted((cost for cost in costs if cost.mode == mode), key=lambda cost: cost.length)
             lengths = [cost.length for cost in own]
-            panels[0].plot(lengths, [cost.step_flops for cost in own], label=mode, **look)
+            panels[0].plot(lengths, [cost.flops.total for cost in own], label=mode, **look)
             panels[1].plot(lengths, [cost.peak.total / 2**30 for cost in own], **look)
         lengths = sorted({cost.length for cost in costs})
         for axes, name in zip(panels, ("FLOPs of a step", "GiB per GPU")):

@@ -4,14 +4,13 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenweight.evaluate import notes, read_table, short_names
-from tokenweight.records import read_json, read_metrics, run_kind
+from tokenweight.records import read_json, read_metrics, replaced, run_kind
 from tokenweight.view.charts import MINUS, Chart, Number, Point, Series
 from tokenweight.view.excerpt import LOOKS, SCHEMES, SETTINGS, START, Excerpt, read_scored
 from tokenweight.view.summaries import PositionWeights
@@ -55,12 +54,8 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
         lower = f"rows {excerpt.rows}" if excerpt.rows > 1 else f"num {excerpt.num}"
         hint = f"lower {lower}, or name fewer runs" if "scored" in kinds else "name fewer runs"
         raise ValueError(f"{out} would have {len(page) / 1e6:.1f} MB: expected at most {MAX_BYTES / 1e6:g}; {hint}")
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with replaced(out) as part:
         part.write_bytes(page)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return len(page)
 
 
