@@ -237,8 +237,10 @@ def named(node: ast.AST) -> list[str]:
 
 
 def method(place: Place, name: str) -> Place | None:
-    found = (node for node in place.node.body if isinstance(node, Function) and node.name == name)
-    return next((Place(place.module, node, place.node) for node in found), None)
+    assert isinstance(place.node, ast.ClassDef)
+    owner = place.node
+    found = (node for node in owner.body if isinstance(node, Function) and node.name == name)
+    return next((Place(place.module, node, owner) for node in found), None)
 
 
 def main() -> None:
@@ -253,6 +255,7 @@ def main() -> None:
     place = package.find(module, kind or name)
     assert place is not None, args.start
     start = method(place, name) if kind else place
+    assert start is not None, args.start
     walk = Walk(package)
     walk.visit(start, frozenset([parameter]))
     if args.calls:
