@@ -1,4 +1,4 @@
-"""The table that README shows, and those of docs/measured.md, made from results.csv.
+"""The table that README shows, and those of docs/evidence.md, made from results.csv.
 
 `python benchmarks/table.py` rewrites them between their markers.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from results import Results, by_length
 
 ROOT = Path(__file__).resolve().parents[1]
-README, DOCS = ROOT / "README.md", ROOT / "docs/measured.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs/evidence.md"
 BEGIN, END = "<!-- begin: python benchmarks/table.py -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -18,7 +18,7 @@ LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float
 def loss_table(results: Results) -> list[str]:
     memory = "peak memory over inputs and gradients"
     lines = [
-        "Weighted loss, forward and backward, 4,096 tokens and 128,256 words (D = 512, float32):",
+        "Weighted loss, forward and backward, 4,096 tokens, vocabulary 128,256, hidden size 512, fp32:",
         "",
         "| | time / full logits | time / its 3 matrix products | peak memory / full logits |",
         "|---|---|---|---|",
@@ -39,9 +39,9 @@ def training_table(results: Results) -> list[str]:
     lines = []
     for x in results.all_settings("training"):
         lines += [
-            f"Training step, forward and backward ({x}), in units of the uniform step:",
+            f"Training step, forward and backward ({x}), as ratios to the uniform step:",
             "",
-            "| | measured | arithmetic | measured / arithmetic |",
+            "| | measured | FLOP estimate | measured / FLOP estimate |",
             "|---|---|---|---|",
         ]
         for name in results.implementations("training", x):
@@ -129,7 +129,7 @@ def reference_table(results: Results) -> list[str]:
     lines = []
     for x in results.all_settings("reference"):
         lines += [
-            f"A self-scored training step, forward and backward ({x}), beside the way it was published:",
+            f"A self-scored training step, forward and backward ({x}), compared with the way it was published:",
             "",
             f"| | {' | '.join(columns.values())} |",
             "|" + "---|" * (len(columns) + 1),
@@ -153,9 +153,9 @@ def growth_table(results: Results) -> list[str]:
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
     lines = [
-        f"A training step as rows get longer ({model}):",
+        f"A training step as sequences get longer ({model}):",
         "",
-        f"| tokens of a row | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
+        f"| tokens | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
         "uniform, KiB per token | self-scored dense, KiB per token |",
         "|" + "---|" * (len(others) + 4),
     ]
@@ -170,14 +170,14 @@ def precision_table(results: Results) -> list[str]:
     weights = {
         "mean change of a weight, dense": "mean change of a weight, dense .75",
         "mean change of a weight, longce": "LongCE 5",
-        "tokens of sparse that stay": "tokens kept by sparse .2 that stay",
+        "tokens of sparse that stay": "fraction of tokens kept by sparse .2 that stay",
     }
     of_losses = ("mean error of a short loss", "its 99th percentile", "mean error / mean |long - short|")
     mean, largest, share = (results.value("precision", "scorer", metric) for metric in of_losses)
     lines = [
-        f"A scorer in bfloat16 beside one in float32 ({results.settings('precision')}): its short losses are off by "
-        f"{mean:.3f} nats in the mean, {share:.2f} of the mean absolute difference of long and short losses, and by "
-        f"{largest:.2f} at the 99th percentile. What that does to weights:",
+        f"A scorer in bfloat16 compared with one in float32 ({results.settings('precision')}): its short losses are off "
+        f"by {mean:.3f} nats on average, {share:.2f} of the mean absolute difference of long and short losses, and by "
+        f"{largest:.2f} at the 99th percentile. The effect on weights:",
         "",
         f"| bfloat16 in | {' | '.join(weights.values())} |",
         "|" + "---|" * (len(weights) + 1),
@@ -190,51 +190,43 @@ def precision_table(results: Results) -> list[str]:
 
 def startup_table(results: Results) -> list[str]:
     found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in results.implementations("startup"))
-    return [f"Seconds from the command to its help, in a fresh process: {', '.join(found)}."]
+    return [f"Seconds from a command to its help, in a fresh process: {', '.join(found)}."]
 
 
 def summary(results: Results) -> list[str]:
-    """One table for README: each measurement in units of what it is beside."""
-    lines = ["| | beside | time | peak memory |", "|---|---|---|---|"]
+    """One table for README: each measurement as a ratio to its baseline."""
+    step, whole = results.all_settings("training")[0], results.settings("reference")
+    lines = [
+        f"Loss: 4,096 tokens, vocabulary 128,256, hidden size 512, fp32. Training step: {step}. Whole step: {whole}. "
+        f"Scoring: {results.settings('scoring')}.",
+        "",
+        "| | baseline | time | peak memory |",
+        "|---|---|---|---|",
+    ]
 
-    def add(what: str, beside: str = "", time: float | None = None, memory: float | None = None) -> None:
-        cells = (what, beside, *("" if value is None else f"{value:.2f}" for value in (time, memory)))
-        lines.append(f"| {' | '.join(cells)} |")
+    def add(what: str, baseline: str, time: float, memory: float | None = None) -> None:
+        lines.append(f"| {what} | {baseline} | {time:.2f} | {'' if memory is None else f'{memory:.2f}'} |")
 
-    add("**Loss** (4,096 tokens, 128,256 words, 512 wide, float32)")
-    for kind in ("uniform weights", "dense weights", "sparse weights (0.2 kept)"):
+    for kind in ("uniform", "dense"):
         time, memory = "time / full logits", "peak memory over inputs and gradients / full logits"
-        values = (results.value("loss", f"tokenweight, {kind}", metric, LOSS) for metric in (time, memory))
-        add(kind, "full logits", *values)
-    time = results.value("loss", "tokenweight, uniform weights", "time / 3 head products", LOSS)
-    add("uniform weights", "its three matrix products", time)
-
-    step = results.all_settings("training")[0]
-    add(f"**Training step** ({step})")
-    for name in results.implementations("training", step)[1:]:
+        found = (results.value("loss", f"tokenweight, {kind} weights", metric, LOSS) for metric in (time, memory))
+        add(f"loss, {kind} weights", "full logits", *found)
+    for name, shown in (("frozen dense", "precomputed, dense"), ("self-scored dense", "self-scored, dense")):
         time, floor = (results.value("training", name, f"{of} / uniform", step) for of in ("time", "arithmetic"))
-        add(name, f"uniform; by arithmetic {floor:.2f}", time)
-
-    add(f"**Self-scored step** ({results.settings('reference')})")
-    for other in ("as published", "uniform, transformers"):
-        for name in ("dense, tokenweight", "sparse, tokenweight"):
-            metrics = (f"{metric} / {other}" for metric in ("time", "peak memory over model and gradients"))
-            add(name.split(",")[0], other, *(results.value("reference", name, metric) for metric in metrics))
-
-    add(f"**Data** (scoring: {results.settings('scoring')})")
-    mapped = results.value("corpus", "tokenweight.prepare_rows", "tokens per second / datasets.map")
+        add(f"training step, {shown}", f"uniform weights (FLOP estimate: {floor:.2f}×)", time)
+    for kind in ("dense", "sparse"):
+        metrics = (f"{metric} / as published" for metric in ("time", "peak memory over model and gradients"))
+        found = (results.value("reference", f"{kind}, tokenweight", metric) for metric in metrics)
+        add(f"whole step, self-scored, {kind}", "as published", *found)
     read = results.value("scoring", "tokenweight.Scorer", "tokens read per second / forward of the windows")
-    add("preparing rows", "`datasets.map` with the same tokenizer", 1 / mapped)
-    add("scoring", "forward pass over the same windows, with logits", 1 / read)
-
-    add("**Evaluation**")
-    for what, beside, x, value in evaluations(results):
-        add(f"{what} ({x})", beside, value)
+    add("scoring", "forward pass over the same windows", 1 / read)
+    times = {what: time for what, _, _, time in evaluations(results)}
+    add("evaluation", "forward passes", times["native measures of a model"])
     return lines
 
 
 def tables(results: Results) -> list[str]:
-    """Of every benchmark that has rows, one after the other."""
+    """The tables of every benchmark that has rows, one after the other."""
     makers = {
         "loss": loss_table,
         "training": training_table,
@@ -252,7 +244,7 @@ def tables(results: Results) -> list[str]:
 
 def conditions(results: Results) -> list[str]:
     spread = (
-        "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
+        "Medians of a few rounds on a shared machine: a difference of a tenth may be noise (the file has p20 and p80)."
     )
     return [spread, *results.conditions({key[0] for key in results.rows})]
 
@@ -261,7 +253,7 @@ def pages() -> dict[Path, str]:
     """What stands between the markers of each page, in Markdown."""
     results = Results()
     return {
-        README: "\n".join([*summary(results), "", *conditions(results)]),
+        README: "\n".join([*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results))]),
         DOCS: "\n".join([*tables(results), *conditions(results)]),
     }
 
