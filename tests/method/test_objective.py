@@ -71,7 +71,7 @@ def test_what_ranks_hold_of_sequences_has_the_loss_of_whole_ones():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("weighting", [Dense(), LongCE()], ids=str)
+@pytest.mark.parametrize("weighting", [Uniform(), Dense(), LongCE()], ids=str)
 def test_a_hidden_state_that_is_not_finite_is_named_by_row_and_position(weighting):
     hidden, head, targets, mask, short, same = some_batch()
     mask[1, 7], targets[1, 7] = True, 3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import models
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform, parse_weighting
-from tokenweight.method import as_weighting
+from tokenweight.method import NonFinite, Weighting, as_weighting
 from tokenweight.method.weightings import Custom
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "weights.json").read_text())
@@ -308,3 +308,20 @@ def test_text_that_is_no_weighting_is_refused_in_one_line_that_says_why(text, me
 def test_a_path_to_something_else_is_refused_by_the_path(text):
     with pytest.raises(ValueError, match=re.escape(text)):
         parse_weighting(text)
+
+
+def test_a_weighting_is_never_given_what_is_not_finite():
+    seen = []
+
+    class Recording(Weighting):
+        def weigh(self, long, short, mask):
+            seen.extend([long, short])
+            return torch.ones_like(long)
+
+    long, short = torch.ones(2, 4), torch.ones(2, 4)
+    long[1, 2], short[0, 1] = torch.nan, torch.inf
+    with pytest.raises(NonFinite) as caught:
+        Recording()(long, short, torch.ones(2, 4, dtype=torch.bool))
+    assert (caught.value.name, caught.value.row, caught.value.position) == ("the long loss", 1, 2)
+    assert all(losses.isfinite().all() for losses in seen)
+    assert len(seen) == 2

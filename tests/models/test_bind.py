@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, pad
 
 import models
@@ -339,3 +340,13 @@ def test_a_model_is_verified_once_however_often_it_is_bound_and_read():
     model.resize_token_embeddings(len(models.some_tokens(1, 9)) + 200)
     token_nll(model, tokens)
     assert len(calls) > first + 2
+
+
+def test_a_model_that_would_let_the_trainer_divide_by_accumulation_steps_does_not(tmp_path):
+    class Denies(type(models.tiny())):
+        accepts_loss_kwargs = False
+
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = Denies(models.tiny().config)
+    assert not transformers.Trainer(model, arguments).model_accepts_loss_kwargs
+    assert transformers.Trainer(bind(model, Uniform()), arguments).model_accepts_loss_kwargs

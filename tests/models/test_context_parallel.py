@@ -17,7 +17,7 @@ import models
 from models import assert_close
 from tokenweight import Dense, Scorer, ShortContext, Uniform, with_weighted_loss
 from tokenweight.models import context_mesh, context_parallel
-from tokenweight.models.context_parallel import share_of_rows
+from tokenweight.models.context_parallel import sequence_shard
 
 
 class OneRank(DeviceMesh):
@@ -60,7 +60,7 @@ def test_every_rank_finds_its_columns_and_all_of_them_make_the_rows(dealt):
     for rank in range(num):
         mesh, mine = OneRank(rank, num), columns[:, rank * width : (rank + 1) * width]
         mesh.sent = [positions[columns]]
-        share = share_of_rows(positions[mine], mesh)
+        share = sequence_shard(positions[mine], mesh)
         assert torch.equal(share.columns, mine)
         mesh.sent = [rows.gather(1, columns)]
         assert torch.equal(share.rows("rows", rows.gather(1, mine)), rows)
@@ -77,7 +77,7 @@ def test_every_rank_finds_its_columns_and_all_of_them_make_the_rows(dealt):
 
 def test_a_scorer_reads_whole_rows_and_is_refused():
     model = models.tiny()
-    with pytest.raises(ValueError, match=r"a scorer reads whole rows.*`tokenweight score`"):
+    with pytest.raises(ValueError, match=r"a scorer reads whole sequences.*`tokenweight score`"):
         with_weighted_loss(model, Dense(), Scorer(model, ShortContext(8, 5)), OneRank(0, 2))
 
 
@@ -169,8 +169,8 @@ def test_the_train_command_makes_the_steps_of_one_process(two_ranks, name, tmp_p
 @pytest.mark.parametrize(
     ("name", "message"),
     {
-        "packed": "position_ids of row 0 repeat: documents packed into a row would see each other",
-        "uneven": "rows of 9 tokens do not split evenly over 2 ranks of a context: expected a multiple of 4",
+        "packed": "position_ids of row 0 repeat: packed documents",
+        "uneven": "sequences of 9 tokens do not split evenly over 2 ranks of a context: expected a multiple of 4",
         "beyond": "shift_labels end in 3: expected -100",
         "no positions": "position_ids are missing",
         "no scores": "needs the short loss of every token",

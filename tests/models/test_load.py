@@ -96,6 +96,10 @@ class SlightlyScaled(Scaled):
     secret_scale = 1.05
 
 
+class HardlyScaled(Scaled):
+    secret_scale = 1.0001  # far above a rounding of float64, far below what a loss would show
+
+
 def encoder_decoder():
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": models.VOCABULARY}
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
@@ -109,6 +113,8 @@ def encoder_decoder():
         (lambda: AutoModel.from_config(models.tiny("gpt2").config), "GPT2Model is not supported"),
         (lambda: Scaled(models.tiny().config), "Scaled is not supported: its logits are not its output head times"),
         (lambda: SlightlyScaled(models.tiny().config), "SlightlyScaled is not supported"),
+        (lambda: HardlyScaled(models.tiny().config).double(), "HardlyScaled is not supported"),
+        (lambda: HardlyScaled(models.tiny().config).float(), "HardlyScaled is not supported"),
     ],
 )
 def test_a_model_whose_logits_are_something_else_is_refused_by_name(make, message):
@@ -255,3 +261,26 @@ def test_fingerprints_of_weights_and_configs_tell_what_changes_losses():
     assert weights_fingerprint(models.tiny(seed=1)) != weights
     tied = models.tiny("llama-tied")
     assert weights_fingerprint(tied) == weights_fingerprint(models.tiny("llama-tied"))
+
+
+def test_a_fingerprint_of_weights_tells_names_shapes_and_types_apart():
+    def holder(**tensors):
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return module
+
+    one, other = torch.arange(6.0), torch.arange(6.0) + 1
+    same_bytes = one.view(torch.int32)
+    found = [
+        weights_fingerprint(module)
+        for module in (
+            holder(a=one, b=other),
+            holder(a=other, b=one),  # exchanged
+            holder(a=one, c=other),  # another name
+            holder(a=one.view(2, 3), b=other),
+            holder(a=same_bytes, b=other),
+        )
+    ]
+    assert len(set(found)) == len(found)
+    assert found[0] == weights_fingerprint(holder(a=one.clone(), b=other.clone()))

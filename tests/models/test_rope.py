@@ -12,7 +12,7 @@ from texts import trained_tokenizer
 from tokenweight import NPMI, PPMI, Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, load_model, token_nll
 from tokenweight.method import sliding_windows
 from tokenweight.models import check_stale_windows, context_length, describe_rope, extend_context, with_weighted_loss
-from tokenweight.models.rope_check import prove_rope
+from tokenweight.models.rope_check import verify_rope
 
 METHODS = ["base", "linear", "dynamic", "yarn", "longrope", "llama3"]
 # Heads of 16 dimensions; of those, phi and gpt_neox turn some.
@@ -53,14 +53,14 @@ def test_every_method_reaches_the_rotary_embeddings_and_survives_saving(kind, me
     assert config.to_dict() == before
     assert context_length(extended) == 512
     model = models.tiny(kind, **SIZES).__class__(extended)
-    prove_rope(model, extended)
+    verify_rope(model, extended)
     with pytest.raises(ValueError, match=r"inv_freq.* is "):
-        prove_rope(model, config)
+        verify_rope(model, config)
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
-    prove_rope(loaded, extended)
-    prove_rope(loaded, loaded.config)
+    verify_rope(loaded, extended)
+    verify_rope(loaded, loaded.config)
     assert describe_rope(loaded.config) == describe_rope(extended)
 
 
@@ -68,7 +68,7 @@ def test_every_method_reaches_the_rotary_embeddings_and_survives_saving(kind, me
 def test_a_model_saved_before_is_loaded_with_the_extended_config(method, tmp_path):
     models.tiny(**SIZES, dtype=torch.float32).save_pretrained(tmp_path)
     extended = extend_context(load_model(tmp_path).config, 512, method, **settings_of(method))
-    prove_rope(load_model(tmp_path, config=extended), extended)
+    verify_rope(load_model(tmp_path, config=extended), extended)
 
 
 def test_sliding_layers_with_settings_of_their_own_keep_them():
@@ -163,7 +163,7 @@ def test_settings_that_transformers_would_ignore_are_refused(changes, message):
     model = AutoModelForCausalLM.from_config(config)
     for name, value in changes.items():
         config.__dict__[name] = value  # past the conversions of transformers, as an older or newer one may do it
-    for refuse in (lambda: extend_context(config, 512), lambda: prove_rope(model, config)):
+    for refuse in (lambda: extend_context(config, 512), lambda: verify_rope(model, config)):
         with pytest.raises(ValueError, match=message):
             refuse()
 
@@ -173,7 +173,7 @@ def test_models_without_rotary_embeddings_are_refused():
     with pytest.raises(ValueError, match="gpt2 has no rope_parameters"):
         extend_context(model.config, 512)
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no module with rotary frequencies"):
-        prove_rope(model, config_of())
+        verify_rope(model, config_of())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -184,16 +184,16 @@ def test_a_config_changed_after_loading_is_caught(method):
     model.config.max_position_embeddings = wanted.max_position_embeddings
     for config in (wanted, model.config):
         with pytest.raises(ValueError, match=r"model.rotary_emb.inv_freq\[\d\] is .* config asks for .* which gives"):
-            prove_rope(model, config)
+            verify_rope(model, config)
 
 
 def test_a_config_that_would_be_saved_with_other_settings_is_caught():
     model = extended_model("yarn")
     wanted = copy.deepcopy(model.config)
-    prove_rope(model, wanted)
+    verify_rope(model, wanted)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     with pytest.raises(ValueError, match=r"model.config asks for default"):
-        prove_rope(model, wanted)
+        verify_rope(model, wanted)
 
 
 def test_dynamic_with_the_new_length_as_its_positions_does_nothing_and_is_caught():
@@ -201,7 +201,7 @@ def test_dynamic_with_the_new_length_as_its_positions_does_nothing_and_is_caught
     naive = copy.deepcopy(extended)
     naive.max_position_embeddings = 512
     with pytest.raises(ValueError, match="asks for dynamic x4 from 128 to 512, theta 10000, which gives"):
-        prove_rope(AutoModelForCausalLM.from_config(naive), extended)
+        verify_rope(AutoModelForCausalLM.from_config(naive), extended)
 
 
 @pytest.mark.parametrize(
@@ -221,10 +221,10 @@ def test_dynamic_with_the_new_length_as_its_positions_does_nothing_and_is_caught
 def test_frequencies_damaged_after_loading_are_caught(damage, message):
     model = extended_model("yarn")
     config = copy.deepcopy(model.config)
-    prove_rope(model, config)
+    verify_rope(model, config)
     damage(model)
     with pytest.raises(ValueError, match=message):
-        prove_rope(model, config)
+        verify_rope(model, config)
 
 
 @pytest.mark.parametrize("method", ["dynamic", "longrope"])
@@ -235,11 +235,11 @@ def test_the_proof_leaves_a_model_as_it_was_and_holds_also_after_long_inputs(met
     model(models.some_tokens(1, 200))
     long = rotary.inv_freq.clone()
     assert not torch.equal(long, short)
-    prove_rope(model, model.config)
+    verify_rope(model, model.config)
     assert torch.equal(rotary.inv_freq, long)
     rotary.original_inv_freq *= 1.01  # what a short input goes back to
     with pytest.raises(ValueError, match=r"inv_freq\[0\] is 1.01: .* which gives 1 at 1 tokens"):
-        prove_rope(model, model.config)
+        verify_rope(model, model.config)
 
 
 def test_windows_that_would_keep_the_dynamic_frequencies_of_longer_rows_are_refused():
@@ -285,7 +285,7 @@ def test_phi3_counts_from_the_positions_it_keeps_beside_rope_parameters():
     config = extend_context(config_of("phi3"), 512, "longrope", **settings_of("longrope"))
     config.original_max_position_embeddings = 64
     assert describe_rope(config) == "longrope x4 from 64 to 512, theta 10000"
-    prove_rope(AutoModelForCausalLM.from_config(config), config)
+    verify_rope(AutoModelForCausalLM.from_config(config), config)
 
 
 def test_the_example_of_the_page_runs(tmp_path):
@@ -296,4 +296,4 @@ def test_the_example_of_the_page_runs(tmp_path):
     exec(example.replace("MODEL", str(tmp_path / "MODEL")), {})
     longer = load_model(tmp_path / "MODEL-32k")
     assert describe_rope(longer.config) == "default, 32768 positions, theta 1.53e+07"
-    prove_rope(longer, longer.config)
+    verify_rope(longer, longer.config)

@@ -83,7 +83,7 @@ def test_transformers_computes_the_same_within_float32(method, factor, theta):
     module = AutoModelForCausalLM.from_config(extended).model.rotary_emb
     module(torch.zeros(1), torch.tensor([[0, length - 1]]))
     expected, scaling = frequencies(extended.rope_parameters, 128, extended.max_position_embeddings, length)
-    # The bound that `prove_rope` explains, and halves the tolerance of: 2^-24 (ln theta + 10), times the factor where
+    # The bound that `verify_rope` explains, and halves the tolerance of: 2^-24 (ln theta + 10), times the factor where
     # frequencies are blended; dynamic also rounds the base itself, by as much.
     bound = 2**-24 * (math.log(theta) + 10) * (factor if method in ("yarn", "llama3") else 2)
     torch.testing.assert_close(module.inv_freq.double(), torch.tensor(expected).double(), rtol=bound, atol=0)

@@ -9,7 +9,7 @@ import models
 from tokenweight import Scorer, ShortContext, load_model, token_nll
 from tokenweight.cli import main
 from tokenweight.models import check_stale_rows, extend_context
-from tokenweight.models.rope_check import prove_rope
+from tokenweight.models.rope_check import verify_rope
 from tokenweight.records import read_json
 from tokenweight.train import TrainSettings, train
 
@@ -28,7 +28,7 @@ def assert_extended(folder):
     asked = extend_context(models.tiny().config, 160, "yarn", beta_fast=16.0)
     config = AutoConfig.from_pretrained(folder)
     assert (config.max_position_embeddings, config.rope_parameters) == (160, asked.rope_parameters)
-    prove_rope(load_model(folder), asked)
+    verify_rope(load_model(folder), asked)
 
 
 @pytest.mark.parametrize("number", [int, str])

@@ -22,7 +22,7 @@ from torch.nn import functional
 import models
 from tokenweight import PPMI, Dense, LongCE, Sparse, Uniform, with_weighted_loss
 from tokenweight.method import weighted_linear_cross_entropy
-from tokenweight.models.context_parallel import share_of_rows
+from tokenweight.models.context_parallel import sequence_shard
 from tokenweight.train import TrainSettings, train
 
 LENGTH, ORDERS = 24, ("contiguous", "balanced")
@@ -116,7 +116,7 @@ def weigh_given_losses(mesh) -> dict:
     (long, short, mask), (states, head, targets) = given_losses(), states_and_head()
     columns = torch.arange(LENGTH).repeat(3, 1)
     with split(mesh, {"columns": columns}):
-        share = share_of_rows(columns, mesh)
+        share = sequence_shard(columns, mesh)
     results = {}
     states.requires_grad_(), head.requires_grad_()
     own = states[:, 1:][torch.arange(3)[:, None], columns.clamp(max=LENGTH - 2)]

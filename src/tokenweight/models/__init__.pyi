@@ -12,7 +12,7 @@ from .checks import numbered_from as numbered_from
 from .checks import tokenizer_fingerprint as tokenizer_fingerprint
 from .checks import weights_fingerprint as weights_fingerprint
 from .context_parallel import context_mesh as context_mesh
-from .context_parallel import share_of_rows as share_of_rows
+from .context_parallel import sequence_shard as sequence_shard
 from .load import find_tokenizer as find_tokenizer
 from .load import identity as identity
 from .load import load_config as load_config
@@ -27,6 +27,6 @@ from .rope import check_stale_windows as check_stale_windows
 from .rope import context_length as context_length
 from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
-from .rope import turns_by_length as turns_by_length
-from .rope_check import prove_rope as prove_rope
+from .rope import rope_depends_on_length as rope_depends_on_length
+from .rope_check import verify_rope as verify_rope
 from .scorer import Scorer as Scorer

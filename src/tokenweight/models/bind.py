@@ -20,16 +20,16 @@ from tokenweight.method import (
     weighted_loss,
 )
 from tokenweight.models.causal import CausalParts, causal_parts
-from tokenweight.models.context_parallel import share_of_rows
+from tokenweight.models.context_parallel import sequence_shard
 from tokenweight.models.scorer import Scorer
 
 
 @dataclass
 class WeightedLossOutput(ModelOutput):
-    """What a bound model returns when it is given labels. There are no logits: they are never made.
+    """The output of a bound model that is given labels. It has no logits: they are never materialized.
 
     All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
-    predicted (`mask`); of whole rows, on every rank, where rows are split over a context.
+    predicted (`mask`); under context parallelism, of whole sequences, on every rank.
     """
 
     loss: Any = None
@@ -43,7 +43,7 @@ class WeightedLossOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class _Binding:
-    """What `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
+    """The state that `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
 
     weighting: Weighting
     scorer: Scorer | None
@@ -66,24 +66,29 @@ def with_weighted_loss(
     (which a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the
     predicted tokens of this batch; never by the sum of the weights. Without labels the model answers as before.
 
-    Short losses come from the column `short_nll` (`[batch, seq]`, nats, written by `tokenweight score`): a frozen
-    scorer; or from `scorer`: with `Scorer(model, ...)` the model scores itself, with another model that one scores. A
-    weighting that needs short losses and gets none raises: no token silently weighs 1.
+    Short losses come from the column `short_nll` (`[batch, seq]`, nats, precomputed by `tokenweight score`), or from
+    `scorer`: with `Scorer(model, ...)` the model scores itself (online), with another model that one does. A weighting
+    that needs short losses and gets none raises: no token silently weighs 1.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
-        weighting: one of `tokenweight`, or any function of (long, short, mask).
-        scorer: scores rows that come without a `short_nll` column.
-        context: the ranks over which the tokens of a row are split, `tokenweight.models.context_mesh(accelerator)`.
-            The model then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of
-            whole rows. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
+        weighting: an instance such as `Dense()`, or any function of (long, short, mask).
+        scorer: scores sequences that come without a `short_nll` column.
+        context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. The model
+            then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of whole
+            sequences. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
 
     Raises:
         ValueError: if the model is not supported, or the weighting is not one; if there are a scorer and a context.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
     """
     if scorer is not None and context is not None:
         raise ValueError(
-            "a scorer reads whole rows, but context parallelism splits them: score the rows beforehand "
+            "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
             "(`tokenweight score`), and give no scorer"
         )
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
@@ -149,7 +154,7 @@ def _forward(
         short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
     share = None
     if bound.context is not None:
-        share = share_of_rows(position_ids, bound.context)
+        share = sequence_shard(position_ids, bound.context)
         labels = share.labels(shift_labels)
         short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
     _check(self, input_ids, labels, shift_labels, short_nll, kwargs)
@@ -193,7 +198,7 @@ def _check(
     bound.parts.check_head(model)
     if shift_labels is not None and bound.context is None:
         raise ValueError(
-            "a model with a weighted loss found shift_labels, as of rows that are split over a context: expected "
+            "a model with a weighted loss found shift_labels, as of sequences that are split over ranks: expected "
             "with_weighted_loss(..., context=tokenweight.models.context_mesh(accelerator))"
         )
     unwanted = ("inputs_embeds", "loss_weights", "logits_to_keep", "return_dict")

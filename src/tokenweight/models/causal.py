@@ -16,7 +16,7 @@ from tokenweight.method import Head, aligned_with_tokens, linear_nll, prediction
 
 @dataclass(frozen=True)
 class CausalParts:
-    """What a loss needs of a causal model: `logits = cap(scale * head(decoder(tokens)))`.
+    """A causal model as the loss reads it: `logits = cap(scale * head(decoder(tokens)))`.
 
     Made and verified by `causal_parts`. It holds modules, not tensors, and so follows the model when it moves.
     """
@@ -26,7 +26,7 @@ class CausalParts:
     scale: float
     softcap: float | None
     max_packed_rows: float
-    """How many rows of a batch may hold packed documents, so that these do not see each other: 0, 1, or any number."""
+    """Rows of a batch that may hold packed documents without these seeing each other: 0, 1, or any number."""
 
     @property
     def packs_without_mask(self) -> bool:
@@ -58,7 +58,7 @@ class CausalParts:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "batch seq dim"]:
-        """The state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
+        """The hidden state that predicts each token: column t is the decoder's output at t - 1, column 0 is zero.
 
         No KV cache is used: with one, transformers would let packed documents see each other.
 
@@ -160,7 +160,7 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
 
 
 def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
-    """What `causal_parts` finds, and verifies on eight tokens."""
+    """Find the parts, and verify on eight tokens that nothing is missing."""
     name, config = type(model).__name__, model.config
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
     if decoder is model:
@@ -200,7 +200,7 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
 
 
 def _output_head(model: PreTrainedModel) -> Any:
-    """What makes logits of states; its weight and bias have to be all that it trains."""
+    """The module that turns hidden states into logits; its weight and bias have to be all that it trains."""
     name, output = type(model).__name__, model.get_output_embeddings()
     if output is None or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokenweight.method import NonFinite
 from tokenweight.models.rope import context_length
@@ -27,7 +27,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: torch.nn.Module) -> str:
     """16 hex digits of all weights, with their names, shapes and types."""
     digest = hashlib.sha256()
     seen: set[int] = set()

@@ -25,7 +25,7 @@ from transformers import (
 from tokenweight.models.causal import causal_parts
 from tokenweight.models.checks import weights_fingerprint
 from tokenweight.models.rope import extend_context
-from tokenweight.models.rope_check import prove_rope
+from tokenweight.models.rope_check import verify_rope
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load_model(
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
         revision: of a hub model.
-        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; proved after loading.
+        extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; verified after loading.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
 
     Raises:
@@ -69,7 +69,7 @@ def load_model(
         kwargs["config"] = extend_context(load_config(name, revision=revision), **extend)
     model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
     if extend:
-        prove_rope(model, kwargs["config"])
+        verify_rope(model, kwargs["config"])
     return model
 
 
@@ -79,7 +79,7 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
 
 
 def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """What tells a loaded model from others, as provenance: name, revision, fingerprint of the weights, dtype, RoPE."""
+    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, rotary parameters."""
     return {
         "model": name,
         "revision": getattr(model.config, "_commit_hash", None),

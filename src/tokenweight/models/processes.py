@@ -1,11 +1,11 @@
-"""What engines that divide a model among processes (FSDP2, DeepSpeed ZeRO-3) need beyond a stock Trainer."""
+"""Whether a model is sharded over processes (FSDP2, DeepSpeed ZeRO-3), and a question that all of them answer."""
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def is_divided(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the weights, so that all have to run the same forward passes."""
     zero3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # DeepSpeed's mark
     return zero3 or any(isinstance(module, FSDPModule) for module in model.modules())

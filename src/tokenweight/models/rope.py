@@ -1,4 +1,4 @@
-"""Longer contexts for rotary models: what to write into the config before loading, and the proof that it took.
+"""Longer contexts for rotary models: what to write into the config before loading (`rope_check` verifies it after).
 
 The methods of `extend_context` and their settings, for s times the length:
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor", "attention_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""Of each method, what a user may set."""
+"""The settings of each method that a user may choose."""
 _READ: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -35,7 +35,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "original_max_position_embeddings", *SETTINGS["longrope"]),
     "llama3": ("original_max_position_embeddings", *SETTINGS["llama3"]),
 }
-"""Of each `rope_type` of transformers, what it reads besides base and rotary share; it silently ignores the rest."""
+"""The settings each `rope_type` of transformers reads besides base and rotary share; others are silently ignored."""
 
 
 def extend_context(
@@ -175,7 +175,7 @@ def _original(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
 def _scaled(
     parameters: dict[str, Any], method: str, length: int, original: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a method other than "base" writes, with every default written out."""
+    """The parameters that a method other than "base" writes, with every default written out."""
     if not 1 < original < length:
         raise ValueError(f"original={original}: expected positions above 1 and below length, {length}")
     factor = length / original
@@ -223,9 +223,9 @@ def context_length(config: PreTrainedConfig) -> Any:
     return round(positions * parameters["factor"]) if parameters.get("rope_type") == "dynamic" else positions
 
 
-def turns_by_length(config: PreTrainedConfig) -> bool:
-    """Whether the angles depend on how long the input is ("dynamic", "longrope"): then even the first tokens of a row
-    get other losses in a window of their own."""
+def rope_depends_on_length(config: PreTrainedConfig) -> bool:
+    """Whether rotary frequencies depend on the length of the input ("dynamic", "longrope"): then even the first tokens
+    of a sequence get other losses in a window of their own."""
     return not {"dynamic", "longrope"}.isdisjoint(_types(config))
 
 

@@ -1,4 +1,4 @@
-"""How fast rotary embeddings turn, by the formulas of the papers. Plain float64; knows no framework."""
+"""Rotary frequencies by the formulas of the papers, in plain float64, and a loaded model beside them."""
 
 import copy
 import math
@@ -85,8 +85,8 @@ blend of f and f / factor (yarn, llama3) multiplies that by up to factor, so 64 
 bfloat16 err by up to 2^-9 = 2e-3, to float16 by up to 2^-11 = 5e-4."""
 
 
-def prove_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Prove that a loaded model turns its queries and keys by the angles that `config` asks for.
+def verify_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Verify that a loaded model rotates queries and keys by the frequencies that `config` asks for.
 
     Every rotary frequency in the model, and the factor of cosine and sine, is compared with the formula of the method,
     computed here in float64, when the model reads a short input, one of the full length, and a short one after that
@@ -109,14 +109,14 @@ def prove_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             wanted = f"{origin} asks for {_describe(asked, parameters)}"
             for name, module in modules.items():
                 # A copy, because reading a long input may change it.
-                _prove(name, copy.deepcopy(module), layer_type, asked, parameters, longest, wanted)
+                _verify(name, copy.deepcopy(module), layer_type, asked, parameters, longest, wanted)
 
 
 def _is_rotary(module: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
 
 
-def _prove(
+def _verify(
     name: str,
     module: Any,
     layer_type: str | None,

@@ -22,8 +22,8 @@ from tokenweight.method import (
     read_passes,
 )
 from tokenweight.models.causal import causal_parts, evaluating
-from tokenweight.models.processes import any_process, is_divided
-from tokenweight.models.rope import check_stale_windows, turns_by_length
+from tokenweight.models.processes import any_process, is_sharded
+from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ class Scorer:
             scorer halves it and goes on, with a warning.
 
     Raises:
-        ValueError: if the model is not supported, or would read windows with the rotary angles of longer rows.
+        ValueError: if the model is not supported, or would read windows with frequencies of longer sequences.
 
     Example:
         >>> scorer = Scorer(model, size=1024)
@@ -131,7 +131,7 @@ class Scorer:
         dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
         short_nll = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
         scored = torch.zeros_like(tokens, dtype=torch.bool)
-        skip_first = self_scored and not turns_by_length(self.model.config)
+        skip_first = self_scored and not rope_depends_on_length(self.model.config)
         passes = plan_passes(tokens, position_ids, self.context, skip_first=skip_first)
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
         with evaluating(self.model):
@@ -177,7 +177,7 @@ class Scorer:
         collects the parts; and none can halve its batches alone.
         """
         items = sorted(items, key=num_tokens, reverse=True)
-        together = is_divided(self.model)
+        together = is_sharded(self.model)
         while any_process(bool(items), device) if together else items:
             if not items:
                 self.parts.states(torch.zeros(1, 1, dtype=torch.long, device=device))

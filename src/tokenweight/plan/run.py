@@ -19,7 +19,7 @@ from tokenweight.method import (
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import check_length, extend_context, load_config, turns_by_length
+from tokenweight.models import check_length, extend_context, load_config, rope_depends_on_length
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, fixed_bytes, peak
 from tokenweight.plan.memory import hold
@@ -205,7 +205,7 @@ class _Recipe:
         return [Window(0, 1, context.size)] * first + sliding_windows(length, context.size, context.stride)
 
     def step(self, mode: str, weighting: Weighting, length: int, *, square: bool = False) -> Step:
-        scored = self.scored(length, first=turns_by_length(self.config)) if mode == "self-scored" else []
+        scored = self.scored(length, first=rope_depends_on_length(self.config)) if mode == "self-scored" else []
         again, num = self.checkpointing is not None, self.rows_per_step
         return step_flops(self.forward, length, weighting, scored, checkpointing=again, num_rows=num, square=square)
 

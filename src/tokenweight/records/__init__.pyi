@@ -7,7 +7,9 @@ from .modelcard import _cell as _cell
 from .modelcard import _edit as _edit
 from .modelcard import _marks as _marks
 from .modelcard import _with_section as _with_section
+from .provenance import device_name as device_name
 from .provenance import differences as differences
 from .provenance import environment as environment
 from .provenance import read_provenance as read_provenance
 from .provenance import run_kind as run_kind
+from .provenance import versions as versions
