@@ -261,8 +261,8 @@ def pages() -> dict[Path, str]:
 def main() -> None:
     for path, made in pages().items():
         text = path.read_text()
-        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        path.write_text(f"{before}\n{made}\n\n{after}")
+        begin = text.index(BEGIN) + len(BEGIN)
+        path.write_text(f"{text[:begin]}\n{made}\n\n{text[text.index(END, begin) :]}")
 
 
 if __name__ == "__main__":
