@@ -16,6 +16,7 @@ same windows: the more of these there are, the nearer the two come.
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 import tyro
 
-from common import RESULTS, Report, alternately, model_and_row
+from bench.measure import alternately
+from bench.models import model_and_row
+from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext
 from tokenweight.data import key_tokens
 from tokenweight.evaluate import EvalSettings, Plan, Rows, make_plan, open_weights, row_measures, row_sums
@@ -105,31 +108,25 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int,
     report.add_ratio(**setting, metric=f"time / {PACKAGE}", over=seconds[OURS], under=seconds[PACKAGE])
 
 
-def main(
-    *,
-    rounds: int = 3,
-    length: int = 2048,
-    part: Literal["all", "native", "longppl"] = "all",
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
-    """Time of an evaluation.
+@dataclass
+class Evaluation(Bench):
+    """Time of an evaluation."""
 
-    Args:
-        rounds: of timings, after one that is not counted.
-        length: tokens of the row, and of the first text; the second has 6144, and the windows of the package.
-        part: of the benchmark.
-        quick: a tiny model and a short row, one round, no LongPPL; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    report = Report("evaluation", csv if quick or csv else RESULTS)
-    if part != "longppl":
-        native(report, 1 if quick else rounds, 64 if quick else length, quick)
-    if part != "native" and not quick:
-        longppl(report, rounds, length, length // 4, length // 16, 2.0)
-        longppl(report, 1, 6144, 4096, 1024, 0.5)  # 2 nats are gained by no token of this text
-    report.finish()
+    rounds: int = 3
+    length: int = 2048
+    """Tokens of the sequence, and of the first text; the second has 6144, and the windows of the package."""
+    part: Literal["all", "native", "longppl"] = "all"
+    """Part of the benchmark to run; LongPPL is left out of a quick run."""
+
+    def run(self) -> None:
+        report, length = self.report("evaluation"), self.length
+        if self.part != "longppl":
+            native(report, self.rounds, 64 if self.quick else length, self.quick)
+        if self.part != "native" and not self.quick:
+            longppl(report, self.rounds, length, length // 4, length // 16, 2.0)
+            longppl(report, 1, 6144, 4096, 1024, 0.5)  # no token of this text gains 2 nats
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Evaluation).run()

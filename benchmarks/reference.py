@@ -24,24 +24,16 @@ own: resident memory, and resident memory where the C library gives back at once
 """
 
 import functools
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
 
-from common import (
-    GIB,
-    GIVEN_BACK,
-    RESULTS,
-    Report,
-    alternately,
-    in_fresh_process,
-    model_and_row,
-    peak_bytes_over_now,
-    plain_loss,
-)
+from bench.measure import GIB, GIVEN_BACK, alternately, in_fresh_process, peak_bytes_over_now
+from bench.models import model_and_row, plain_loss
+from bench.report import Bench
 from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
 from tokenweight.method import sliding_windows
 
@@ -148,57 +140,52 @@ def measure_memory(name: str, length: int, context: ShortContext, checkpointing:
     return peak_bytes_over_now(lambda: run_step(model, tokens, context, name)) / GIB
 
 
-def main(
-    *,
-    length: int = 4096,
-    size: int = 1024,
-    stride: int = 768,
-    checkpointing: bool = True,
-    rounds: int = 3,
-    memory_rounds: int = 1,
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
-    """Time and peak memory of a self-scored training step, beside the way it was published.
+@dataclass
+class Reference(Bench):
+    """Time and peak memory of a self-scored training step, beside the way it was published."""
 
-    Args:
-        length: tokens of the row, a multiple of 16.
-        size: tokens that a window reads.
-        stride: tokens that a window scores.
-        checkpointing: recompute the activations in the backward pass.
-        rounds: of timings, after one that is not counted.
-        memory_rounds: processes that measure the peak memory of one implementation.
-        quick: a tiny model, sparse only, a 16th of the tokens, one round, to see that the benchmark runs; writes no
-            file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    if quick:
-        length, size, stride, rounds, memory_rounds = length // 16, size // 16, stride // 16, 1, 1
-    names = [name for name in NAMES if not (quick and name.startswith("dense"))]
-    context = ShortContext(size, stride)
-    report = Report("reference", csv if quick or csv else RESULTS)
-    model_name, model, tokens = training_model(length, checkpointing=checkpointing, quick=quick)
-    runs = {name: functools.partial(run_step, model, tokens, context, name) for name in names}
-    seconds = alternately(runs, rounds, functools.partial(prepare, model, context))
-    del model, runs
-    arguments = (length, context, checkpointing, quick)
+    rounds: int = 3
+    length: int = 4096
+    """Tokens of the sequence, a multiple of 16."""
+    size: int = 1024
+    """Tokens that a window reads."""
+    stride: int = 768
+    """Tokens that a window scores."""
+    checkpointing: bool = True
+    """Recompute the activations in the backward pass."""
+    memory_rounds: int = 1
+    """Processes that measure the peak memory of one implementation."""
 
-    def gib(name: str, *, keep_freed: bool) -> list[float]:
-        return [in_fresh_process(measure_memory, name, *arguments, keep_freed=keep_freed) for _ in range(memory_rounds)]
-
-    resident = {name: gib(name, keep_freed=True) for name in names}
-    held = {name: gib(name, keep_freed=False) for name in names}
-    x = f"{model_name}, 1 x {length} tokens, windows {size}/{stride}, float32, "
-    x += "activations recomputed" if checkpointing else "activations kept"
-    for name in names:
-        setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
-        for metric, unit, values in (("time", "s", seconds), (MEMORY, "GiB", resident), (HELD, "GiB", held)):
-            report.add(**setting, metric=metric, unit=unit, values=values[name])
-            for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
-                if other != name:
-                    report.add_ratio(**setting, metric=f"{metric} / {label}", over=values[name], under=values[other])
-    report.finish()
+    def run(self) -> None:
+        few, memory_rounds = (16, 1) if self.quick else (1, self.memory_rounds)
+        length, context = self.length // few, ShortContext(self.size // few, self.stride // few)
+        names = [name for name in NAMES if not (self.quick and name.startswith("dense"))]
+        report = self.report("reference")
+        model_name, model, tokens = training_model(length, checkpointing=self.checkpointing, quick=self.quick)
+        runs = {name: functools.partial(run_step, model, tokens, context, name) for name in names}
+        measured = {("time", "s"): alternately(runs, self.rounds, functools.partial(prepare, model, context))}
+        del model, runs
+        arguments = (length, context, self.checkpointing, self.quick)
+        for metric, keep_freed in ((MEMORY, True), (HELD, False)):
+            measured[metric, "GiB"] = {
+                name: [
+                    in_fresh_process(measure_memory, name, *arguments, keep_freed=keep_freed)
+                    for _ in range(memory_rounds)
+                ]
+                for name in names
+            }
+        x = f"{model_name}, 1 x {length} tokens, windows {context.size}/{context.stride}, float32, "
+        x += "activations recomputed" if self.checkpointing else "activations kept"
+        for name in names:
+            setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
+            for (metric, unit), values in measured.items():
+                report.add(**setting, metric=metric, unit=unit, values=values[name])
+                for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
+                    if other != name:
+                        over, under = values[name], values[other]
+                        report.add_ratio(**setting, metric=f"{metric} / {label}", over=over, under=under)
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Reference).run()

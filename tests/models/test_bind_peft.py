@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 import models
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, with_weighted_loss
-from tokenweight.train import collate
+from tokenweight.train import DataCollatorWithScores
 
 peft = pytest.importorskip("peft")
 KINDS = ["llama", "gpt2", "gemma2"]
@@ -133,12 +133,14 @@ def test_a_stock_trainer_trains_the_adapter_alone_by_the_tokens_of_the_whole_ste
     wrapped = adapted(with_weighted_loss(model, Dense(interpolation=0.5)))
     adapter = {name: parameter.clone() for name, parameter in wrapped.named_parameters() if "lora_" in name}
     num_tokens = (labels[:2, 1:] != -100).sum()
-    expected = sum(wrapped(**collate([rows[i]]), num_items_in_batch=num_tokens).loss.item() for i in range(2))
+    expected = sum(
+        wrapped(**DataCollatorWithScores()([rows[i]]), num_items_in_batch=num_tokens).loss.item() for i in range(2)
+    )
     arguments = TrainingArguments(
         str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1, logging_steps=1,
         report_to="none", use_cpu=True, learning_rate=1e-2, train_sampling_strategy="sequential",
     )  # fmt: skip
-    trainer = Trainer(wrapped, arguments, data_collator=collate, train_dataset=rows)
+    trainer = Trainer(wrapped, arguments, data_collator=DataCollatorWithScores(), train_dataset=rows)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
     after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}

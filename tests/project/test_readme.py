@@ -17,23 +17,21 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    fenced = README.split("```")[1::2]
+    return [block.removeprefix(f"{language}\n") for block in fenced if block.startswith(f"{language}\n")]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The folder that README is read in: a tiny model by each of the names that it has there, and texts."""
     special = {"bos_token_id": 0, "eos_token_id": 1}
-    tokenizer, model = (
-        trained_tokenizer(framed=True),
-        models.tiny(dtype=torch.float32, vocab_size=300, max_position_embeddings=512, **special),
-    )
+    model = models.tiny(dtype=torch.float32, vocab_size=300, **special)
     for name in ("HuggingFaceTB/SmolLM2-135M", "MODEL"):
         model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "book.txt").write_text(EXCERPT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+        trained_tokenizer(framed=True).save_pretrained(tmp_path / name)
     (tmp_path / "books").mkdir()
-    (tmp_path / "books" / "book.txt").write_text((tmp_path / "book.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("book.txt", "books/book.txt"):
+        (tmp_path / name).write_text(EXCERPT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,13 +49,14 @@ def test_the_commands_lead_from_texts_to_a_table(place, unchecked, monkeypatch):
     assert [words[:2] for words in commands] == [
         ["tokenweight", name] for name in ("prepare", "score", "show", "train", "eval")
     ]
-    small = {"32768": "512", "8192": "128", "240": "2"}
+    small = {"32768": "64", "8192": "16", "240": "2"}
     monkeypatch.setenv("COLUMNS", "100")
     for _, *words in commands:
         words = [small.get(word, word) for word in words]
-        assert main(words) in (0, None), words
+        # Probes in texts of so few tokens would have no room.
+        assert main([*words, "--probes", "none"] if words[0] == "eval" else words) == 0, words
         if words[0] == "prepare":
-            assert main([*words[:-1], "validation"]) in (0, None)
+            assert main([*words[:-1], "validation"]) == 0
     assert (place / "evaluation/table.md").read_text().startswith("|")
 
 
@@ -75,7 +74,7 @@ def test_readme_stays_short():
 
 def test_the_tables_of_the_benchmarks_are_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    made = runpy.run_path(str(ROOT / "benchmarks/table.py"))
+    made = runpy.run_module("bench.table")
     for path, table in made["pages"]().items():
         text = path.read_text()
         begin = text.index(made["BEGIN"]) + len(made["BEGIN"])

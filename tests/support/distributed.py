@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 
 import models
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, with_weighted_loss
-from tokenweight.train import collate, training_arguments
+from tokenweight.train import DataCollatorWithScores, training_arguments
 
 LENGTHS = (40, 9, 25, 33, 40, 17, 5, 28)
 WEIGHTINGS = {"dense": Dense(), "sparse": Sparse(), "longce": LongCE()}
@@ -27,13 +27,15 @@ def some_rows(lengths: tuple[int, ...] = LENGTHS, *, scored: bool = True) -> dat
 
 
 def fit(
-    model: PreTrainedModel, rows: datasets.Dataset, collator=collate, **given
+    model: PreTrainedModel, rows: datasets.Dataset, collator=None, **given
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The logged losses of some steps of AdamW, and the weights after them."""
     settings = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     with tempfile.TemporaryDirectory() as out:
         arguments = training_arguments({**settings, "disable_tqdm": True, **given}, out)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator or DataCollatorWithScores()
+        )
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}

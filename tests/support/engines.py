@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 import models
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from tokenweight.cli import main
-from tokenweight.train import collate, prepare_engine, training_arguments
+from tokenweight.train import DataCollatorWithScores, prepare_engine, training_arguments
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 CASES: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def fit(
             model=model,
             args=training_arguments(given, out),
             train_dataset=some_rows(scored=scorer == "stored"),
-            data_collator=collate,
+            data_collator=DataCollatorWithScores(),
             callbacks=[watch],
         )
         prepare_engine(trainer)

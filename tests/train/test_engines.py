@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import models
 from tokenweight import Dense, ShortContext, with_weighted_loss
 from tokenweight.data import score_folder
-from tokenweight.train import collate, prepare_engine, training_arguments
+from tokenweight.train import DataCollatorWithScores, prepare_engine, training_arguments
 
 # Float64: two orders of the same sums differ by some 1e-16 of gradients and weights of size 1 to 10, a few layers
 # amplify that tenfold, and clipping enlarges nothing. AdamW divides a gradient by its own size plus 1e-8, so that of
@@ -225,7 +225,7 @@ def test_zero_3_that_would_save_no_model_is_refused(unchecked):
 
 
 def test_settings_of_fsdp_without_fsdp_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="trainer: fsdp_config does nothing by itself: expected fsdp true"):
+    with pytest.raises(ValueError, match=r"trainer\.fsdp_config does nothing by itself: expected trainer\.fsdp true"):
         training_arguments({"fsdp_config": {"version": 2}}, tmp_path / "out")
     assert training_arguments({"fsdp": "true", "fsdp_config": "{}"}, tmp_path / "out").fsdp is True
     assert not training_arguments({"fsdp": False}, tmp_path / "out").fsdp
@@ -233,7 +233,7 @@ def test_settings_of_fsdp_without_fsdp_are_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
 def test_short_losses_that_were_rounded_on_the_way_are_refused(dtype):
-    batch = collate([{"input_ids": [5, 6, 7], "short_nll": [0.0, 1.5, 2.5]}])
+    batch = DataCollatorWithScores()([{"input_ids": [5, 6, 7], "short_nll": [0.0, 1.5, 2.5]}])
     model = with_weighted_loss(models.tiny(), Dense())
     expected = model(**{**batch, "short_nll": batch["short_nll"].view(torch.float32)})
     assert torch.equal(model(**batch).loss, expected.loss)

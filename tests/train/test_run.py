@@ -20,8 +20,9 @@ from texts import trained_tokenizer
 from tokenweight import Dense, Scorer, ShortContext, Uniform, load_model, parse_weighting, token_nll, with_weighted_loss
 from tokenweight.data import score_folder
 from tokenweight.records import read_json
-from tokenweight.train import TrainSettings, WeightedTrainer, collate, read_recipe, train
+from tokenweight.train import DataCollatorWithScores, TrainSettings, WeightedTrainer, read_recipe, train
 
+collate = DataCollatorWithScores()
 ROWS = [
     {"input_ids": [5, 6, 7], "short_nll": [0.0, 1.5, 2.5], "document": "a"},
     {"input_ids": [8, 9], "short_nll": [0.0, 3.5], "document": "b"},
@@ -214,7 +215,7 @@ def test_a_run_can_be_repeated_from_its_record(settings, tmp_path):
     trained = train(settings)
     record = read_json(Path(settings.out) / "run.json")
     assert record["settings"] == {**dataclasses.asdict(settings), "weighting": "dense:interpolation=0.75"}
-    assert record["data"]["size"] == 10
+    assert record["data"]["context"]["size"] == 10
     assert record["versions"]["torch"] == torch.__version__
     assert [line["step"] for line in logged(settings.out)] == [1, 2, 3, 4]
     again = TrainSettings(**{**read_recipe(Path(settings.out) / "run.json"), "out": str(tmp_path / "again")})
@@ -243,7 +244,7 @@ def test_the_checkpoint_of_one_run_does_not_go_on_in_the_folder_of_another(setti
     train(settings)
     shutil.copytree(settings.out, tmp_path / "other")
     again = {**settings.trainer, "resume_from_checkpoint": str(tmp_path / "other" / "checkpoint-2")}
-    with pytest.raises(ValueError, match=r"out: .* exists; name a new folder"):
+    with pytest.raises(ValueError, match=r"out .*: exists; name a new folder"):
         train(dataclasses.replace(settings, trainer=again))
 
 
@@ -329,8 +330,8 @@ def test_a_trained_model_is_read_like_the_one_that_was_saved(bf16, settings):
 
 def test_a_trainer_that_divides_gradients_twice_is_refused(tmp_path, monkeypatch):
     class Dividing(WeightedTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
             monkeypatch.setitem(self.accelerator.gradient_state.plugin_kwargs, "num_steps", 4)  # all Trainers share it
 
     models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")

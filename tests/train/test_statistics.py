@@ -15,7 +15,7 @@ from distributed import WEIGHTINGS, some_rows
 import models
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Uniform, with_weighted_loss
 from tokenweight.method import prediction_mask
-from tokenweight.train import WeightedTrainer, WeightStatistics, collate, training_arguments
+from tokenweight.train import DataCollatorWithScores, WeightedTrainer, WeightStatistics, training_arguments
 
 NAMES = ("weight_mean", "weight_std", "effective_tokens", "effective_share", "first_window_share", "unweighted_loss")
 SIZE = 8
@@ -60,7 +60,9 @@ def predicted_tokens(model, batch):
 
 
 def batches(rows, size):
-    return [collate([rows[i] for i in range(start, start + size)]) for start in range(0, len(rows), size)]
+    return [
+        DataCollatorWithScores()([rows[i] for i in range(start, start + size)]) for start in range(0, len(rows), size)
+    ]
 
 
 def told(found):
@@ -106,7 +108,7 @@ def test_a_step_that_was_not_ended_counts_as_one_and_evaluations_not_at_all():
 def test_uniform_weights_are_one_and_every_token_counts_in_full():
     model = with_weighted_loss(models.tiny().train(), Uniform())
     statistics = WeightStatistics(model)
-    model(**collate(list(some_rows((20, 30)))))
+    model(**DataCollatorWithScores()(list(some_rows((20, 30)))))
     found = statistics.flush()
     assert (found["weight_mean"], found["weight_std"], found["effective_share"]) == (1, 0, 1)
     assert found["effective_tokens"] == 48
@@ -117,7 +119,7 @@ def test_where_a_model_scores_itself_the_first_window_weighs_what_the_rest_of_th
     scored = models.tiny()
     model = with_weighted_loss(scored, Dense(interpolation=0.75), Scorer(scored, ShortContext(SIZE, 5))).train()
     statistics = WeightStatistics(model, size=SIZE)
-    model(**collate(list(some_rows((30,), scored=False))))
+    model(**DataCollatorWithScores()(list(some_rows((30,), scored=False))))
     # No difference there: each of the 7 predicted tokens weighs the uniform share, 0.75, of a mean weight of 1.
     assert statistics.flush()["first_window_share"] == pytest.approx(7 * 0.75 / 29, rel=1e-12)
 
@@ -131,7 +133,7 @@ def trained(tmp_path, rows=None, *, weighting=None, size=SIZE, **given):
         model=model,
         args=training_arguments({**settings, **given}, tmp_path),
         train_dataset=some_rows() if rows is None else rows,
-        data_collator=collate,
+        data_collator=DataCollatorWithScores(),
         size=size,
     )
     trainer.train()
@@ -144,7 +146,7 @@ def test_a_trainer_logs_the_same_however_a_step_is_split(rows, parts, kwargs, tm
     split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
     lines = trained(tmp_path, **split, **kwargs)
     model = with_weighted_loss(models.tiny("gpt2"), Dense())
-    tokens = predicted_tokens(model, collate([some_rows()[i] for i in range(4)]))
+    tokens = predicted_tokens(model, DataCollatorWithScores()([some_rows()[i] for i in range(4)]))
     assert told(lines[0]) == pytest.approx(expected([tokens]), **SAME)
     assert told(lines[1]) != pytest.approx(told(lines[0]), rel=1e-3)
 
@@ -181,7 +183,7 @@ def test_the_trainer_of_the_document_logs_what_ours_does(tmp_path):
     settings = {"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     arguments = training_arguments({**settings, "train_sampling_strategy": "sequential"}, tmp_path / "theirs")
     model = with_weighted_loss(models.tiny("gpt2"), Dense())
-    names = {"model": model, "arguments": arguments, "rows": some_rows(), "collate": collate}
+    names = {"model": model, "arguments": arguments, "rows": some_rows(), "collate": DataCollatorWithScores()}
     exec(compile(block.replace("size=256", f"size={SIZE}"), "docs/training.md", "exec"), names)
     names["trainer"].train()
     found = [told(line) for line in names["trainer"].state.log_history if "loss" in line]

@@ -13,7 +13,7 @@ import models
 from texts import EXCERPT, trained_tokenizer
 from tokenweight import Dense, Scorer, ShortContext, Sparse, Uniform, with_weighted_loss
 from tokenweight.data import score_folder
-from tokenweight.train import collate
+from tokenweight.train import DataCollatorWithScores
 from tokenweight.train.trl import TokenWeightedSFTTrainer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
@@ -50,7 +50,7 @@ def sft(out, model, rows, *, kind=TokenWeightedSFTTrainer, given=None, **setting
 
 def plain(out, model, rows):
     arguments = TrainingArguments(str(out), **SETTINGS)
-    return Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithScores())
 
 
 def assert_same(trainer, other):

@@ -1,17 +1,15 @@
-"""The command line: parsing, and errors in one line. Torch is imported when a command runs: help comes at once."""
+"""The command line: which command, its options, and errors in one line. Torch is imported when a command runs."""
 
-import contextlib
 import dataclasses
-import io
-import os
+import difflib
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
-from tokenweight import train
 from tokenweight.cli.demo import Demo
 from tokenweight.cli.eval import Eval
 from tokenweight.cli.export import Export
@@ -21,13 +19,14 @@ from tokenweight.cli.prepare import Prepare
 from tokenweight.cli.report import Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
+from tokenweight.cli.train import Train, read_config, with_groups
 from tokenweight.train import TrainSettings
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
     "score": Score,
     "plan": Plan,
-    "train": TrainSettings,
+    "train": Train,
     "export": Export,
     "show": Show,
     "figures": Figures,
@@ -41,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, or 2 after one line on standard error for a bad input, 130 after an interruption.
+        The exit status: 0; 2 after an error, which is one line on standard error unless tyro prints it; 130 after an
+        interruption.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -51,33 +51,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_versions())
         return 0
     try:
-        if words[0] not in COMMANDS:
-            raise ValueError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}")
-        parse = _parse_recipe if issubclass(COMMANDS[words[0]], TrainSettings) else _parse
-        command = parse(words[0], words[1:])
-        if command is not None:
-            _run(command)
+        command = parse(words)
+        _without_bars_of_others()
+        command.run()
     except (ValueError, OSError, ImportError) as error:
-        print(f"tokenweight {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = with_option(" ".join(str(error).split()), COMMANDS.get(words[0]))
+        print(f"tokenweight {words[0]}: {message}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # tyro has printed the help, or what is wrong with the options
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print(f"tokenweight {words[0]}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _run(command: Any) -> None:
+def parse(words: Sequence[str]) -> Any:
+    """A command with its options: the object whose `run` does it.
+
+    Raises:
+        ValueError: for a command or an option that does not exist.
+        SystemExit: from tyro, which has printed the help (status 0), or which option is missing or wrong (2).
+    """
+    name, *argv = words
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}")
+    kind = COMMANDS[name]
+    if not issubclass(kind, TrainSettings):
+        command, unknown = _parsed(name, argv)
+    else:
+        argv, recipe = read_config(argv)
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(kind)
+            if field.default is field.default_factory is dataclasses.MISSING
+        }
+        # Without the groups of the recipe: tyro would make options of them, and read them by the types found there.
+        command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, "trainer": {}, "extend": {}}))
+        command, unknown = with_groups(command, recipe, unknown)
+    if unknown:
+        known = [f"--{field.name}" for field in dataclasses.fields(kind)]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"see tokenweight {name} --help"
+        raise ValueError(f"{unknown[0]}: unknown option: {hint}")
+    return command
+
+
+def _parsed(name: str, argv: list[str], **default: Any) -> tuple[Any, list[str]]:
+    options = {"prog": f"tokenweight {name}", "args": argv, "use_underscores": True, **default}
+    return tyro.cli(COMMANDS[name], return_unknown_args=True, **options)
+
+
+def with_option(message: str, kind: Any) -> str:
+    """A message of the library that begins with a parameter, as in `size 12: …`, with the option `--size` in its place.
+
+    Positional parameters have no option; nor has any other word, such as the name of a folder.
+    """
+    if kind is None:
+        return message
+    hints = typing.get_type_hints(kind, include_extras=True)
+    options = [field.name for field in dataclasses.fields(kind) if "Positional" not in repr(hints[field.name])]
+    options += ["config"] * issubclass(kind, TrainSettings)
+    begins = rf"({'|'.join(options)})(\.\w+)?( ('[^']*'|\S+))?( cannot be read)?: "
+    return f"--{message}" if re.match(begins, message) else message
+
+
+def _without_bars_of_others() -> None:
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    if type(command) is TrainSettings:
-        train.train(command)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{command.out}: the trained model, run.json and metrics.jsonl")
-    else:
-        command.run()
 
 
 def _overview() -> str:
@@ -99,56 +143,3 @@ def _versions() -> str:
 
     lines = {"tokenweight": "", **versions(), "device": device_name()}
     return "\n".join(f"{name} {value}" for name, value in lines.items())
-
-
-def _parse(name: str, argv: list[str], default: Any = tyro.MISSING) -> Any:
-    """The command's dataclass, or None after its help was printed. What tyro prints of an error becomes one line."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            extra = {} if default is tyro.MISSING else {"default": default}
-            return tyro.cli(COMMANDS[name], prog=f"tokenweight {name}", args=argv, use_underscores=True, **extra)
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise ValueError(_one_line(re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()))) from None
-
-
-def _one_line(box: str) -> str:
-    """What tyro says of an error, without its title, its frame, and the help of options, which it indents by nine."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰", "│" + 9 * " "))]
-    return re.sub(" ─+ ", "; ", " ".join(lines))
-
-
-def _parse_recipe(name: str, argv: list[str]) -> TrainSettings | None:
-    """A recipe, overridden by options, of which `--trainer.NAME` are fields of TrainingArguments, `--extend.NAME`
-    arguments of `extend_context`."""
-    argv, recipes = _take(argv, "--config")
-    settings = train.read_recipe(recipes["--config"]) if recipes else {}
-    for group in ("trainer", "extend"):
-        argv, taken = _take(argv, f"--{group}.")
-        named = {option.removeprefix(f"--{group}."): value for option, value in taken.items()}
-        settings[group] = {**settings.get(group, {}), **named}
-    kind = COMMANDS[name]
-    required = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(kind)
-        if field.default is field.default_factory is dataclasses.MISSING
-    }
-    return _parse(name, argv, kind(**{**required, **settings}))
-
-
-def _take(argv: list[str], prefix: str) -> tuple[list[str], dict[str, str]]:
-    """Remove options that begin with `prefix`, `--name value` or `--name=value`, and return what is left, and them."""
-    left, taken = [], {}
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name == prefix or (prefix.endswith(".") and name.startswith(prefix))):
-            left.append(word)
-            continue
-        found = value if equals else next(words, None)
-        if found is None:
-            raise ValueError(f"{name}: expected a value")
-        taken[name] = found
-    return left, taken

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data import checksum, load_rows, row_lengths, rows_fingerprint, token_range
+from tokenweight.data import Contents, checksum, load_rows, read_contents, row_lengths, scan_contents, verify
 from tokenweight.evaluate.compare import Entry, Measure, compare
 from tokenweight.evaluate.losses import Rows, find_key_tokens, measure_model, open_weights
 from tokenweight.evaluate.probe_scoring import generation_budget
@@ -30,7 +29,7 @@ from tokenweight.models import (
     load_model,
     tokenizer_fingerprint,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
 
 _WEIGHTS = "token_weights.npy"
 
@@ -74,20 +73,15 @@ def evaluate(
     """
     task = _checked(settings)
     total = task.rows.num_tokens * len(task.loaded)
-    unfinished = settings.out.with_name(f".{settings.out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
+    with new_folder(settings.out) as folder:
         if task.earlier:
-            shutil.copyfile(Path(str(settings.baseline)) / _WEIGHTS, unfinished / _WEIGHTS)
-        record = _record(task, settings, unfinished / _WEIGHTS, lambda done: progress(done, total))
-        write_json(unfinished / "eval.json", record)
+            shutil.copyfile(Path(str(settings.baseline)) / _WEIGHTS, folder / _WEIGHTS)
+        record = _record(task, settings, folder / _WEIGHTS, lambda done: progress(done, total))
+        write_json(folder / "eval.json", record)
         table = read_table(record)
         grid = grid_markdown([(model["model"], model.get("probe_grid", [])) for model in record["models"]])
-        (unfinished / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
-        (unfinished / "table.csv").write_text(csv_text(table), encoding="utf-8")
-        unfinished.rename(settings.out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (folder / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
+        (folder / "table.csv").write_text(csv_text(table), encoding="utf-8")
     return record
 
 
@@ -163,7 +157,7 @@ def _checked(settings: EvalSettings) -> _Task:
     for name in task.loaded:
         _check_model(name, settings, plan, task.rows)
     _check_probes(settings, plan, task.rows)
-    comparable = {**asdict(plan), **_fingerprints(task.rows)}
+    comparable = {**asdict(plan), **_fingerprints(settings, task.rows)}
     if earlier and (found := differences(earlier["settings"], comparable)):
         raise ValueError(f"--baseline {settings.baseline}: was evaluated otherwise ({found})")
     return task._replace(comparable=comparable)
@@ -175,6 +169,7 @@ def _open_rows(settings: EvalSettings) -> Rows:
         if settings.num_rows < 1:
             raise ValueError(f"--num_rows {settings.num_rows}: expected at least 1")
         data = data.select(range(min(settings.num_rows, len(data))))
+    verify(settings.data, range(len(data)))
     lengths = row_lengths(data)
     if not lengths.all():
         raise ValueError(f"{settings.data}: row {int(np.argmin(lengths))} is empty")
@@ -215,7 +210,7 @@ def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTok
 def _check_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> None:
     """Raise a ValueError if a model cannot read rows or probes: seen from its config, without its weights."""
     config = load_model(name, dtype=plan.dtype, device_map="meta").config
-    check_tokens(config, *token_range(rows.data), settings.data)
+    check_tokens(config, *_contents(settings, rows).token_range, settings.data)
     positions = context_length(config)
     for what, length in (
         ("--data: rows", plan.length),
@@ -257,10 +252,14 @@ def _check_probes(settings: EvalSettings, plan: Plan, rows: Rows) -> None:
             raise ValueError(f"--probe_lengths: {error}; or --probes none") from None
 
 
-def _fingerprints(rows: Rows) -> dict[str, Any]:
+def _contents(settings: EvalSettings, rows: Rows) -> Contents:
+    return read_contents(settings.data) if settings.num_rows is None else scan_contents(rows.data)
+
+
+def _fingerprints(settings: EvalSettings, rows: Rows) -> dict[str, Any]:
     """What else must be equal: tokens, positions and labels of the rows, their documents, and the tokenizer."""
     return {
-        "rows_fingerprint": rows_fingerprint(rows.data),
+        "rows_fingerprint": _contents(settings, rows).fingerprint,
         "documents_fingerprint": hashlib.sha256(json.dumps(rows.documents).encode()).hexdigest()[:16],
         "tokenizer_fingerprint": None if rows.tokenizer is None else tokenizer_fingerprint(rows.tokenizer),
     }

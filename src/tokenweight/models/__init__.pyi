@@ -1,4 +1,6 @@
 from .bind import WeightedLossOutput as WeightedLossOutput
+from .bind import pack_bits as pack_bits
+from .bind import unpack_bits as unpack_bits
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts

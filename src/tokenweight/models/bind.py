@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
@@ -121,6 +122,16 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def pack_bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The bits of float32 values as int32: DeepSpeed and FSDP2 cast float columns of a batch to 16 bits."""
+    return values.to(torch.float32).view(torch.int32)
+
+
+def unpack_bits(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The inverse of `pack_bits`; values that are not integers of 32 bits are returned as they are."""
+    return values.view(torch.float32) if values.dtype == torch.int32 else values
+
+
 def _check_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
     """TRL puts a forward of its own over the bound one, and asks it for a loss without weights."""
     if named.get("fused_lm_head"):
@@ -150,8 +161,7 @@ def _forward(
                 "unset both to use a weighted loss"
             )
         return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    if short_nll is not None and short_nll.dtype == torch.int32:
-        short_nll = short_nll.view(torch.float32)  # as `training.collate` sends it past engines that cast floats
+    short_nll = None if short_nll is None else unpack_bits(short_nll)
     share = None
     if bound.context is not None:
         share = sequence_shard(position_ids, bound.context)
@@ -218,12 +228,13 @@ def _check(
         if short_nll.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
-                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use tokenweight.train.collate"
+                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use "
+                "tokenweight.train.DataCollatorWithScores"
             )
         check_finite({"short_nll": short_nll}, prediction_mask(labels))
     elif bound.weighting.uses_short and bound.scorer is None:
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "
             "model and it has no scorer: a collator, packing or remove_unused_columns dropped the column, or the data "
-            "was never scored. Use tokenweight.train.collate, or bind the model with a Scorer"
+            "was never scored. Use tokenweight.train.DataCollatorWithScores, or bind the model with a Scorer"
         )

@@ -1,11 +1,13 @@
 from .checkpoints import last_whole as last_whole
-from .collator import collate as collate
+from .collator import DataCollatorWithScores as DataCollatorWithScores
 from .engines import prepare_engine as prepare_engine
 from .run import train as train
+from .settings import Run as Run
 from .settings import TrainSettings as TrainSettings
 from .settings import check_known as check_known
 from .settings import extension_arguments as extension_arguments
 from .settings import read_recipe as read_recipe
+from .settings import resolve as resolve
 from .settings import training_arguments as training_arguments
 from .statistics import WeightStatistics as WeightStatistics
 from .trainer import WeightedTrainer as WeightedTrainer

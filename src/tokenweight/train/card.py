@@ -1,4 +1,4 @@
-"""The model card (README.md) of a trained folder: what its records say, and nothing else."""
+"""The training section of the model card (README.md): what the records of the run say, and nothing else."""
 
 import logging
 import os
@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, TrainingArguments
 
-from tokenweight.models import describe_rope, load_model
-from tokenweight.records import _cell, _edit, _with_section, read_json, read_metrics, read_provenance
-from tokenweight.train.settings import TrainSettings
+from tokenweight.records import _cell, _edit, _with_section, read_json, read_metrics
 
 logger = logging.getLogger(__name__)
 TAGS = ("tokenweight", "long-context")
@@ -24,7 +21,7 @@ FORMULAS = {
     "npmi": "w = 1 / keep for the share `keep` of tokens with the largest max(long - short - log(shift), 0), else 0",
 }
 """Of each weighting, in `long` and `short`: the losses of a token with the long and with the short context."""
-_TRAINER = {
+TRAINER_FIELDS = {
     "optim": "optimizer",
     "learning_rate": "learning rate",
     "adam_beta1": "beta 1",
@@ -42,45 +39,7 @@ _TRAINER = {
     "seed": "seed",
     "data_seed": "seed of the order of rows",
 }
-
-
-def run_facts(
-    model: PreTrainedModel,
-    arguments: TrainingArguments,
-    settings: TrainSettings,
-    provenance: dict[str, Any],
-    sizes: list[int],
-) -> dict[str, Any]:
-    """What `run.json` says beyond settings, provenance and environment.
-
-    Args:
-        model: as it is trained.
-        provenance: of the rows; where they are scored, what `prepare` noted is looked up beside the rows themselves.
-        sizes: tokens of each row.
-    """
-    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
-    if (prepared.get("rows"), prepared.get("tokens")) != (len(sizes), sum(sizes)):
-        prepared = {}  # other rows by now
-    noted = ("texts", "hub", "subset", "split", "seed", "documents")
-    before = load_model(settings.model, device_map="meta").config if settings.extend else model.config
-    return {
-        "rows": {"num": len(sizes), "tokens": sum(sizes), "shortest": min(sizes), "longest": max(sizes)},
-        "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
-        "rope": {"before": _rope(before), "after": _rope(model.config)},
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
-        "arguments": {key: value for key in _TRAINER if (value := _plain(getattr(arguments, key))) is not None},
-    }
-
-
-def _rope(config: Any) -> str | None:
-    try:
-        return describe_rope(config)
-    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
-        return None
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)  # of an enumeration
+"""The fields of TrainingArguments that `run.json` keeps and the card shows, with what the card calls them."""
 
 
 def write_card(folder: str | os.PathLike[str]) -> bool:
@@ -119,7 +78,9 @@ def _last_metrics(folder: Path) -> dict[str, Any]:
 def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
     settings, rows, rope = run["settings"], run.get("rows", {}), run.get("rope", {})
     arguments = run.get("arguments", {})
-    given = [f"{label} {arguments[key]}" for key, label in _TRAINER.items() if arguments.get(key) not in (None, False)]
+    given = [
+        f"{label} {arguments[key]}" for key, label in TRAINER_FIELDS.items() if arguments.get(key) not in (None, False)
+    ]
     lines = {
         "Base model": f"`{settings['model']}`",
         "Context": _context(rope),
@@ -161,11 +122,8 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
     if settings["weighting"] == "uniform":
         return None
     stored, name = settings["scorer"] == "stored", settings["scorer"]
-    said = data if stored else settings
-    size, stride = said.get("size"), said.get("stride")
-    if isinstance(size, list):  # scores of several contexts are there: one was chosen
-        strides = dict(zip(size, stride or ()))
-        size, stride = settings["size"], strides.get(settings["size"])
+    context = data.get("context", {}) if stored else settings
+    size, stride = context.get("size"), context.get("stride")
     who = f"`{data.get('model') if stored else name}`, frozen"
     if name == "self" or (stored and not data.get("model")):
         who = "the model itself, as it is trained" if name == "self" else "stored"

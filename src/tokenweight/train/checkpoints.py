@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from tokenweight.records import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -62,14 +64,19 @@ def last_whole_named(out: Path) -> str:
     return "no checkpoint yet" if found is None else f"the last whole checkpoint is {found}"
 
 
-def find_checkpoint(out: Path, given: str | None) -> Path | None:
-    """The checkpoint that `trainer.resume_from_checkpoint` means: a folder, or the latest whole one for "true".
+def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
+    """The checkpoint to resume from: the folder `trainer.resume_from_checkpoint`, or the latest whole one for "true".
 
-    Those that are later and not whole are warned of.
+    Later checkpoints that are not whole are logged as warnings.
 
     Raises:
-        ValueError: if there is none, or the one that was named is not whole.
+        ValueError: if there is no such checkpoint, it is not whole, or the run would write into the folder of another.
     """
+    given = arguments.resume_from_checkpoint
+    if arguments.process_index == 0 and out.exists() and any(out.iterdir()):
+        own = given is not None and (given.lower() == "true" or Path(given).resolve().parent == out.resolve())
+        if not own:
+            raise ValueError(f"out {out}: exists; name a new folder, or set trainer.resume_from_checkpoint to resume")
     if given is None:
         return None
     if given.lower() != "true":

@@ -1,17 +1,21 @@
-"""A `transformers.Trainer` for long runs: it tells what weights do, stops at what is not finite, saves whole
-checkpoints."""
+"""What a run writes about itself: `run.json`, `metrics.jsonl`, and what became of both when it was resumed."""
 
 import contextlib
+import dataclasses
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenweight.records import append_line, differences, read_json, write_json
+from tokenweight.data import Contents
+from tokenweight.method import ShortContext
+from tokenweight.models import describe_rope
+from tokenweight.records import append_line, differences, environment, read_json, read_provenance, replaced, write_json
+from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
+from tokenweight.train.settings import Run
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +68,55 @@ def _take_back(path: Path, state: TrainerState) -> None:
             line = json.loads(text)
             if "train_runtime" in line and line["step"] <= state.global_step and line not in lines:
                 lines.append(line)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
-    os.replace(unfinished, path)
+    with replaced(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
+
+
+def describe(
+    run: Run,
+    provenance: dict[str, Any],
+    contents: Contents,
+    context: ShortContext | None,
+    before: PreTrainedConfig,
+    config: PreTrainedConfig,
+) -> dict[str, Any]:
+    """The content of `run.json`, of a run that begins.
+
+    Args:
+        run: the resolved settings.
+        provenance: of the data. Of scored data, what `prepare` noted is looked up in the folder that was scored.
+        contents: of the data.
+        context: the windows of the scorer, if there is one.
+        before, config: of the model, before and after the extension of its context.
+    """
+    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
+    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
+        prepared = {}  # the folder holds other sequences by now
+    noted = ("texts", "hub", "subset", "split", "seed", "documents")
+    windows = {} if context is None else dataclasses.asdict(context)
+    fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
+    return {
+        "settings": {**dataclasses.asdict(run.settings), "weighting": str(run.weighting), **windows},
+        "data": provenance,
+        **environment(),
+        "rows": {
+            "num": contents.rows,
+            "tokens": contents.tokens,
+            "shortest": contents.shortest,
+            "longest": contents.longest,
+        },
+        "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
+        "rope": {"before": _rope(before), "after": _rope(config)},
+        "rope_parameters": getattr(config, "rope_parameters", None),
+        "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
+    }
+
+
+def _rope(config: PreTrainedConfig) -> str | None:
+    try:
+        return describe_rope(config)
+    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
+        return None
 
 
 def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:

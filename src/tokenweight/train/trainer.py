@@ -1,6 +1,7 @@
-"""A `transformers.Trainer` for long runs: it tells what weights do, stops at what is not finite, saves whole
-checkpoints."""
+"""A `transformers.Trainer` for long runs: it logs statistics of the weights, stops at what is not finite, and saves
+whole checkpoints."""
 
+import contextlib
 import logging
 import math
 import shutil
@@ -13,30 +14,45 @@ from torch import Tensor
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
-from tokenweight.models import any_process, context_mesh
+from tokenweight.models import any_process, context_mesh, with_weighted_loss
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
-from tokenweight.train.engines import save_whole
+from tokenweight.train.engines import prepare_engine, save_whole
+from tokenweight.train.records import FinishedRun
 from tokenweight.train.statistics import WeightStatistics
 
 logger = logging.getLogger(__name__)
 
 
 class WeightedTrainer(Trainer):
-    """Trains a model that `with_weighted_loss` has bound, on rows of a `datasets.Dataset`.
+    """Trains a model that `with_weighted_loss` has bound, on the sequences of a `datasets.Dataset`.
+
+    Statistics of the weights are logged beside the loss. Sharded backends are prepared (`prepare_engine`), and where
+    the tokens of a sequence are split over processes (context parallelism), weights are computed over whole sequences.
 
     Args:
-        size: of the short context, for `WeightStatistics`.
+        args, kwargs: as for `transformers.Trainer`.
+        size: tokens of the short context, for `first_window_share` of `WeightStatistics`; None leaves that out.
 
     Raises:
-        ValueError: when a loss, a gradient norm or a weight of the model is not finite: with the step, the row if one
+        ValueError: when a loss, a gradient norm or a weight of the model is not finite, with the step, the row if one
             is to blame, and the last whole checkpoint.
         OSError: when a checkpoint or the trained model cannot be written.
+
+    Example:
+        >>> model = with_weighted_loss(model, Sparse(keep=0.2))  # doctest: +SKIP
+        >>> trainer = WeightedTrainer(
+        ...     model, arguments, train_dataset=rows, data_collator=DataCollatorWithScores(), size=1024
+        ... )  # doctest: +SKIP
+        >>> trainer.fit()  # doctest: +SKIP
     """
 
-    def __init__(self, *args: Any, size: int | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ranks = context_mesh(self.accelerator)
+        prepare_engine(self)
+        if (ranks := context_mesh(self.accelerator)) is not None:
+            bound = self.model._token_weighting
+            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks)
         self.statistics = WeightStatistics(self.model, size=size, copies=1 if ranks is None else ranks.size())
         self.out = Path(self.args.output_dir)
         self.add_callback(self.statistics)
@@ -64,6 +80,15 @@ class WeightedTrainer(Trainer):
             named = name_row(self.train_dataset, tokens, labels, error.position)
             told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
             raise self._stop(told, self.state.global_step + 1) from error
+
+    def fit(self, checkpoint: Path | None = None) -> None:
+        """Train, from a checkpoint if one is given, and write the trained model into the folder of the run."""
+        try:
+            with contextlib.suppress(FinishedRun):
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.save_trained()
+        finally:
+            self.statistics.remove()
 
     def save_trained(self) -> None:
         """Write the trained model, an ordinary one of transformers, into the folder of the run."""

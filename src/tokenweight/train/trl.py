@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from tokenweight.train.collator import collate
+from tokenweight.train.collator import DataCollatorWithScores
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL with which rows, scores and loss stay as they are."""
@@ -17,8 +17,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
     """An `SFTTrainer` whose loss is that of the model, which `with_weighted_loss` has bound.
 
     SFTTrainer computes its own loss, past the model's forward, and knows no columns but tokens and labels. Here loss
-    and evaluation are those of `transformers.Trainer`, and batches those of `tokenweight.train.collate`; data,
-    PEFT, checkpoints and callbacks are TRL's. TRL's metrics `entropy`, `mean_token_accuracy` and `num_tokens` are not
+    and evaluation are those of `transformers.Trainer`, and batches those of `DataCollatorWithScores`; data, PEFT,
+    checkpoints and callbacks are TRL's. TRL's metrics `entropy`, `mean_token_accuracy` and `num_tokens` are not
     logged: they come from the pass that is not made.
 
     Source: `SFTTrainer.compute_loss`, `_set_signature_columns_if_needed` and `add_fused_lm_head` of trl 1.16.0.
@@ -39,7 +39,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             ValueError: if the model is not bound, or a setting would change the rows, the scores or the loss.
         """
         if "data_collator" in given:
-            raise ValueError("data_collator: expected none: batches are made by tokenweight.train.collate")
+            raise ValueError("data_collator: expected none: batches are made by DataCollatorWithScores")
         for name, expected in _EXPECTED.items():
             found = getattr(args, name, "nothing")
             if found != expected and (found or expected):  # eval_packing may be False
@@ -84,7 +84,7 @@ def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             "the rows were packed by TRL (seq_lengths), which drops scores: expected rows of `tokenweight prepare "
             "--short pack`, whose position_ids keep documents apart"
         )
-    return collate(rows)
+    return DataCollatorWithScores()(rows)
 
 
 def _base(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """Do token weights make a model better, and at what price? One model trained under several weightings, and compared.
 
-    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
-    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
+    python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
+    python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
 
 Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
 uniform weights. Called again with the same settings and folder, it goes on where it stopped. The question, the measures
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 import yaml
+from table import mean, tabulate
 
-from evidence_table import mean, tabulate
 from tokenweight.cli.demo import INSTALL, packaged_model
 from tokenweight.data import Document, find_sources, load_rows, prepare_rows, read_documents, score_folder
 from tokenweight.evaluate import EvalSettings, evaluate

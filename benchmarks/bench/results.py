@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results.csv"
+RESULTS = Path(__file__).resolve().parents[1] / "results.csv"
 
 
 class Results:

@@ -1,6 +1,6 @@
-"""The results of `evidence.py`: every arm beside uniform weights and beside no training, and what each cost.
+"""The results of `run.py`: every arm beside uniform weights and beside no training, and what each cost.
 
-python benchmarks/evidence_table.py runs/evidence-small/results.json      the summary that docs/evidence.md shows
+python benchmarks/evidence/table.py runs/evidence-small/results.json      the summary that docs/evidence.md shows
 """
 
 import json

@@ -1,17 +1,17 @@
 """The table that README shows, and those of docs/evidence.md, made from results.csv.
 
-`python benchmarks/table.py` rewrites them between their markers.
+`make tables` rewrites them between their markers.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from results import Results, by_length
+from bench.results import Results, by_length
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs/evidence.md"
-BEGIN, END = "<!-- begin: python benchmarks/table.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
 

@@ -1,0 +1,67 @@
+"""The command `train`, and what it shares with `plan`: options from a recipe, and options of the trainer."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from tokenweight import train
+from tokenweight.train import TrainSettings
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(TrainSettings):
+    """Train a model with token-weighted losses.
+
+    Settings come from `--config FILE`, a recipe (YAML) or the run.json of an earlier run; options override them. To
+    extend the context of the model, set `--extend.length N` (docs/context-extension.md). Any field of
+    transformers.TrainingArguments can be set as `--trainer.NAME VALUE`; docs/training.md lists those whose default
+    differs from that of transformers.
+    """
+
+    def run(self) -> None:
+        """Train, and say where the model is."""
+        train.train(self)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.out}: the trained model, run.json and metrics.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    config: Path | None = None
+
+
+def read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--config FILE` out of the words of a command line, and read the settings of that recipe."""
+    given, rest = tyro.cli(_Config, args=argv, return_unknown_args=True, add_help=False, use_underscores=True)
+    return rest, {} if given.config is None else train.read_recipe(given.config)
+
+
+def with_groups(command: Settings, recipe: dict[str, Any], words: list[str]) -> tuple[Settings, list[str]]:
+    """A command with its groups of options, `--trainer.NAME VALUE` and `--extend.NAME VALUE`, over those of a recipe.
+
+    Returns:
+        The command, and the words that belong to neither group.
+
+    Raises:
+        ValueError: for an option without a value.
+    """
+    groups: dict[str, Any] = {name: dict(recipe.get(name, {})) for name in ("trainer", "extend")}
+    left = []
+    while words:
+        option, *words = words
+        name, equals, value = option.partition("=")
+        group, dot, field = name.removeprefix("--").partition(".")
+        if not (option.startswith("--") and dot and group in groups):
+            left.append(option)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"{name}: expected a value, as in {name} true")
+            value, *words = words
+        groups[group][field] = value
+    return dataclasses.replace(command, **groups), left
