@@ -175,9 +175,9 @@ def precision_table(results: Results) -> list[str]:
     of_losses = ("mean error of a short loss", "its 99th percentile", "mean error / mean |long - short|")
     mean, largest, share = (results.value("precision", "scorer", metric) for metric in of_losses)
     lines = [
-        f"A scorer in bfloat16 compared with one in float32 ({results.settings('precision')}): its short losses are off "
-        f"by {mean:.3f} nats on average, {share:.2f} of the mean absolute difference of long and short losses, and by "
-        f"{largest:.2f} at the 99th percentile. The effect on weights:",
+        f"A scorer in bfloat16 compared with one in float32 ({results.settings('precision')}): its short losses are "
+        f"off by {mean:.3f} nats on average, {share:.2f} of the mean absolute difference of long and short losses, and "
+        f"by {largest:.2f} at the 99th percentile. The effect on weights:",
         "",
         f"| bfloat16 in | {' | '.join(weights.values())} |",
         "|" + "---|" * (len(weights) + 1),
@@ -213,7 +213,7 @@ def summary(results: Results) -> list[str]:
         add(f"loss, {kind} weights", "full logits", *found)
     for name, shown in (("frozen dense", "precomputed, dense"), ("self-scored dense", "self-scored, dense")):
         time, floor = (results.value("training", name, f"{of} / uniform", step) for of in ("time", "arithmetic"))
-        add(f"training step, {shown}", f"uniform weights (FLOP estimate: {floor:.2f}×)", time)
+        add(f"training step, {shown}", f"uniform weights (FLOP estimate: {floor:.2f}x)", time)
     for kind in ("dense", "sparse"):
         metrics = (f"{metric} / as published" for metric in ("time", "peak memory over model and gradients"))
         found = (results.value("reference", f"{kind}, tokenweight", metric) for metric in metrics)

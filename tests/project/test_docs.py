@@ -1,4 +1,4 @@
-"""The Python of the method page runs as it stands there, on a tiny model with windows that fit it; links lead somewhere."""
+"""The Python of the method page runs as it stands there, on a tiny model; links lead somewhere, in the site too."""
 
 import re
 import runpy

@@ -18,7 +18,7 @@ class Export:
     out: Path
     """New folder."""
     format: Literal["hf", "trl", "llamafactory", "ms-swift", "tinker"] = "hf"
-    """Whose; docs/export.md says what each one reads."""
+    """Whose; docs/data.md says what each one reads."""
     weighting: str = "dense"
     """As in `train`."""
     size: int | None = None

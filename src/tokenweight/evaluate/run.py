@@ -65,7 +65,7 @@ def evaluate(
         progress: called after each batch of rows with its number of tokens, and that of all rows and models.
 
     Returns:
-        What is in `eval.json`; docs/evaluation.md describes it.
+        What is in `eval.json`; docs/evaluate.md describes it.
 
     Raises:
         ValueError: in one line, before work starts, if settings, rows, models, tokenizers or the earlier evaluation do
@@ -219,7 +219,7 @@ def _check_model(name: str, settings: EvalSettings, plan: Plan, rows: Rows) -> N
         if positions is not None and length > positions:
             raise ValueError(
                 f"{what} of {length} tokens: {name} has {positions} positions; extend its context first "
-                "(docs/context-extension.md)"
+                "(docs/models.md)"
             )
     for size in [*plan.sizes, plan.long_context[0]]:
         check_stale_windows(config, size)

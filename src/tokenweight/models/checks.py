@@ -67,7 +67,7 @@ def check_length(config: Any, length: int, what: str) -> None:
     if positions is not None and length > positions:
         raise ValueError(
             f"{what} of {length} tokens: the model has {positions} positions. Extend its context first "
-            "(docs/context-extension.md)"
+            "(docs/models.md)"
         )
 
 

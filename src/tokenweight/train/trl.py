@@ -43,7 +43,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         for name, expected in _EXPECTED.items():
             found = getattr(args, name, "nothing")
             if found != expected and (found or expected):  # eval_packing may be False
-                raise ValueError(f"SFTConfig: {name} is {found!r}: expected {expected!r} (docs/trl.md)")
+                raise ValueError(f"SFTConfig: {name} is {found!r}: expected {expected!r} (docs/train.md)")
         if getattr(_base(model), "_token_weighting", None) is None:
             raise ValueError(
                 f"model: a {type(model).__name__} without a weighted loss: expected what with_weighted_loss returns"
