@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --quick    seconds, on a tiny model: says nothing
 
 The native measures of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
-read each row once with its whole context, and in windows for each short context. `forward passes` are the decoder's
-passes over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
+read each sequence once with its whole context, and in windows for each short context. `forward passes` are those of the
+decoder over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
 
 LongPPL: the function `compute_longppl` of the package `longppl` 0.3.0, with one model as evaluator and evaluated,
 beside ours with the same windows on the same text. The values must agree to 1e-3, or the benchmark stops.
@@ -30,14 +30,14 @@ from bench.models import model_and_row
 from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext
 from tokenweight.data import key_tokens
-from tokenweight.evaluate import EvalSettings, Plan, Rows, make_plan, open_weights, row_measures, row_sums
+from tokenweight.evaluate import EvalPlan, EvalSettings, Rows, make_plan, open_weights, row_measures, row_sums
 from tokenweight.method import prediction_mask, sliding_windows
 
 OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
 
-def inputs(plan: Plan, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the native measures read of a row: the row, and for each context the windows beyond the first."""
+def inputs(plan: EvalPlan, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """All that the native measures read of a sequence: itself, and for each context the windows beyond the first."""
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
     for size, stride in contexts:
@@ -50,7 +50,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
     name, model, tokens = model_and_row(length, quick=quick)
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
     plan = make_plan(EvalSettings(name, Path("rows"), Path("out"), probes="none"), length)
-    rows = Rows(data, np.array([length]), None, None, 32768)
+    rows = Rows(data, np.array([length]))
     weights = open_weights(Path(tempfile.mkdtemp()) / "weights.npy", length)
     read = inputs(plan, tokens)
 

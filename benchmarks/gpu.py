@@ -1,7 +1,7 @@
-"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest row.
+"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest sequence.
 
     python benchmarks/gpu.py                 one GPU of 80 GB; --shapes, --lengths and --steps choose a part
-    python benchmarks/gpu.py --longest       the longest row that fits
+    python benchmarks/gpu.py --longest       the longest sequence that fits
     python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
 
 Without a GPU it has been run by its tests; on one, and with liger-kernel or cut-cross-entropy, never. The models have
@@ -44,7 +44,7 @@ SHAPES = {
     "tiny": (32, 64, 2, 4, 2, 256),
 }
 GPUS = {"H100 80GB HBM3": "H100", "A100": "A100", "RTX 4090": "4090"}
-"""What stands in the name of a device: the key of its peak. Other H100s than SXM have a lower one."""
+"""Part of the device name -> key of its peak. H100s other than SXM have a lower one."""
 OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 
 
@@ -87,7 +87,7 @@ OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
 
 
 class Steps:
-    """A model of a shape, and the steps on rows of any length."""
+    """A model of a shape, and the steps on sequences of any length."""
 
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -102,7 +102,7 @@ class Steps:
         self.set_length(longest)
 
     def set_length(self, length: int) -> None:
-        """Another row, and windows that read a quarter of it."""
+        """Another sequence, and windows that read a quarter of it."""
         self.context = ShortContext(length // 4, 3 * length // 16)
         self.tokens = torch.randint(self.model.config.vocab_size, (1, length), device=self.model.device)
         self.short_nll = 10 * torch.rand(1, length, device=self.model.device)
@@ -125,7 +125,7 @@ class Steps:
             run_step(self.model, self.tokens, self.short_nll if STEPS[name].reads_stored else None, autocast=False)
 
     def peak_bytes(self, name: str) -> int | None:
-        """Of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
+        """Peak of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
         try:
             self.prepare(name)
             if torch.cuda.is_available():
@@ -143,7 +143,7 @@ class Steps:
 
 
 def peak_flops() -> float | None:
-    """Of the GPU, by its name; None if it is not known."""
+    """Peak FLOP/s of the GPU, by its name; None if it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((PEAK_FLOPS[key] for known, key in GPUS.items() if known in name), None)
 

@@ -1,19 +1,20 @@
-"""Time and memory per token of a training step, forward and backward, as rows get longer.
+"""Time and memory per token of a training step, forward and backward, as sequences get longer.
 
     python benchmarks/growth.py                              some 12 minutes on two cores
-    python benchmarks/growth.py --quick                      half a minute, on a short row: says nothing
+    python benchmarks/growth.py --quick                      half a minute, on a short sequence: says nothing
     python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
 
-A random model, so small that rows of 32k tokens are read on a CPU. What grows with the row is attention, whose share is
+A random model, so small that a CPU reads 32k tokens. What grows with the length is attention, whose share is
 larger the smaller the model: only the lines of one model can be compared. The windows keep their size, so that scoring
 costs the same per token at every length. The steps, and what a frozen scorer costs (nothing here), are those of
 `training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with gradients,
-in a process of its own where the C library gives back at once what is freed, divided by the tokens of the row.
+in a process of its own where the C library gives back at once what is freed, divided by the tokens of the sequence.
 """
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -28,6 +29,8 @@ from training import STEPS, UNIFORM, run_step
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
 Sizes = dict[str, int]
+Lines = dict[str, list[tuple[int, float]]]
+"""Kind of step -> (tokens of a sequence, value)."""
 
 
 class Steps:
@@ -50,7 +53,7 @@ class Steps:
 
 
 def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:
-    """Bytes. A step on a short row goes first: it loads code, and makes the gradients."""
+    """Bytes. A step on a short sequence goes first: it loads code, and makes the gradients."""
     steps = Steps(sizes, length, context)
     row, scores = steps.tokens, steps.short_nll
     steps.tokens, steps.short_nll = row[:, : context.size + 8], scores[:, : context.size + 8]
@@ -82,24 +85,19 @@ def report_length(
         report.add(**setting, metric=MEMORY, unit="KiB", values=[peak / 1024 / length])
 
 
-def draw_figure(results: Path, path: Path) -> None:
-    """Draw time and memory per token of all steps by the length of a sequence: `path`.svg and `path`.png."""
+def growth_figure(times: Lines, memory: Lines) -> Any:
+    """A figure of matplotlib: time per token, of which equal distances are equal ratios, and memory per token."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from tokenweight.view import write_figure
-
-    times, memory = (by_length(Results(results), metric) for metric in (TIME, MEMORY))
-    if not times:
-        raise SystemExit(f"{results} holds no rows of growth: run benchmarks/growth.py first")
-    lengths = sorted({length for points in times.values() for length in points})
+    lengths = sorted({length for points in times.values() for length, _ in points})
     figure = Figure(figsize=(7, 6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, height_ratios=[5, 3])
-    lines = zip(("-", "--", "-.", ":"), ("#1f5a92", "#f59132", "#333333", "#69a8de"))
-    looks = {kind: {"linestyle": line, "color": color} for kind, (line, color) in zip(times, lines)}
+    styles = zip(("-", "--", "-.", ":"), ("#1f5a92", "#f59132", "#333333", "#69a8de"))
+    looks = {kind: {"linestyle": line, "color": color} for kind, (line, color) in zip(times, styles)}
     for panel, found in zip(panels, (times, memory)):
         for kind, points in found.items():
-            panel.plot(*zip(*points.items()), marker="o", markersize=3, label=kind, **looks[kind])
+            panel.plot(*zip(*points), marker="o", markersize=3, label=kind, **looks[kind])
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(xscale="log", yscale="log", ylabel="µs per token", title="Time and memory of a training step")
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -109,7 +107,17 @@ def draw_figure(results: Path, path: Path) -> None:
     panels[1].set(ylabel="KiB per token", xlabel="tokens of a sequence (k: 1,024 tokens)", ylim=(0, None))
     panels[1].set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
     panels[1].minorticks_off()
-    write_figure(figure, path)
+    return figure
+
+
+def draw_figure(results: Path, path: Path) -> None:
+    """Draw what the table of results holds: `path`.svg and `path`.png."""
+    from tokenweight.view import write_figure
+
+    found = [by_length(Results(results), metric) for metric in (TIME, MEMORY)]
+    if not all(found):
+        raise SystemExit(f"{results} holds no results of growth: run benchmarks/growth.py first")
+    write_figure(growth_figure(*({kind: [*points.items()] for kind, points in one.items()} for one in found)), path)
 
 
 @dataclass

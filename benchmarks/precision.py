@@ -1,4 +1,4 @@
-"""What a scorer in bfloat16 does to scores and weights, beside one in float32.
+"""Error of scores and weights when the scorer is in bfloat16, compared with float32.
 
     python benchmarks/precision.py            some minutes on two cores, 2 GiB of memory
     python benchmarks/precision.py --quick    seconds, on a tiny model: says nothing
@@ -6,9 +6,9 @@
 A frozen scorer needs no gradients, and many a device reads windows faster in 16 bits. The price is rounding, and a
 score is a small difference of two losses. Weights and decoder are rounded; products with the head are summed in
 float32. "scorer" leaves the long losses in float32, as of a model that is trained in it; "scorer, and model" rounds
-both, which changes weights only. Each value is of one row, in errors of losses without the first window, whose tokens
-have one context; p50, p20 and p80 are over rows. No time is measured: a CPU without instructions for bfloat16 would say
-nothing of a GPU.
+both, which changes weights only. Each value is of one sequence, in errors of losses without the first window, whose
+tokens have one context; p50, p20 and p80 are over sequences. No time is measured: a CPU without instructions for
+bfloat16 would say nothing of a GPU.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ WEIGHTINGS = {"dense": "dense:interpolation=0.75", "longce": "longce:cap=5", "sp
 
 
 class Losses(NamedTuple):
-    """Of the same rows, `[rows, length]`."""
+    """Losses of the same sequences, `[batch, length]`."""
 
     long: torch.Tensor
     short: torch.Tensor
 
 
 def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each row."""
+    """(metric, unit) -> value of each sequence."""
     error = (rounded.short - exact.short).abs()[:, size:]
     contrast = (exact.long - exact.short).abs()[:, size:]
     return {
@@ -43,7 +43,7 @@ def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], t
 
 
 def changes(rounded: Losses, exact: Losses) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each row. The first token of a row has no weight."""
+    """(metric, unit) -> value of each sequence, whose first token has no weight."""
     mask, found = torch.ones_like(exact.long, dtype=torch.bool), {}
     mask[:, 0] = False
     for name, text in WEIGHTINGS.items():

@@ -4,12 +4,12 @@
     python benchmarks/reference.py --quick    half a minute, on a tiny model: says nothing
 
 "as published" does what the published code of the paper (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to
-do in a step of one row, in code of our own:
+do in a step of one sequence, in code of our own:
 
-    - Logits of all words for all tokens, in the long and in each short pass, and a contiguous copy of them; then the
-      cross-entropy of the transposed copy.
+    - Logits of the whole vocabulary for all tokens, in the long and in each short pass, and a contiguous copy of them;
+      then the cross-entropy of the transposed copy.
     - Windows one after the other, and logits for the whole window, although only the last `stride` tokens are scored.
-    - In each short pass also the entropy of every prediction, over all words, which nobody reads.
+    - In each short pass also the entropy of every prediction, over the vocabulary, which nobody reads.
     - A stable sort of all scores, where only the largest are wanted; gradients for tokens of weight 0 like for others.
 
 Left out is what costs nothing on a CPU (making the host wait for the device) and what is not the step's (logging). At
@@ -17,10 +17,11 @@ the first token after the first window the published code puts the long loss in 
 here the short one stays, as in tokenweight, so that weights and loss of both are the same: a test holds them to it.
 
 "uniform, transformers" is what one has without weights, `model(labels=...).loss`. "decoder alone" is what every
-self-scored step holds: states of the row and of the windows, and the backward pass from a sum of the former; no logits.
-All recompute activations in the backward pass, as the published configuration does, unless --no-checkpointing is given;
-none keeps keys and values. Memory is what the peak of a step adds to a model with gradients, each in a process of its
-own: resident memory, and resident memory where the C library gives back at once what is freed.
+self-scored step holds: hidden states of the sequence and of the windows, and the backward pass from a sum of the
+former; no logits. All recompute activations in the backward pass, as the published configuration does, unless
+--no-checkpointing is given; none keeps keys and values. Memory is what the peak of a step adds to a model with
+gradients, each in a process of its own: resident memory, and resident memory where the C library gives back at once
+what is freed.
 """
 
 import functools
@@ -70,7 +71,7 @@ def published_short_nll(
 
 
 def published_weights(kind: str, scores: torch.Tensor) -> torch.Tensor:
-    """Of mean 1 over each row of scores; for "sparse", enough of them have to be above 0."""
+    """Weights of mean 1 over each sequence; for "sparse", enough scores have to be above 0."""
     num_tokens = scores.shape[1]
     if kind == "dense":
         interpolation = WEIGHTINGS["dense"].interpolation
@@ -122,7 +123,7 @@ def run_step(model: Any, tokens: torch.Tensor, context: ShortContext, name: str)
 
 
 def training_model(length: int, *, checkpointing: bool, quick: bool) -> tuple[str, Any, torch.Tensor]:
-    """Name, model, and a row."""
+    """Name, model, and a sequence."""
     name, model, tokens = model_and_row(length, quick=quick)
     model.train()
     if checkpointing:

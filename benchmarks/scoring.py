@@ -3,11 +3,12 @@
     python benchmarks/scoring.py            about 10 minutes on two cores
     python benchmarks/scoring.py --quick    seconds, on a tiny model: says nothing
 
-The scorer of a frozen model reads every window of a row, the first one too. Counted are the tokens that the windows
-read, overlaps included, whether they are scored or not. Two baselines run `model(tokens).logits` without gradient:
+A scorer that is another model reads every window of a sequence, the first one too. Counted are the tokens that the
+windows read, overlaps included, whether they are scored or not. Two baselines run `model(tokens).logits` without
+gradient:
 
     forward of the windows    the very same tokens in the same batches: decoder and full logits, no loss
-    forward of the row        the row at its full length, once: what scoring costs beside the long context
+    forward of the row        the sequence at its full length, once: what scoring costs beside the long context
 """
 
 import tempfile
@@ -35,7 +36,7 @@ ROW = "forward of the row"
 
 
 def window_batch(tokens: torch.Tensor, context: ShortContext) -> torch.Tensor:
-    """What the scorer reads of a row, as one batch; all windows must be full."""
+    """All windows that the scorer reads of a sequence, as one batch; they must be full."""
     spans = [
         (0, context.size),
         *((w.start, w.stop) for w in sliding_windows(tokens.shape[1], context.size, context.stride)),

@@ -30,7 +30,7 @@ def functions(paths: list[Path]) -> Iterator[tuple[str, int]]:
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{path.name}:{node.name}", (node.end_lineno or 0) - node.lineno + 1
+                yield f"{path.name}:{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def packages(source: Path, tests: Path) -> list[tuple[str, int, int, int]]:

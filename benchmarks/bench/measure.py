@@ -51,7 +51,7 @@ def _finish_on_gpu() -> None:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any, keep_freed: bool = True) -> Any:
-    """What `function`, at the top level of a module, returns in a process of its own.
+    """Run `function`, which is at the top level of a module, in a process of its own, and return its result.
 
     Unless `keep_freed`, the C library (glibc) gives what is freed back to the system at once instead of keeping it for
     the next tensor: resident memory is then what is held. Every tensor then takes fresh pages, so it is slower.

@@ -11,7 +11,7 @@ from tokenweight.data import Document
 
 
 def plain_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What transformers computes from tokens as labels, whether the model is bound to a weighted loss or not."""
+    """The loss that transformers computes from tokens as labels, whether a weighted loss is bound or not."""
     return type(model).forward(model, input_ids=tokens, labels=tokens, use_cache=False).loss
 
 

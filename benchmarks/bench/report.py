@@ -1,4 +1,4 @@
-"""What the benchmarks share: their settings, and the table of results with the conditions of each number."""
+"""The settings that benchmarks share, and the table of results with the conditions of each number."""
 
 import csv
 import shlex

@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.results import Results, by_length
 
 ROOT = Path(__file__).resolve().parents[2]
+LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
 README, DOCS = ROOT / "README.md", ROOT / "docs/evidence.md"
 BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
@@ -18,7 +19,7 @@ LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float
 def loss_table(results: Results) -> list[str]:
     memory = "peak memory over inputs and gradients"
     lines = [
-        "Weighted loss, forward and backward, 4,096 tokens, vocabulary 128,256, hidden size 512, fp32:",
+        f"Weighted loss, forward and backward ({LOSS_SIZES}):",
         "",
         "| | time / full logits | time / its 3 matrix products | peak memory / full logits |",
         "|---|---|---|---|",
@@ -39,9 +40,9 @@ def training_table(results: Results) -> list[str]:
     lines = []
     for x in results.all_settings("training"):
         lines += [
-            f"Training step, forward and backward ({x}), as ratios to the uniform step:",
+            f"Training step, forward and backward ({x}), relative to the uniform step:",
             "",
-            "| | measured | FLOP estimate | measured / FLOP estimate |",
+            "| | time | FLOP estimate | time / FLOP estimate |",
             "|---|---|---|---|",
         ]
         for name in results.implementations("training", x):
@@ -86,7 +87,9 @@ def corpus_table(results: Results) -> list[str]:
         )
         for name in ("prepare_rows", "score_rows")
     }
-    sizes = (results.value("corpus", kind, "per million tokens") for kind in ("rows", "scored", "scored --long"))
+    sizes = (
+        f"{results.value('corpus', kind, 'per million tokens'):.1f}" for kind in ("rows", "scored", "scored --long")
+    )
     return [
         f"From texts to scores (scoring: {results.settings('scoring')}):",
         "",
@@ -95,9 +98,9 @@ def corpus_table(results: Results) -> list[str]:
         f"| preparing: tokens per second / `datasets.map` with the same tokenizer | {prepare:.2f} |",
         f"| scoring: tokens read per second / plain forward pass over the same windows, with logits | {scorer:.2f} |",
         f"| the same, written to disk | {stored:.2f} |",
-        f"| memory for a corpus / ten times as large: preparing, GiB | {memory['prepare_rows']} |",
-        f"| memory for a corpus / ten times as large: scoring with a tiny model, GiB | {memory['score_rows']} |",
-        f"| a million tokens as rows / scored / with long losses, MB | {' / '.join(f'{size:.1f}' for size in sizes)} |",
+        f"| peak memory, a corpus / one ten times as large: preparing, GiB | {memory['prepare_rows']} |",
+        f"| the same: scoring with a tiny model, GiB | {memory['score_rows']} |",
+        f"| MB of a million tokens, prepared / scored / with long losses | {' / '.join(sizes)} |",
     ]
 
 
@@ -117,7 +120,7 @@ def evaluations(results: Results) -> Iterator[tuple[str, str, str, float]]:
 
 
 def evaluation_table(results: Results) -> list[str]:
-    lines = ["Evaluation, in time:", "", "| | setting | |", "|---|---|---|"]
+    lines = ["Evaluation time:", "", "| measured / baseline | setting | ratio |", "|---|---|---|"]
     return lines + [f"| {what} / {beside} | {x} | {value:.2f} |" for what, beside, x, value in evaluations(results)]
 
 
@@ -129,7 +132,7 @@ def reference_table(results: Results) -> list[str]:
     lines = []
     for x in results.all_settings("reference"):
         lines += [
-            f"A self-scored training step, forward and backward ({x}), compared with the way it was published:",
+            f"A self-scored training step, forward and backward ({x}), beside the way it was published:",
             "",
             f"| | {' | '.join(columns.values())} |",
             "|" + "---|" * (len(columns) + 1),
@@ -152,10 +155,11 @@ def growth_table(results: Results) -> list[str]:
     )
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
+    model = re.sub(r"(\d+) wide, (\d+) words", r"hidden size \1, vocabulary \2", model)
     lines = [
         f"A training step as sequences get longer ({model}):",
         "",
-        f"| tokens | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
+        f"| sequence length | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
         "uniform, KiB per token | self-scored dense, KiB per token |",
         "|" + "---|" * (len(others) + 4),
     ]
@@ -170,14 +174,14 @@ def precision_table(results: Results) -> list[str]:
     weights = {
         "mean change of a weight, dense": "mean change of a weight, dense .75",
         "mean change of a weight, longce": "LongCE 5",
-        "tokens of sparse that stay": "fraction of tokens kept by sparse .2 that stay",
+        "tokens of sparse that stay": "tokens kept by sparse .2 that stay",
     }
     of_losses = ("mean error of a short loss", "its 99th percentile", "mean error / mean |long - short|")
     mean, largest, share = (results.value("precision", "scorer", metric) for metric in of_losses)
     lines = [
-        f"A scorer in bfloat16 compared with one in float32 ({results.settings('precision')}): its short losses are "
-        f"off by {mean:.3f} nats on average, {share:.2f} of the mean absolute difference of long and short losses, and "
-        f"by {largest:.2f} at the 99th percentile. The effect on weights:",
+        f"A scorer in bfloat16 beside one in float32 ({results.settings('precision')}): its short losses are off by "
+        f"{mean:.3f} nats in the mean, {share:.2f} of the mean absolute difference of long and short losses, and by "
+        f"{largest:.2f} at the 99th percentile. What that does to weights:",
         "",
         f"| bfloat16 in | {' | '.join(weights.values())} |",
         "|" + "---|" * (len(weights) + 1),
@@ -190,15 +194,14 @@ def precision_table(results: Results) -> list[str]:
 
 def startup_table(results: Results) -> list[str]:
     found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in results.implementations("startup"))
-    return [f"Seconds from a command to its help, in a fresh process: {', '.join(found)}."]
+    return [f"Seconds until help is printed, in a fresh process: {', '.join(found)}."]
 
 
 def summary(results: Results) -> list[str]:
-    """One table for README: each measurement as a ratio to its baseline."""
+    """One table for README: each measurement relative to its baseline."""
     step, whole = results.all_settings("training")[0], results.settings("reference")
     lines = [
-        f"Loss: 4,096 tokens, vocabulary 128,256, hidden size 512, fp32. Training step: {step}. Whole step: {whole}. "
-        f"Scoring: {results.settings('scoring')}.",
+        f"Loss: {LOSS_SIZES}. Training step: {step}. Whole step: {whole}. Scoring: {results.settings('scoring')}.",
         "",
         "| | baseline | time | peak memory |",
         "|---|---|---|---|",
@@ -226,7 +229,7 @@ def summary(results: Results) -> list[str]:
 
 
 def tables(results: Results) -> list[str]:
-    """The tables of every benchmark that has rows, one after the other."""
+    """The tables of all benchmarks that have results."""
     makers = {
         "loss": loss_table,
         "training": training_table,
@@ -243,14 +246,12 @@ def tables(results: Results) -> list[str]:
 
 
 def conditions(results: Results) -> list[str]:
-    spread = (
-        "Medians of a few rounds on a shared machine: a difference of a tenth may be noise (the file has p20 and p80)."
-    )
+    spread = "Medians of a few rounds on a shared machine; a tenth may be noise (results.csv has p20 and p80)."
     return [spread, *results.conditions({key[0] for key in results.rows})]
 
 
 def pages() -> dict[Path, str]:
-    """What stands between the markers of each page, in Markdown."""
+    """The Markdown between the markers of each page."""
     results = Results()
     return {
         README: "\n".join([*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results))]),

@@ -157,6 +157,7 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     assert len(weights["ours"].unique()) > 1
 
 
+@pytest.mark.slow
 def test_uniform_losses_of_others_have_the_gradients_of_ours():
     gpu = load("gpu")
     steps = gpu.Steps("tiny", 64, torch.device("cpu"))

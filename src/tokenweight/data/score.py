@@ -85,17 +85,16 @@ def score_folder(
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
     rows, made, contents = load_rows(folder), read_provenance(folder), read_contents(folder)
-    lengths, size = row_lengths(rows), max(context.size for context in contexts)
-    if not lengths.all():
-        raise ValueError(f"{folder}: row {int(np.argmin(lengths))} is empty")
-    longest = int(lengths.max())
+    longest, size = contents.longest or 0, max(context.size for context in contexts)
+    if not contents.shortest:
+        raise ValueError(f"{folder}: row {int(np.argmin(row_lengths(rows)))} is empty")
     ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype, revision=revision)
     check_tokens(model.config, *contents.token_range, folder)
     check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
-    check_stale_rows(model.config, lengths.tolist() if with_long else [])
+    check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
     bos = None if tokenizer is None else tokenizer.bos_token_id
     provenance = {
         **identity(model, model_name),
