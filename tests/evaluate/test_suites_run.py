@@ -102,7 +102,7 @@ def test_requests_that_do_not_fit_are_refused_before_the_model_runs(tokenizer, t
     preflight(model, tokenizer, options)
     for settings in ({"max_gen_toks": 100}, {"max_gen_toks": None, "max_new_tokens": 100}):
         task = local_generation(tmp_path, **settings)
-        with pytest.raises(ValueError, match=r"^local_generation generates up to 100 tokens: max_length=100 "):
+        with pytest.raises(ValueError, match=r"^local_generation: 5 of 5 .* \(100 of them .* max_length=100$"):
             preflight(model, tokenizer, SuiteOptions([task], max_length=100))
 
 

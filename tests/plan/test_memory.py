@@ -125,7 +125,7 @@ def test_the_phase_that_holds_most_is_found():
     fixed = Fixed(weights=100, optimizer=200, before=5, after=60)
     assert peak(fixed, held, scoring=False) == Peak("backward", 100, 15, 200, 60, 0, 0)
     assert peak(fixed, held._replace(loss=31), scoring=False) == Peak("loss", 100, 5, 200, 40, 31, 0)
-    assert peak(fixed, held._replace(scoring=31), scoring=True) == Peak("scoring", 100, 5, 200, 40, 0, 31)
+    assert peak(fixed, held._replace(scoring=71), scoring=True) == Peak("scoring", 100, 5, 200, 0, 0, 71)
     assert peak(fixed._replace(after=76), held, scoring=True) == Peak("update", 100, 76, 200, 0, 0, 0)
     assert peak(fixed, held, scoring=True).total == 375
 

@@ -154,8 +154,7 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> lis
     if not suites or (sized and not lengths):
         raise ValueError(f"suites={suites}, lengths={lengths}: expected at least one of each")
     parts: list[tuple[int | None, Tasks]] = []
-    if sized:
-        parts += load_sized(sized, lengths, tokenizer, options.seed)
+    parts += load_sized(sized, lengths, tokenizer, options.seed) if sized else []
     if others:
         with one_line(others), contextlib.redirect_stdout(io.StringIO()):
             manager = _manager([name for name in others if isinstance(name, str)])
@@ -209,7 +208,7 @@ def count_requests(lm: Any, parts: list[tuple[int | None, Tasks]], options: Suit
         for name, task in tasks.items():
             task.build_all_requests(limit=options.limit)
             budgets, needs = zip(*(_needed(lm, request) for request in task.instances))
-            cut = sum(need > lm.max_length for need in needs)
+            cut = sum(max(need, budget + 1) > lm.max_length for need, budget in zip(needs, budgets))
             fits.append(Fit(name, length, len(needs), cut, max(needs), max(budgets)))
     return fits
 
@@ -218,8 +217,6 @@ def _check_fit(fits: list[Fit], max_length: int) -> list[Fit]:
     """Raise a ValueError if a request of a task would be cut."""
     for fit in fits:
         name = fit.task if fit.length is None else f"{fit.task} at length {fit.length}"
-        if fit.budget >= max_length:
-            raise ValueError(f"{name} generates up to {fit.budget} tokens: max_length={max_length} leaves no room")
         if fit.num_truncated:
             raise ValueError(
                 f"{name}: {fit.num_truncated} of {fit.num_requests} requests would be cut, the longest needs "

@@ -80,10 +80,26 @@ def check_tokens(config: Any, smallest: int, largest: int, folder: str | os.Path
         )
 
 
+class UnknownToken(ValueError):
+    """A token id that a model's vocabulary does not have, by its place in the batch."""
+
+    def __init__(self, token: int, row: int, position: int, known: int) -> None:
+        super().__init__(token, row, position, known)
+        self.token, self.row, self.position, self.known = token, row, position, known
+
+    def __str__(self) -> str:
+        return (
+            f"token {self.token} of row {self.row}, position {self.position} is not in the vocabulary of the scoring "
+            f"model ({self.known} tokens): expected a scorer with the tokenizer of the sequences"
+        )
+
+
 @contextlib.contextmanager
 def numbered_from(first: int) -> Iterator[None]:
-    """Number the rows of whatever is not finite inside from `first` on, that of the first row of the batch."""
+    """Number the rows in errors about a loss or a token from `first` on, the number of the first row of the batch."""
     try:
         yield
     except NonFinite as error:
         raise NonFinite(error.name, first + error.row, error.position, error.value) from None
+    except UnknownToken as error:
+        raise UnknownToken(error.token, first + error.row, error.position, error.known) from None

@@ -98,7 +98,7 @@ def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
         Peak("update", weights, after, optimizer, 0, 0, 0),
     ]
     if scoring:
-        phases.append(Peak("scoring", weights, before, optimizer, held.kept, 0, held.scoring))
+        phases.append(Peak("scoring", weights, before, optimizer, 0, 0, held.scoring))
     return max(phases, key=lambda phase: phase.total)
 
 

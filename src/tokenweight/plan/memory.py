@@ -24,9 +24,9 @@ class Held(NamedTuple):
 
     forward: float
     kept: float
-    """Activations that the forward pass keeps for the backward pass: held when scoring and loss begin."""
+    """Activations that the forward pass keeps for the backward pass: held when the loss begins."""
     scoring: float
-    """Beyond `kept`."""
+    """Before the forward pass, by a model that scores itself."""
     loss: float
     """Beyond `kept`."""
     backward: float
@@ -135,11 +135,11 @@ def hold(
             live.beside = done
             with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 parts, capped = parts_of(model), getattr(config, "final_logit_softcapping", None) is not None
-                states = parts.states(tokens).flatten(0, 1)
-                forward, before = live.restart(), live.live
                 if context is not None:
                     _score(model, batch, length, context)
-                scoring = live.restart() - before
+                scoring = live.restart()
+                states = parts.states(tokens).flatten(0, 1)
+                forward, before = live.restart(), live.live
                 loss = _Loss.apply(states, parts.head.weight, parts.head.bias, batch * (length - 1), capped)
             held = live.restart() - before
             del states
