@@ -18,7 +18,7 @@ class Export:
     out: Path
     """New folder for the weights."""
     format: Literal["hf", "trl", "llamafactory", "ms-swift", "tinker"] = "hf"
-    """Trainer to write for; see docs/export.md."""
+    """Trainer to write for; see docs/data.md."""
     weighting: str = "dense"
     """Weighting, as in `train`."""
     size: int | None = None

@@ -225,7 +225,8 @@ def score_text(
         model_name: gives tokenizer and losses.
         number: of the row, from 0.
         length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
-        size, stride: of the short context; by default a quarter of the row, and three quarters of that.
+        size: of the short context; by default a quarter of the row.
+        stride: of the short context; by default three quarters of its size.
 
     Raises:
         ValueError: if there is no such row, or no token of it would have a shorter context.
