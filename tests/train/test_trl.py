@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from distributed import some_rows
@@ -12,10 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 import models
 from texts import EXCERPT, trained_tokenizer
-from tokenweight import Dense, Scorer, ShortContext, Sparse, Uniform, with_weighted_loss
-from tokenweight.data import score_folder
+from tokenweight import Scorer, ShortContext, Uniform, parse_weighting, with_weighted_loss
+from tokenweight.data import load_rows, load_scores, score_folder
 from tokenweight.train import DataCollatorWithScores
-from tokenweight.train.trl import TokenWeightedSFTTrainer
+from tokenweight.train.trl import TokenWeightedSFTConfig, TokenWeightedSFTTrainer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 BLOCKS = [part for part in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "SFTTrainer(" in part]
@@ -24,7 +25,7 @@ SETTINGS = {
     "learning_rate": 1e-2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "logging_steps": 1,
+    "logging_steps": 1.0,
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,
@@ -39,17 +40,18 @@ def quiet(monkeypatch):
     monkeypatch.setenv("CI", "1")
 
 
-def bound(weighting, *, scored=True):
+def sft(out, rows, weighting="dense", *, model=None, given=None, **settings):
+    """Our trainer of a tiny model, with a weighting and a scorer named in its arguments."""
+    arguments = TokenWeightedSFTConfig(str(out), weighting=weighting, **{**SETTINGS, **settings})
+    model = models.tiny("gpt2") if model is None else model
+    tokenizer = {"processing_class": trained_tokenizer()}
+    return TokenWeightedSFTTrainer(model, arguments, train_dataset=rows, **{**tokenizer, **(given or {})})
+
+
+def plain(out, rows, weighting="dense", *, scored=True):
+    """The stock Trainer of the same model, bound by hand."""
     model = models.tiny("gpt2")
-    return with_weighted_loss(model, weighting, None if scored else Scorer(model, ShortContext(8, 5)))
-
-
-def sft(out, model, rows, *, kind=TokenWeightedSFTTrainer, given=None, **settings):
-    arguments = SFTConfig(str(out), **{**SETTINGS, "max_length": None, **settings})
-    return kind(model, arguments, train_dataset=rows, processing_class=trained_tokenizer(), **(given or {}))
-
-
-def plain(out, model, rows):
+    with_weighted_loss(model, parse_weighting(weighting), None if scored else Scorer(model, ShortContext(8, 5)))
     arguments = TrainingArguments(str(out), **SETTINGS)
     return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithScores())
 
@@ -67,24 +69,76 @@ def assert_same(trainer, other):
         torch.testing.assert_close(weight, other.model.state_dict()[name], **SAME_WEIGHTS)
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-@pytest.mark.parametrize(("weighting", "scored"), [(Dense(), False), (Sparse(), True)])
-def test_training_is_that_of_the_plain_trainer(weighting, scored, prepared, tmp_path):
+SELF = {"scorer": "self", "size": 8, "stride": 5}
+
+
+@pytest.mark.parametrize("kwargs", [{"skip_prepare_dataset": False}, {}, None])
+@pytest.mark.parametrize(("weighting", "scored"), [("dense", False), ("sparse", True)])
+def test_training_is_that_of_the_plain_trainer(weighting, scored, kwargs, tmp_path):
     rows = some_rows(scored=scored).add_column("document", list("abcdefgh"))
-    kwargs = {"skip_prepare_dataset": prepared}
-    trainer = sft(tmp_path, bound(weighting, scored=scored), rows, dataset_kwargs=kwargs)
-    assert_same(trainer, plain(tmp_path, bound(weighting, scored=scored), rows))
+    trainer = sft(tmp_path, rows, weighting, dataset_kwargs=kwargs, **({} if scored else SELF))
+    assert_same(trainer, plain(tmp_path, rows, weighting, scored=scored))
 
 
 def test_packed_documents_stay_apart_as_in_the_plain_trainer(tmp_path):
     rows = packed(some_rows((17, 9, 21, 30, 12)), [1, 0], [2], [3], [1, 2, 4])
-    assert_same(sft(tmp_path, bound(Uniform()), rows), plain(tmp_path, bound(Uniform()), rows))
+    assert_same(sft(tmp_path, rows, "uniform"), plain(tmp_path, rows, "uniform"))
+
+
+def test_a_model_given_by_name_trains_with_its_own_tokenizer(place):
+    rows, _ = load_scores("scored")
+    arguments = TokenWeightedSFTConfig("run", weighting="sparse:keep=0.5", **SETTINGS)
+    trainer = TokenWeightedSFTTrainer(model="MODEL", args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 3
+    assert trainer.processing_class.get_vocab() == trained_tokenizer().get_vocab()
+
+
+def test_another_model_scores_as_it_did_when_its_scores_were_stored(place):
+    """Its weights are never trained, whereas the model that is trained scores otherwise after the first step."""
+    some_rows((40,) * 6, scored=False).save_to_disk("even")  # where padding would be, windows lie otherwise
+    score_folder("even", "MODEL", [ShortContext(8, 5)], "even-scored")
+    runs = {}
+    for scorer in ("stored", "MODEL", "self"):
+        rows = load_rows("even") if scorer != "stored" else load_scores("even-scored")[0]
+        windows = {} if scorer == "stored" else {"size": 8, "stride": 5}
+        arguments = TokenWeightedSFTConfig("run", scorer=scorer, **windows, **SETTINGS)
+        trainer = TokenWeightedSFTTrainer("MODEL", arguments, rows)
+        trainer.train()
+        runs[scorer] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert runs["MODEL"] == pytest.approx(runs["stored"], rel=1e-5)  # float32, in other batches
+    assert runs["self"][0] == pytest.approx(runs["stored"][0], rel=1e-5)
+    assert abs(runs["self"][-1] / runs["stored"][-1] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_an_adapter_is_trained_with_the_weighted_loss_and_the_model_is_not(wrapped, tmp_path):
+    rows, model = some_rows(), models.tiny("llama", dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    given = {"model": peft.get_peft_model(model, config)} if wrapped else {"model": model}
+    trainer = sft(tmp_path, rows, "sparse", **given, given={} if wrapped else {"peft_config": config})
+    expected = with_weighted_loss(models.tiny("llama", dtype=torch.float32), parse_weighting("sparse"))
+    trainer.train()
+    batches = [DataCollatorWithScores()(rows.select(range(8)).to_list())]
+    assert trainer.state.log_history[0]["loss"] > 0
+    adapter = {name: value for name, value in trainer.model.named_parameters() if "lora_B" in name}
+    assert adapter
+    assert all(value.abs().max() > 0 for value in adapter.values())
+    after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with trainer.model.disable_adapter():
+        found = trainer.model.eval()(**batches[0])
+    torch.testing.assert_close(found.weights, expected(**batches[0]).weights, rtol=1e-4, atol=1e-5)
 
 
 def test_each_batch_passes_through_the_model_once(tmp_path):
-    model, passes = bound(Sparse()), []
+    model, passes = models.tiny("gpt2"), []
+    trainer = sft(tmp_path, some_rows(), "sparse", model=model, gradient_checkpointing=False)
     model.base_model.register_forward_hook(lambda module, arguments, output: passes.append(module.training))
-    sft(tmp_path, model, some_rows(), gradient_checkpointing=False).train()
+    trainer.train()
     assert passes == [True] * 6  # 3 steps of 2 batches
 
 
@@ -92,7 +146,7 @@ def test_evaluation_is_that_of_the_plain_trainer(tmp_path):
     rows = some_rows()
     seen = {}
     for kind in (sft, plain):
-        trainer = kind(tmp_path, bound(Sparse()), rows)
+        trainer = kind(tmp_path, rows, "sparse")
         trainer.compute_metrics = lambda found, kind=kind: seen.update({kind: found.predictions[0]}) or {}
         seen[kind, "loss"] = trainer.evaluate(rows)["eval_loss"]
     assert seen[sft, "loss"] == seen[plain, "loss"]
@@ -100,59 +154,66 @@ def test_evaluation_is_that_of_the_plain_trainer(tmp_path):
     assert (seen[sft] == seen[plain]).all()  # the weights
 
 
-def test_a_column_that_is_not_there_is_an_error(tmp_path):
-    trainer = sft(tmp_path, bound(Sparse()), some_rows(scored=False))
-    with pytest.raises(ValueError, match="no short_nll column reached"):
-        trainer.train()
+def test_a_column_of_scores_that_is_missing_or_would_not_be_used_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset: found no column short_nll"):
+        sft(tmp_path, some_rows(scored=False), "sparse")
+    with pytest.raises(ValueError, match="scorer 'self': the data set has a column short_nll"):
+        sft(tmp_path, some_rows(), "sparse", **SELF)
+    sft(tmp_path, some_rows(scored=False), "uniform")
 
 
 def test_rows_that_trl_packed_are_refused(tmp_path):
     lengths = [[40], [4, 5], [25], [33], [40], [17], [5], [28]]
-    trainer = sft(tmp_path, bound(Uniform()), some_rows(scored=False).add_column("seq_lengths", lengths))
+    trainer = sft(tmp_path, some_rows(scored=False).add_column("seq_lengths", lengths), "uniform")
     with pytest.raises(ValueError, match=r"packed by TRL \(seq_lengths\), which drops scores"):
         trainer.train()
 
 
-def test_masks_that_nobody_makes_labels_of_are_refused(tmp_path):
+def test_masks_become_labels_unless_preparation_is_skipped(tmp_path):
     rows = some_rows()
-    masked = rows.add_column("completion_mask", [[1] * len(row) for row in rows["input_ids"]])
-    given = masked if "labels" not in masked.column_names else masked.remove_columns("labels")
+    masked = rows.add_column("completion_mask", [[0, 0, *([1] * (len(row) - 2))] for row in rows["input_ids"]])
+    trainer = sft(tmp_path, masked, "sparse", completion_only_loss=True)
+    assert trainer.train_dataset[0]["labels"][:2] == [-100, -100]
     with pytest.raises(ValueError, match="the rows have completion_mask but no labels, and skip_prepare_dataset"):
-        sft(tmp_path, bound(Sparse()), given, dataset_kwargs={"skip_prepare_dataset": True})
+        sft(tmp_path, masked, "sparse", dataset_kwargs={"skip_prepare_dataset": True})
 
 
-def test_a_collator_of_ones_own_is_refused(tmp_path, unchecked):
+def test_a_collator_of_ones_own_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data_collator: expected none"):
-        sft(tmp_path, bound(Sparse()), some_rows(), given={"data_collator": lambda rows: rows})
+        sft(tmp_path, some_rows(), given={"data_collator": lambda rows: rows})
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"packing": True, "max_length": 64}, "max_length is 64: expected None"),
-        ({"packing": True}, "packing is True: expected False"),
-        ({"packing": True, "packing_strategy": "wrapped"}, "packing is True: expected False"),
-        ({"eval_packing": True}, "eval_packing is True: expected None"),
-        ({"padding_free": True}, "padding_free is True: expected False"),
-        ({"max_length": 1024}, "max_length is 1024: expected None"),
-        ({"loss_type": "dft"}, "loss_type is 'dft': expected 'nll'"),
+        ({"packing": True, "max_length": 64}, "max_length 64: expected None"),
+        ({"packing": True}, "packing True: expected False"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing True: expected False"),
+        ({"eval_packing": True}, "eval_packing True: expected None"),
+        ({"padding_free": True}, "padding_free True: expected False"),
+        ({"max_length": 1024}, "max_length 1024: expected None"),
+        ({"loss_type": "dft"}, "loss_type 'dft': expected 'nll'"),
+        ({"weighting": "dens"}, "unknown weighting 'dens'"),
+        ({"scorer": "self"}, "size: expected the tokens of the short context"),
+        ({"size": 8}, "size 8, stride None: expected neither"),
     ],
 )
 def test_settings_that_change_rows_scores_or_loss_are_refused(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        sft(tmp_path, bound(Sparse()), some_rows(), **settings)
+        TokenWeightedSFTConfig(str(tmp_path), **{**SETTINGS, **settings})
 
 
-def test_arguments_of_the_plain_trainer_are_refused(unchecked, tmp_path):
-    with pytest.raises(ValueError, match="loss_type is 'nothing': expected 'nll'"):
-        TokenWeightedSFTTrainer(bound(Sparse()), TrainingArguments(str(tmp_path)), train_dataset=some_rows())
+def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):
+    for arguments in (TrainingArguments(str(tmp_path), **SETTINGS), SFTConfig(str(tmp_path), **SETTINGS)):
+        with pytest.raises(ValueError, match=f"args: found a {type(arguments).__name__}: expected a TokenWeighted"):
+            TokenWeightedSFTTrainer(models.tiny("gpt2"), arguments, train_dataset=some_rows())
 
 
 @pytest.mark.parametrize("change", [{"settings": {"label_smoothing_factor": 0.1}}, {"compute_loss_func": len}])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_another_loss_is_an_error(change, tmp_path):
-    trainer = sft(tmp_path, bound(Sparse()), some_rows(), given=change, **change.pop("settings", {}))
-    with pytest.raises(ValueError, match="asked for a loss but got no labels"):
+    trainer = sft(tmp_path, some_rows(), given=change, **change.pop("settings", {}))
+    with pytest.raises(ValueError, match=r"labels are missing.*label_smoothing_factor or compute_loss_func"):
         trainer.train()
 
 
@@ -162,33 +223,28 @@ def test_the_loss_of_the_stock_trainer_is_refused(when, tmp_path):
     model = models.tiny("gpt2")
     if when == "before":
         with_weighted_loss(model, Uniform())
-    trainer = sft(tmp_path, model, some_rows(scored=False), kind=SFTTrainer)
+    arguments = SFTConfig(str(tmp_path), **SETTINGS, max_length=None)
+    rows = some_rows(scored=False)
+    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=trained_tokenizer())
     with_weighted_loss(model, Uniform())
-    with pytest.raises(ValueError, match=r"loss of its own \(fused_lm_head\).*TokenWeightedSFTTrainer"):
+    with pytest.raises(ValueError, match=r"fused_lm_head.*TokenWeightedSFTTrainer"):
         trainer.train()
 
 
-def test_a_model_without_weighted_loss_is_refused(unchecked, tmp_path):
-    for model in (models.tiny("gpt2"), "some/name"):
-        with pytest.raises(ValueError, match="without a weighted loss: expected what with_weighted_loss returns"):
-            sft(tmp_path, model, some_rows())
-
-
-def test_a_head_that_was_replaced_is_refused(tmp_path):
-    model = bound(Sparse())
-    model.set_output_embeddings(torch.nn.Linear(16, models.VOCABULARY, bias=False, dtype=torch.float64))
-    with pytest.raises(ValueError, match="the output head was replaced after with_weighted_loss"):
-        sft(tmp_path, model, some_rows())
+def test_a_model_that_is_bound_already_is_refused(tmp_path):
+    """Its weighting would be replaced by that of the arguments."""
+    with pytest.raises(ValueError, match="model: has a weighted loss already"):
+        sft(tmp_path, some_rows(), model=with_weighted_loss(models.tiny("gpt2"), Uniform()))
 
 
 def test_a_loss_of_the_router_is_refused(tmp_path):
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     config = AutoConfig.for_model("mixtral", num_local_experts=2, **{name: models.COMMON[name] for name in names})
     config.num_key_value_heads = 2
-    model = with_weighted_loss(AutoModelForCausalLM.from_config(config), Uniform())
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.001, a loss that is not added"):
-        sft(tmp_path, model, some_rows(scored=False))
-    sft(tmp_path, model, some_rows(scored=False), router_aux_loss_coef=0.0)
+    rows = some_rows(scored=False)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef 0\.001: the loss of the router is not added"):
+        sft(tmp_path, rows, "uniform", model=AutoModelForCausalLM.from_config(config))
+    sft(tmp_path, rows, "uniform", model=AutoModelForCausalLM.from_config(config), router_aux_loss_coef=0.0)
 
 
 @pytest.fixture
@@ -209,8 +265,8 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_examples_train(block, place):
     assert len(BLOCKS) == 2
-    small = {"ShortContext(8192, 6144)": "ShortContext(8, 5)", "max_length=None": "max_length=None, use_cpu=True"}
-    for there, here in {**small, "max_steps=240": "max_steps=2, logging_steps=1"}.items():
+    small = "max_steps=2, logging_steps=1.0, use_cpu=True, bf16=False"
+    for there, here in {"size=8192": "size=8, stride=5", "max_steps=240": small}.items():
         block = block.replace(there, here)
     found = {}
     exec(block, found)

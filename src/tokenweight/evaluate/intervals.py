@@ -96,10 +96,8 @@ def paired_difference(
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
     """
     if len(model.total) != len(baseline.total):
-        raise ValueError(
-            f"the model has sums of {len(model.total)} documents, the baseline of {len(baseline.total)}: "
-            "expected the same documents"
-        )
+        found = f"the model has sums of {len(model.total)} documents, the baseline of {len(baseline.total)}"
+        raise ValueError(f"{found}: expected the same documents")
     if not 0 < level < 1 or num_resamples * (1 - level) < 2:
         expected = "level between 0 and 1, num_resamples of at least 2 / (1 - level)"
         raise ValueError(f"level={level}, num_resamples={num_resamples}: expected {expected}")

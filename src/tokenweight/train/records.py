@@ -27,8 +27,8 @@ class FinishedRun(Exception):
 class Records(TrainerCallback):
     """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
 
-    def __init__(self, run: dict[str, Any]) -> None:
-        self.run = run
+    def __init__(self, run: dict[str, Any], checkpoint: Path | None = None) -> None:
+        self.run, self.checkpoint = run, checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,7 +38,7 @@ class Records(TrainerCallback):
         if state.is_world_process_zero:
             out.mkdir(parents=True, exist_ok=True)
             with writing("run.json and metrics.jsonl", out, out):
-                write_json(out / "run.json", self.run)
+                write_json(out / "run.json", _resumed(self.run, out, self.checkpoint))
                 if state.global_step:
                     unmark_after(out, state.global_step)
                     _take_back(out / "metrics.jsonl", state)
@@ -119,7 +119,7 @@ def _rope(config: PreTrainedConfig) -> str | None:
         return None
 
 
-def resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
+def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
     """The record of a run: what was there when it began, and under `resumed` each time that it went on."""
     if checkpoint is None or not (out / "run.json").is_file():
         return run

@@ -24,7 +24,7 @@ from tokenweight.models import (
 from tokenweight.records import read_provenance
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.collator import DataCollatorWithScores
-from tokenweight.train.records import Records, describe, resumed
+from tokenweight.train.records import Records, describe
 from tokenweight.train.settings import Run, TrainSettings, resolve
 from tokenweight.train.trainer import WeightedTrainer
 
@@ -35,6 +35,8 @@ class Data(NamedTuple):
     rows: datasets.Dataset
     provenance: dict[str, Any]
     contents: Contents
+    size: int | None
+    """Tokens of the short context, if its scores are stored and used."""
 
     @property
     def longest(self) -> int:
@@ -81,8 +83,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
             train_dataset=data.rows,
             data_collator=DataCollatorWithScores(),
             processing_class=opened.tokenizer,
-            callbacks=[Records(resumed(record, run.out, checkpoint)), *callbacks],
-            size=_size(run, data, context),
+            callbacks=[Records(record, checkpoint), *callbacks],
+            size=data.size if scorer is None else scorer.context.size,
         )
         trainer.fit(checkpoint)
     finally:
@@ -93,12 +95,13 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
 
 def _open_data(run: Run) -> Data:
     folder = run.settings.data
-    rows, provenance = load_rows(folder), read_provenance(folder)
+    rows, provenance, size = load_rows(folder), read_provenance(folder), None
     if run.reads_scores:
         rows, provenance = choose_scores(rows, folder, size=run.settings.size, stride=run.settings.stride)
+        size = provenance.get("context", {}).get("size", run.settings.size)
     if os.environ.get("RANK", "0") == "0":  # the others would read and compare the same files
         verify(folder)
-    return Data(rows, provenance, read_contents(folder))
+    return Data(rows, provenance, read_contents(folder), size)
 
 
 def check_fit(run: Run, data: Data, context: ShortContext | None, model: Opened, scorer: Opened) -> None:
@@ -127,11 +130,3 @@ def check_fit(run: Run, data: Data, context: ShortContext | None, model: Opened,
         check_tokenizer(scorer.tokenizer, run.settings.scorer, made, folder)
     check_tokens(scorer.model.config, *data.contents.token_range, folder)
     check_length(scorer.model.config, context.size, "size: windows")
-
-
-def _size(run: Run, data: Data, context: ShortContext | None) -> int | None:
-    """Tokens of the short context, where the weights depend on one."""
-    if not run.weighting.uses_short:
-        return None
-    stored = data.provenance.get("context", {}).get("size", run.settings.size)
-    return stored if context is None else context.size

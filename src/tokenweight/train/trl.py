@@ -1,92 +1,193 @@
-"""TRL's SFTTrainer around a model with a weighted loss."""
+"""TRL's SFTTrainer with a token-weighted loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import Trainer
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from tokenweight.method import parse_weighting
+from tokenweight.models import (
+    Scorer,
+    check_tokenizer,
+    find_tokenizer,
+    load_model,
+    tokenizer_fingerprint,
+    with_weighted_loss,
+)
 from tokenweight.train.collator import DataCollatorWithScores
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
-"""Settings of TRL with which rows, scores and loss stay as they are."""
+"""Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
+
+
+@dataclass
+class TokenWeightedSFTConfig(SFTConfig):
+    """Arguments of `TokenWeightedSFTTrainer`: those of TRL's `SFTConfig`, and where the weights come from.
+
+    Sequences are not truncated (`max_length=None`): their scores would not be.
+
+    Raises:
+        ValueError: for settings of TRL that would change sequences, scores or loss, and for settings of the short
+            context that do not fit the scorer.
+
+    Example:
+        >>> TokenWeightedSFTConfig("run", weighting="sparse:keep=0.2", max_steps=240)  # doctest: +SKIP
+        >>> TokenWeightedSFTConfig("run", weighting="dense", scorer="self", size=1024)  # doctest: +SKIP
+    """
+
+    weighting: str = field(
+        default="dense",
+        metadata={
+            "help": "uniform, dense, sparse, longce, ppmi or npmi, with settings as in sparse:keep=0.1; or "
+            "package.module.function."
+        },
+    )
+    scorer: str = field(
+        default="stored",
+        metadata={
+            "help": 'Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), '
+            "or the folder or hub id of a model."
+        },
+    )
+    size: int | None = field(
+        default=None, metadata={"help": 'Tokens of the short context. Needed unless the scorer is "stored".'}
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens scored by each window; by default three quarters of size."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "None: sequences and scores are not truncated."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, expected in _EXPECTED.items():
+            found = getattr(self, name)
+            if found != expected and (found or expected):  # eval_packing may be False
+                raise ValueError(f"{name} {found!r}: expected {expected!r}, which keeps scores with their tokens")
+        uses_short = parse_weighting(self.weighting).uses_short
+        if self.scorer != "stored" and uses_short and self.size is None:
+            raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
+        if self.scorer == "stored" and (self.size, self.stride) != (None, None):
+            raise ValueError(f"size {self.size}, stride {self.stride}: expected neither, as the scores are stored")
 
 
 class TokenWeightedSFTTrainer(SFTTrainer):
-    """An `SFTTrainer` whose loss is that of the model, which `with_weighted_loss` has bound.
+    """An `SFTTrainer` whose loss weights the tokens.
 
-    SFTTrainer computes its own loss, past the model's forward, and knows no columns but tokens and labels. Here loss
-    and evaluation are those of `transformers.Trainer`, and batches those of `DataCollatorWithScores`; data, PEFT,
-    checkpoints and callbacks are TRL's. TRL's metrics `entropy`, `mean_token_accuracy` and `num_tokens` are not
-    logged: they come from the pass that is not made.
+    SFTTrainer computes its own loss, past the model's forward, and drops all columns but tokens and labels. Here loss
+    and evaluation are those of `transformers.Trainer` with a bound model, and batches those of
+    `DataCollatorWithScores`; data, PEFT, checkpoints and callbacks are TRL's. TRL's metrics `entropy`,
+    `mean_token_accuracy` and `num_tokens` are not logged: they come from a pass that is not made.
 
-    Source: `SFTTrainer.compute_loss`, `_set_signature_columns_if_needed` and `add_fused_lm_head` of trl 1.16.0.
+    Example:
+        >>> rows, _ = tokenweight.data.load_scores("scored")  # doctest: +SKIP
+        >>> trainer = TokenWeightedSFTTrainer(
+        ...     model="HuggingFaceTB/SmolLM2-135M",
+        ...     args=TokenWeightedSFTConfig("run", weighting="sparse:keep=0.2"),
+        ...     train_dataset=rows,
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    Source: `SFTTrainer.compute_loss`, `_set_signature_columns_if_needed` and `add_fused_lm_head` of trl 1.16.0. Breaks
+    when a newer TRL computes its loss elsewhere.
     """
 
     compute_loss = Trainer.compute_loss
     prediction_step = Trainer.prediction_step
 
-    def __init__(self, model: nn.Module, args: SFTConfig, **given: Any) -> None:
-        """Make the trainer.
+    def __init__(
+        self, model: str | Any, args: TokenWeightedSFTConfig | None = None, train_dataset: Any = None, **given: Any
+    ) -> None:
+        """Make the trainer, and bind the model.
 
         Args:
-            model: bound by `with_weighted_loss`; of a PEFT model, the base model is.
-            args: with `max_length=None` and without packing.
-            given: as of SFTTrainer, but for `data_collator`.
+            model: a name, a causal language model, or a PEFT model around one.
+            args: weighting, scorer, and settings of TRL.
+            train_dataset: as for SFTTrainer; with the column `short_nll` if the scorer is "stored".
+            given: as for SFTTrainer, except `data_collator`.
 
         Raises:
-            ValueError: if the model is not bound, or a setting would change the rows, the scores or the loss.
+            ValueError: if a setting or a column would change the sequences, the scores or the loss, or the model is not
+                supported.
         """
-        if "data_collator" in given:
+        args = TokenWeightedSFTConfig() if args is None else args
+        if not isinstance(args, TokenWeightedSFTConfig):
+            raise ValueError(f"args: found a {type(args).__name__}: expected a TokenWeightedSFTConfig")
+        if given.get("data_collator") is not None:
             raise ValueError("data_collator: expected none: batches are made by DataCollatorWithScores")
-        for name, expected in _EXPECTED.items():
-            found = getattr(args, name, "nothing")
-            if found != expected and (found or expected):  # eval_packing may be False
-                raise ValueError(f"SFTConfig: {name} is {found!r}: expected {expected!r} (docs/train.md)")
-        if getattr(_base(model), "_token_weighting", None) is None:
+        if getattr(_base(model), "_token_weighting", None) is not None:
             raise ValueError(
-                f"model: a {type(model).__name__} without a weighted loss: expected what with_weighted_loss returns"
+                "model: has a weighted loss already: expected a model without one (without_weighted_loss), and "
+                "weighting and scorer in args"
             )
-        _check_masks(args, given)
-        super().__init__(model, args, data_collator=_collate, **given)
-        base = _base(self.model)
-        base._token_weighting.parts.check_head(base)
+        _check_columns(args, train_dataset, given.get("eval_dataset"))
+        super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": _collate})
         if self.aux_loss_enabled:
             raise ValueError(
-                f"SFTConfig: router_aux_loss_coef is {self.router_aux_loss_coef}, a loss that is not added to the "
+                f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
                 "weighted one: expected 0.0"
             )
+        base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
+        with_weighted_loss(base, parse_weighting(args.weighting), self._scorer(base, args))
+        self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
+
+    def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
+        if args.scorer == "stored" or not parse_weighting(args.weighting).uses_short:
+            return None
+        scoring = base
+        if args.scorer != "self":
+            made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
+            check_tokenizer(find_tokenizer(args.scorer), args.scorer, made, "train_dataset")
+            scoring = load_model(args.scorer).to(args.device)
+        return Scorer(scoring, size=args.size, stride=args.stride, bos=self._tokenizer.bos_token_id)
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
         self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", "seq_lengths"]
 
 
-def _check_masks(args: SFTConfig, given: dict[str, Any]) -> None:
-    """Masks of TRL become labels when it prepares a data set; where it does not, all tokens would be trained."""
-    if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return
-    evaluated = given.get("eval_dataset")
-    for rows in [given.get("train_dataset"), *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]:
-        columns = set(getattr(rows, "column_names", None) or ())
-        masks = sorted(columns & {"completion_mask", "assistant_masks"})
-        if masks and "labels" not in columns:
+def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Check that the columns are those that the scorer needs; let TRL leave tokens as they are, where they are given.
+
+    TRL makes labels of masks when it prepares a data set. Where it does not, all tokens would be trained.
+    """
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    given = [rows for rows in (train_dataset, *evaluated) if rows is not None]
+    columns = [set(getattr(rows, "column_names", None) or ()) for rows in given]
+    masked = [names & {"completion_mask", "assistant_masks"} for names in columns if "labels" not in names]
+    skip = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    if skip and any(masked):
+        raise ValueError(
+            f"dataset_kwargs: the rows have {', '.join(sorted(set().union(*masked)))} but no labels, and "
+            "skip_prepare_dataset makes none: expected labels, -100 where nothing is to be trained"
+        )
+    if skip is None and not any(masked) and all("input_ids" in names for names in columns):
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    for names in filter(None, columns):
+        stored = any(name.startswith("short_nll") for name in names)
+        if args.scorer == "stored" and parse_weighting(args.weighting).uses_short and "short_nll" not in names:
             raise ValueError(
-                f"the rows have {', '.join(masks)} but no labels, and skip_prepare_dataset makes none: expected "
-                "labels, -100 where nothing is to be trained"
+                "train_dataset: found no column short_nll: expected a data set of `tokenweight.data.load_scores`, or "
+                'scorer="self" in args'
+            )
+        if args.scorer != "stored" and stored:
+            raise ValueError(
+                f"scorer {args.scorer!r}: the data set has a column short_nll, which would be used: expected "
+                'scorer="stored", or a data set without scores'
             )
 
 
-def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    if "seq_lengths" in rows[0]:
+def _collate(features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    if "seq_lengths" in features[0]:
         raise ValueError(
-            "the rows were packed by TRL (seq_lengths), which drops scores: expected rows of `tokenweight prepare "
-            "--short pack`, whose position_ids keep documents apart"
+            "train_dataset: the sequences were packed by TRL (seq_lengths), which drops scores: expected sequences of "
+            "`tokenweight prepare --short pack`, whose position_ids keep documents apart"
         )
-    return DataCollatorWithScores()(rows)
+    return DataCollatorWithScores()(features)
 
 
 def _base(model: Any) -> Any:
-    """The model itself, of a PEFT model the one that it wraps."""
+    """The model itself; of a PEFT model, the one that it wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
