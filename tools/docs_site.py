@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "benchmarks/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "recipes/README.md",
+    "recipes/evidence/README.md",
+    "benchmarks/README.md",
+)
 """Pages outside docs/."""
 SOURCE = ROOT / "src/tokenweight"
 WEIGHTINGS = ("PPMI", "NPMI")
