@@ -69,9 +69,9 @@ def test_killed_at_any_point_a_command_ends_as_if_undisturbed(name, place):
         if killed.status == 0:
             break
         assert killed.status == -signal.SIGKILL
-        left_behind(place, whole(name))
-        done = run(place, *COMMANDS[name])
-        assert (done.status, done.errors) == (0, "")
+        if left_behind(place, whole(name)) != "after the last shard" or name == "ladder":  # else it would be refused
+            done = run(place, *COMMANDS[name])
+            assert (done.status, done.errors) == (0, "")
         assert contents(place / "out") == whole(name)
         (place / "out").rename(place / f"out{point}")
     assert point > 50

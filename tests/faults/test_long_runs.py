@@ -92,18 +92,17 @@ def where(out):
 
 
 MOMENTS = [
-    "half model.safetensors",  # of the first checkpoint
+    "append metrics.jsonl",  # before the first checkpoint
+    "half model.safetensors",  # within the first
     "half optimizer.pt",
     f"open {MARK}",
     f"written {MARK}",
-    f"renamed {MARK}",
-    "half optimizer.pt",  # of the second
-    f"renamed {MARK}",
-    "half checkpoint-2",  # while it makes room
+    f"renamed {MARK}",  # after it
+    "half optimizer.pt",  # within the second
+    "half checkpoint-2",  # after it, while it makes room
     "append metrics.jsonl",
     "renamed run.json",
-    "half model.safetensors",  # of the third
-    "half checkpoint-4",
+    "half model.safetensors",  # within the third
 ]
 
 
@@ -116,9 +115,7 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(place, origin):
         found[where(place / "out")] += 1
     assert gone_on(place).status == 0
     assert_ends_as_undisturbed(place / "out", origin)
-    assert found["within a checkpoint"] >= 3
-    assert found["before the first checkpoint"] == 0
-    assert len(found) == 3
+    assert set(found) == {"before the first checkpoint", "within a checkpoint", "between checkpoints"}
 
 
 def stopped(done, *named):
