@@ -38,7 +38,7 @@ def place(tmp_path, monkeypatch):
 
 def test_python_blocks_run(place, capsys):
     for block in blocks("python"):
-        block = block.replace("4096", "64").replace("1024", "16")
+        block = block.replace("2048", "64").replace("1024", "16")
         exec(compile(block, "README.md", "exec"), {})
         assert "tensor(" in capsys.readouterr().out
 
