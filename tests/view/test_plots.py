@@ -161,7 +161,7 @@ def test_models_are_named_by_their_last_folder_unless_that_is_the_same():
     assert lower.get_xlabel().endswith("(tokens; 1k is 1024)")
 
 
-@pytest.mark.parametrize(("name", "style"), [("position", "paper"), ("losses", "paper"), ("steps", "screen")])
+@pytest.mark.parametrize(("name", "style"), [("position", "paper"), ("steps", "screen")])
 def test_every_figure_is_written_twice_with_the_same_bytes_whatever_the_user_has_set(name, style, tmp_path):
     write_figure(FIGURES[name](style), tmp_path / "one", style=style)
     with matplotlib.rc_context({"font.size": 31, "svg.fonttype": "none", "axes.facecolor": "red"}):

@@ -130,7 +130,7 @@ def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_sett
 
 def test_the_histogram_leaves_the_first_window_of_every_document_out(runs):
     for name, num in (("scored", LENGTH - 32), ("packed", 40 - 16 + LENGTH - 40 - 16)):
-        assert sum(report.read_scored(runs / name, Excerpt())["histogram"].counts) == num
+        assert sum(report.read_scored(runs / name, Excerpt(num=1))["histogram"].counts) == num
 
 
 class Tags(HTMLParser):
@@ -162,7 +162,7 @@ def test_no_text_can_leave_its_place(pages):
 def test_names_of_folders_are_text_everywhere(runs, tmp_path):
     name = "<b onload='x'>&amp;"
     (tmp_path / name).symlink_to(runs / "scored")
-    page = written(tmp_path, tmp_path, name)
+    page = written(tmp_path, tmp_path, name, num=9)
     assert not {"b"} & Tags(page).found
     assert page.count(html.escape(name, quote=False)) > 5
 
@@ -229,7 +229,7 @@ def test_a_page_that_would_be_too_large_is_refused_and_the_old_one_stays(runs, t
     (tmp_path / "page.html").write_text("old")
     monkeypatch.setattr(report, "MAX_BYTES", 9000)
     for names, options, hint in (
-        (["scored"], {"rows": 2}, "lower rows 2, or"),
+        (["scored"], {"rows": 2, "num": 9}, "lower rows 2, or"),
         (["scored", "run"], {"num": 9}, "lower num 9, or"),
         (["run"], {}, "name fewer runs"),
     ):

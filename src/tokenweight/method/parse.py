@@ -22,11 +22,8 @@ def parse_weighting(text: str) -> Weighting:
     """
     name, _, settings_text = (part.strip() for part in text.partition(":"))
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in WEIGHTINGS}
-    if name.lower() in kinds:
-        kind = kinds[name.lower()]
-    elif "." in name:
-        kind = _import(name)
-    else:
+    kind = kinds.get(name.lower()) or ("." in name and _import(name))
+    if not kind:
         known = f"expected one of {', '.join(kinds)}, or package.module.function"
         raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: {known}")
     if not isinstance(kind, type):
