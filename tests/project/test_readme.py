@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    fenced = README.split("```")[1::2]
+def blocks(language: str, page: str = README) -> list[str]:
+    fenced = page.split("```")[1::2]
     return [block.removeprefix(f"{language}\n") for block in fenced if block.startswith(f"{language}\n")]
 
 
@@ -38,12 +38,12 @@ def place(tmp_path, monkeypatch):
 
 def test_python_blocks_run(place, capsys):
     for block in blocks("python"):
-        block = block.replace("4096", "64").replace("1024", "16")
+        block = block.replace("2048", "64").replace("1024", "16")
         exec(compile(block, "README.md", "exec"), {})
         assert "tensor(" in capsys.readouterr().out
 
 
-def test_the_commands_lead_from_texts_to_a_table(place, unchecked, monkeypatch):
+def test_the_commands_lead_from_texts_to_a_table_which_the_pages_use(place, unchecked, monkeypatch):
     (commands,) = [block for block in blocks("console") if "prepare" in block]
     commands = [shlex.split(line.removeprefix("$ ")) for line in commands.splitlines()]
     assert [words[:2] for words in commands] == [
@@ -58,6 +58,13 @@ def test_the_commands_lead_from_texts_to_a_table(place, unchecked, monkeypatch):
         if words[0] == "prepare":
             assert main([*words[:-1], "validation"]) == 0
     assert (place / "evaluation/table.md").read_text().startswith("|")
+    for page, name, new in (
+        ("evaluate.md", "EvalSettings(", "again/eval.json"),
+        ("view.md", "read_rows(", "weight.svg"),
+    ):
+        (block,) = [block for block in blocks("python", (ROOT / "docs" / page).read_text()) if name in block]
+        exec(compile(block.replace('"evaluation"', '"again"'), page, "exec"), {})
+        assert (place / new).is_file()
 
 
 def test_the_tree_names_the_packages_and_no_other():
