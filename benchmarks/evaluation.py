@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --quick    seconds, on a tiny model: says nothing
 
 The native measures of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
-read each row once with its whole context, and in windows for each short context. `forward passes` are the decoder's
-passes over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
+read each sequence once with its whole context, and in windows for each short context. `forward passes` are those of the
+decoder over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
 
 LongPPL: the function `compute_longppl` of the package `longppl` 0.3.0, with one model as evaluator and evaluated,
 beside ours with the same windows on the same text. The values must agree to 1e-3, or the benchmark stops.
@@ -16,6 +16,7 @@ same windows: the more of these there are, the nearer the two come.
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +25,19 @@ import numpy as np
 import torch
 import tyro
 
-from common import RESULTS, Report, alternately, model_and_row
+from bench.measure import alternately
+from bench.models import model_and_row
+from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext
 from tokenweight.data import key_tokens
-from tokenweight.evaluate import EvalSettings, Plan, Rows, make_plan, open_weights, row_measures, row_sums
+from tokenweight.evaluate import EvalPlan, EvalSettings, Rows, make_plan, open_weights, row_measures, row_sums
 from tokenweight.method import prediction_mask, sliding_windows
 
 OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
 
-def inputs(plan: Plan, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the native measures read of a row: the row, and for each context the windows beyond the first."""
+def inputs(plan: EvalPlan, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """All that the native measures read of a sequence: itself, and for each context the windows beyond the first."""
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
     for size, stride in contexts:
@@ -47,7 +50,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
     name, model, tokens = model_and_row(length, quick=quick)
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
     plan = make_plan(EvalSettings(name, Path("rows"), Path("out"), probes="none"), length)
-    rows = Rows(data, np.array([length]), None, None, 32768)
+    rows = Rows(data, np.array([length]))
     weights = open_weights(Path(tempfile.mkdtemp()) / "weights.npy", length)
     read = inputs(plan, tokens)
 
@@ -105,31 +108,25 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int,
     report.add_ratio(**setting, metric=f"time / {PACKAGE}", over=seconds[OURS], under=seconds[PACKAGE])
 
 
-def main(
-    *,
-    rounds: int = 3,
-    length: int = 2048,
-    part: Literal["all", "native", "longppl"] = "all",
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
-    """Time of an evaluation.
+@dataclass
+class Evaluation(Bench):
+    """Time of an evaluation."""
 
-    Args:
-        rounds: of timings, after one that is not counted.
-        length: tokens of the row, and of the first text; the second has 6144, and the windows of the package.
-        part: of the benchmark.
-        quick: a tiny model and a short row, one round, no LongPPL; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    report = Report("evaluation", csv if quick or csv else RESULTS)
-    if part != "longppl":
-        native(report, 1 if quick else rounds, 64 if quick else length, quick)
-    if part != "native" and not quick:
-        longppl(report, rounds, length, length // 4, length // 16, 2.0)
-        longppl(report, 1, 6144, 4096, 1024, 0.5)  # 2 nats are gained by no token of this text
-    report.finish()
+    rounds: int = 3
+    length: int = 2048
+    """Tokens of the sequence, and of the first text; the second has 6144, and the windows of the package."""
+    part: Literal["all", "native", "longppl"] = "all"
+    """Part of the benchmark to run; LongPPL is left out of a quick run."""
+
+    def run(self) -> None:
+        report, length = self.report("evaluation"), self.length
+        if self.part != "longppl":
+            native(report, self.rounds, 64 if self.quick else length, self.quick)
+        if self.part != "native" and not self.quick:
+            longppl(report, self.rounds, length, length // 4, length // 16, 2.0)
+            longppl(report, 1, 6144, 4096, 1024, 0.5)  # no token of this text gains 2 nats
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Evaluation).run()

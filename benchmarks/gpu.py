@@ -1,7 +1,7 @@
-"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest row.
+"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest sequence.
 
     python benchmarks/gpu.py                 one GPU of 80 GB; --shapes, --lengths and --steps choose a part
-    python benchmarks/gpu.py --longest       the longest row that fits
+    python benchmarks/gpu.py --longest       the longest sequence that fits
     python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
 
 Without a GPU it has been run by its tests; on one, and with liger-kernel or cut-cross-entropy, never. The models have
@@ -22,16 +22,18 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import tyro
 
-from common import GIB, RESULTS, Report, alternately, decoder_flops, plain_loss
+from bench.measure import GIB, alternately
+from bench.models import plain_loss
+from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from tokenweight.plan import PEAK_FLOPS
-from training import STEPS, UNIFORM, run_step, step_flops
+from training import STEPS, UNIFORM, flops_of, run_step
 
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -42,7 +44,7 @@ SHAPES = {
     "tiny": (32, 64, 2, 4, 2, 256),
 }
 GPUS = {"H100 80GB HBM3": "H100", "A100": "A100", "RTX 4090": "4090"}
-"""What stands in the name of a device: the key of its peak. Other H100s than SXM have a lower one."""
+"""Part of the device name -> key of its peak. H100s other than SXM have a lower one."""
 OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 
 
@@ -84,8 +86,8 @@ OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
 """(package, loss)"""
 
 
-class Bench:
-    """A model of a shape, and the steps on rows of any length."""
+class Steps:
+    """A model of a shape, and the steps on sequences of any length."""
 
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -100,7 +102,7 @@ class Bench:
         self.set_length(longest)
 
     def set_length(self, length: int) -> None:
-        """Another row, and windows that read a quarter of it."""
+        """Another sequence, and windows that read a quarter of it."""
         self.context = ShortContext(length // 4, 3 * length // 16)
         self.tokens = torch.randint(self.model.config.vocab_size, (1, length), device=self.model.device)
         self.short_nll = 10 * torch.rand(1, length, device=self.model.device)
@@ -123,7 +125,7 @@ class Bench:
             run_step(self.model, self.tokens, self.short_nll if STEPS[name].reads_stored else None, autocast=False)
 
     def peak_bytes(self, name: str) -> int | None:
-        """Of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
+        """Peak of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
         try:
             self.prepare(name)
             if torch.cuda.is_available():
@@ -134,33 +136,33 @@ class Bench:
             return None
         return torch.cuda.max_memory_allocated()
 
-    def flops(self, name: str) -> float:
-        """Of a step of ours, with the forward pass that recomputes."""
+    def flops(self, name: str, *, recompute: bool = True) -> float:
+        """FLOPs of a step of ours, with the forward pass that recomputes."""
         length = self.tokens.shape[1]
-        return step_flops(self.model, STEPS[name], length, self.context) + decoder_flops(self.model, [length])
+        return flops_of(self.model, STEPS[name], length, self.context, checkpointing=recompute)
 
 
 def peak_flops() -> float | None:
-    """Of the GPU, by its name; None if it is not known."""
+    """Peak FLOP/s of the GPU, by its name; None if it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((PEAK_FLOPS[key] for known, key in GPUS.items() if known in name), None)
 
 
-def report_length(report: Report, bench: Bench, shape: str, length: int, names: list[str], rounds: int) -> None:
-    bench.set_length(length)
-    peaks = {name: bench.peak_bytes(name) for name in names}
-    runs = {name: functools.partial(bench.run, name) for name, peak in peaks.items() if peak is not None}
-    seconds = alternately(runs, rounds, bench.prepare)
-    x = f"{shape} shape, 1 x {length} tokens, windows {bench.context.size}/{bench.context.stride}, "
+def report_length(report: Report, steps: Steps, shape: str, length: int, names: list[str], rounds: int) -> None:
+    steps.set_length(length)
+    peaks = {name: steps.peak_bytes(name) for name in names}
+    runs = {name: functools.partial(steps.run, name) for name, peak in peaks.items() if peak is not None}
+    seconds = alternately(runs, rounds, steps.prepare)
+    x = f"{shape} shape, 1 x {length} tokens, windows {steps.context.size}/{steps.context.stride}, "
     x += "bfloat16, activations recomputed"
-    needed = step_flops(bench.model, STEPS[UNIFORM], length, bench.context)
+    needed = steps.flops(UNIFORM, recompute=False)
     for name, values in seconds.items():
         setting = {"what": "training step, forward and backward", "x": x, "implementation": name}
         report.add(**setting, metric="tokens per second", unit="1/s", values=[length / value for value in values])
         if UNIFORM in seconds:
             report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
         if name in STEPS:
-            ratio = bench.flops(name) / bench.flops(UNIFORM)
+            ratio = steps.flops(name) / steps.flops(UNIFORM)
             report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[ratio])
         if peak := peak_flops():
             used = [needed / value / peak for value in values]
@@ -170,12 +172,12 @@ def report_length(report: Report, bench: Bench, shape: str, length: int, names: 
     report.finish()
 
 
-def longest_that_fits(bench: Bench, name: str, limit: int) -> int:
+def longest_that_fits(steps: Steps, name: str, limit: int) -> int:
     """Tokens, to a sixteenth, 0 if not even 8,192 fit: by doubling, then by halving what is left, four times."""
 
     def fits(length: int) -> bool:
-        bench.set_length(length)
-        return bench.peak_bytes(name) is not None
+        steps.set_length(length)
+        return steps.peak_bytes(name) is not None
 
     low, high = 0, min(8192, limit)
     while fits(high):
@@ -188,10 +190,10 @@ def longest_that_fits(bench: Bench, name: str, limit: int) -> int:
     return low
 
 
-def report_longest(report: Report, bench: Bench, shape: str, names: list[str], limit: int) -> None:
+def report_longest(report: Report, steps: Steps, shape: str, names: list[str], limit: int) -> None:
     x = f"{shape} shape, 1 row, windows of a quarter, bfloat16, activations recomputed, up to {limit} tokens"
     for name in names:
-        length = longest_that_fits(bench, name, limit)
+        length = longest_that_fits(steps, name, limit)
         if length:
             setting = {"what": "longest row, to a sixteenth", "x": x, "implementation": name}
             report.add(**setting, metric="longest row that fits", unit="tokens", values=[length])
@@ -212,54 +214,46 @@ def installed(steps: tuple[str, ...]) -> list[str]:
     return [name for name in steps if name not in absent]
 
 
-def main(
-    *,
-    shapes: tuple[str, ...] = ("SmolLM2-135M", "Llama-3.2-1B"),
-    lengths: tuple[int, ...] = (8192, 32768, 131072),
-    steps: tuple[str, ...] = (*OURS, *OTHERS),
-    rounds: int = 3,
-    longest: bool = False,
-    limit: int = 2**19,
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
+@dataclass
+class Gpu(Bench):
     """Speed, utilization and memory of a training step on one GPU.
 
-    Args:
-        shapes: of the models.
-        lengths: tokens of the rows, multiples of 16.
-        steps: which to measure; without "uniform" there are no ratios of time. Those whose package is not installed are
-            left out.
-        rounds: of timings, after one that is not counted.
-        longest: find the longest row that fits, and measure nothing else.
-        limit: tokens of the longest row to try.
-        quick: a tiny model on a short row, one round, on a CPU where there is no GPU; writes no file unless `csv` is
-            given.
-        csv: file to append rows to; by default results.csv beside this script.
+    A quick run takes a tiny model on a short sequence, on a CPU where there is no GPU.
     """
-    check_known("steps", steps, (*STEPS, *OTHERS))
-    check_known("shapes", shapes, tuple(SHAPES))
-    if not (torch.cuda.is_available() or quick):
-        print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
-        return
-    if quick:
-        shapes, lengths, rounds, limit = ("tiny",), (256,), 1, 2048
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("gpu", csv if quick or csv else RESULTS)
-    if device.type == "cuda":
-        report.conditions["device"] = torch.cuda.get_device_name()
-    names = installed(steps)
-    others = sorted({OTHERS[name][0].replace("_", "-") for name in names if name in OTHERS} - {"transformers"})
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
-    report.conditions["versions"] = ", ".join([report.conditions["versions"], *versions])
-    for shape in shapes:
-        bench = Bench(shape, limit if longest else max(lengths), device)
-        if longest:
-            report_longest(report, bench, shape, names, limit)
-        for length in () if longest else lengths:
-            report_length(report, bench, shape, length, names, rounds)
-        del bench  # before the next one is made
+
+    rounds: int = 3
+    shapes: tuple[str, ...] = ("SmolLM2-135M", "Llama-3.2-1B")
+    """Shapes of the models."""
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens of the sequences, multiples of 16."""
+    steps: tuple[str, ...] = (*OURS, *OTHERS)
+    """Steps to measure; without "uniform" there are no ratios of time. What is not installed is left out."""
+    longest: bool = False
+    """Find the longest sequence that fits, and measure nothing else."""
+    limit: int = 2**19
+    """Tokens of the longest sequence to try."""
+
+    def run(self) -> None:
+        check_known("steps", self.steps, (*STEPS, *OTHERS))
+        check_known("shapes", self.shapes, tuple(SHAPES))
+        if not (torch.cuda.is_available() or self.quick):
+            print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
+            return
+        if self.quick:
+            self.shapes, self.lengths, self.limit = ("tiny",), (256,), 2048
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report, names = self.report("gpu"), installed(self.steps)
+        others = sorted({OTHERS[name][0].replace("_", "-") for name in names if name in OTHERS} - {"transformers"})
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
+        report.conditions["versions"] = ", ".join([report.conditions["versions"], *versions])
+        for shape in self.shapes:
+            steps = Steps(shape, self.limit if self.longest else max(self.lengths), device)
+            if self.longest:
+                report_longest(report, steps, shape, names, self.limit)
+            for length in () if self.longest else self.lengths:
+                report_length(report, steps, shape, length, names, self.rounds)
+            del steps  # before the next one is made
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Gpu).run()

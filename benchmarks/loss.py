@@ -15,14 +15,14 @@ head that no implementation with gradients of both can do without, into arrays t
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
 
-from common import GIB, RESULTS, Report, alternately, in_fresh_process, peak_bytes_over_now
+from bench.measure import GIB, alternately, in_fresh_process, peak_bytes_over_now
+from bench.report import Bench, Report
 from tokenweight.method import BUFFER_BYTES, weighted_linear_cross_entropy
 
 OURS = {
@@ -160,20 +160,19 @@ def report_case(report: Report, case: Case, rounds: int, memory_rounds: int) -> 
         report.add_ratio(**setting, implementation=name, **ratio)
 
 
-def main(*, rounds: int = 5, memory_rounds: int = 3, quick: bool = False, csv: Path | None = None) -> None:
-    """Time and peak memory of the weighted loss.
+@dataclass
+class Loss(Bench):
+    """Time and peak memory of the weighted loss."""
 
-    Args:
-        rounds: of timings, after one that is not counted.
-        memory_rounds: processes that measure the peak memory of one implementation; 1 for the longest row.
-        quick: tiny sizes, one round, to see that the benchmark runs; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    report = Report("loss", csv if quick or csv else RESULTS)
-    for case in QUICK_CASES if quick else CASES:
-        report_case(report, case, 1 if quick else rounds, 1 if quick else memory_rounds)
-        report.finish()
+    memory_rounds: int = 3
+    """Processes that measure the peak memory of one implementation; 1 for the longest sequence."""
+
+    def run(self) -> None:
+        report = self.report("loss")
+        for case in QUICK_CASES if self.quick else CASES:
+            report_case(report, case, self.rounds, 1 if self.quick else self.memory_rounds)
+            report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Loss).run()

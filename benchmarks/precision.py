@@ -1,4 +1,4 @@
-"""What a scorer in bfloat16 does to scores and weights, beside one in float32.
+"""Error of scores and weights when the scorer is in bfloat16, compared with float32.
 
     python benchmarks/precision.py            some minutes on two cores, 2 GiB of memory
     python benchmarks/precision.py --quick    seconds, on a tiny model: says nothing
@@ -6,32 +6,33 @@
 A frozen scorer needs no gradients, and many a device reads windows faster in 16 bits. The price is rounding, and a
 score is a small difference of two losses. Weights and decoder are rounded; products with the head are summed in
 float32. "scorer" leaves the long losses in float32, as of a model that is trained in it; "scorer, and model" rounds
-both, which changes weights only. Each value is of one row, in errors of losses without the first window, whose tokens
-have one context; p50, p20 and p80 are over rows. No time is measured: a CPU without instructions for bfloat16 would say
-nothing of a GPU.
+both, which changes weights only. Each value is of one sequence, in errors of losses without the first window, whose
+tokens have one context; p50, p20 and p80 are over sequences. No time is measured: a CPU without instructions for
+bfloat16 would say nothing of a GPU.
 """
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import tyro
 
-from common import RESULTS, Report, model_and_row
+from bench.models import model_and_row
+from bench.report import Bench
 from tokenweight import Scorer, ShortContext, parse_weighting, token_nll
 
 WEIGHTINGS = {"dense": "dense:interpolation=0.75", "longce": "longce:cap=5", "sparse": "sparse:keep=0.2"}
 
 
 class Losses(NamedTuple):
-    """Of the same rows, `[rows, length]`."""
+    """Losses of the same sequences, `[batch, length]`."""
 
     long: torch.Tensor
     short: torch.Tensor
 
 
 def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each row."""
+    """(metric, unit) -> value of each sequence."""
     error = (rounded.short - exact.short).abs()[:, size:]
     contrast = (exact.long - exact.short).abs()[:, size:]
     return {
@@ -42,7 +43,7 @@ def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], t
 
 
 def changes(rounded: Losses, exact: Losses) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each row. The first token of a row has no weight."""
+    """(metric, unit) -> value of each sequence, whose first token has no weight."""
     mask, found = torch.ones_like(exact.long, dtype=torch.bool), {}
     mask[:, 0] = False
     for name, text in WEIGHTINGS.items():
@@ -56,47 +57,41 @@ def changes(rounded: Losses, exact: Losses) -> dict[tuple[str, str], torch.Tenso
     return found
 
 
-def main(
-    *,
-    rows: int = 4,
-    length: int = 2048,
-    size: int = 512,
-    stride: int = 384,
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
-    """Error of scores and weights.
+@dataclass
+class Precision(Bench):
+    """Error of scores and weights in bfloat16."""
 
-    Args:
-        rows: that one text is cut into.
-        length: tokens of a row, a multiple of 16.
-        size: tokens that a window reads.
-        stride: tokens that a window scores.
-        quick: a tiny model, a 16th of the tokens, to see that the benchmark runs; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    if quick:
-        length, size, stride = length // 16, size // 16, stride // 16
-    report = Report("precision", csv if quick or csv else RESULTS)
-    context = ShortContext(size, stride)
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name, model, tokens = model_and_row(rows * length, quick=quick, dtype=dtype)
-        tokens = tokens.view(rows, length)
-        losses[dtype] = Losses(token_nll(model, tokens), Scorer(model, context)(tokens))
-    exact, rounded = losses.values()
-    scorer = rounded._replace(long=exact.long)
-    found = {
-        "scorer": errors(scorer, exact, size) | changes(scorer, exact),
-        "scorer, and model": changes(rounded, exact),
-    }
-    x = f"{name}, {rows} x {length} tokens, windows {size}/{stride}"
-    for who, metrics in found.items():
-        setting = {"what": "scores and weights in bfloat16, beside float32", "x": x, "implementation": who}
-        for (metric, unit), values in metrics.items():
-            report.add(**setting, metric=metric, unit=unit, values=values.tolist())
-    report.finish()
+    rounds: tyro.conf.Suppress[int] = 1
+    rows: int = 4
+    """Sequences that one text is cut into."""
+    length: int = 2048
+    """Tokens of a sequence, a multiple of 16."""
+    size: int = 512
+    """Tokens that a window reads."""
+    stride: int = 384
+    """Tokens that a window scores."""
+
+    def run(self) -> None:
+        rows, few = self.rows, 16 if self.quick else 1
+        length, context = self.length // few, ShortContext(self.size // few, self.stride // few)
+        report, losses = self.report("precision"), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            name, model, tokens = model_and_row(rows * length, quick=self.quick, dtype=dtype)
+            tokens = tokens.view(rows, length)
+            losses[dtype] = Losses(token_nll(model, tokens), Scorer(model, context)(tokens))
+        exact, rounded = losses.values()
+        scorer = rounded._replace(long=exact.long)
+        found = {
+            "scorer": errors(scorer, exact, context.size) | changes(scorer, exact),
+            "scorer, and model": changes(rounded, exact),
+        }
+        x = f"{name}, {rows} x {length} tokens, windows {context.size}/{context.stride}"
+        for who, metrics in found.items():
+            setting = {"what": "scores and weights in bfloat16, beside float32", "x": x, "implementation": who}
+            for (metric, unit), values in metrics.items():
+                report.add(**setting, metric=metric, unit=unit, values=values.tolist())
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Precision).run()

@@ -4,12 +4,12 @@
     python benchmarks/reference.py --quick    half a minute, on a tiny model: says nothing
 
 "as published" does what the published code of the paper (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to
-do in a step of one row, in code of our own:
+do in a step of one sequence, in code of our own:
 
-    - Logits of all words for all tokens, in the long and in each short pass, and a contiguous copy of them; then the
-      cross-entropy of the transposed copy.
+    - Logits of the whole vocabulary for all tokens, in the long and in each short pass, and a contiguous copy of them;
+      then the cross-entropy of the transposed copy.
     - Windows one after the other, and logits for the whole window, although only the last `stride` tokens are scored.
-    - In each short pass also the entropy of every prediction, over all words, which nobody reads.
+    - In each short pass also the entropy of every prediction, over the vocabulary, which nobody reads.
     - A stable sort of all scores, where only the largest are wanted; gradients for tokens of weight 0 like for others.
 
 Left out is what costs nothing on a CPU (making the host wait for the device) and what is not the step's (logging). At
@@ -17,31 +17,24 @@ the first token after the first window the published code puts the long loss in 
 here the short one stays, as in tokenweight, so that weights and loss of both are the same: a test holds them to it.
 
 "uniform, transformers" is what one has without weights, `model(labels=...).loss`. "decoder alone" is what every
-self-scored step holds: states of the row and of the windows, and the backward pass from a sum of the former; no logits.
-All recompute activations in the backward pass, as the published configuration does, unless --no-checkpointing is given;
-none keeps keys and values. Memory is what the peak of a step adds to a model with gradients, each in a process of its
-own: resident memory, and resident memory where the C library gives back at once what is freed.
+self-scored step holds: hidden states of the sequence and of the windows, and the backward pass from a sum of the
+former; no logits. All recompute activations in the backward pass, as the published configuration does, unless
+--no-checkpointing is given; none keeps keys and values. Memory is what the peak of a step adds to a model with
+gradients, each in a process of its own: resident memory, and resident memory where the C library gives back at once
+what is freed.
 """
 
 import functools
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
 
-from common import (
-    GIB,
-    GIVEN_BACK,
-    RESULTS,
-    Report,
-    alternately,
-    in_fresh_process,
-    model_and_row,
-    peak_bytes_over_now,
-    plain_loss,
-)
+from bench.measure import GIB, GIVEN_BACK, alternately, in_fresh_process, peak_bytes_over_now
+from bench.models import model_and_row, plain_loss
+from bench.report import Bench
 from tokenweight import Dense, Scorer, ShortContext, Sparse, with_weighted_loss
 from tokenweight.method import sliding_windows
 
@@ -78,7 +71,7 @@ def published_short_nll(
 
 
 def published_weights(kind: str, scores: torch.Tensor) -> torch.Tensor:
-    """Of mean 1 over each row of scores; for "sparse", enough of them have to be above 0."""
+    """Weights of mean 1 over each sequence; for "sparse", enough scores have to be above 0."""
     num_tokens = scores.shape[1]
     if kind == "dense":
         interpolation = WEIGHTINGS["dense"].interpolation
@@ -130,7 +123,7 @@ def run_step(model: Any, tokens: torch.Tensor, context: ShortContext, name: str)
 
 
 def training_model(length: int, *, checkpointing: bool, quick: bool) -> tuple[str, Any, torch.Tensor]:
-    """Name, model, and a row."""
+    """Name, model, and a sequence."""
     name, model, tokens = model_and_row(length, quick=quick)
     model.train()
     if checkpointing:
@@ -148,57 +141,52 @@ def measure_memory(name: str, length: int, context: ShortContext, checkpointing:
     return peak_bytes_over_now(lambda: run_step(model, tokens, context, name)) / GIB
 
 
-def main(
-    *,
-    length: int = 4096,
-    size: int = 1024,
-    stride: int = 768,
-    checkpointing: bool = True,
-    rounds: int = 3,
-    memory_rounds: int = 1,
-    quick: bool = False,
-    csv: Path | None = None,
-) -> None:
-    """Time and peak memory of a self-scored training step, beside the way it was published.
+@dataclass
+class Reference(Bench):
+    """Time and peak memory of a self-scored training step, beside the way it was published."""
 
-    Args:
-        length: tokens of the row, a multiple of 16.
-        size: tokens that a window reads.
-        stride: tokens that a window scores.
-        checkpointing: recompute the activations in the backward pass.
-        rounds: of timings, after one that is not counted.
-        memory_rounds: processes that measure the peak memory of one implementation.
-        quick: a tiny model, sparse only, a 16th of the tokens, one round, to see that the benchmark runs; writes no
-            file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    if quick:
-        length, size, stride, rounds, memory_rounds = length // 16, size // 16, stride // 16, 1, 1
-    names = [name for name in NAMES if not (quick and name.startswith("dense"))]
-    context = ShortContext(size, stride)
-    report = Report("reference", csv if quick or csv else RESULTS)
-    model_name, model, tokens = training_model(length, checkpointing=checkpointing, quick=quick)
-    runs = {name: functools.partial(run_step, model, tokens, context, name) for name in names}
-    seconds = alternately(runs, rounds, functools.partial(prepare, model, context))
-    del model, runs
-    arguments = (length, context, checkpointing, quick)
+    rounds: int = 3
+    length: int = 4096
+    """Tokens of the sequence, a multiple of 16."""
+    size: int = 1024
+    """Tokens that a window reads."""
+    stride: int = 768
+    """Tokens that a window scores."""
+    checkpointing: bool = True
+    """Recompute the activations in the backward pass."""
+    memory_rounds: int = 1
+    """Processes that measure the peak memory of one implementation."""
 
-    def gib(name: str, *, keep_freed: bool) -> list[float]:
-        return [in_fresh_process(measure_memory, name, *arguments, keep_freed=keep_freed) for _ in range(memory_rounds)]
-
-    resident = {name: gib(name, keep_freed=True) for name in names}
-    held = {name: gib(name, keep_freed=False) for name in names}
-    x = f"{model_name}, 1 x {length} tokens, windows {size}/{stride}, float32, "
-    x += "activations recomputed" if checkpointing else "activations kept"
-    for name in names:
-        setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
-        for metric, unit, values in (("time", "s", seconds), (MEMORY, "GiB", resident), (HELD, "GiB", held)):
-            report.add(**setting, metric=metric, unit=unit, values=values[name])
-            for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
-                if other != name:
-                    report.add_ratio(**setting, metric=f"{metric} / {label}", over=values[name], under=values[other])
-    report.finish()
+    def run(self) -> None:
+        few, memory_rounds = (16, 1) if self.quick else (1, self.memory_rounds)
+        length, context = self.length // few, ShortContext(self.size // few, self.stride // few)
+        names = [name for name in NAMES if not (self.quick and name.startswith("dense"))]
+        report = self.report("reference")
+        model_name, model, tokens = training_model(length, checkpointing=self.checkpointing, quick=self.quick)
+        runs = {name: functools.partial(run_step, model, tokens, context, name) for name in names}
+        measured = {("time", "s"): alternately(runs, self.rounds, functools.partial(prepare, model, context))}
+        del model, runs
+        arguments = (length, context, self.checkpointing, self.quick)
+        for metric, keep_freed in ((MEMORY, True), (HELD, False)):
+            measured[metric, "GiB"] = {
+                name: [
+                    in_fresh_process(measure_memory, name, *arguments, keep_freed=keep_freed)
+                    for _ in range(memory_rounds)
+                ]
+                for name in names
+            }
+        x = f"{model_name}, 1 x {length} tokens, windows {context.size}/{context.stride}, float32, "
+        x += "activations recomputed" if self.checkpointing else "activations kept"
+        for name in names:
+            setting = {"what": "self-scored training step, forward and backward", "x": x, "implementation": name}
+            for (metric, unit), values in measured.items():
+                report.add(**setting, metric=metric, unit=unit, values=values[name])
+                for label, other in ((UNIFORM, UNIFORM), (PUBLISHED, name.replace(OURS, PUBLISHED))):
+                    if other != name:
+                        over, under = values[name], values[other]
+                        report.add_ratio(**setting, metric=f"{metric} / {label}", over=over, under=under)
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Reference).run()

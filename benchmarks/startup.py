@@ -10,11 +10,12 @@ floor; torch and transformers, which take seconds, are not imported for help (a 
 import functools
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import tyro
 
-from common import RESULTS, Report, alternately
+from bench.measure import alternately
+from bench.report import Bench
 
 FLOOR = "import tyro"
 COMMANDS = {
@@ -25,26 +26,25 @@ COMMANDS = {
 }
 
 
-def main(*, rounds: int = 15, quick: bool = False, csv: Path | None = None) -> None:
-    """Time of help in a fresh process.
+@dataclass
+class Startup(Bench):
+    """Time of help in a fresh process."""
 
-    Args:
-        rounds: of timings, after one that is not counted.
-        quick: one round, to see that the benchmark runs; writes no file unless `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    report = Report("startup", csv if quick or csv else RESULTS)
-    runs = {
-        name: functools.partial(subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-        for name, arguments in COMMANDS.items()
-    }
-    seconds = alternately(runs, 1 if quick else rounds)
-    for name, values in seconds.items():
-        setting = {"what": "help in a fresh process", "x": "modules compiled before", "implementation": name}
-        report.add(**setting, metric="time", unit="s", values=values)
-        report.add_ratio(**setting, metric=f"time / {FLOOR}", over=values, under=seconds[FLOOR])
-    report.finish()
+    rounds: int = 15
+
+    def run(self) -> None:
+        report = self.report("startup")
+        runs = {
+            name: functools.partial(subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+            for name, arguments in COMMANDS.items()
+        }
+        seconds = alternately(runs, self.rounds)
+        for name, values in seconds.items():
+            setting = {"what": "help in a fresh process", "x": "modules compiled before", "implementation": name}
+            report.add(**setting, metric="time", unit="s", values=values)
+            report.add_ratio(**setting, metric=f"time / {FLOOR}", over=values, under=seconds[FLOOR])
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Startup).run()

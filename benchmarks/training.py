@@ -21,15 +21,17 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
-from common import RESULTS, Report, alternately, decoder_flops, head_flops, model_and_row
+from bench.measure import alternately
+from bench.models import model_and_row
+from bench.report import Bench
 from tokenweight import Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
 from tokenweight.method import sliding_windows
+from tokenweight.plan import count_forward, step_flops
 
 UNIFORM = "uniform"
 
@@ -57,21 +59,11 @@ STEPS = {
 }
 
 
-def step_flops(model: Any, step: Step, length: int, context: ShortContext) -> float:
-    """Multiply-adds of a step, times two: the table at the top of this file."""
-    num_predicted = length - 1
-    decoder, head = decoder_flops(model, [length]), head_flops(model, num_predicted)
-    if step.weighting.pointwise:
-        head_products = 3.0
-    else:
-        kept = int(num_predicted * getattr(step.weighting, "keep", 1)) / num_predicted
-        head_products = 1 + 3 * kept
-    scoring = 0
-    if step.self_scored:
-        parts = sliding_windows(length, context.size, context.stride)
-        scoring = decoder_flops(model, [w.stop - w.start for w in parts])
-        scoring += head_flops(model, sum(w.stop - w.first for w in parts))
-    return 3 * decoder + head_products * head + scoring
+def flops_of(model: Any, step: Step, length: int, context: ShortContext, *, checkpointing: bool = False) -> float:
+    """FLOPs of a step: the table at the top of this file."""
+    scored = sliding_windows(length, context.size, context.stride) if step.self_scored else []
+    forward = count_forward(model.config)
+    return step_flops(forward, length, step.weighting, scored, checkpointing=checkpointing).total
 
 
 def run_step(model: Any, tokens: torch.Tensor, short_nll: torch.Tensor | None, autocast: bool) -> None:
@@ -97,39 +89,34 @@ def measure(
     return alternately(runs, rounds, prepare)
 
 
-def main(
-    *, length: int = 2048, rounds: int = 5, autocast: bool = False, quick: bool = False, csv: Path | None = None
-) -> None:
-    """Time of a training step.
+@dataclass
+class Training(Bench):
+    """Time of a training step."""
 
-    Args:
-        length: tokens of the row, a multiple of 16; windows read a quarter and score 3/16 of it.
-        rounds: of timings, after one that is not counted.
-        autocast: run the forward pass under bfloat16 autocast.
-        quick: a tiny model, a 16th of the tokens, one round, to see that the benchmark runs; writes no file unless
-            `csv` is given.
-        csv: file to append rows to; by default results.csv beside this script.
-    """
-    if quick:
-        length, rounds = length // 16, 1
-    report = Report("training", csv if quick or csv else RESULTS)
-    context = ShortContext(size=length // 4, stride=3 * length // 16)
-    name, model, tokens = model_and_row(length, quick=quick)
-    model.train()
-    seconds = measure(model, tokens, context, rounds, autocast)
-    flops = {run: step_flops(model, step, length, context) for run, step in STEPS.items()}
-    x = f"{name}, 1 x {length} tokens, windows {context.size}/{context.stride}, "
-    x += "bfloat16 autocast" if autocast else "float32"
-    for run, values in seconds.items():
-        setting = {"what": "training step, forward and backward", "x": x, "implementation": run}
-        ratio = flops[run] / flops[UNIFORM]
-        report.add(**setting, metric="time", unit="s", values=values)
-        report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
-        report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[ratio])
-        predicted = [ratio * value for value in seconds[UNIFORM]]
-        report.add_ratio(**setting, metric="measured / arithmetic", over=values, under=predicted)
-    report.finish()
+    length: int = 2048
+    """Tokens of the sequence, a multiple of 16; windows read a quarter and score 3/16 of it."""
+    autocast: bool = False
+    """Run the forward pass under bfloat16 autocast."""
+
+    def run(self) -> None:
+        report, length = self.report("training"), self.length // 16 if self.quick else self.length
+        context = ShortContext(size=length // 4, stride=3 * length // 16)
+        name, model, tokens = model_and_row(length, quick=self.quick)
+        model.train()
+        seconds = measure(model, tokens, context, self.rounds, self.autocast)
+        flops = {run: flops_of(model, step, length, context) for run, step in STEPS.items()}
+        x = f"{name}, 1 x {length} tokens, windows {context.size}/{context.stride}, "
+        x += "bfloat16 autocast" if self.autocast else "float32"
+        for run, values in seconds.items():
+            setting = {"what": "training step, forward and backward", "x": x, "implementation": run}
+            ratio = flops[run] / flops[UNIFORM]
+            report.add(**setting, metric="time", unit="s", values=values)
+            report.add_ratio(**setting, metric=f"time / {UNIFORM}", over=values, under=seconds[UNIFORM])
+            report.add(**setting, metric=f"arithmetic / {UNIFORM}", unit="1", values=[ratio])
+            predicted = [ratio * value for value in seconds[UNIFORM]]
+            report.add_ratio(**setting, metric="measured / arithmetic", over=values, under=predicted)
+        report.finish()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Training).run()

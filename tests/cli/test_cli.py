@@ -1,15 +1,14 @@
 """The commands as a user runs them: `python -m tokenweight`, with real files."""
 
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import datasets
+import faulty
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,35 +18,6 @@ from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
 from tokenweight.records import device_name, read_json
 
-# To import torch takes seconds, and so does to take it down: that is done once, and each command is a fork of it.
-SERVER = """
-import json, os, runpy, sys, traceback
-import tokenweight.evaluate.run, tokenweight.train.run, tokenweight.view.terminal
-
-def run(argv):
-    sys.argv = ["tokenweight", *argv]
-    try:
-        runpy.run_module("tokenweight", run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-for line in sys.stdin:
-    argv, streams = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, name in enumerate(streams):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        status = run(argv)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os._exit(0)
-"""
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out"]
 SCORE = ["score", "rows", "--model", "model", "--size", "16", "--stride", "12"]
 EVAL = ["eval", "model", "--data", "rows", "--probes", "none"]
@@ -83,17 +53,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(place):
     """Runs a command in `place`: (exit status, standard output, standard error)."""
-    command = [sys.executable, "-c", SERVER]
-    streams = [str(place.parent / f"{place.name}-{name}") for name in ("in", "out", "err")]
-    with subprocess.Popen(command, cwd=place, env=OFFLINE, stdin=-1, stdout=-1, text=True) as server:
-
-        def run(*argv):
-            server.stdin.write(json.dumps([argv, streams]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), *(Path(name).read_text() for name in streams[1:])
-
-        yield run
-        server.stdin.close()
+    return lambda *argv: faulty.run(place, *argv, small=False)
 
 
 @pytest.fixture(scope="module")
@@ -190,22 +150,22 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["prepare", "book.txt", "binary.txt", *PREPARE, "--out", "out"], "binary.txt: not UTF-8 text (byte 0"),
         (["prepare", "bad.jsonl", *PREPARE, "--out", "out"], "bad.jsonl, line 2: no text in column 'text': found body"),
         (["prepare", "book.txt", *PREPARE, "--out", "rows"], "--out rows: exists already"),
-        (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or try --short pack"),
+        (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or set short to pack"),
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
         (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght: unknown option: did you mean"),
-        ([*SCORE[:4], "--size", "64", "--stride", "48", "--out", "out"], "--size 64: the rows hold 64 tokens"),
+        ([*SCORE[:4], "--size", "64", "--stride", "48", "--out", "out"], "--size 64: sequences hold 64 tokens"),
         ([*SCORE[:4], "--size", "8", "--stride", "8", "--out", "out"], "stride=8 does not fit size=8"),
         ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size small: expected a number of tokens"),
         ([*SCORE[:4], "--size", "8,16", "--stride", "8", "--out", "out"], "--stride 8: expected one number for each"),
         ([*SCORE[:4], "--size", "8,8", "--out", "out"], "size: expected different sizes, found 8, 8"),
         ([*SCORE, "--shard", "2/2", "--out", "out"], "--shard 2/2: expected i/n, from 0/n to n-1/n"),
         ([*SCORE, "--shard", "1", "--out", "out"], "--shard 1: expected i/n"),
-        ([*SCORE[:4], "--size", "16", "--stride", "11", "--out", "scored"], "stride is 12 there, 11 now"),
+        ([*SCORE[:-1], "11", "--out", "scored"], "contexts is [{'size': 16, 'stride': 12}] there"),
         ([*SCORE, "--long", "--out", "scored"], "long is False there, True now"),
         ([*SCORE, "--out", "notes"], "--out notes: exists and holds no scores"),
         ([*SCORE, "--out", "out", "--dtype", "float77"], "float77"),
-        (["score", "scored", *SCORE[2:], "--out", "out"], "the rows have a column short_nll already"),
+        (["score", "scored", *SCORE[2:], "--out", "out"], "the rows have a column short_nll_16 already"),
         (["score", "notes", *SCORE[2:], "--out", "out"], "notes is not a finished `datasets` folder"),
         (["score", "gone", *SCORE[2:], "--out", "out"], "gone: no such folder of rows"),
         (["score", "rows", "--model", "gone", *SCORE[4:], "--out", "out"], "'gone' cannot be loaded"),

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, load_model, token_nll
-from tokenweight.data import dataset, load_rows, load_scores, read_row, score_folder, score_text
+from tokenweight.data import dataset, load_rows, load_scores, read_row, score_folder, score_text, verify
+from tokenweight.records import read_provenance
 
 
 def test_an_unscored_folder_holds_no_scores(folders):
@@ -30,7 +31,7 @@ def test_a_row_is_read_with_stored_long_losses_or_those_of_the_scoring_model(wit
     row = read_row(folders / "scored", 4)
     stored = load_rows(folders / "scored")[4]
     assert row.tokens.tolist() == [stored["input_ids"].tolist()]
-    assert torch.equal(row.short_nll[0], torch.tensor(stored["short_nll"]))
+    assert torch.equal(row.short_nll[0], torch.tensor(stored["short_nll_8"]))
     expected = token_nll(models.tiny(dtype=torch.float32), row.tokens)
     torch.testing.assert_close(row.long_nll, expected, **OTHER_BATCH)
     assert row.mask.tolist() == [[False] + [True] * (LENGTH - 1)]
@@ -62,13 +63,13 @@ def test_the_scoring_model_is_loaded_in_the_revision_that_scored(named, folders,
 @pytest.mark.parametrize("number", [-1, NUM_ROWS])
 def test_a_row_that_is_not_there_is_refused_with_those_that_are(number, folders):
     score_folder(folders / "rows", str(folders / "model"), [CONTEXT], folders / "scored")
-    with pytest.raises(ValueError, match=f"--row {number}: .*scored has rows 0 to 6"):
+    with pytest.raises(ValueError, match=f"row {number}: .*scored has rows 0 to 6"):
         read_row(folders / "scored", number)
 
 
 def test_long_losses_that_nobody_stored_need_a_model(folders):
     some_rows(short_nll=[[0.0] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
-    with pytest.raises(ValueError, match=r"--model: .*foreign stores no long losses"):
+    with pytest.raises(ValueError, match=r"model: .*foreign stores no long losses"):
         read_row(folders / "foreign", 0)
     assert read_row(folders / "foreign", 0, str(folders / "model")).short_nll.tolist() == [[0.0] * LENGTH]
 
@@ -88,17 +89,37 @@ def test_of_several_contexts_one_is_chosen_by_its_size(folders):
         assert torch.equal(
             torch.tensor(rows["short_nll"][:]), torch.tensor(load_rows(scored)[f"short_nll_{context.size}"][:])
         )
-        assert (provenance["size"], provenance["stride"]) == ([4, 8], [2, 5])
+        assert provenance["contexts"] == [{"size": 4, "stride": 2}, {"size": 8, "stride": 5}]
+        assert provenance["context"] == {"size": context.size, "stride": context.stride}
+        assert "context" not in read_provenance(scored)
     assert torch.equal(read_row(scored, 3, size=4).short_nll[0], torch.tensor(load_rows(scored)["short_nll_4"][3]))
-    for size, found in ((None, ""), (5, ", not 5")):
-        with pytest.raises(ValueError, match=f"size: .*scored holds scores with contexts of 4, 8 tokens{found}: name"):
+    for size, name in ((None, "size"), (5, "size 5")):
+        with pytest.raises(ValueError, match=f"^{name}: .*scored holds scores with short contexts of 4, 8 tokens"):
             load_scores(scored, size=size)
+
+
+def test_the_only_context_needs_no_name_and_another_one_is_refused(folders):
+    scored = score(folders, CONTEXT)
+    expected = torch.tensor(load_rows(scored)["short_nll_8"][:])
+    for size in (None, 8):
+        rows, provenance = load_scores(scored, size=size)
+        assert torch.equal(torch.tensor(rows["short_nll"][:]), expected)
+        assert provenance["context"] == {"size": 8, "stride": 5}
+    assert read_row(scored, 0).size == 8
+    with pytest.raises(ValueError, match=r"^size 9: .*scored holds scores with short contexts of 8 tokens"):
+        load_scores(scored, size=9)
+
+
+def test_a_plain_column_that_others_wrote_is_taken_as_it_is(folders, caplog):
+    some_rows(short_nll=[[0.5] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
+    rows, provenance = load_scores(folders / "foreign", size=8)
+    assert (rows["short_nll"][0].tolist(), provenance) == ([0.5] * LENGTH, {})
+    assert "foreign does not say who scored it" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("contexts", "settings", "warning"),
     [
-        ([CONTEXT], {"size": 9}, "scored was scored with size 8, not 9"),
         ([CONTEXT], {"size": 8, "stride": 4}, "scored was scored with stride 5, not 4"),
         (LADDER, {"size": 4, "stride": 3}, "scored was scored with stride 2, not 3"),
         ([CONTEXT], {"size": 8, "stride": 5}, None),
@@ -112,13 +133,23 @@ def test_settings_of_other_windows_are_warned_of_with_the_difference(contexts, s
     assert caplog.text == "" if warning is None else warning in caplog.text
 
 
-@pytest.mark.parametrize("read", [load_scores, lambda folder: read_row(folder, 0)])
-def test_a_shard_that_changed_since_is_refused_with_what_mends_it(read, folders):
+def flipped(content):
+    return content[:-200] + bytes([content[-200] ^ 1]) + content[-199:]
+
+
+@pytest.mark.parametrize(
+    ("read", "damage"),
+    [
+        (load_scores, lambda content: content[:-1]),
+        (load_rows, lambda content: content + b"\0"),
+        (verify, flipped),
+        (lambda folder: read_row(folder, 0), flipped),
+    ],
+)
+def test_a_shard_that_changed_since_is_refused_with_what_mends_it(read, damage, folders):
     scored = score(folders, CONTEXT)
     (shard,) = scored.glob("*.arrow")
-    content = bytearray(shard.read_bytes())
-    content[-200] ^= 1
-    shard.write_bytes(content)
+    shard.write_bytes(damage(shard.read_bytes()))
     message = f"{shard} is damaged.*; `tokenweight score` with the same options makes it again"
     with pytest.raises(ValueError, match=message):
         read(scored)
@@ -130,7 +161,7 @@ def test_rows_edited_after_they_were_scored_are_refused(folders):
     scored = score(folders, CONTEXT)
     edited = load_rows(scored).with_format(None).map(lambda row: {"input_ids": row["input_ids"][::-1]})
     edited.save_to_disk(str(folders / "edited"))
-    assert load_scores(folders / "edited")[1] == {}  # its origin is unknown
+    assert load_scores(folders / "edited")[1] == {"context": {"size": 8}}  # its origin is unknown
     (folders / "edited" / "scores.json").write_bytes((scored / "scores.json").read_bytes())
     with pytest.raises(ValueError, match=r"edited was changed after it was scored: its rows are in data-00000"):
         load_scores(folders / "edited")
@@ -177,9 +208,9 @@ def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"number": 2, "length": 30}, r"--row 2: .*book.txt has rows 0 to 1 of 30 tokens"),
-        ({"number": -1, "length": 30}, r"--row -1: .*book.txt has rows 0 to 1 of 30 tokens"),
-        ({"length": 30, "size": 30}, "--size 30: the row has 30 tokens: no token would have a shorter context"),
+        ({"number": 2, "length": 30}, r"^row 2: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"number": -1, "length": 30}, r"^row -1: .*book.txt has rows 0 to 1 of 30 tokens"),
+        ({"length": 30, "size": 30}, "^size 30: sequences hold 30 tokens: no token would have a shorter context"),
         ({"length": 129}, r"book.txt: rows of 129 tokens: the model has 128 positions"),
         ({"size": 8, "stride": 8}, "stride=8 does not fit size=8"),
     ],

@@ -286,14 +286,14 @@ def test_of_several_contexts_the_one_that_is_named_makes_the_weights(folders):
     for weights, row in zip(found, weigh_rows(rows, LongCE()), strict=True):
         assert weights == row.weights.tolist()
     note = json.loads((folders / "out" / "weights.json").read_text())
-    assert (note["size"], note["scores"]["size"]) == (8, [4, 8])
-    with pytest.raises(ValueError, match=r"size: .*scored holds scores with contexts of 4, 8 tokens: name one"):
+    assert (note["context"], len(note["scores"]["contexts"])) == ({"size": 8, "stride": 5}, 2)
+    with pytest.raises(ValueError, match=r"size: .*scored holds scores with short contexts of 4, 8 tokens"):
         export_weights(folders / "scored", LongCE(), folders / "again", format="hf")
 
 
 def test_a_size_that_was_not_scored_is_refused(folders):
     score_folder(folders / "rows", str(folders / "model"), [ShortContext(8, 5)], folders / "scored", with_long=True)
-    with pytest.raises(ValueError, match=r"--size 4: .*scored was scored with 8"):
+    with pytest.raises(ValueError, match=r"size 4: .*scored holds scores with short contexts of 8 tokens"):
         export_weights(folders / "scored", LongCE(), folders / "out", format="hf", size=4)
 
 
@@ -352,8 +352,8 @@ def infinite(long, short, mask):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "axolotl"}, "^--format axolotl: expected one of hf, trl, llamafactory, ms-swift, tinker$"),
-        ({"out": "scored"}, "^--out .*scored: exists already; name a new folder$"),
+        ({"format": "axolotl"}, "^format axolotl: expected one of hf, trl, llamafactory, ms-swift, tinker$"),
+        ({"out": "scored"}, "^out .*scored: exists already; name a new folder$"),
         (
             {"weighting": Custom(infinite)},
             "^row 0, weighed alone: the weight by .*infinite of row 0, position 1 is inf",

@@ -32,23 +32,6 @@ def interrupted(documents, num):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("short", ["drop", "pack"])
-@pytest.mark.parametrize("stops", [[4], [1, 5, 7], [8]])
-def test_an_interrupted_call_goes_on_and_ends_as_if_undisturbed(stops, short, documents, small_shards, tmp_path):
-    documents *= 3
-    settings = {"tokenizer": trained_tokenizer(framed=True), "length": 16, "short": short}
-    expected = prepare_rows(documents, out=tmp_path / "undisturbed", **settings)
-    for stop in stops:
-        with pytest.raises(KeyboardInterrupt):
-            prepare_rows(interrupted(documents, stop), out=tmp_path / "rows", **settings)
-        assert not (tmp_path / "rows").exists()
-    assert any((tmp_path / "rows.unfinished").glob("*.arrow"))
-    assert prepare_rows(documents, out=tmp_path / "rows", **settings) == expected
-    assert contents(tmp_path / "rows") == contents(tmp_path / "undisturbed")
-    assert len(list((tmp_path / "rows").glob("*.arrow"))) > 5
-    assert {file.name for file in tmp_path.iterdir()} == {"rows", "undisturbed"}
-
-
 def test_what_is_written_is_not_tokenized_again(documents, small_shards, tmp_path, monkeypatch):
     tokenizer, seen = trained_tokenizer(), []
     with pytest.raises(KeyboardInterrupt):
@@ -58,18 +41,6 @@ def test_what_is_written_is_not_tokenized_again(documents, small_shards, tmp_pat
     prepare_rows(documents * 2, tokenizer, 16, tmp_path / "rows")
     assert [TEXT[:2000]] not in seen[:3]
     assert len(seen) < 3 + 2 * len(documents) - 6  # special_tokens asks twice
-
-
-def test_a_damaged_shard_is_named_and_made_again(documents, small_shards, tmp_path, caplog):
-    documents, tokenizer = documents * 2, trained_tokenizer()
-    prepare_rows(documents, tokenizer, 16, tmp_path / "undisturbed")
-    with pytest.raises(KeyboardInterrupt):
-        prepare_rows(interrupted(documents, 15), tokenizer, 16, tmp_path / "rows")
-    shard = tmp_path / "rows.unfinished" / "rows-00001.arrow"
-    shard.write_bytes(shard.read_bytes()[:-8])
-    prepare_rows(documents, tokenizer, 16, tmp_path / "rows")
-    assert "rows-00001.arrow is damaged" in caplog.text
-    assert contents(tmp_path / "rows") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The columns of scored rows against the scorer, the model and the benefit of each row."""
+"""The columns of scored rows against the scorer, the model and the context gain of each row."""
 
 import datasets
 import numpy as np
@@ -9,7 +9,7 @@ import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, token_nll
 from tokenweight.data import RowScorer
-from tokenweight.data.context_gain import context_benefit
+from tokenweight.data.context_gain import gains_of_rows
 from tokenweight.method import document_positions, prediction_mask
 
 LADDER = [ShortContext(4, 2), ShortContext(8, 5), ShortContext(16, 4)]
@@ -31,12 +31,12 @@ def test_every_column_is_what_the_scorer_of_its_context_says(contexts, columns):
     long_nll = token_nll(model, tokens, positions)
     assert torch.equal(tensor(scored["long_nll"]), long_nll.float())
     for context in contexts:
-        suffix = f"_{context.size}" if len(contexts) > 1 else ""
+        suffix = f"_{context.size}"
         short_nll = Scorer(model, context)(tokens, position_ids=positions, long_nll=long_nll)
         assert torch.equal(tensor(scored[f"short_nll{suffix}"]), short_nll.float())
         mask = prediction_mask(torch.tensor(columns["labels"]) if "labels" in columns else tokens, positions)
         mask &= document_positions(tokens, positions) >= context.size
-        for name, expected in context_benefit(long_nll, short_nll, mask)._asdict().items():
+        for name, expected in gains_of_rows(long_nll, short_nll, mask)._asdict().items():
             assert np.array_equal(scored[f"{name}{suffix}"], expected, equal_nan=True)
 
 
@@ -44,7 +44,7 @@ def test_beyond_the_window_is_where_the_losses_differ():
     """So that a summary over these tokens leaves out no difference, and counts no token that cannot have one."""
     rows, context = some_rows(position_ids=POSITIONS), LADDER[1]
     scored = RowScorer(models.tiny(), [context], with_long=True)(rows[:])
-    differs = tensor(scored["long_nll"]) != tensor(scored["short_nll"])
+    differs = tensor(scored["long_nll"]) != tensor(scored["short_nll_8"])
     tokens, positions = tensor(rows["input_ids"]), torch.tensor(POSITIONS)
     assert torch.equal(differs, document_positions(tokens, positions) >= context.size)
 
@@ -80,7 +80,7 @@ def test_rows_of_unequal_lengths_are_scored_as_alone():
     together = scorer({"input_ids": rows})
     for number, row in enumerate(rows):
         alone = scorer({"input_ids": [row]})
-        for name in ("long_nll", "short_nll"):
+        for name in ("long_nll", "short_nll_8"):
             np.testing.assert_allclose(together[name][number], alone[name][0], rtol=0, atol=1e-6)
 
 

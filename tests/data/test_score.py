@@ -26,7 +26,7 @@ def test_stored_losses_are_those_of_the_scorer_bit_for_bit(with_long, tmp_path):
     scored = datasets.load_from_disk(str(tmp_path / "scored"))
     tokens = tensor_of(rows, "input_ids")
     long_nll = token_nll(models.tiny(dtype=torch.float32), tokens) if with_long else None
-    expected = ({"long_nll": long_nll} if with_long else {}) | {"short_nll": short_losses(tokens, long_nll=long_nll)}
+    expected = ({"long_nll": long_nll} if with_long else {}) | {"short_nll_8": short_losses(tokens, long_nll=long_nll)}
     assert scored.column_names == [*rows.column_names, *scorer.features]
     for name, losses in expected.items():
         assert torch.equal(torch.tensor(scored[name][:]), losses)
@@ -39,7 +39,7 @@ def test_shards_and_batches_do_not_change_the_scores(max_tokens, shards_of_two, 
     score_rows(rows, tiny_scorer(max_tokens=max_tokens), tmp_path / "scored", provenance={})
     assert len(list((tmp_path / "scored").glob("*.arrow"))) == 4
     expected = short_losses(tensor_of(rows, "input_ids"))
-    torch.testing.assert_close(tensor_of(load_rows(tmp_path / "scored"), "short_nll"), expected, **OTHER_BATCH)
+    torch.testing.assert_close(tensor_of(load_rows(tmp_path / "scored"), "short_nll_8"), expected, **OTHER_BATCH)
 
 
 COLUMNS = {
@@ -57,7 +57,7 @@ COLUMNS = {
 def test_all_other_columns_are_kept_as_they_are(name, shards_of_two, tmp_path):
     rows = some_rows(**{name: COLUMNS[name]})
     score_rows(rows, tiny_scorer(), tmp_path / "scored", provenance={})
-    kept = datasets.load_from_disk(str(tmp_path / "scored")).remove_columns("short_nll")
+    kept = datasets.load_from_disk(str(tmp_path / "scored")).remove_columns("short_nll_8")
     assert kept.to_dict() == rows.with_format(None).to_dict()
     assert kept.features == rows.features
 
@@ -67,7 +67,7 @@ def test_rows_of_unequal_lengths_have_the_scores_they_have_alone(lengths, tmp_pa
     rows = [models.some_tokens(1, length, seed=seed) for seed, length in enumerate(lengths)]
     data = datasets.Dataset.from_dict({"input_ids": [row[0].tolist() for row in rows]}).with_format("numpy")
     score_rows(data, tiny_scorer(), tmp_path / "scored", provenance={})
-    for row, losses in zip(rows, load_rows(tmp_path / "scored")["short_nll"], strict=True):
+    for row, losses in zip(rows, load_rows(tmp_path / "scored")["short_nll_8"], strict=True):
         torch.testing.assert_close(torch.tensor(losses)[None], short_losses(row), **OTHER_BATCH)
 
 
@@ -80,7 +80,7 @@ def test_packed_documents_are_scored_apart(tmp_path):
     long_nll = token_nll(models.tiny(dtype=torch.float32), tokens, positions)
     assert torch.equal(tensor_of(scored, "long_nll"), long_nll)
     expected = short_losses(tokens, position_ids=positions, long_nll=long_nll)
-    assert torch.equal(tensor_of(scored, "short_nll"), expected)
+    assert torch.equal(tensor_of(scored, "short_nll_8"), expected)
     assert (short_losses(tokens) - expected)[:3, 10:].abs().max() > 0.01
 
 
@@ -133,7 +133,7 @@ def test_going_on_with_another_setting_is_refused_by_its_name(now, with_long, me
     with pytest.raises(KeyboardInterrupt):
         score_rows(some_rows(), tiny_scorer(Interrupted), tmp_path / "scored", provenance=before)
     kept = {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()}
-    with pytest.raises(ValueError, match=f"--out .*scored: holds scores made otherwise.*{message}") as refusal:
+    with pytest.raises(ValueError, match=f"^out .*scored: holds scores made otherwise.*{message}") as refusal:
         score_rows(some_rows(), tiny_scorer(with_long=with_long), tmp_path / "scored", provenance=now)
     assert "environment" not in str(refusal.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()} == kept
@@ -160,7 +160,7 @@ def test_a_token_outside_the_vocabulary_is_refused_by_row(shards_of_two, tmp_pat
         score_rows(some_rows(input_ids=tokens), tiny_scorer(), tmp_path / "scored", provenance={})
 
 
-@pytest.mark.parametrize(("column", "with_long"), [("short_nll", False), ("long_nll", True)])
+@pytest.mark.parametrize(("column", "with_long"), [("short_nll_8", False), ("long_nll", True)])
 def test_rows_that_have_scores_already_are_refused_before_anything_is_written(column, with_long, tmp_path):
     rows = some_rows(**{column: [[0.0] * LENGTH] * NUM_ROWS})
     with pytest.raises(ValueError, match=f"the rows have a column {column} already"):
@@ -171,7 +171,7 @@ def test_rows_that_have_scores_already_are_refused_before_anything_is_written(co
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored" / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"--out .*scored: exists and holds no scores"):
+    with pytest.raises(ValueError, match=r"^out .*scored: exists and holds no scores"):
         score_rows(some_rows(), tiny_scorer(), tmp_path / "scored", provenance={})
     assert [file.name for file in (tmp_path / "scored").iterdir()] == ["notes"]
 
@@ -182,7 +182,8 @@ def test_a_folder_is_scored_with_the_model_of_that_name_and_its_provenance_is_ke
     scored, provenance = load_scores(out)
     assert (len(scored), summary.new_tokens) == (NUM_ROWS, NUM_ROWS * LENGTH)
     assert provenance["environment"]["versions"]["torch"] == torch.__version__
-    told = {"model": model, "dtype": "float64", "size": 8, "stride": 5, "rows": rows, "long": True, "bos": None}
+    told = {"model": model, "dtype": "float64", "rows": rows, "long": True, "bos": None}
+    told["contexts"] = [{"size": 8, "stride": 5}]
     assert {name: provenance[name] for name in told} == told
     tokens, wide = tensor_of(some_rows(), "input_ids"), models.tiny(dtype=torch.float32).double()
     expected = Scorer(wide, CONTEXT)(tokens, long_nll=token_nll(wide, tokens))
@@ -192,10 +193,10 @@ def test_a_folder_is_scored_with_the_model_of_that_name_and_its_provenance_is_ke
 @pytest.mark.parametrize(
     ("context", "length", "with_long", "message"),
     [
-        (ShortContext(24, 8), 24, False, "--size 24: the rows hold 24 tokens: no token would have a shorter context"),
-        (ShortContext(25, 8), 24, False, "--size 25: the rows hold 24 tokens"),
-        (ShortContext(130, 8), 150, False, "--size: windows of 130 tokens: the model has 128 positions"),
-        (CONTEXT, 150, True, "--long: rows of 150 tokens: the model has 128 positions"),
+        (ShortContext(24, 8), 24, False, "^size 24: sequences hold 24 tokens: no token would have a shorter context"),
+        (ShortContext(25, 8), 24, False, "^size 25: sequences hold 24 tokens"),
+        (ShortContext(130, 8), 150, False, "^size: windows of 130 tokens: the model has 128 positions"),
+        (CONTEXT, 150, True, "^long: rows of 150 tokens: the model has 128 positions"),
     ],
 )
 def test_windows_rows_and_models_that_do_not_fit_are_refused(context, length, with_long, message, folders):
@@ -210,7 +211,7 @@ def test_windows_rows_and_models_that_do_not_fit_are_refused(context, length, wi
 def test_all_rows_are_looked_at_before_work_starts(num_short, folders):
     rows = [models.some_tokens(1, length)[0].tolist() for length in [9] * num_short + [150]]
     datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(str(folders / "longer"))
-    with pytest.raises(ValueError, match="--long: rows of 150 tokens: the model has 128 positions"):
+    with pytest.raises(ValueError, match=r"^long: rows of 150 tokens: the model has 128 positions"):
         score_folder(folders / "longer", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
     assert not (folders / "scored").exists()
 

@@ -67,7 +67,7 @@ def test_a_shard_that_is_not_what_was_written_is_refused_by_name(damage, tmp_pat
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tokenweight.shards import locked
+from tokenweight.data.shards import locked
 with locked(Path(sys.argv[1])) as alone:
     Path(sys.argv[1]).with_name(".a.arrow.host.123").write_text("half")
     print(alone, flush=True)

@@ -80,12 +80,12 @@ def test_one_document_has_no_interval_and_no_token_no_value():
     one += [("b", [measure("base", "far", total=[4.0], num_tokens=[2.0])])]
     table = compare(one)
     assert table[1][0][5:10] == (2.0, 0.5, None, None, False)
-    assert "- for an interval: too few rows hold such a token to make one." in notes(table, unit="row")
+    assert any(line.startswith("- for an interval: too few rows") for line in notes(table, unit="row"))
     assert "2.0000 (+0.5000 -)" in markdown(table)
     none = [(name, [measure("base", "far", total=[0.0], num_tokens=[0.0])]) for name in "ab"]
     table = compare(none)
     assert table[1][0][5:11] == (None, None, None, None, False, False)
-    assert notes(table)[-1] == "- for a value: there is no such token."
+    assert notes(table)[-1].startswith("- for a value")
     assert "| long | far ↓ | nats | 0 | - | - |" in markdown(table)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tokenweight import LongCE, Scorer, ShortContext, load_model, load_tokenizer
 from tokenweight.cli.demo import packaged_model
 from tokenweight.data import key_tokens
 from tokenweight.evaluate.intervals import row_sums
-from tokenweight.evaluate.losses import PAPER_CONTEXT, key_tokens_of_text
+from tokenweight.evaluate.losses import PAPER_CONTEXT
 from tokenweight.method import prediction_mask, sliding_windows
 
 LETTERS = "abcdef"
@@ -134,65 +133,3 @@ def test_longppl_of_a_real_model_and_text_is_that_of_the_package():
         found = row_sums(long_nll, key_tokens(long_nll, short_nll, mask, alpha=alpha, beta=beta))
         assert found.num_tokens.item() == num_key
         assert math.exp(found.mean) == pytest.approx(expected, rel=1e-3)
-
-
-def test_longppl_with_another_evaluator_is_that_of_the_package():
-    package = pytest.importorskip("longppl.longppl", reason="pip install --no-deps longppl==0.3.0")
-    text, ours, theirs = some_text(119), tokenizer(split(PAIR)), tokenizer(split(LETTER), bos=True)
-    model, evaluator = models.tiny("llama", seed=1), models.tiny("gpt2", seed=2)
-    options = {"trunc_len": 12, "sliding_window": 4, "alpha": 0.1, "beta": -9}
-    expected = package.compute_longppl(text, model, evaluator, ours, theirs, **options)
-    encoded = ours(text, return_tensors="pt", return_offsets_mapping=True)
-    pieces = [text[start:stop] for start, stop in encoded.offset_mapping[0]]
-    key = key_tokens_of_text(Scorer(evaluator, ShortContext(16, 4)), theirs, pieces, alpha=0.1, beta=-9.0)
-    assert 3 < int(key.sum()) == expected["n_key_token"] < len(key) / 2
-    found = row_sums(token_nll(model, encoded.input_ids), key[None])
-    assert math.exp(found.mean) == pytest.approx(expected["longppl"], rel=1e-5)  # rounded to float32, as above
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("spaces", [True, False])
-def test_a_token_is_key_if_all_its_characters_are_of_key_tokens_of_the_evaluator(spaces, seed):
-    """Without `spaces`, the evaluator's tokens leave out the spaces before them, which count to them here."""
-    text, generator = some_text(110, seed=seed), torch.Generator().manual_seed(seed)
-    theirs = tokenizer(split(PAIR)) if spaces else tokenizer(pre_tokenizers.WhitespaceSplit(), split(PAIR), bos=True)
-    cuts = torch.randint(len(text) + 1, (50,), generator=generator).sort().values.tolist()  # some pieces are empty
-    pieces = ["", *(text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]))]
-    evaluator = models.tiny("gpt2", seed=seed)
-    scorer = Scorer(evaluator, ShortContext(8, 4))
-
-    encoded = theirs(text, return_tensors="pt", return_offsets_mapping=True)
-    tokens = encoded.input_ids
-    chosen = key_tokens(
-        token_nll(evaluator, tokens), scorer(tokens), prediction_mask(tokens), alpha=0.1, beta=-9.0
-    ).nonzero()[:, 1]
-    characters, stops = set(), [0, *(stop for _, stop in encoded.offset_mapping[0].tolist())]
-    for i in chosen.tolist():
-        characters |= set(range(stops[i], stops[i + 1]))
-    expected, place = [], 0
-    for piece in pieces:
-        expected.append(bool(piece) and characters.issuperset(range(place, place + len(piece))))
-        place += len(piece)
-
-    assert any(expected)
-    assert key_tokens_of_text(scorer, theirs, pieces, alpha=0.1, beta=-9.0).tolist() == expected
-
-
-def test_a_model_that_evaluates_itself_reads_the_text_once_and_each_window_but_the_first_once():
-    model, scorer_tokenizer, read = models.tiny(), tokenizer(split(LETTER)), []
-    scorer = Scorer(model, ShortContext(16, 4))
-    model.model.register_forward_hook(
-        lambda module, arguments, options, output: read.append([*options["input_ids"].shape]), with_kwargs=True
-    )
-    key_tokens_of_text(scorer, scorer_tokenizer, list(some_text(60)))
-    # Beside them are the passes over eight tokens that prove that the model is supported.
-    assert [shape for shape in read if shape[1] != 8] == [[1, 60], [(60 - 16) // 4, 16]]
-
-
-def test_a_text_too_long_for_the_evaluator_and_a_tokenizer_without_offsets_are_refused():
-    scorer, letters = Scorer(models.tiny(), ShortContext(16, 4)), tokenizer(split(LETTER))
-    with pytest.raises(ValueError, match="a text of 129 tokens: the model has 128 positions"):
-        key_tokens_of_text(scorer, letters, ["a"] * 129)
-    letters.__class__ = type("Slow", (PreTrainedTokenizerFast,), {"is_fast": False})
-    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
-        key_tokens_of_text(scorer, letters, ["a"] * 20)

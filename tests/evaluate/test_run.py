@@ -6,15 +6,13 @@ import shutil
 
 import datasets
 import pytest
-from evaluations import TOKENS, place, save, settings, values, with_tokenizer
+from evaluations import TOKENS, save, settings, values
 
 import models
 from texts import trained_tokenizer
 from tokenweight.evaluate import evaluate
 from tokenweight.evaluate import run as evaluate_module
 from tokenweight.records import read_json, write_json
-
-__all__ = ["place", "with_tokenizer"]  # fixtures
 
 
 def test_a_second_run_gives_the_same_record_and_batches_change_nothing(place, tmp_path):
@@ -71,8 +69,7 @@ def earlier(place):
 
 def refusal(place, tmp_path, monkeypatch, **options):
     """The line with which settings are refused, before any model is measured."""
-    for name in ("measure_model", "find_key_tokens"):
-        monkeypatch.setattr(evaluate_module, name, None)
+    monkeypatch.setattr(evaluate_module, "load_model", None)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"\w") as error:
         evaluate(settings(place, options.pop("out", tmp_path / "out"), **options))
@@ -84,7 +81,7 @@ def refusal(place, tmp_path, monkeypatch, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "was evaluated otherwise (seed is 0 there, 1 now)"),
+        ({"seed": 1}, "was evaluated with other settings (seed is 0 there, 1 now)"),
         ({"short": 8}, "(short is 7 there, 8 now)"),
         ({"sizes": "6"}, "(sizes is [6, 10] there, [6] now)"),
         ({"dtype": "float32"}, "(dtype is 'auto' there, 'float32' now)"),
@@ -105,7 +102,7 @@ def test_an_earlier_evaluation_with_other_settings_is_refused_by_name(
         save(place / "renamed", document=list("aabbcc"))
     found = refusal(place, tmp_path, monkeypatch, baseline=earlier, **options)
     assert message in found
-    assert "earlier: " in found or "--evaluator" in found
+    assert "earlier: " in found or found.startswith("evaluator ")
 
 
 def test_a_damaged_earlier_evaluation_is_refused(place, earlier, tmp_path, monkeypatch):
@@ -126,7 +123,7 @@ def test_models_that_cannot_read_the_rows_are_refused(place, tmp_path, monkeypat
     for role in ("model", "baseline", "evaluator"):
         found = refusal(place, tmp_path, monkeypatch, **{role: tmp_path / "short"})
         assert found.startswith(
-            f"--data: rows of 24 tokens: {tmp_path / 'short'} has 23 positions; extend its context "
+            f"data: sequences of 24 tokens: {tmp_path / 'short'} has 23 positions; extend its context "
         )
         assert "docs/context-extension.md" in found
         assert "is not in the vocabulary" in refusal(place, tmp_path, monkeypatch, **{role: tmp_path / "small"})
@@ -149,12 +146,12 @@ def test_models_and_rows_of_different_tokenizers_are_refused(with_tokenizer, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probe_lengths": "100"}, "--probe_lengths: length 100 is too short for probes 'single': they need at least "),
-        ({}, "--probe_lengths: length 110 is too short"),  # a quarter of a row
-        ({"probe_lengths": "300,461"}, "--probe_lengths: probes of 461 tokens: "),
+        ({"probe_lengths": "100"}, "probe_lengths: length 100 is too short for probes 'single': they need at least "),
+        ({}, "probe_lengths: length 110 is too short"),  # a quarter of a row
+        ({"probe_lengths": "300,461"}, "probe_lengths: probes of 461 tokens: "),
         ({"probe_lengths": "125", "probe_by": "generation"}, "length 125 is too short"),  # enough by likelihood
-        ({"probes": "single,needle"}, "--probes: unknown family 'needle': expected none, or some of single, multi_key"),
-        ({"num_probes": 0}, "--num_probes 0: expected at least 1"),
+        ({"probes": "single,needle"}, "probes needle: expected none, or some of single, multi_key"),
+        ({"num_probes": 0}, "num_probes 0: expected at least 1"),
     ],
     ids=str,
 )
@@ -163,16 +160,16 @@ def test_probes_that_do_not_fit_are_refused(options, message, with_tokenizer, tm
 
 
 def test_probes_need_a_tokenizer(place, tmp_path, monkeypatch):
-    assert "has no tokenizer to make them with" in refusal(place, tmp_path, monkeypatch, probes="single")
+    assert "has no tokenizer: expected a tokenizer, or none" in refusal(place, tmp_path, monkeypatch, probes="single")
 
 
 def test_rows_and_folders_that_are_no_use_are_refused(place, tmp_path, monkeypatch):
-    assert "--num_rows 0: expected at least 1" in refusal(place, tmp_path, monkeypatch, num_rows=0)
+    assert "num_rows 0: expected at least 1" in refusal(place, tmp_path, monkeypatch, num_rows=0)
     (tmp_path / "bytes").write_bytes(b"\xff")
     (tmp_path / "blank").write_text("\n")
-    for name, message in {"lost": "cannot be read", "bytes": "cannot be read", "blank": "holds no text"}.items():
+    for name, message in {"lost": "cannot be read", "bytes": "cannot be read", "blank": "expected"}.items():
         found = refusal(place, tmp_path, monkeypatch, haystack=tmp_path / name)
-        assert found.startswith(f"--haystack {tmp_path / name}: {message}")
+        assert found.startswith(f"haystack {tmp_path / name}: {message} ")
     assert "no such folder of rows" in refusal(place, tmp_path, monkeypatch, data="gone")
     assert "rows: exists already; name a new folder" in refusal(place, tmp_path, monkeypatch, out=place / "rows")
     datasets.Dataset.from_dict({"input_ids": [[3] * 24, []]}).save_to_disk(str(tmp_path / "hole"))

@@ -41,7 +41,7 @@ def test_what_is_asked_for_is_taken(tmp_path):
     assert (found.sizes, found.short, found.long_context, found.long_context_is) == ([2, 63], 64, [63, 47], "asked for")
     assert (found.families, found.probe_lengths, found.depths, found.num_probes) == (["single"], [50, 9], [0, 1], 1)
     assert plan(64, long_size=8, long_stride=7).long_context == [8, 7]
-    hashes = {plan(64, haystack=path).haystack_sha256 for path in (None, tmp_path / "text")}
+    hashes = {plan(64, haystack=path).comparable()["haystack_sha256"] for path in (None, tmp_path / "text")}
     assert len(hashes) == 2
 
 
@@ -52,24 +52,24 @@ def test_settings_of_probes_do_not_matter_without_probes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sizes": "16,64"}, "--sizes 16,64: expected rising numbers from 2 to 63, below the 64 tokens of a row"),
-        ({"sizes": "16,8"}, "--sizes 16,8: expected rising numbers"),
-        ({"sizes": "16,16"}, "--sizes 16,16: expected rising numbers"),
-        ({"sizes": "1"}, "--sizes 1: expected rising numbers"),
-        ({"sizes": "few"}, "--sizes few: expected numbers, separated by commas"),
-        ({"sizes": ""}, "--sizes : expected numbers"),
-        ({"short": 1}, "--short 1: expected 2 to 64 tokens"),
-        ({"short": 65}, "--short 65: expected 2 to 64 tokens"),
-        ({"long_size": 64}, "--long_size 64: expected 2 to 63"),
-        ({"long_size": 8, "long_stride": 8}, "--long_stride 8: expected 1 to 7, below --long_size"),
-        ({"long_stride": 8}, "--long_stride 8: expected --long_size beside it"),
-        ({"probes": "sinlge"}, "--probes: unknown family 'sinlge': expected none, or some of single, multi_key, "),
-        ({"probes": "single,single"}, "--probes single,single: a family is named twice"),
-        ({"probe_lengths": "5k"}, "--probe_lengths 5k: expected numbers"),
-        ({"depths": "0.5,1.1"}, r"--depths 0.5,1.1: expected numbers from 0 \(beginning\) to 1 \(end\)"),
-        ({"depths": "nan"}, "--depths nan: expected numbers from 0"),
-        ({"num_probes": 0}, "--num_probes 0: expected at least 1"),
-        ({"max_tokens": 0}, "--max_tokens 0: expected at least 1"),
+        ({"sizes": "16,64"}, "sizes 16,64: expected rising numbers from 2 to 63, below the 64 tokens of a sequence"),
+        ({"sizes": "16,8"}, "sizes 16,8: expected rising numbers"),
+        ({"sizes": "16,16"}, "sizes 16,16: expected rising numbers"),
+        ({"sizes": "1"}, "sizes 1: expected rising numbers"),
+        ({"sizes": "few"}, "sizes few: expected numbers, separated by commas"),
+        ({"sizes": ""}, "sizes : expected numbers"),
+        ({"short": 1}, "short 1: expected 2 to 64 tokens"),
+        ({"short": 65}, "short 65: expected 2 to 64 tokens"),
+        ({"long_size": 64}, "long_size 64: expected 2 to 63"),
+        ({"long_size": 8, "long_stride": 8}, "long_stride 8: expected 1 to 7, below long_size"),
+        ({"long_stride": 8}, "long_stride 8: expected long_size beside it"),
+        ({"probes": "sinlge"}, "probes sinlge: expected none, or some of single, multi_key, "),
+        ({"probes": "single,single"}, "probes single,single: expected each family once"),
+        ({"probe_lengths": "5k"}, "probe_lengths 5k: expected numbers"),
+        ({"depths": "0.5,1.1"}, r"depths 0.5,1.1: expected numbers from 0 \(beginning\) to 1 \(end\)"),
+        ({"depths": "nan"}, "depths nan: expected numbers from 0"),
+        ({"num_probes": 0}, "num_probes 0: expected at least 1"),
+        ({"max_tokens": 0}, "max_tokens 0: expected at least 1"),
     ],
     ids=str,
 )
@@ -79,5 +79,5 @@ def test_settings_that_do_not_fit_are_refused_by_name(options, message):
 
 
 def test_rows_too_short_for_any_context_are_refused():
-    with pytest.raises(ValueError, match="rows has rows of up to 7 tokens: expected at least 8"):
+    with pytest.raises(ValueError, match="rows has sequences of up to 7 tokens: expected at least 8"):
         plan(7)

@@ -2,11 +2,8 @@
 
 import itertools
 import os
-import random
 import re
 import signal
-import time
-from collections import Counter
 
 import pytest
 from faulty import COMMANDS, contents, copied, ended, run, start, told, whole
@@ -15,7 +12,6 @@ from tokenweight.data import load_scores
 
 TOKENS = 51 * 64  # of the rows
 LADDER = COMMANDS["ladder"]
-WITHIN = 22  # the step of scoring that writes to the second shard
 
 
 @pytest.fixture
@@ -23,17 +19,12 @@ def place(tmp_path):
     return copied(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def undisturbed():
-    return {name: whole(name) for name in COMMANDS}
-
-
-def left_behind(place, whole):
+def left_behind(place, finished):
     """Where a killed command was; what it left must not pass for finished unless it is."""
     out, unfinished = place / "out", place / "out.unfinished"
     if not unfinished.exists() and (out / "state.json").is_file():
         found = {name: value for name, value in contents(out).items() if not name.startswith(".")}
-        assert found == whole
+        assert found == finished
         return "after the last shard"
     if not unfinished.exists() and out.exists():
         with pytest.raises(ValueError, match="is not a finished `datasets` folder"):
@@ -44,62 +35,56 @@ def left_behind(place, whole):
     return "between shards" if any(file.endswith(".arrow") for file in files) else "before the first shard"
 
 
-@pytest.mark.slow
-def test_killed_again_and_again_a_command_ends_as_if_undisturbed(place, undisturbed):
-    chance, kills, where = random.Random(1), 0, Counter()
-    for name, command in COMMANDS.items():
-        while (done := run(place, *command, at=chance.randrange(40))).status != 0:
-            assert done == (-signal.SIGKILL, "", "")
-            kills += 1
-            where[left_behind(place, undisturbed[name])] += 1
-        assert contents(place / "out") == undisturbed[name]
-        (place / "out").rename(place / name)
-    assert kills >= 20
-    assert len(where) == 4
-    assert where["within a shard"] >= 5
+def shard(name, number):
+    return f"scores-{number:05d}-of-00004.arrow" if name in ("long", "ladder") else f"rows-{number:05d}.arrow"
+
+
+def moments(name):
+    """Points of all kinds in a command, each after those before it."""
+    within = [f"{point} {shard(name, number)}" for number, point in enumerate(("open", "batch", "written"), 0)]
+    note = [f"{point} {shard(name, 2).replace('.arrow', '.json')}" for point in ("open", "rename")]
+    last = [f"{point} {shard(name, 2)}" for point in ("rename", "renamed")]
+    data_set = [f"written {file}.json" for file in ("contents", "dataset_info", "state")]
+    folder = ["renamed state.json", *(["rename out"] if name in ("drop", "packed", "drawn") else [])]
+    return [*within, *note, *last, *data_set, *folder]
+
+
+@pytest.mark.parametrize("name", ["packed", "long"])
+def test_killed_again_and_again_a_command_ends_as_if_undisturbed(name, place):
+    where = []
+    for point in moments(name):
+        done = run(place, *COMMANDS[name], at=point)
+        assert done == (-signal.SIGKILL, "", ""), point
+        where.append(left_behind(place, whole(name)))
+    assert run(place, *COMMANDS[name]).status == 0
+    assert contents(place / "out") == whole(name)
+    assert {"before the first shard", "within a shard", "between shards"} <= set(where)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["drawn", "ladder"])
-def test_killed_at_any_step_a_command_ends_as_if_undisturbed(name, place, undisturbed):
-    for step in itertools.count():
-        killed = run(place, *COMMANDS[name], at=step)
+def test_killed_at_any_point_a_command_ends_as_if_undisturbed(name, place):
+    for point in itertools.count():
+        killed = run(place, *COMMANDS[name], at=point)
         if killed.status == 0:
             break
         assert killed.status == -signal.SIGKILL
-        left_behind(place, undisturbed[name])
+        left_behind(place, whole(name))
         done = run(place, *COMMANDS[name])
         assert (done.status, done.errors) == (0, "")
-        assert contents(place / "out") == undisturbed[name]
-        (place / "out").rename(place / f"out{step}")
-    assert step > 50
+        assert contents(place / "out") == whole(name)
+        (place / "out").rename(place / f"out{point}")
+    assert point > 50
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["packed", "ladder"])
-def test_killed_at_any_moment_a_command_ends_as_if_undisturbed(name, place, undisturbed):
-    chance = random.Random(2)
-    for _ in range(5):
-        killed = start(place, *COMMANDS[name])
-        time.sleep(chance.random() * 0.4)
-        os.kill(killed[0], signal.SIGKILL)
-        ended(killed)
-        if left_behind(place, undisturbed[name]) == "after the last shard":
-            break
-    if name == "ladder" or not (place / "out").exists():
-        assert run(place, *COMMANDS[name]).status == 0
-    assert contents(place / "out") == undisturbed[name]
-
-
-@pytest.mark.parametrize("name", ["drawn", "long"])
-def test_an_interruption_is_told_and_a_command_ends_as_if_undisturbed(name, place, undisturbed):
-    chance, interruptions = random.Random(3), 0
-    while (done := run(place, *COMMANDS[name], at=chance.randrange(60), send="SIGINT")).status != 0:
-        assert (done.status, done.printed) == (130, "")
-        assert told("interrupted", done.errors)
-        interruptions += 1
-    assert interruptions >= 2
-    assert contents(place / "out") == undisturbed[name]
+@pytest.mark.parametrize("name", ["drop", "ladder"])
+def test_an_interruption_is_told_and_a_command_ends_as_if_undisturbed(name, place):
+    for point in (f"batch {shard(name, 0)}", f"rename {shard(name, 1)}", "open state.json"):
+        done = run(place, *COMMANDS[name], at=point, send="SIGINT")
+        assert (done.status, done.printed) == (130, ""), point
+        told(done.errors, "interrupted")
+    assert run(place, *COMMANDS[name]).status == 0
+    assert contents(place / "out") == whole(name)
 
 
 def new_tokens(done):
@@ -107,33 +92,32 @@ def new_tokens(done):
     return [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:tokens,|of them scored)", done.printed)]
 
 
-def stopped(place, *command):
+def stopped(place, name):
     """A command that was stopped while it writes a shard, whose lock it holds."""
-    started = start(place, *command, at=WITHIN, send="SIGSTOP")
+    started = start(place, *COMMANDS[name], at=f"batch {shard(name, 1)}", send="SIGSTOP")
     assert ended(started).status is None
     assert left_behind(place, None) == "within a shard"
     return started
 
 
-def test_of_two_that_score_at_once_each_makes_what_the_other_does_not(place, undisturbed):
-    first = stopped(place, *LADDER)
+def test_of_two_that_score_at_once_each_makes_what_the_other_does_not(place):
+    first = stopped(place, "ladder")
     second = run(place, *LADDER)
-    assert told("…; … of … shards are not there yet: other processes' shares", second.printed)
+    assert "1 of 4 shards are not there yet" in second.printed
     assert not (place / "out" / "state.json").exists()
     os.kill(first[0], signal.SIGCONT)
     (total, ours), (_, theirs) = new_tokens(ended(first)), new_tokens(second)
-    assert ours + theirs == total
-    assert contents(place / "out") == undisturbed["ladder"]
+    assert ours + theirs == total == TOKENS
+    assert contents(place / "out") == whole("ladder")
 
 
-def test_a_lock_does_not_outlive_the_process_that_held_it(place, undisturbed):
-    for name in ("ladder", "drop"):
-        killed = stopped(place, *COMMANDS[name])
-        os.kill(killed[0], signal.SIGKILL)
-        ended(killed)
-        assert run(place, *COMMANDS[name]).status == 0
-        assert contents(place / "out") == undisturbed[name]
-        (place / "out").rename(place / name)
+@pytest.mark.parametrize("name", ["ladder", "drop"])
+def test_a_lock_does_not_outlive_the_process_that_held_it(name, place):
+    killed = stopped(place, name)
+    os.kill(killed[0], signal.SIGKILL)
+    ended(killed)
+    assert run(place, *COMMANDS[name]).status == 0
+    assert contents(place / "out") == whole(name)
 
 
 SHARES = {
@@ -144,19 +128,19 @@ SHARES = {
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
-def test_two_processes_share_the_work_and_one_finishes(shares, place, undisturbed):
+def test_two_processes_share_the_work_and_one_finishes(shares, place):
     one, its, other, others = shares
     both = [start(place, *LADDER, *one, **its), start(place, *LADDER, *other, **others)]
     done = [new_tokens(ended(process)) for process in both]
     assert max(total for total, _ in done) == sum(new for _, new in done) == TOKENS
-    assert contents(place / "out") == undisturbed["ladder"]
+    assert contents(place / "out") == whole("ladder")
 
 
-def test_of_two_that_prepare_at_once_the_second_is_refused(place, undisturbed):
-    first = stopped(place, *COMMANDS["drop"])
+def test_of_two_that_prepare_at_once_the_second_is_refused(place):
+    first = stopped(place, "drop")
     second = run(place, *COMMANDS["drop"])
     assert second.status == 2
-    assert told("--out …: another process is making it", second.errors)
+    told(second.errors, "out out: another process")
     os.kill(first[0], signal.SIGCONT)
     assert ended(first).status == 0
-    assert contents(place / "out") == undisturbed["drop"]
+    assert contents(place / "out") == whole("drop")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
 from tokenweight.method import Window, sliding_windows
-from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops, window_flops
+from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops
 
 LENGTH, CONTEXT = 64, ShortContext(size=16, stride=12)
 EAGER = {"attn_implementation": "eager"}  # torch counts its products; it has no count for the flash kernel of a CPU
@@ -18,8 +18,8 @@ MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def config_of(kind, **changes):
-    model_type, settings = models.KINDS.get(kind, (kind, {}))
-    return AutoConfig.for_model(model_type, **{**models.COMMON, **settings, **changes})
+    model_type, own = models.KINDS.get(kind, (kind, {}))
+    return AutoConfig.for_model(model_type, **{**models.COMMON, **own, **changes})
 
 
 def test_a_small_model_counts_as_by_hand():
@@ -30,9 +30,10 @@ def test_a_small_model_counts_as_by_hand():
     assert forward == Forward(linear=2 * 2 * per_layer, head=2 * 16 * 61, attention=(layer, layer))
     # 5 tokens see 1 + 2 + 3 + 4 + 5 tokens: two products of 4 heads x 4 dimensions for each pair, in 2 layers.
     assert forward.attended(5) == 2 * 15 * 2 * 2 * 16
-    assert forward.attended(5, square=True) == 2 * 25 * 2 * 2 * 16
     long, head = 5 * forward.linear + forward.attended(5), 4 * forward.head
-    step = step_flops(forward, 5, parse_weighting("sparse:keep=0.5"), [Window(1, 2, 5)], checkpointing=True, num_rows=3)
+    step = step_flops(
+        forward, 5, parse_weighting("sparse:keep=0.5"), [Window(1, 2, 5)], checkpointing=True, num_sequences=3
+    )
     scoring = 4 * forward.linear + 2 * 10 * 2 * 2 * 16 + 3 * forward.head
     assert step[:5] == (3 * long, 3 * scoring, 6 * long, 3 * (1 + 3 * 0.5) * head, 3 * long)
     assert step.attention == 3 * (4 * forward.attended(5) + 2 * 10 * 2 * 2 * 16)
@@ -44,6 +45,13 @@ def test_pairs_are_those_that_a_mask_leaves(length, window):
     query, key = torch.arange(length)[:, None], torch.arange(length)[None]
     mask = (key <= query) & ((window is None) | (key > query - (window or 0)))
     assert Forward(0.0, 0.0, (Attention(1, window),)).attended(length) == 2 * int(mask.sum())
+
+
+class Square(Forward):
+    """Every pair of tokens is attended to, as eager attention computes, which masks afterwards."""
+
+    def attended(self, length):
+        return sum(2.0 * layer.width * length**2 for layer in self.attention)
 
 
 def product(added, one, other, **kwargs):
@@ -75,9 +83,9 @@ def test_a_step_computes_what_is_counted_from_its_config(kind, weighting, mode):
     model = moe() if kind == "mixtral" else models.tiny(kind, dtype=torch.float32, **EAGER)
     scorer = Scorer(model, CONTEXT) if mode == "self-scored" else None
     found = counted(model, weighting, scorer)
-    scored = sliding_windows(LENGTH, CONTEXT.size, CONTEXT.stride) if scorer else None
-    forward = count_forward(config_of(kind, **extra))
-    expected = step_flops(forward, LENGTH, parse_weighting(weighting), scored, square=True).total
+    scored = sliding_windows(LENGTH, CONTEXT.size, CONTEXT.stride) if scorer else []
+    forward = Square(*count_forward(config_of(kind, **extra)))
+    expected = step_flops(forward, LENGTH, parse_weighting(weighting), scored).total
     # Exact in most; a hundredth leaves room for what a model multiplies for its positions.
     assert found == pytest.approx(expected, rel=0.01)
 
@@ -90,13 +98,14 @@ def moe():
 def test_recomputation_is_one_more_forward_pass_but_for_what_nobody_needs():
     model = models.tiny(dtype=torch.float32, **EAGER)
     model.gradient_checkpointing_enable()
-    found, forward = counted(model, "dense"), count_forward(model.config)
-    step = step_flops(forward, LENGTH, parse_weighting("dense"), checkpointing=True, square=True)
+    found, forward = counted(model, "dense"), Square(*count_forward(model.config))
+    step = step_flops(forward, LENGTH, parse_weighting("dense"), checkpointing=True)
     # The last product of a layer is not needed for any gradient, and torch stops before it.
     unneeded = 2 * LENGTH * 2 * 16 * 24
     assert found == pytest.approx(step.total - unneeded, rel=0.01)
 
 
+@settings(max_examples=30)
 @given(st.integers(2, 200), st.integers(2, 50), st.integers(1, 49))
 def test_more_tokens_cost_more_and_weights_of_zero_less(length, size, stride):
     forward = Forward(10.0, 7.0, (Attention(4, None), Attention(4, 16)))
@@ -108,16 +117,17 @@ def test_more_tokens_cost_more_and_weights_of_zero_less(length, size, stride):
         one, more = (step_flops(forward, tokens, weighting) for tokens in (length, length + 1))
         assert one.total < more.total
         assert one.total < step_flops(forward, length, weighting, checkpointing=True).total
-        assert one.total <= step_flops(forward, length, weighting, square=True).total
     if stride < size < length:
-        flops, attention = window_flops(forward, sliding_windows(length, size, stride))
-        assert 0 < attention < flops
+        one = step_flops(forward, length, weightings["dense"])
+        scored = step_flops(forward, length, weightings["dense"], sliding_windows(length, size, stride))
+        assert 0 < scored.scoring == pytest.approx(scored.total - one.total)
+        assert one.attention < scored.attention < scored.total
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("bloom", {"n_layer": 1}), ("t5", {})])
-def test_what_cannot_be_counted_is_refused(kind, settings):
+@pytest.mark.parametrize(("kind", "changes"), [("bloom", {"n_layer": 1}), ("t5", {})])
+def test_what_cannot_be_counted_is_refused(kind, changes):
     with pytest.raises(ValueError, match=f"model: {kind} ") as refusal:
-        count_forward(AutoConfig.for_model(kind, **settings))
+        count_forward(AutoConfig.for_model(kind, **changes))
     assert "\n" not in str(refusal.value)
 
 

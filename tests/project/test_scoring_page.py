@@ -51,7 +51,7 @@ def test_two_ray_tasks_share_the_shards(scored, folders):
     run(SHARES, folders)
     rows, provenance = load_scores(folders / "scored")
     assert_same(rows, scored, "short_nll")
-    assert (provenance["size"], provenance["stride"]) == (8, 5)
+    assert provenance["contexts"] == [{"size": 8, "stride": 5}]
 
 
 @pytest.mark.slow
@@ -60,8 +60,9 @@ def test_ray_data_adds_the_columns_to_its_batches(scored, folders):
     run(PIPELINE, folders)
     rows = datasets.load_dataset("parquet", data_dir=str(folders / "scored-by-ray"), split="train").sort("offset")
     assert list(rows["document"]) == list(scored["document"])
-    for name in ("long_nll", "short_nll", "benefit_mean", "key_token_ratio"):
+    for name in ("long_nll", "gain_mean_8", "key_token_ratio_8"):
         assert_same(rows, scored, name)
+    assert_same({"short_nll": rows["short_nll_8"]}, scored, "short_nll")
 
 
 def test_rows_are_chosen_by_what_the_context_gives_them(folders, monkeypatch):
@@ -69,7 +70,7 @@ def test_rows_are_chosen_by_what_the_context_gives_them(folders, monkeypatch):
     score_folder(folders / "rows", str(folders / "model"), contexts, folders / "ladder", with_long=True)
     monkeypatch.chdir(folders)
     found = {}  # a random model has no key tokens
-    exec(FILTER.replace("key_token_ratio_1024", "benefit_positive_8").replace("0.01", "0.5"), found)
-    shares = np.array(found["rows"]["benefit_positive_8"])
-    assert np.array_equal(found["useful"]["benefit_positive_8"], shares[shares > 0.5])
+    exec(FILTER.replace("key_token_ratio_1024", "gain_positive_8").replace("0.01", "0.5"), found)
+    shares = np.array(found["rows"]["gain_positive_8"])
+    assert np.array_equal(found["useful"]["gain_positive_8"], shares[shares > 0.5])
     assert 0 < len(found["useful"]) < len(shares)

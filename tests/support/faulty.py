@@ -1,6 +1,8 @@
-"""Commands run by a warm process as forks of itself, with small shards, that get a signal at any step of their work.
+"""Commands run by a warm process as forks of itself; at a point of their work that has a name they get a signal.
 
-A step is a change of the file system, or a batch that is written to a shard; or half of a file of a checkpoint.
+The points are those that the package reports itself (`tokenweight.records.reached`), such as "batch
+scores-00001-of-00004.arrow", and halves of what torch and transformers write or remove of a checkpoint. What other
+libraries do in between is not counted.
 """
 
 import atexit
@@ -10,13 +12,14 @@ import itertools
 import json
 import os
 import random
-import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,9 +40,9 @@ COMMANDS = {
     "long": [*SCORE, "--size", "16", "--long", "--out", "out"],
     "ladder": [*SCORE, "--size", "8,16", "--out", "out"],
 }
-DOC = Path(__file__).parents[2] / "docs" / "faults.md"
+SMALL = {"prepare.SHARD_TOKENS": 1000, "prepare.BATCH_CHARACTERS": 500, "score.SHARD_TOKENS": 1024}
+"""So that a few rows make several shards."""
 NUMBERS = itertools.count()
-CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 
 
 @cache
@@ -83,13 +86,6 @@ def contents(folder):
     return found
 
 
-def told(message, printed):
-    """Whether this line was printed, and stands in docs/faults.md; … in it is anything."""
-    assert f"`` {message} ``" in DOC.read_text(encoding="utf-8")
-    pattern = ".*".join(map(re.escape, message.split("…")))
-    return re.fullmatch(rf"(tokenweight \w+: )?{pattern}\n", printed) is not None
-
-
 class Ended(NamedTuple):
     status: int | None
     """None: it did not end, but was stopped."""
@@ -116,16 +112,19 @@ def _ask(**request):
     return json.loads(server.stdout.readline())
 
 
-def start(folder, *argv, at=None, send="SIGKILL", limit=None, **environment):
-    """Start a command in `folder`; at the step of that number, it gets the signal.
+def start(folder, *argv, at=None, send="SIGKILL", limit=None, small=True, **environment):
+    """Start a command in `folder`.
 
     Args:
+        at: a point of its work, "NAME FILE", or the number of a point, from 0: there it gets the signal.
+        send: which one.
         limit: bytes; no file can grow beyond.
+        small: whether shards are `SMALL`.
         environment: more variables.
     """
     streams = [str(_server()[1] / str(next(NUMBERS))) for _ in ("output", "error")]
-    pid = _ask(folder=str(folder), argv=argv, streams=streams, at=at, send=send, limit=limit, environment=environment)
-    return pid, streams
+    settings = {"at": at, "send": send, "limit": limit, "small": small, "environment": environment}
+    return _ask(folder=str(folder), argv=argv, streams=streams, **settings), streams
 
 
 def ended(started):
@@ -138,49 +137,64 @@ def run(folder, *argv, **settings):
     return ended(start(folder, *argv, **settings))
 
 
-def _fork(folder, argv, streams, at, send, limit, environment):
-    from tokenweight import cli
-    from tokenweight.data import shards
+def _signal_at(at, send):
+    """Send this process a signal at a point that the package reports, or within a file or folder of a checkpoint."""
+    from tokenweight.records import files
+
+    numbers, left = itertools.count(), [at]
+
+    def reached(point, path):
+        here = next(numbers) if isinstance(at, int) else f"{point} {Path(path).name}"
+        if here in left:
+            left.clear()  # whoever is stopped and goes on comes here again
+            os.kill(os.getpid(), getattr(signal, send))
+
+    def halved(save):
+        def halfway(value, file, *args, **kwargs):
+            save(value, file, *args, **kwargs)
+            os.truncate(file, os.stat(file).st_size // 2)
+            reached("half", file)
+            save(value, file, *args, **kwargs)
+
+        return halfway
+
+    def removed(folder, *args, remove=shutil.rmtree, **kwargs):
+        if Path(folder).name.startswith("checkpoint-"):
+            for file in sorted(file for file in Path(folder).iterdir() if file.is_file())[::2]:
+                file.unlink()
+            reached("half", folder)
+        remove(folder, *args, **kwargs)
+
+    files.hook = reached
+    torch.save, modeling_utils.safe_save_file = halved(torch.save), halved(modeling_utils.safe_save_file)
+    shutil.rmtree = removed
+
+
+def _fork(folder, argv, streams, at, send, limit, small, environment):
+    from tokenweight.data import prepare, score
 
     for number, name in enumerate(streams, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have begun with it ignored
-    out, steps = argv[argv.index("--out") + 1] if "--out" in argv else "", itertools.count()
-
-    def step():
-        if next(steps) == at:
-            os.kill(os.getpid(), getattr(signal, send))
-
-    def changes(event, arguments):
-        name = str(arguments[0]) if event in CHANGES else ""
-        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if name.startswith((out, f"{folder}/{out}")) and not reads:
-            step()
-
-    def write(file, table, write=shards.ArrowFile.write):
-        step()
-        write(file, table)
-        step()
-
-    def halved(save):
-        def halfway(value, file, *args, **kwargs):
-            save(value, file, *args, **kwargs)
-            os.truncate(file, os.stat(file).st_size // 2)
-            step()
-            save(value, file, *args, **kwargs)
-
-        return halfway
-
+    for name, value in SMALL.items() if small else ():
+        module, _, setting = name.partition(".")
+        setattr({"prepare": prepare, "score": score}[module], setting, value)
     if at is not None:
-        shards.ArrowFile.write = write
-        torch.save, modeling_utils.safe_save_file = halved(torch.save), halved(modeling_utils.safe_save_file)
-        sys.addaudithook(changes)
+        _signal_at(at, send)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    status = cli.main(argv)
+    sys.argv = ["tokenweight", *argv]
+    try:
+        runpy.run_module("tokenweight", run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -189,12 +203,12 @@ def _fork(folder, argv, streams, at, send, limit, environment):
 def _serve():
     """Answer requests on standard input: a command, with its process id; a process id, with its exit status."""
     from tokenweight import cli, load_model
+    from tokenweight.cli import demo
     from tokenweight.data import prepare, score
     from tokenweight.records import provenance
     from tokenweight.train import run
 
-    assert run  # imported before the first fork, as all that is warmed here
-    prepare.SHARD_TOKENS, prepare.BATCH_CHARACTERS, score.SHARD_TOKENS = 1000, 500, 1024
+    assert all((demo, prepare, score, run))  # imported before the first fork, as all that is warmed here
     provenance.source_commit = lambda: None  # it takes longer than all else
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         models.tiny().save_pretrained(folder)
@@ -209,9 +223,8 @@ def _serve():
         elif (answer := os.fork()) == 0:
             try:
                 _fork(**request)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            os._exit(1)
+            finally:
+                os._exit(1)
         print(json.dumps(answer), flush=True)
     os._exit(0)
 
@@ -220,11 +233,16 @@ if __name__ == "__main__":
     _serve()
 
 
-def refused(message, done, *named):
-    """Whether a command ended with this line, as docs/faults.md has it, in which these names stand."""
-    assert (done.status, done.printed) == (2, "")
-    assert told(message, done.errors), done.errors
-    assert all(name in done.errors for name in named), done.errors
+def refused(done, *named):
+    """Whether a command ended with one line that names these, and nothing else was printed."""
+    assert (done.status, done.printed) == (2, ""), done
+    told(done.errors, *named)
+
+
+def told(errors, *named):
+    """Whether one line was printed on standard error, in which these stand."""
+    assert errors.count("\n") == 1, errors
+    assert all(name in errors for name in named), errors
 
 
 @contextlib.contextmanager

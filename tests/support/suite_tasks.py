@@ -1,4 +1,4 @@
-"""What the harness makes of a tiny model against counts and losses computed one by one, and what is refused first."""
+"""A tokenizer, a model and small tasks for tests of suites."""
 
 import json
 from functools import cache
@@ -12,6 +12,17 @@ import models as tiny_models
 from texts import TEXT
 
 wonderwords = pytest.importorskip("wonderwords", reason="not installed: wonderwords, of tokenweight[eval]")
+
+
+class FewWords(wonderwords.RandomWord):
+    """Every twentieth word: RULER makes keys of all pairs of an adjective and a noun, which takes 20 s otherwise."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._categories = {name: words[::20] for name, words in self._categories.items()}
+
+
+wonderwords.RandomWord = FewWords  # before the harness imports it
 RULER_TEXT = """The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. Memorize and
 track the chain(s) of variable assignment hidden in the text. Question: Find all variables that have the value"""
 # Short, but long enough for the samples of each task with the tokenizer below; of the others, 256.

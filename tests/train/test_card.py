@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import models
 from texts import trained_tokenizer
 from tokenweight import ShortContext, cli, parse_weighting
-from tokenweight.data import score_folder
+from tokenweight.data import Contents, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, resolve, train
@@ -113,11 +113,11 @@ def test_what_is_not_known_is_left_out(folder):
 def test_texts_of_other_rows_and_rotary_settings_that_nobody_can_name_are_left_out(place):
     model, provenance = models.tiny(), {"rows": str(place / "rows")}
     run = resolve(dataclasses.replace(settings(place, "none"), extend={}, trainer={}))
-    facts = describe(run, provenance, [40] * 8, None, model.config, model.config)
+    facts = describe(run, provenance, read_contents(place / "rows"), None, model.config, model.config)
     assert facts["texts"]["documents"] == 5
     assert facts["rope"] == dict.fromkeys(("before", "after"), "default, 128 positions, theta 10000")
     model.config.rope_parameters = {"some_attention": {"rope_type": "default"}}
-    facts = describe(run, provenance, [40] * 7, None, model.config, model.config)
+    facts = describe(run, provenance, Contents(7, 7 * 40, 40, 40), None, model.config, model.config)
     assert facts["texts"] == {}
     assert facts["rope"] == {"before": None, "after": None}
 
@@ -141,12 +141,14 @@ def test_names_of_the_hub_are_in_the_front_matter_and_those_of_files_are_not(fol
         ),
         ({"scorer": "judge", "size": 16, "stride": 12}, "`judge`, frozen, windows of 16 tokens, stride 12"),
         ({"weighting": "uniform"}, None),
-        ({"size": 20}, "windows of 20 tokens, stride 15"),
+        ({"data": {"context": {"size": 20, "stride": 15}}}, "windows of 20 tokens, stride 15"),
     ],
 )
 def test_the_scorer_is_the_one_that_scored(given, said, folder):
+    given = dict(given)
     run = read_json(folder / "run.json")
-    found = changed(folder, settings={**run["settings"], **given}).get("Short losses")
+    data = {**run["data"], **given.pop("data", {})}
+    found = changed(folder, settings={**run["settings"], **given}, data=data).get("Short losses")
     assert found == said or said in found
 
 

@@ -215,7 +215,7 @@ def test_a_run_can_be_repeated_from_its_record(settings, tmp_path):
     trained = train(settings)
     record = read_json(Path(settings.out) / "run.json")
     assert record["settings"] == {**dataclasses.asdict(settings), "weighting": "dense:interpolation=0.75"}
-    assert record["data"]["size"] == 10
+    assert record["data"]["context"]["size"] == 10
     assert record["versions"]["torch"] == torch.__version__
     assert [line["step"] for line in logged(settings.out)] == [1, 2, 3, 4]
     again = TrainSettings(**{**read_recipe(Path(settings.out) / "run.json"), "out": str(tmp_path / "again")})

@@ -7,19 +7,22 @@ import pytest
 from matplotlib.colors import to_hex
 
 from tokenweight.evaluate import Measure, compare
-from tokenweight.plan import Cost
-from tokenweight.plan.gpus import Peak
+from tokenweight.plan import Cost, Peak, Step
 from tokenweight.view import plots, write_figure
 from tokenweight.view.style import BLUE, ORANGE, STYLES
-from tokenweight.view.summaries import Histogram, KindShare, PositionBin
+from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 HISTOGRAM = Histogram([-1.5, -0.5, 0.5, 1.5, 2.5], [3, 0, 1, 12345])
 BINS = {
-    "dense": [PositionBin(0, 64, 63, 0.75, 0.0), PositionBin(64, 128, 64, 1.5, 0.3), PositionBin(192, 250, 9, 0.9, 2)],
+    "dense": [
+        PositionWeights(0, 64, 63, 0.75, 0.0),
+        PositionWeights(64, 128, 64, 1.5, 0.3),
+        PositionWeights(192, 250, 9, 0.9, 2),
+    ],
     "sparse:keep=0.1": [
-        PositionBin(0, 64, 63, 0, 0.0),
-        PositionBin(64, 128, 64, 2, 0.3),
-        PositionBin(192, 250, 9, 1, 2),
+        PositionWeights(0, 64, 63, 0, 0.0),
+        PositionWeights(64, 128, 64, 2, 0.3),
+        PositionWeights(192, 250, 9, 1, 2),
     ],
 }
 SHARES = {
@@ -34,12 +37,10 @@ RUNS = {
     ],
 }
 COSTS = [
-    Cost(1024 * k, mode, 1e15 * k * factor, 0.5, Peak("loss", 2.0**31 * k * factor, *[0.0] * 5), None, None)
+    Cost(1024 * k, mode, Step(1e15 * k * factor, *[0.0] * 5), Peak("loss", 2.0**31 * k * factor, *[0.0] * 5), None)
     for k in (2, 1)
     for factor, mode in ((1, "uniform"), (2, "self-scored"))
 ]
-TIMES = {"uniform": [(1024, 90.0), (4096, 140.0), (32768, 700.5)], "self-scored dense": [(1024, 150.0), (4096, 210.0)]}
-MEMORY = {"uniform": [(1024, 60.0), (4096, 60.0), (32768, 30.0)], "self-scored dense": [(1024, 61.0)]}
 EDGES, SIZES = [0, 256, 512, 1024, 1500], [256, 512]
 
 
@@ -65,7 +66,6 @@ FIGURES = {
     "one model": lambda style: plots.loss_figure(table()[:1], EDGES, style=style),
     "cost": lambda style: plots.cost_figure(COSTS, style=style),
     "benefit": lambda style: plots.benefit_figure(table(), SIZES, style=style),
-    "growth": lambda style: plots.growth_figure(TIMES, MEMORY, style=style),
 }
 
 
@@ -149,20 +149,6 @@ def test_costs_are_lines_of_each_mode_over_the_lengths():
         assert [line.get_ydata().tolist() for line in axes.lines] == [[scale, 2 * scale], [2 * scale, 4 * scale]]
     assert [line.get_label() for line in figure.axes[0].lines] == ["uniform", "self-scored"]
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["1k", "2k"]
-
-
-def test_growth_is_drawn_by_length_times_where_equal_distances_are_equal_ratios_memory_from_0():
-    times, axes = FIGURES["growth"]("paper").axes
-    assert times.get_yscale() == "log"
-    assert axes.get_ylim()[0] == 0
-    assert lines(axes) == {"uniform": ([1024, 4096, 32768], [60, 60, 30]), "self-scored dense": ([1024], [61])}
-    assert lines(times) == {
-        "uniform": ([1024, 4096, 32768], [90, 140, 700.5]),
-        "self-scored dense": ([1024, 4096], [150, 210]),
-    }
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "4k", "32k"]
-    assert axes.get_xlabel() == "tokens of a row; 1k is 1024"
-    assert axes.get_xscale() == "log"
 
 
 def test_models_are_named_by_their_last_folder_unless_that_is_the_same():

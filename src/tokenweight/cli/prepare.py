@@ -46,8 +46,7 @@ class Prepare:
         sources = data.find_sources(self.texts)
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {
-            "tokenizer": self.tokenizer,
-            "tokenizer_fingerprint": models.tokenizer_fingerprint(tokenizer),
+            **data.tokenizer_note(tokenizer, self.tokenizer),
             "texts": list(self.texts),
             "hub": [source.name for source in sources if source.kind == "hub"],
             "text_column": self.text_column,

@@ -1,15 +1,16 @@
+from .contents import Contents as Contents
 from .context_gain import key_tokens as key_tokens
 from .dataset import ScoredRow as ScoredRow
 from .dataset import choose_scores as choose_scores
 from .dataset import has_scores as has_scores
 from .dataset import load_rows as load_rows
 from .dataset import load_scores as load_scores
+from .dataset import read_contents as read_contents
 from .dataset import read_row as read_row
 from .dataset import read_rows as read_rows
 from .dataset import row_lengths as row_lengths
-from .dataset import rows_fingerprint as rows_fingerprint
+from .dataset import scan_contents as scan_contents
 from .dataset import score_text as score_text
-from .dataset import token_range as token_range
 from .documents import Document as Document
 from .documents import find_sources as find_sources
 from .documents import read_documents as read_documents
@@ -17,6 +18,7 @@ from .documents import shuffled as shuffled
 from .export import export_weights as export_weights
 from .prepare import prepare_rows as prepare_rows
 from .prepare import special_tokens as special_tokens
+from .prepare import tokenizer_note as tokenizer_note
 from .row_scorer import RowScorer as RowScorer
 from .row_scorer import row_tensors as row_tensors
 from .score import ScoreSummary as ScoreSummary
@@ -24,3 +26,4 @@ from .score import process_share as process_share
 from .score import score_folder as score_folder
 from .score import score_rows as score_rows
 from .shards import checksum as checksum
+from .shards import verify as verify

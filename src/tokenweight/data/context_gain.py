@@ -1,4 +1,4 @@
-"""What a long context gives to the tokens of a row: to choose documents by, and to sum up a corpus."""
+"""The context gain: how much better a long context predicts the tokens of a row than a short one."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,17 @@ from torch import Tensor
 from tokenweight.method import check_finite
 
 
-class Benefit(NamedTuple):
-    """Of each row, over the tokens that count; NaN where none does. The benefit of a token is short - long, in nats."""
+class ContextGain(NamedTuple):
+    """Statistics of each row over the gains of the tokens that count, NaN where none does. The gain of a token is its
+    short loss minus its long loss, in nats."""
 
-    benefit_mean: Float[Tensor, "batch"]
-    benefit_positive: Float[Tensor, "batch"]
-    """Share of tokens that the long context predicts better."""
-    benefit_p90: Float[Tensor, "batch"]
-    """90th percentile."""
+    gain_mean: Float[Tensor, "batch"]
+    gain_positive: Float[Tensor, "batch"]
+    """The fraction of tokens that the long context predicts better."""
+    gain_p90: Float[Tensor, "batch"]
+    """The 90th percentile."""
     key_token_ratio: Float[Tensor, "batch"]
-    """Share of `key_tokens`."""
+    """The fraction of `key_tokens`."""
 
 
 def key_tokens(
@@ -49,9 +50,9 @@ def key_tokens(
     return mask & (short_nll - long_nll > alpha) & (-long_nll > beta)
 
 
-def context_benefit(
+def gains_of_rows(
     long_nll: Float[Tensor, "batch seq"], short_nll: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-) -> Benefit:
+) -> ContextGain:
     """Sum up each row.
 
     Args:
@@ -59,15 +60,15 @@ def context_benefit(
         short_nll: the same with a short context.
         mask: True where a token counts: predicted, and with more tokens before it than the short context holds.
     """
-    benefit = (short_nll - long_nll).double()
+    gain = (short_nll - long_nll).double()
     number = mask.sum(dim=1)
 
     def share(chosen: Tensor) -> Tensor:
         return (chosen & mask).sum(dim=1) / number.double()
 
-    return Benefit(
-        benefit_mean=(benefit * mask).sum(dim=1) / number,
-        benefit_positive=share(benefit > 0),
-        benefit_p90=benefit.masked_fill(~mask, torch.nan).nanquantile(0.9, dim=1),
+    return ContextGain(
+        gain_mean=(gain * mask).sum(dim=1) / number,
+        gain_positive=share(gain > 0),
+        gain_p90=gain.masked_fill(~mask, torch.nan).nanquantile(0.9, dim=1),
         key_token_ratio=share(key_tokens(long_nll, short_nll, mask)),
     )

@@ -1,6 +1,5 @@
-"""Documents -> rows of tokens of one length, in a folder that `datasets.load_from_disk` opens."""
+"""Open rows and scores: what a folder holds, one of its short contexts, and single rows with their losses."""
 
-import hashlib
 import logging
 import os
 from pathlib import Path
@@ -14,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.data.contents import COLUMNS, Contents, contents_of
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.prepare import special_tokens
-from tokenweight.data.shards import dataset_files, verify
+from tokenweight.data.shards import check_sizes, dataset_files, noted_contents, verify
 from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
     Scorer,
@@ -32,18 +32,26 @@ from tokenweight.models import (
 )
 from tokenweight.records import read_json
 
+logger = logging.getLogger(__name__)
 _ROWS_READ = 64  # at a time, when all rows are looked at
+TEXT_LENGTH = 4096
+"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
+_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
 
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
 
+    Of a folder that `tokenweight` wrote, the sizes of shards are compared with those that were written, so that a file
+    that was cut off is found. Contents are not read: `verify` does that.
+
     Raises:
-        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is damaged.
+        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is missing or
+            has another size than was written.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
-    verify(Path(folder))
+    check_sizes(Path(folder))
     try:
         rows = datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none
@@ -60,35 +68,25 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """Tokens of each row."""
+    """Tokens of each row. No token is read for it."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
     lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 
-def token_range(rows: datasets.Dataset) -> tuple[int, int]:
-    """The smallest and the largest token id of all rows."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
-    ranges = [pc.min_max(batch.column("input_ids").combine_chunks().flatten()).as_py() for batch in batches]
-    return min(found["min"] for found in ranges), max(found["max"] for found in ranges)
+def read_contents(folder: str | os.PathLike[str]) -> Contents:
+    """What a folder of rows holds, in numbers: from the notes that were written with it, else from all of its rows.
+
+    Raises:
+        ValueError: as `load_rows` does.
+    """
+    return noted_contents(Path(folder)) or scan_contents(load_rows(folder))
 
 
-def rows_fingerprint(rows: datasets.Dataset) -> str:
-    """16 hex digits of all token ids, positions and labels, in order: what losses depend on."""
-    columns = [name for name in ("input_ids", "position_ids", "labels") if name in rows.column_names]
-    digest = hashlib.sha256(",".join(columns).encode())
-    for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_READ):
-        for name in columns:
-            column = batch.column(name).combine_chunks()
-            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
-            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
-    return digest.hexdigest()[:16]
-
-
-logger = logging.getLogger(__name__)
-TEXT_LENGTH = 4096
-"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
-_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
+def scan_contents(rows: datasets.Dataset) -> Contents:
+    """What rows hold, in numbers, by looking at every token."""
+    columns = [name for name in COLUMNS if name in rows.column_names]
+    return sum(map(contents_of, rows.select_columns(columns).with_format("arrow").iter(_ROWS_READ)), Contents())
 
 
 def load_scores(
@@ -96,14 +94,16 @@ def load_scores(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Open a scored folder: its rows, and its provenance (empty, if it was not made by `score_rows`).
 
-    The chosen scores are the column `short_nll`. Settings of windows that these were not made with are warned of.
+    The chosen scores are the column `short_nll`, and `provenance["context"]` is the size and stride of their windows.
+    Another stride than the expected one is warned of.
 
     Args:
-        size: of the short context, where scores of several are stored.
+        size: of the short context; by default the only one that is stored.
         stride: expected.
 
     Raises:
-        ValueError: if it is not finished, holds no scores (of that size), or is not what was scored.
+        ValueError: if the folder is not finished, has no scores with a short context of that size, or was changed after
+            it was scored.
     """
     return choose_scores(load_rows(folder), folder, size=size, stride=stride)
 
@@ -115,36 +115,27 @@ def choose_scores(
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance:
         _check_not_resaved(Path(folder))
-    rows = _chosen(rows, provenance, folder, size, stride)
+    if not has_scores(rows):
+        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
     if not provenance:
         logger.warning("%s does not say who scored it: its scores are used as they are", folder)
-    return rows, provenance
+    if "short_nll" in rows.column_names:  # `score` did not write it
+        return rows, provenance
+    sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
+    if size is None and len(sizes) == 1:
+        size = sizes[0]
+    if size not in sizes:
+        known, other = ", ".join(map(str, sizes)), "" if size is None else f" {size}"
+        raise ValueError(f"size{other}: {folder} holds scores with short contexts of {known} tokens: name one of them")
+    context = next((one for one in provenance.get("contexts", ()) if one["size"] == size), {"size": size})
+    if stride is not None and context.get("stride", stride) != stride:
+        logger.warning("%s was scored with stride %s, not %s: it is used as it is", folder, context["stride"], stride)
+    return rows.rename_column(f"short_nll_{size}", "short_nll"), {**provenance, "context": context}
 
 
 def has_scores(rows: datasets.Dataset) -> bool:
     """Whether the rows have short losses, of one context or several."""
     return any(name.startswith("short_nll") for name in rows.column_names)
-
-
-def _chosen(
-    rows: datasets.Dataset, provenance: dict[str, Any], folder: object, size: int | None, stride: int | None
-) -> datasets.Dataset:
-    if not has_scores(rows):
-        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
-    found = {"size": provenance.get("size"), "stride": provenance.get("stride")}
-    if "short_nll" not in rows.column_names:
-        sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
-        if size not in sizes:
-            known = ", ".join(map(str, sizes))
-            other = "" if size is None else f", not {size}"
-            raise ValueError(f"size: {folder} holds scores with contexts of {known} tokens{other}: name one of them")
-        rows = rows.rename_column(f"short_nll_{size}", "short_nll")
-        strides = dict(zip(found["size"] or (), found["stride"] or ()))
-        found = {"size": size, "stride": strides.get(size)}
-    for name, ours in (("size", size), ("stride", stride)):
-        if None not in (ours, found[name]) and ours != found[name]:
-            logger.warning("%s was scored with %s %s, not %s: it is used as it is", folder, name, found[name], ours)
-    return rows
 
 
 def _check_not_resaved(folder: Path) -> None:
@@ -163,6 +154,8 @@ class ScoredRow(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     position_ids: Int[Tensor, "1 seq"] | None = None
     """Where they restart at 0, a packed document begins; without them the row is one document."""
+    size: int | None = None
+    """Tokens of the short context, if they are known."""
 
 
 def read_row(
@@ -182,14 +175,15 @@ def read_rows(
         num: of rows; fewer, where the folder ends.
         model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
             those that are not stored.
-        size: of the short context, where scores of several are stored.
+        size: of the short context; by default the only one that is stored.
 
     Raises:
-        ValueError: if there is no such row, or no model is named where one is needed.
+        ValueError: if there is no such row, one of their shards is damaged, or no model is named where one is needed.
     """
     rows, provenance = load_scores(folder, size=size)
     if not 0 <= first < len(rows):
-        raise ValueError(f"--row {first}: {folder} has rows 0 to {len(rows) - 1}")
+        raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
+    verify(folder, range(first, first + num))
     name = model_name or provenance.get("model")
     revision = provenance.get("revision") if name == provenance.get("model") else None
     tokenizer = None if name is None else find_tokenizer(name, revision=revision)
@@ -197,7 +191,7 @@ def read_rows(
     model = None
     if model_name or "long_nll" not in rows.column_names:
         if name is None:
-            raise ValueError(f"--model: {folder} stores no long losses and does not say which model scored it")
+            raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
         model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
     found = []
     for row in rows.select(range(first, min(first + num, len(rows)))):
@@ -211,7 +205,7 @@ def read_rows(
             long_nll = token_nll(model, tokens.to(model.device), places)
         mask = prediction_mask(columns.get("labels", tokens), positions)
         losses = long_nll.float().cpu(), columns["short_nll"].float()
-        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions))
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, provenance.get("context", {}).get("size")))
     return found
 
 
@@ -247,14 +241,12 @@ def score_text(
     ids = special_tokens(tokenizer)[0] + text
     row = ids[number * length : (number + 1) * length] if number >= 0 else []
     if not row:
-        raise ValueError(f"--row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
-    size = len(row) // 4 if size is None else size
-    if size >= len(row):
-        raise ValueError(f"--size {size}: the row has {len(row)} tokens: no token would have a shorter context")
-    context = ShortContext(size, ShortContext(size).stride if stride is None else stride)
+        raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    context = ShortContext.of(len(row), size, stride)
     scorer = Scorer(model, context, bos=tokenizer.bos_token_id)
     tokens = torch.tensor([row], device=model.device)
     with numbered_from(number):
         long_nll = scorer.long_nll(tokens)
         short_nll = scorer(tokens, long_nll=long_nll)
-    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), prediction_mask(tokens).cpu(), tokenizer)
+    mask = prediction_mask(tokens).cpu()
+    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), mask, tokenizer, size=context.size)

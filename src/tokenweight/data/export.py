@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.dataset import load_scores
-from tokenweight.data.shards import finish_dataset, new_shard, unlock
+from tokenweight.data.shards import finish_dataset, new_shard, unlock, verify
 from tokenweight.method import Weighting, check_finite, prediction_mask
 from tokenweight.models import numbered_from
-from tokenweight.records import environment, write_json
+from tokenweight.records import environment, new_folder, write_json
 
 _ROWS_PER_BATCH = 16
 """Rows held in memory at once."""
@@ -79,7 +78,7 @@ def export_weights(
     Args:
         folder: scored with the long losses.
         format: hf, trl, llamafactory, ms-swift or tinker: docs/export.md says how each of them uses the weights.
-        size: of the short context, where scores of several are stored.
+        size: of the short context; by default the only one that is stored.
 
     Raises:
         ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
@@ -87,30 +86,23 @@ def export_weights(
     """
     out = Path(out)
     if format not in _FORMATS:
-        raise ValueError(f"--format {format}: expected one of {', '.join(_FORMATS)}")
+        raise ValueError(f"format {format}: expected one of {', '.join(_FORMATS)}")
     if out.exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
+        raise ValueError(f"out {out}: exists already; name a new folder")
     rows, provenance = load_scores(folder, size=size)
     if "long_nll" not in rows.column_names:
         raise ValueError(f"{folder} has no column long_nll: score its rows anew, with `tokenweight score --long`")
-    sizes = provenance.get("size")
-    if isinstance(sizes, int) and size not in (None, sizes):
-        raise ValueError(f"--size {size}: {folder} was scored with {sizes}")
+    verify(folder)
     summary = ExportSummary()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        _write(unfinished, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
+    with new_folder(out) as part:
+        _write(part, _count(weigh_rows(rows, weighting), _FORMATS[format], summary))
         note = {
             "format": format,
             "weighting": str(weighting),
-            "size": sizes if isinstance(sizes, int) else size,
+            "context": provenance.get("context"),
             **vars(summary),
         }
-        write_json(unfinished / "weights.json", {**note, "scores": provenance, "environment": environment()})
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_json(part / "weights.json", {**note, "scores": provenance, "environment": environment()})
     return summary
 
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
-from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock, write_note
-from tokenweight.records import differences, read_json
+from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock
+from tokenweight.models import tokenizer_fingerprint
+from tokenweight.records import differences, read_json, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
@@ -70,11 +71,11 @@ def prepare_rows(
     out = Path(out)
     prefix, suffix = special_tokens(tokenizer)
     if short not in _SCHEMAS:
-        raise ValueError(f"--short {short}: expected drop or pack")
+        raise ValueError(f"short {short}: expected drop or pack")
     if max_rows is not None and max_rows < 1:
-        raise ValueError(f"--max_rows {max_rows}: expected at least 1")
+        raise ValueError(f"max_rows {max_rows}: expected at least 1")
     if length < len(prefix) + 2:
-        raise ValueError(f"--length {length}: expected at least {len(prefix) + 2} tokens")
+        raise ValueError(f"length {length}: expected at least {len(prefix) + 2} tokens")
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
     settings |= {"prefix": prefix, "suffix": suffix}
     with _unfinished(out, settings) as folder:
@@ -82,10 +83,10 @@ def prepare_rows(
             cutter = Cutter(length, prefix, suffix, pack=short == "pack")
             _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
             cutter.check_any_rows()
-            write_note(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
+            write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
             finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
         for shard in folder.glob("rows-*.arrow"):
-            strip_note(shard)
+            strip_note(shard, "source", "cutter")
         summary = read_json(folder / "rows.json")
     return RowSummary(**{name: summary[name] for name in vars(RowSummary())})
 
@@ -98,19 +99,19 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     note = folder / "rows.json"
     with locked(note) as alone:
         if not alone:
-            raise ValueError(f"--out {out}: another process is making it")
+            raise ValueError(f"out {out}: another process is making it")
         for left in folder.glob(".rows-*"):  # of a process that was killed
             left.unlink()
         try:
             if out.exists():
-                raise ValueError(f"--out {out}: exists already; name a new folder")
+                raise ValueError(f"out {out}: exists already; name a new folder")
             if not any(folder.glob("*.arrow")):
-                write_note(note, settings)
+                write_json(note, settings)
             elif found := differences(read_json(note), settings):
-                raise ValueError(f"--out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
+                raise ValueError(f"out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
             unlock(folder)
-            folder.rename(out)
+            rename_folder(folder, out)
         finally:
             if folder.is_dir() and not any(folder.glob("*.arrow")):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -129,7 +130,7 @@ def _write_shards(
         with new_shard(folder / _name(number), schema) as (file, note):
             while table is not None:
                 file.write(table)
-                table = next(tables, None) if file.num_tokens < SHARD_TOKENS else None
+                table = next(tables, None) if file.contents.tokens < SHARD_TOKENS else None
             note.update(source=source.state(), cutter=cutter.state())
 
 
@@ -230,6 +231,11 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         else:
             columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+    """Which tokenizer made rows, for their provenance: the name it was loaded by, and its fingerprint."""
+    return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""The columns that scoring adds to rows: losses with each context, and what the long one gives to a row."""
+"""The columns that scoring adds to rows: losses with each context, and the context gain of each row."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenweight.data.context_gain import Benefit, context_benefit
+from tokenweight.data.context_gain import ContextGain, gains_of_rows
 from tokenweight.method import ShortContext, document_positions, prediction_mask
 from tokenweight.models import Scorer, numbered_from
 
@@ -21,10 +21,9 @@ class RowScorer:
 
     It adds to a batch
 
-    - `short_nll`, the losses with a short context, token-aligned; of several contexts `short_nll_512`, `short_nll_1024`
-      and so on, by their sizes;
-    - with the long losses: `long_nll`, and for each context the fields of `Benefit`, one number a row, over the tokens
-      that have more tokens before them than the short context holds.
+    - for each context the short losses, token-aligned, in a column that is named by its size: `short_nll_1024`;
+    - with the long losses: `long_nll`, and for each context the fields of `ContextGain`, such as `gain_mean_1024`: one
+      number for each row, over the tokens that have more tokens before them than the short context holds.
 
     Args:
         model: that scores.
@@ -49,15 +48,23 @@ class RowScorer:
         if not sizes or len(set(sizes)) < len(sizes):
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens, self.with_long = max_tokens, with_long
-        suffixes = [""] if len(sizes) == 1 else [f"_{size}" for size in sizes]
+        suffixes = [f"_{size}" for size in sizes]
         scorer = Scorer(model, contexts[0], bos=bos, max_tokens=max_tokens)
         self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
+
+    @property
+    def contexts(self) -> list[dict[str, int]]:
+        """Sizes and strides, as they stand in `scores.json`."""
+        contexts = [scorer.context for scorer in self.scorers.values()]
+        return [{"size": context.size, "stride": context.stride} for context in contexts]
 
     @property
     def features(self) -> dict[str, Any]:
         """The added columns and their types."""
         each_token = ["long_nll"] * self.with_long + [f"short_nll{suffix}" for suffix in self.scorers]
-        each_row = [f"{name}{suffix}" for suffix in self.scorers for name in Benefit._fields] if self.with_long else []
+        each_row = (
+            [f"{name}{suffix}" for suffix in self.scorers for name in ContextGain._fields] if self.with_long else []
+        )
         losses = {name: datasets.List(datasets.Value("float32")) for name in each_token}
         return losses | {name: datasets.Value("float32") for name in each_row}
 
@@ -95,7 +102,7 @@ class RowScorer:
             columns[f"short_nll{suffix}"] += _rows(short_nll)
             if long_nll is not None:
                 mask = predicted & (document_positions(tokens, positions) >= scorer.context.size)
-                for name, values in context_benefit(long_nll, short_nll, mask)._asdict().items():
+                for name, values in gains_of_rows(long_nll, short_nll, mask)._asdict().items():
                     columns[f"{name}{suffix}"] += values.tolist()
                 difference = (long_nll - short_nll)[mask].abs().double()
                 totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]

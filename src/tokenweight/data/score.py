@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from tokenweight.data.dataset import load_rows, row_lengths, rows_fingerprint, token_range
+from tokenweight.data.dataset import load_rows, read_contents, row_lengths
 from tokenweight.data.row_scorer import RowScorer
-from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, unlock, write_note
+from tokenweight.data.shards import Verifier, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     check_length,
@@ -28,7 +28,7 @@ from tokenweight.models import (
     numbered_from,
     own_device,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance
+from tokenweight.records import differences, environment, read_json, read_provenance, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 20
@@ -56,7 +56,7 @@ class ScoreSummary:
         if self.new_tokens:
             lines[0] += f" in {self.seconds:,.0f} s, {self.new_tokens / self.seconds:,.0f} tokens/s"
         for suffix, (number, total, above) in self.differences.items():
-            context = f"with {suffix[1:]} tokens: " if suffix else ""
+            context = f"with {suffix[1:]} tokens: "
             found = (
                 f"mean |difference| {total / number:.3f} nats, {above / number:.2%} above 2" if number else "no token"
             )
@@ -84,34 +84,31 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    rows, made = load_rows(folder), read_provenance(folder)
-    lengths, size = row_lengths(rows), max(context.size for context in contexts)
-    if not lengths.all():
-        raise ValueError(f"{folder}: row {int(np.argmin(lengths))} is empty")
-    longest = int(lengths.max())
-    if size >= longest:
-        raise ValueError(f"--size {size}: the rows hold {longest} tokens: no token would have a shorter context")
+    rows, made, contents = load_rows(folder), read_provenance(folder), read_contents(folder)
+    longest, size = contents.longest or 0, max(context.size for context in contexts)
+    if not contents.shortest:
+        raise ValueError(f"{folder}: row {int(np.argmin(row_lengths(rows)))} is empty")
+    ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype, revision=revision)
-    check_tokens(model.config, *token_range(rows), folder)
-    check_length(model.config, longest if with_long else size, "--long: rows" if with_long else "--size: windows")
-    check_stale_rows(model.config, lengths.tolist() if with_long else [])
+    check_tokens(model.config, *contents.token_range, folder)
+    check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
+    check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
     bos = None if tokenizer is None else tokenizer.bos_token_id
-    sizes, strides = ([getattr(context, name) for context in contexts] for name in ("size", "stride"))
     provenance = {
         **identity(model, model_name),
         "config_fingerprint": config_fingerprint(model.config),
         "tokenizer": made.get("tokenizer"),
         "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
-        **{name: values if len(contexts) > 1 else values[0] for name, values in (("size", sizes), ("stride", strides))},
         "bos": bos,
         "rows": str(folder),
-        "rows_fingerprint": rows_fingerprint(rows),
+        "rows_fingerprint": contents.fingerprint,
         "environment": environment(),
     }
     scorer = RowScorer(model.to(own_device()), contexts, bos=bos, with_long=with_long, max_tokens=max_tokens)
-    return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress)
+    verifier = Verifier(folder)
+    return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress, check=verifier)
 
 
 def score_rows(
@@ -122,6 +119,7 @@ def score_rows(
     provenance: dict[str, Any],
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], object] = lambda done, total: None,
+    check: Callable[[range], object] = lambda rows: None,
 ) -> ScoreSummary:
     """Write `rows` with the columns of `scorer` to the folder `out`.
 
@@ -134,6 +132,7 @@ def score_rows(
         provenance: written to `scores.json`: whatever the scores depend on.
         share: (i, n): every n-th shard, from the i-th; n processes, each with its own i, do all.
         progress: called after each batch with its number of tokens, and that of all rows of the share.
+        check: called before the rows of a shard are read, with their numbers; it raises what is wrong with them.
 
     Raises:
         ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
@@ -141,7 +140,7 @@ def score_rows(
     out = Path(out)
     if there := [name for name in scorer.features if name in rows.column_names]:
         raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
-    _claim(out, {**provenance, "long": scorer.with_long})
+    _claim(out, {**provenance, "contexts": scorer.contexts, "long": scorer.with_long})
     lengths = row_lengths(rows)
     shards = _shards(lengths)
     files = [out / f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
@@ -154,6 +153,7 @@ def score_rows(
             if not alone or _is_whole(file):  # another process is at it, or was
                 progress(int(lengths[shard].sum()), total)
                 continue
+            check(range(int(shard[0]), int(shard[-1]) + 1))
             with new_shard(file, schema) as (written, note):
                 note["differences"] = {}
                 for batch in _batches(shard, lengths, scorer.max_tokens):
@@ -176,7 +176,7 @@ def process_share(shard: str | None) -> tuple[int, int]:
     if shard is not None:
         first, slash, second = shard.partition("/")
         if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-            raise ValueError(f"--shard {shard}: expected i/n, from 0/n to n-1/n")
+            raise ValueError(f"shard {shard}: expected i/n, from 0/n to n-1/n")
         index, count = int(first), int(second)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return index * world + int(os.environ.get("RANK", "0")), count * world
@@ -186,15 +186,15 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     """Note the provenance in a new folder, or compare it with the one that is there."""
     path = out / "scores.json"
     if out.exists() and any(not file.name.startswith(".") for file in out.iterdir()) and not path.is_file():
-        raise ValueError(f"--out {out}: exists and holds no scores; name a new folder")
+        raise ValueError(f"out {out}: exists and holds no scores; name a new folder")
     if not path.is_file():
         out.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=True):
             if not path.is_file():
-                write_note(path, provenance)
+                write_json(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
     if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
-        raise ValueError(f"--out {out}: holds scores made otherwise ({found}); name a new folder")
+        raise ValueError(f"out {out}: holds scores made otherwise ({found}); name a new folder")
 
 
 def _shards(lengths: np.ndarray) -> list[np.ndarray]:

@@ -1,9 +1,8 @@
-"""Arrow files that are whole or not there: temporary names, checksums, locks; together, a folder of `datasets`."""
+"""Arrow files that are complete or absent, with notes of what they hold; together, a folder of `datasets`."""
 
 import contextlib
 import hashlib
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,49 @@ import datasets
 import filelock
 import pyarrow as pa
 
-from tokenweight.records import read_json, write_json
+from tokenweight.data.contents import Contents, contents_of
+from tokenweight.records import reached, read_json, replaced, write_json, writing_to
 
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say in one line which folder could not be written to, and why: a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        reason = error if error.errno is None else os.strerror(error.errno)
-        raise OSError(f"cannot write to {folder}: {reason}") from error
+_CONTENTS = "contents.json"
+"""The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
+_REMEDIES = {
+    "rows": "remove {} and prepare the rows again",
+    "scores": "`tokenweight score` with the same options makes it again",
+}
 
 
 class ArrowFile:
-    """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
+    """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory, and sums up what they hold.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
-        self.num_rows = self.num_tokens = 0
+    Args:
+        part: the file to write.
+        schema: of all rows.
+        path: the name that the file will have.
+    """
+
+    def __init__(self, part: Path, schema: pa.Schema, path: Path) -> None:
+        self.part, self.schema, self.path = part, schema, path
+        self.num_rows = 0
+        self.contents = Contents()
 
     def __enter__(self) -> "ArrowFile":
-        with _writing(self.path.parent):
-            self.sink = pa.OSFile(str(self.path), "wb")
+        with writing_to(self.path.parent):
+            self.sink = pa.OSFile(str(self.part), "wb")
             self.stream = pa.ipc.new_stream(self.sink, self.schema)
         return self
 
     def write(self, table: pa.Table) -> None:
         """Append rows that have the columns of the schema."""
-        with _writing(self.path.parent):
+        reached("batch", self.path)
+        with writing_to(self.path.parent):
             self.stream.write_table(table.cast(self.schema))
         self.num_rows += len(table)
         if "input_ids" in table.column_names:
-            self.num_tokens += len(table.column("input_ids").combine_chunks().flatten())
+            self.contents += contents_of(table)
+        reached("batch", self.path)
 
     def __exit__(self, *error: object) -> None:
-        with _writing(self.path.parent):
+        with writing_to(self.path.parent):
             try:
                 self.stream.close()
                 self.sink.flush()
@@ -57,34 +63,23 @@ class ArrowFile:
 
 @contextlib.contextmanager
 def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[str, Any]]]:
-    """An Arrow file that gets its name when it is whole, and leaves nothing behind otherwise.
+    """An Arrow file that gets its name when it is complete, and leaves nothing behind otherwise.
 
     Yields:
-        The file, and a note to which more may be added. Beside the shard, the note is written with the checksum, before
-        the shard gets its name: where there is a shard, there is its note.
+        The file, and a note to which more may be added. The note is written beside the shard, with what the shard
+        holds, its size and its checksum, before the shard gets its name: where there is a shard, there is its note.
     """
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     note: dict[str, Any] = {}
-    try:
-        with ArrowFile(unfinished, schema) as file:
+    with replaced(path) as part:
+        with ArrowFile(part, schema, path) as file:
             yield file, note
-        with _writing(path.parent), unfinished.open("rb+") as written:
-            os.fsync(written.fileno())
-        note.update(rows=file.num_rows, tokens=file.num_tokens, sha256=checksum(unfinished))
-        write_note(_note(path), note)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_note(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file of a folder of rows or scores."""
-    with _writing(path.parent):
-        write_json(path, value)
+        contents = file.contents.to_json() if "input_ids" in schema.names else {"rows": file.num_rows}
+        note |= {**contents, "bytes": part.stat().st_size, "sha256": checksum(part)}
+        write_json(_note(path), note)
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a shard; None if there is no shard.
+    """The note of a shard, whose contents are compared with it; None if there is no shard.
 
     Raises:
         ValueError: naming a shard that is not what was written.
@@ -98,10 +93,10 @@ def read_note(path: Path) -> dict[str, Any] | None:
     return note
 
 
-def strip_note(path: Path) -> None:
-    """Leave in the note of a shard what is said of every shard."""
+def strip_note(path: Path, *names: str) -> None:
+    """Remove from the note of a shard what was needed to go on after it."""
     note = read_json(_note(path))
-    write_note(_note(path), {key: note[key] for key in ("rows", "tokens", "sha256")})
+    write_json(_note(path), {key: value for key, value in note.items() if key not in names})
 
 
 @contextlib.contextmanager
@@ -117,6 +112,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
         return
     try:
+        reached("locked", path)
         for left in path.parent.glob(f".{path.stem}.*"):  # of a process that was killed: this file, or its note
             if left.suffix != ".lock":
                 left.unlink(missing_ok=True)
@@ -128,16 +124,17 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 def unlock(folder: Path) -> None:
     """Remove the files of locks, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
+        reached("unlock", lock)
         lock.unlink(missing_ok=True)
 
 
 def finish_dataset(folder: Path, files: Sequence[str]) -> None:
-    """Write the two small files that make shards in `folder` a data set for `datasets.load_from_disk`."""
-    checksums = [read_json(_note(folder / file))["sha256"] for file in files]
-    info, state_file = folder / "dataset_info.json", folder / "state.json"
+    """Write the small files that make shards in `folder` a data set for `datasets.load_from_disk`."""
+    notes = [read_json(_note(folder / file)) for file in files]
+    total, info, state_file = (folder / name for name in (_CONTENTS, "dataset_info.json", "state.json"))
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
-        "_fingerprint": hashlib.sha256("".join(checksums).encode()).hexdigest()[:16],
+        "_fingerprint": hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -145,27 +142,103 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
         "_split": None,
     }
     features = datasets.Dataset.from_file(str(folder / files[0])).features
-    with locked(info, wait=True), locked(state_file, wait=True):  # the last processes may come here together
-        write_note(info, {"features": features.to_dict()})
-        write_note(state_file, state)
+    locks = [locked(path, wait=True) for path in (total, info, state_file)]
+    with locks[0], locks[1], locks[2]:  # the last processes may come here together
+        if "input_ids" in features:
+            contents = sum(map(Contents.from_json, notes), Contents())
+            size = sum(note["bytes"] for note in notes)
+            write_json(total, {"dataset": state["_fingerprint"], "bytes": size, **contents.to_json()})
+        write_json(info, {"features": features.to_dict()})
+        write_json(state_file, state)
 
 
-def verify(folder: Path) -> None:
-    """Raise a ValueError that names a shard of a finished folder that is not what was written, and what mends it."""
-    remedies = {
-        "rows": f"remove {folder} and prepare the rows again",
-        "scores": "`tokenweight score` with the same options makes it again",
-    }
-    for kind, remedy in remedies.items():
-        if not ((folder / f"{kind}.json").is_file() and (folder / "state.json").is_file()):
-            continue
-        for path in (folder / name for name in dataset_files(folder) if name.startswith(f"{kind}-")):
-            try:
-                note = read_note(path)
-            except ValueError as error:
-                raise ValueError(f"{error}; {remedy}") from None
-            if note is None:
-                raise ValueError(f"{path} is missing; {remedy}")
+def noted_contents(folder: Path) -> Contents | None:
+    """What a finished folder holds, by its notes; None if it has none, or was saved anew since they were written."""
+    total = _total(folder)
+    return None if total is None else Contents.from_json(total)
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise a ValueError that names a shard of a finished folder that is missing or was cut off, and what mends it.
+
+    Nothing is read of the shards, and their notes only if sizes are wrong: `verify` compares the contents.
+    """
+    total = _total(folder)
+    shards = _own_shards(folder)
+    if total is None or sum(path.stat().st_size if path.is_file() else 0 for path, _ in shards) == total["bytes"]:
+        return
+    for path, remedy in shards:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {remedy}")
+        expected, found = read_json(_note(path)).get("bytes"), path.stat().st_size
+        if expected != found:
+            raise ValueError(f"{path} is damaged: it has {found} bytes, {expected} were written; {remedy}")
+
+
+def verify(folder: str | os.PathLike[str], rows: range | None = None) -> None:
+    """Read the shards of a finished folder and compare them with the checksums that were noted when they were written.
+
+    Opening a folder does not do this, since it takes as long as reading all of it: `train` and `eval` do it once, in
+    one process, before they begin, `score` and `show` for each shard that they read, when they first do.
+
+    Args:
+        folder: of rows or scores. One that `tokenweight` did not write, or that was saved anew since, has no checksums,
+            and nothing is compared.
+        rows: only the shards that hold these rows.
+
+    Raises:
+        ValueError: naming a shard that is not what was written, and what mends it.
+    """
+    Verifier(folder)(rows)
+
+
+class Verifier:
+    """`verify` for one who reads a folder bit by bit: called with a range of rows, it reads their shards once."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._left: list[tuple[range, Path, str]] = []
+        start = 0
+        for path, remedy in _own_shards(Path(folder)):
+            with _named(remedy):
+                stop = start + read_json(_note(path))["rows"]
+            self._left.append((range(start, stop), path, remedy))
+            start = stop
+
+    def __call__(self, rows: range | None = None) -> None:
+        """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written."""
+        for one in list(self._left):
+            held, path, remedy = one
+            if rows is None or (held.start < rows.stop and rows.start < held.stop):
+                with _named(remedy):
+                    if read_note(path) is None:
+                        raise ValueError(f"{path} is missing")
+                self._left.remove(one)
+
+
+@contextlib.contextmanager
+def _named(remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+
+
+def _own_shards(folder: Path) -> list[tuple[Path, str]]:
+    """The shards of a finished folder that have notes, and what mends each."""
+    for kind, remedy in _REMEDIES.items():
+        if (folder / f"{kind}.json").is_file() and (folder / "state.json").is_file():
+            own = [folder / name for name in dataset_files(folder) if name.startswith(f"{kind}-")]
+            if own:
+                return [(path, remedy.format(folder)) for path in own]
+    return []
+
+
+def _total(folder: Path) -> dict[str, Any] | None:
+    """The sum of the notes, unless `datasets` has saved another data set in the folder since it was written."""
+    if not ((folder / _CONTENTS).is_file() and (folder / "state.json").is_file()):
+        return None
+    total = read_json(folder / _CONTENTS)
+    return total if total.get("dataset") == read_json(folder / "state.json").get("_fingerprint") else None
 
 
 def dataset_files(folder: Path) -> list[str]:

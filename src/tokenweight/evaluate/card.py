@@ -1,4 +1,4 @@
-"""The model card (README.md) of a trained folder: what its records say, and nothing else."""
+"""The evaluation section of the model card (README.md) of a trained folder."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ from tokenweight.records import NAME, _edit, _marks, _with_section
 
 
 def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bool:
-    """Write the evaluation section of a card that `write_card` made, and its `model-index`; an earlier one goes.
+    """Write the evaluation section of a card that `write_card` made, and its `model-index`, in place of earlier ones.
 
     Args:
-        folder: of the model that the last row of the table is about.
-        record: what is in `eval.json`.
+        folder: folder of the model in the last row of the table.
+        record: the contents of `eval.json`.
 
     Returns:
-        Whether there was such a card, and it was written; a failure is logged.
+        Whether there was such a card and it was written; a failure is logged.
     """
     path = Path(folder) / NAME
     if not path.is_file() or _marks("training")[0] not in path.read_text(encoding="utf-8", errors="replace"):
@@ -42,7 +42,7 @@ def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bo
 
 def _evaluation(record: dict[str, Any], table: list[list[Entry]]) -> str:
     notes, _, measures = markdown(table, unit=record["unit"]).partition("\n\n## Every measure\n\n")
-    notes = notes[notes.index("\n\n- ") :].strip()  # below the summary, which is a model a row: too wide for a page
+    notes = notes[notes.index("\n\n- ") :].strip()  # the summary above has a row per model and is too wide for a page
     made = record.get("environment", {})
     version = made.get("versions", {}).get("tokenweight")
     facts = {

@@ -1,4 +1,4 @@
-"""Models side by side: the value of every measure, its change from the baseline, and how far that may be chance."""
+"""Compare models: the value of every measure, its change from the baseline, and how much of that may be chance."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,20 @@ import torch
 from tokenweight.evaluate.intervals import Sums, paired_difference
 
 GRID = ("family", "length", "depth", "accuracy", "margin")
-"""What an evaluation says of the probes of one family, length and depth."""
+"""The fields of a `ProbeRecord` that an evaluation keeps."""
 
 
 class Measure(NamedTuple):
-    """What one model gets in one respect, with a sum for each document, so that models can be compared in pairs."""
+    """One metric of one model, with a sum for each document, so that models can be compared in pairs.
+
+    Example:
+        >>> measure = Measure("all", "cost", "nats", "lower", total=[210.0, 90.0], num_tokens=[100.0, 50.0])
+        >>> measure.value
+        2.0
+        >>> baseline = measure._replace(total=[200.0, 85.0])
+        >>> round(paired_difference(measure.sums, baseline.sums).value, 3)
+        0.1
+    """
 
     name: str
     group: str
@@ -26,9 +35,9 @@ class Measure(NamedTuple):
     total: list[float]
     """Sum over the tokens (or probes) of each document."""
     num_tokens: list[float]
-    """How many these are, or the sum of their weights."""
+    """Number of these tokens, or the sum of their weights."""
     summary: bool = False
-    """Whether it is in the table that the terminal shows."""
+    """Whether the terminal shows it."""
 
     @property
     def sums(self) -> Sums:
@@ -37,7 +46,7 @@ class Measure(NamedTuple):
 
     @property
     def value(self) -> float | None:
-        """The mean over all tokens, of a perplexity its `exp`; None if there is no token."""
+        """The mean over all tokens, or `exp` of it for a perplexity; None if there is no token."""
         mean = self.sums.mean
         return None if math.isnan(mean) else math.exp(mean) if self.unit == "perplexity" else mean
 
@@ -52,25 +61,25 @@ class Entry(NamedTuple):
     better: str | None
     value: float | None
     change: float | None
-    """Value less that of the baseline, of a perplexity the ratio of the two; None for the baseline."""
+    """The value minus that of the baseline, or their ratio for a perplexity; None for the baseline."""
     low: float | None
-    """Limits of the 95 % interval of the change; None where there are too few documents for one."""
+    """Lower and upper limit of the 95 % interval of the change; None where there are too few documents for one."""
     high: float | None
     clear: bool
-    """Whether the interval excludes that nothing changed."""
+    """Whether the interval excludes no change."""
     best: bool
-    """Whether no model has a better value, and one has a worse."""
+    """Whether no model has a better value, and at least one has a worse."""
     num_documents: int
-    """That hold a token of this measure; of a probe, the facts asked for."""
+    """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
     summary: bool
 
 
 def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -> list[list[Entry]]:
-    """The row of each model, the first one being the baseline: each has the measures of all, where it has them.
+    """Make the table: a row for each model, the first of which is the baseline, with all measures that it has.
 
     Args:
         models: name and measures, of the same documents in the same order.
-        seed: of the draws of documents (`paired_difference`).
+        seed: seed of the bootstrap (`paired_difference`).
     """
     names = list(dict.fromkeys(measure.name for _, measures in models for measure in measures))
     known = [{measure.name: measure for measure in measures} for _, measures in models]
@@ -102,7 +111,7 @@ def _entry(model: str, measure: Measure, baseline: Measure | None, values: list[
 
 
 def short_names(table: Sequence[Sequence[Entry]]) -> list[str]:
-    """The models of a table by the last parts of their names, if these tell them apart."""
+    """The last parts of the names of a table's models, if all differ; else the whole names."""
     names = [row[0].model for row in table]
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(names) else names

@@ -1,4 +1,4 @@
-"""Sums over the tokens of each document, and how far the difference of two models may be chance."""
+"""Sums over the tokens of each document, and a paired bootstrap over documents for the difference of two models."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ _CHUNK = 1 << 20  # documents drawn at a time, so that memory does not grow with
 
 
 class Sums(NamedTuple):
-    """What every measure gives of each row or document; it stands for the mean over all their tokens.
+    """The sum of a measure over the tokens of each row or document, which gives the mean over all their tokens.
 
     Sums of the rows of several batches are joined by `Sums(*map(torch.cat, zip(*batches)))`.
     """
@@ -19,11 +19,11 @@ class Sums(NamedTuple):
     total: Float64[Tensor, "documents"]
     """Sum over the tokens: of losses in nats, or of zeros and ones, whose mean is a share."""
     num_tokens: Float64[Tensor, "documents"]
-    """How many tokens these are; where tokens have weights, the sum of the weights."""
+    """Number of these tokens, or the sum of their weights."""
 
     @property
     def mean(self) -> float:
-        """Total over number of tokens, a token of a long document counting like any other; NaN without tokens."""
+        """Total over number of tokens, in which every token counts the same; NaN without tokens."""
         return (self.total.sum() / self.num_tokens.sum()).item()
 
 
@@ -31,7 +31,7 @@ def row_sums(values: Shaped[Tensor, "rows seq"], weights: Bool[Tensor, "rows seq
     """Sum `values` over the tokens of each row, in float64, on the CPU.
 
     Args:
-        values: of each token: its loss, or True and False to get a share.
+        values: the loss of each token, or True and False to get a fraction.
         weights: a mask, or weights >= 0; values of weight 0 are not read.
     """
     weights = weights.cpu().double()
@@ -55,14 +55,14 @@ def document_sums(sums: Sums, documents: Sequence[Hashable]) -> Sums:
 
 
 class Difference(NamedTuple):
-    """The mean of a model less that of its baseline, and between which limits it lies if documents are drawn anew."""
+    """The mean of a model minus that of its baseline, with a percentile interval from resampled documents."""
 
     value: float
     interval: tuple[float, float] | None
-    """None where no honest interval can be made: there are fewer than two documents with tokens, or so few that a draw
-    of documents may leave a model without any token."""
+    """None where no honest interval exists: fewer than two documents have tokens, or so few that a resample may leave a
+    model without any token."""
     num_documents: int
-    """Documents that hold a token."""
+    """Documents with a token."""
 
 
 def paired_difference(
@@ -73,18 +73,25 @@ def paired_difference(
     Documents are drawn with replacement, each with both of its sums, so that what makes a document easy for both models
     cancels out. For losses, `exp` of value and limits is the ratio of the two perplexities and its interval.
 
-    The interval is too narrow for few documents: with differences that are normal and documents of one length, one that
-    is to hold the truth in 95 % of all cases does so in 94 % for 40 documents, in 90 % for 10 and in 85 % for 5.
+    The interval is too narrow for few documents: with normal differences and documents of one length, a 95 % interval
+    covers the truth in 94 % of all cases for 40 documents, in 90 % for 10 and in 85 % for 5.
 
     Args:
         model: sums of each document.
         baseline: sums of the same documents, in the same order.
-        level: of the interval.
+        level: coverage of the interval.
         num_resamples: how often documents are drawn.
-        seed: of the draws; the same seed draws the same documents for every measure.
+        seed: the same seed draws the same documents for every measure.
 
     Raises:
         ValueError: if the numbers of documents differ, a sum is not finite, or a setting makes no sense.
+
+    Example:
+        >>> baseline = row_sums(torch.rand(40, 100), torch.ones(40, 100))
+        >>> model = Sums(baseline.total - 5, baseline.num_tokens)
+        >>> value, (low, high), num_documents = paired_difference(model, baseline)
+        >>> print(f"{value:.3f} [{low:.3f}, {high:.3f}], {num_documents} documents")
+        -0.050 [-0.050, -0.050], 40 documents
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
     """

@@ -1,8 +1,9 @@
 """What a model answers to retrieval probes: by likelihood of answers against decoys, or by what it generates."""
 
 import copy
+import inspect
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice, product
 from typing import Literal, NamedTuple
 
@@ -12,20 +13,54 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.evaluate.compare import Measure
-from tokenweight.evaluate.probes import NUM_DECOYS, WITHOUT_DEPTH, Probe, make_probes, prompt_tokens
-from tokenweight.evaluate.settings import Plan
+from tokenweight.evaluate.probes import FAMILIES, NUM_DECOYS, Family, Probe, make_probes, prompt_tokens
+from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import linear_nll
 from tokenweight.models import CausalParts, causal_parts, check_length, check_tokens, evaluating
 
-_BUDGET = {
-    "multi_value": 128,
-    "multi_query": 128,
-    "variable_tracking": 64,
-    "common_words": 128,
-    "frequent_words": 64,
-}
-"""Tokens that may be generated for a family, if more than 32. RULER allows 128 for all needles: enough for a base model
-to list every fact of the text, asked for or not."""
+
+@dataclass(frozen=True)
+class ProbeGrid:
+    """The probes to ask: `num` of each family at each length and depth; those without a depth once for each length."""
+
+    families: Sequence[str]
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    num: int = 8
+    seed: int = 0
+    haystack: str | None = None
+    """A text, or None for sentences of noise."""
+    by: Literal["likelihood", "generation"] = "likelihood"
+    """"likelihood" asks which candidate the model finds more likely, and tells small base models apart; "generation"
+    looks for the answers in greedy output, as RULER does, and leaves room for it in each length."""
+
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Probe]]:
+        """Make the probes of each family, length and depth: a list for each.
+
+        The same probe of two of these lists of a family asks for the same fact: compare them in pairs.
+
+        Raises:
+            ValueError: if a setting makes no sense, or a length is too short, naming the least.
+        """
+        if self.by not in ("likelihood", "generation"):
+            raise ValueError(f"by {self.by!r}: expected likelihood or generation")
+        cells = []
+        for name, length in product(self.families, self.lengths):
+            family = FAMILIES.get(name, Family())  # `make_probes` rejects unknown names
+            room = family.budget if self.by == "generation" else 0
+            for depth in self.depths if family.has_depth else [None]:
+                probes = make_probes(
+                    name,
+                    tokenizer,
+                    length=length,
+                    depth=depth,
+                    num=self.num,
+                    seed=self.seed,
+                    haystack=self.haystack,
+                    room=room,
+                )
+                cells.append(probes)
+        return cells
 
 
 class ProbeScore(NamedTuple):
@@ -53,46 +88,34 @@ class ProbeRecord(NamedTuple):
     margins: tuple[float, ...] | None
 
 
-def probe_grid(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    families: Sequence[str],
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    num: int,
-    seed: int,
-    haystack: str | None = None,
-    by: Literal["likelihood", "generation"] = "likelihood",
-) -> list[ProbeRecord]:
-    """Score probes of each family at each length and depth; those without a depth once for each length.
+def probe_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grid: ProbeGrid) -> list[ProbeRecord]:
+    """Score all probes of a grid.
 
-    The same probe of two records of a family, or of two models with one tokenizer, asks for the same fact: take the
-    differences of `accuracies` and `margins` one by one.
-
-    Args:
-        num: probes of a record.
-        by: "likelihood" asks which candidate the model holds for more likely, and tells small base models apart;
-            "generation" looks for the answers in greedy output, as RULER does, and leaves room for it in `length`.
+    Records of two models with one tokenizer can be compared probe by probe, in `accuracies` and `margins`.
 
     Raises:
-        ValueError: if the model has too few positions, or `make_probes` refuses a setting; before any is scored.
+        ValueError: if the model has too few positions, or `ProbeGrid.make` fails; before any probe is scored.
+
+    Example:
+        >>> grid = ProbeGrid(["single", "multi_key"], lengths=[4096, 8192], depths=[0.1, 0.5, 0.9])
+        >>> for record in probe_grid(model, tokenizer, grid):
+        ...     print(record.family, record.length, record.depth, record.accuracy, record.chance)
     """
-    if by not in ("likelihood", "generation"):
-        raise ValueError(f"by {by!r}: expected likelihood or generation")
-    for length in lengths:
+    for length in grid.lengths:
         check_length(model.config, length, "probes")
-    make = partial(make_probes, tokenizer=tokenizer, num=num, seed=seed, haystack=haystack)
-    cells = []
-    for family, length in product(families, lengths):
-        room = generation_budget(family) if by == "generation" else 0
-        for depth in [None] if family in WITHOUT_DEPTH else depths:
-            cells.append(make(family, length=length, depth=depth, room=room))
+    return score_cells(model, tokenizer, grid.make(tokenizer), grid.by)
+
+
+def score_cells(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: Sequence[Sequence[Probe]], by: str
+) -> list[ProbeRecord]:
+    """Score the probes of `ProbeGrid.make`: a record for each of its lists."""
     score = score_by_likelihood if by == "likelihood" else score_by_generation
     scores = iter(score(model, tokenizer, [probe for probes in cells for probe in probes]))
     return [_record(probes, list(islice(scores, len(probes))), by) for probes in cells]
 
 
-def _record(probes: list[Probe], scores: list[ProbeScore], by: str) -> ProbeRecord:
+def _record(probes: Sequence[Probe], scores: list[ProbeScore], by: str) -> ProbeRecord:
     accuracies, margins = zip(*scores)
     num, generated = len(scores), by == "generation"
     return ProbeRecord(
@@ -146,13 +169,18 @@ def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> Dyna
     """The model's KV cache after these tokens."""
     cache = DynamicCache(config=model.config)
     if tokens:
-        parts.states(torch.tensor([tokens], device=model.device), past_key_values=cache)
+        parts.states(torch.tensor([tokens], device=model.device), **_with_cache(parts, cache))
     # Recurrent layers, if they have read something, take several more tokens at once for a new text.
     if any(hasattr(layer, "conv_states") for layer in cache.layers) or cache.get_seq_length() != len(tokens):
         raise ValueError(
             f"{type(model).__name__} has layers without a KV cache: probes can be scored by generation only"
         )
     return cache
+
+
+def _with_cache(parts: CausalParts, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The cache under the name that the decoder gives it; before transformers 5.24 this was `past_key_values`."""
+    return {"cache" if "cache" in inspect.signature(parts.decoder.forward).parameters else "past_key_values": cache}
 
 
 def _continuation_nll(
@@ -164,7 +192,7 @@ def _continuation_nll(
     counts = torch.tensor([[0 < t < len(row) for t in range(width)] for row in rows])
     tokens, counts = tokens.to(device), counts.to(device)
     cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=device))
-    states = parts.states(tokens, past_key_values=cache)
+    states = parts.states(tokens, **_with_cache(parts, cache))
     targets = tokens.where(counts, -100).flatten()
     losses = linear_nll(states.flatten(0, 1), parts.head.weight, targets, **parts.head.after)
     return losses.view(tokens.shape).double().sum(dim=1)
@@ -173,7 +201,7 @@ def _continuation_nll(
 def score_by_generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]
 ) -> list[ProbeScore]:
-    """Share of the answers that stand in the greedy output of `generation_budget` tokens.
+    """Share of the answers that stand in the greedy output, of as many tokens as the budget of their family.
 
     Raises:
         ValueError: if a token is not in the model's vocabulary, or the model has too few positions.
@@ -182,17 +210,12 @@ def score_by_generation(
     """
     scores = []
     for probe in probes:
-        tokens, budget = prompt_tokens(tokenizer, probe.prompt), generation_budget(probe.family)
+        tokens, budget = prompt_tokens(tokenizer, probe.prompt), FAMILIES[probe.family].budget
         _check(model, [tokens], budget)
         output = _generated(model, tokens, budget)
         text = tokenizer.decode(output, skip_special_tokens=True)
         scores.append(ProbeScore(share_found(text, probe.answers), None))
     return scores
-
-
-def generation_budget(family: str) -> int:
-    """Tokens that a model may generate to answer a probe of the family."""
-    return _BUDGET.get(family, 32)
 
 
 def share_found(text: str, answers: Sequence[str]) -> float:
@@ -221,20 +244,7 @@ def _check(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
     check_length(model.config, max(map(len, rows)) + budget, "a probe")
 
 
-def ask_probes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, haystack: str | None, plan: Plan
-) -> list[ProbeRecord]:
-    """What the model answers, at each length and depth of each family."""
-    if not plan.families:
-        return []
-    assert tokenizer is not None
-    lengths, depths = plan.probe_lengths, plan.depths
-    return probe_grid(
-        model, tokenizer, plan.families, lengths, depths, plan.num_probes, plan.seed, haystack, plan.probe_by
-    )
-
-
-def probe_measures(grid: Sequence[ProbeRecord], plan: Plan) -> list[Measure]:
+def probe_measures(grid: Sequence[ProbeRecord], plan: EvalPlan) -> list[Measure]:
     """Accuracy and margin of each family, and of each family and length.
 
     The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.

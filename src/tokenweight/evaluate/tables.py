@@ -1,4 +1,4 @@
-"""Models side by side: the value of every measure, its change from the baseline, and how far that may be chance."""
+"""The comparison of models as tables for the terminal, in Markdown and in CSV."""
 
 import csv
 import io
@@ -12,15 +12,15 @@ from rich.text import Text
 from tokenweight.evaluate.compare import Entry, short_names
 
 _NAME, _COLUMN = 12, 11
-"""Characters that the name of a model needs in a line, and a measure: its widest word or number."""
+"""Characters of a line for the name of a model, and for a measure: its widest word or number."""
 
 
 def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
-    """The measures of the summary, a model a row: value, change, and below it the interval of the change.
+    """Show the measures of the summary, a row per model: value, change, and the interval of the change below it.
 
     Args:
-        table: of `compare`.
-        width: characters of a line; several tables are made if one is wider.
+        table: what `compare` returns.
+        width: characters of a line; a wider table is split.
     """
     columns = list(_columns([[entry for entry in row if entry.summary] for row in table]).values())
     num = max(1, (width - _NAME) // _COLUMN)
@@ -34,7 +34,7 @@ def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> T
     shown.columns[0].overflow = "fold"
     group = ""
     for entry, words in zip(columns, titles):
-        # A word a line, and the group above its first column, as high as the tallest title.
+        # One word per line, and the group above its first column, as high as the tallest title.
         lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
         shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
         group = entry.group
@@ -56,26 +56,27 @@ def _terminal_cell(entry: Entry | None) -> Text:
 
 
 def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[str]:
-    """What one must know to read the tables, a line each.
+    """What to know to read the tables, one line each.
 
     Args:
-        unit: what the sums of the measures of rows belong to, "document" or "row".
+        unit: the resampling unit of losses, "document" or "row".
     """
     entries = [entry for row in table for entry in row]
     lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a measure."]
     if len(table) > 1:
-        drawn = f"drawing {unit}s (of probes: facts) anew"
-        lines.append(f"Changes are from the first model, with 95 % intervals, {drawn}.")
-        lines.append("* the interval does not hold 0 (of a ratio, 1). Changes of % are points, of LongPPL ratios (x).")
+        lines.append(
+            f"Changes are from the first model, with 95 % intervals from resampled {unit}s (for probes: facts)."
+        )
+        lines.append("* the interval excludes no change. Changes of % are in points; those of LongPPL are ratios (x).")
     if any(entry.change is not None and entry.low is None for entry in entries):
-        lines.append(f"- for an interval: too few {unit}s hold such a token to make one.")
+        lines.append(f"- for an interval: too few {unit}s have such a token.")
     if any(entry.value is None for entry in entries):
         lines.append("- for a value: there is no such token.")
     return lines
 
 
 def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str:
-    """The summary, a model a row, and below it every measure, a model a column; `unit` as in `notes`."""
+    """The summary, with a row per model, and below it every measure, with a column per model; `unit` as in `notes`."""
     columns = _columns([[entry for entry in row if entry.summary] for row in table])
     lines = [["model", *(f"{entry.group}: {_title(entry)}" for entry in columns.values())]]
     for row in table:
@@ -91,10 +92,10 @@ def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str
 
 
 def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """The accuracy in probes by length and depth, a table for each family; empty without probes.
+    """The accuracy of probes by length and depth, in a table for each family; empty without probes.
 
     Args:
-        models: name, and the probes as `GRID` says.
+        models: name and records of probes, with the fields of `GRID`.
     """
     parts = []
     for family in dict.fromkeys(cell["family"] for _, cells in models for cell in cells):
@@ -126,7 +127,7 @@ def _markdown_cell(entry: Entry | None) -> str:
 
 
 def csv_text(table: Sequence[Sequence[Entry]]) -> str:
-    """Every entry a line, with all digits."""
+    """One line per entry, with all digits."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(Entry._fields)
@@ -135,7 +136,7 @@ def csv_text(table: Sequence[Sequence[Entry]]) -> str:
 
 
 def _columns(table: Sequence[Sequence[Entry]]) -> dict[str, Entry]:
-    """An entry of each measure, those of one group together."""
+    """One entry of each measure, grouped."""
     entries = {entry.measure: entry for row in table for entry in row}
     groups = list(dict.fromkeys(["long", "short", "cost", *(entry.group for entry in entries.values())]))
     return dict(sorted(entries.items(), key=lambda item: groups.index(item[1].group)))

@@ -10,6 +10,7 @@ from .loss import weighted_linear_cross_entropy as weighted_linear_cross_entropy
 from .objective import ShortLosses as ShortLosses
 from .objective import WeightedLoss as WeightedLoss
 from .objective import weighted_loss as weighted_loss
+from .parse import WEIGHTINGS as WEIGHTINGS
 from .parse import parse_weighting as parse_weighting
 from .scoring import Pass as Pass
 from .scoring import Reading as Reading

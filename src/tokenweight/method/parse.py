@@ -9,6 +9,9 @@ from typing import Any
 from tokenweight.method.kin.longce import LongCE
 from tokenweight.method.weightings import NPMI, PPMI, Dense, Sparse, Uniform, Weighting, as_weighting
 
+WEIGHTINGS: tuple[type[Weighting], ...] = (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)
+"""The weightings that have a name of their own, which is that of the class in lower case."""
+
 
 def parse_weighting(text: str) -> Weighting:
     """Read a weighting from a command line or a recipe.
@@ -18,7 +21,7 @@ def parse_weighting(text: str) -> Weighting:
     Anything unknown, or a value that a weighting refuses, is a ValueError that lists what is known.
     """
     name, _, settings_text = (part.strip() for part in text.partition(":"))
-    kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)}
+    kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in WEIGHTINGS}
     if name.lower() in kinds:
         kind = kinds[name.lower()]
     elif "." in name:

@@ -44,7 +44,7 @@ class Weighting(ABC):
     formula: ClassVar[str] = ""
     """One line in `long` and `short`, the losses of a token with the long and the short context; for model cards."""
     knob: ClassVar[tuple[str, tuple[float, ...]] | None] = None
-    """The setting that is worth trying out, and the values to try: what a reader of `tokenweight report` can turn."""
+    """The setting worth trying out, and the values to try, its default among them; `tokenweight report` shows each."""
 
     @abstractmethod
     def weigh(
@@ -118,7 +118,7 @@ class Dense(Weighting):
     """
 
     formula = "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|"
-    knob = ("interpolation", tuple(i / 10 for i in range(11)))
+    knob = ("interpolation", (0.0, 0.25, 0.5, 0.75, 0.9))
     interpolation: float = 0.75
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Sparse(Weighting):
     """
 
     formula = "w = 1 / keep for the top share `keep` by |long - short|, else 0"
-    knob = ("keep", (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0))
+    knob = ("keep", (0.02, 0.05, 0.1, 0.2, 0.5))
     keep: float = 0.2
     seed: int = 0
 

@@ -47,6 +47,34 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def check_fit(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    longest: int | None,
+    token_range: tuple[int, int],
+    provenance: dict[str, Any],
+    what: str | None = None,
+) -> None:
+    """Raise a ValueError unless a model can read the sequences of a folder: their lengths, token ids and tokenizer.
+
+    Args:
+        config: of the model.
+        tokenizer: of the model, if it has one.
+        name: of the model.
+        folder: of the sequences.
+        longest: tokens that the model reads at once; None without a sequence.
+        token_range: the smallest and the largest token id.
+        provenance: of the sequences.
+        what: the name of what is `longest`; by default the rows of the folder.
+    """
+    check_tokenizer(tokenizer, name, provenance, folder)  # first, as it tells most
+    check_tokens(config, *token_range, folder)
+    check_length(config, longest or 0, what or f"{folder}: rows")
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
 ) -> None:
@@ -81,10 +109,26 @@ def check_tokens(config: Any, smallest: int, largest: int, folder: str | os.Path
         )
 
 
+class UnknownToken(ValueError):
+    """A token id that a model's vocabulary does not have, by its place in the batch."""
+
+    def __init__(self, token: int, row: int, position: int, known: int) -> None:
+        super().__init__(token, row, position, known)
+        self.token, self.row, self.position, self.known = token, row, position, known
+
+    def __str__(self) -> str:
+        return (
+            f"token {self.token} of row {self.row}, position {self.position} is not in the vocabulary of the scoring "
+            f"model ({self.known} tokens): expected a scorer with the tokenizer of the sequences"
+        )
+
+
 @contextlib.contextmanager
 def numbered_from(first: int) -> Iterator[None]:
-    """Number the rows of whatever is not finite inside from `first` on, that of the first row of the batch."""
+    """Number the rows in errors about a loss or a token from `first` on, the number of the first row of the batch."""
     try:
         yield
     except NonFinite as error:
         raise NonFinite(error.name, first + error.row, error.position, error.value) from None
+    except UnknownToken as error:
+        raise UnknownToken(error.token, first + error.row, error.position, error.known) from None

@@ -22,6 +22,7 @@ from tokenweight.method import (
     read_passes,
 )
 from tokenweight.models.causal import causal_parts, evaluating
+from tokenweight.models.checks import UnknownToken
 from tokenweight.models.processes import any_process, is_sharded
 from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
 
@@ -220,10 +221,7 @@ class Scorer:
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():
             row, position = unknown.nonzero()[0].tolist()
-            raise ValueError(
-                f"token {tokens[row, position].item()} of row {row}, position {position} is not in the vocabulary of "
-                f"the scoring model ({known} tokens): expected a scorer with the tokenizer of the sequences"
-            )
+            raise UnknownToken(int(tokens[row, position]), row, position, known)
 
 
 def _packed(reading: Reading, lengths: Sequence[int]) -> Reading:

@@ -1,4 +1,9 @@
+from .flops import Forward as Forward
+from .flops import Step as Step
+from .flops import count_forward as count_forward
+from .flops import step_flops as step_flops
 from .gpus import PEAK_FLOPS as PEAK_FLOPS
+from .gpus import Peak as Peak
 from .gpus import Speed as Speed
 from .run import Cost as Cost
 from .run import plan as plan

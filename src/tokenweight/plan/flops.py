@@ -1,13 +1,13 @@
-"""What a training step computes, counted without weights: matrix products of any decoder, attention by its pairs.
+"""FLOPs of a training step, counted from a config: matrix products of any decoder, attention by its pairs.
 
-The model is built from its config alone, of tensors that have a shape and no values. Its attention is replaced by one
-that computes nothing and keeps what a flash kernel keeps for the backward pass; experts by one that reads as many rows.
-A product of [m, k] and [k, n] counts 2 m k n.
+The model is built from its config alone, of fake tensors, which have a shape and no values. Its attention is replaced
+by one that computes nothing and keeps what a flash kernel keeps for the backward pass, its experts by one that reads as
+many tokens. A product of [m, k] and [k, n] counts 2 m k n.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,96 +38,78 @@ class Forward(NamedTuple):
     head: float
     attention: tuple[Attention, ...]
 
-    def attended(self, length: int, *, square: bool = False) -> float:
-        """FLOPs of attention over a row: 2 x width for each pair of a query and a key that it sees.
+    def attended(self, length: int) -> float:
+        """FLOPs of attention over a sequence: 2 x width for each pair of a query and a key that it sees."""
+        return sum(2.0 * layer.width * _pairs(length, layer.window) for layer in self.attention)
 
-        Args:
-            square: count every pair of tokens instead, as kernels without causal blocks compute, and as
-                `torch.utils.flop_counter` counts.
-        """
-        return sum(
-            2.0 * layer.width * (length**2 if square else _pairs(length, layer.window)) for layer in self.attention
-        )
-
-    def decoder(self, length: int, *, square: bool = False) -> float:
-        """FLOPs of the decoder over a row, without the head."""
-        return self.linear * length + self.attended(length, square=square)
+    def decoder(self, length: int) -> float:
+        """FLOPs of the decoder over a sequence, without the head."""
+        return self.linear * length + self.attended(length)
 
 
 class Step(NamedTuple):
     """FLOPs of one optimizer step, by what they are spent on."""
 
     forward: float
-    """The decoder over the rows: the long context."""
+    """The decoder over the sequences: the long context."""
     scoring: float
     """Windows of the short context, with their losses."""
     backward: float
-    """Of the decoder: twice its forward pass."""
+    """Backward pass of the decoder: twice its forward pass."""
     head: float
     """The loss: products with the output head, forward and backward."""
-    recomputation: float
-    """The decoder's forward pass again, where activations are not kept."""
+    recompute: float
+    """The decoder's forward pass again, under activation checkpointing."""
     attention: float
     """How much of all that is attention."""
 
     @property
     def total(self) -> float:
         """Their sum (`attention` is a part of the others)."""
-        return self.forward + self.scoring + self.backward + self.head + self.recomputation
+        return self.forward + self.scoring + self.backward + self.head + self.recompute
 
 
 def step_flops(
     forward: Forward,
     length: int,
     weighting: Weighting,
-    scored: list[Window] | None = None,
+    scored: Sequence[Window] = (),
     *,
     checkpointing: bool = False,
-    num_rows: int = 1,
-    square: bool = False,
+    num_sequences: int = 1,
 ) -> Step:
-    """FLOPs of forward and backward pass over rows that are one document each.
+    """FLOPs of forward and backward pass over sequences that are one document each.
 
     With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
     3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
-    (uniform, LongCE); else the losses come first, then gradients for the share k of tokens with a weight: 1 + 3 k.
+    (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k.
 
     Args:
-        scored: what the model reads again to score itself; None where short losses are stored or not needed.
-        num_rows: of the step, on all GPUs.
-        square: see `Forward.attended`.
+        scored: what the model reads to score itself; empty where short losses are stored or not needed.
+        num_sequences: of the step, on all GPUs.
     """
-    num_predicted = length - 1
-    products = 3.0
+    num_predicted, products = length - 1, 3.0
     if not weighting.pointwise:
         products = 1 + 3 * max(1, int(getattr(weighting, "keep", 1) * num_predicted)) / num_predicted
-    long, attended = forward.decoder(length, square=square), forward.attended(length, square=square)
-    scoring, attended_again = window_flops(forward, scored or [], square=square)
-    passes = 4 if checkpointing else 3
-    parts = (
-        long,
-        scoring,
-        2 * long,
-        products * forward.head * num_predicted,
-        long if checkpointing else 0.0,
-        passes * attended + attended_again,
+    long, scoring, passes = forward.decoder(length), window_flops(forward, scored), 4 if checkpointing else 3
+    attended = passes * forward.attended(length) + sum(
+        forward.attended(window.stop - window.start) for window in scored
     )
-    return Step(*(num_rows * part for part in parts))
+    head, recompute = products * forward.head * num_predicted, long if checkpointing else 0.0
+    return Step(*(num_sequences * part for part in (long, scoring, 2 * long, head, recompute, attended)))
 
 
-def window_flops(forward: Forward, scored: list[Window], *, square: bool = False) -> tuple[float, float]:
-    """FLOPs of reading windows and of the losses of their scored parts; and how much of that is attention."""
-    sizes = [window.stop - window.start for window in scored]
-    head = forward.head * sum(window.stop - window.first for window in scored)
-    total = head + sum(forward.decoder(size, square=square) for size in sizes)
-    return total, float(sum(forward.attended(size, square=square) for size in sizes))
+def window_flops(forward: Forward, scored: Sequence[Window]) -> float:
+    """FLOPs of reading windows, and of the losses of the tokens that they score."""
+    read = sum(forward.decoder(window.stop - window.start) for window in scored)
+    return read + forward.head * sum(window.stop - window.first for window in scored)
 
 
 def count_forward(config: PreTrainedConfig) -> Forward:
-    """Count the products of a causal model of transformers, from its config alone.
+    """Count the FLOPs of a causal model of transformers, from its config alone.
 
     Raises:
-        ValueError: if it does something that cannot be counted so: attention of its own, or none.
+        ValueError: if it has layers whose attention does not go through transformers' interface, or none.
     """
     tokens = _COUNTED_TOKENS
     found: list[Attention] = []
@@ -144,7 +126,7 @@ def count_forward(config: PreTrainedConfig) -> Forward:
 
 
 def parts_of(model: PreTrainedModel) -> CausalParts:
-    """Decoder and head of a model without values: nothing can be proved of it, and `train` will."""
+    """Decoder and head of a model of fake tensors: without values they cannot be verified, and `train` will."""
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
     softcap = getattr(model.config, "final_logit_softcapping", None)
     return CausalParts(decoder, model.get_output_embeddings(), 1.0, softcap, 0.0)
@@ -154,10 +136,10 @@ def parts_of(model: PreTrainedModel) -> CausalParts:
 def blank_model(
     config: PreTrainedConfig, dtype: torch.dtype, seen: Callable[[Attention], None] = lambda layer: None
 ) -> Iterator[PreTrainedModel]:
-    """The model of a config, of tensors without values on a make-believe CPU, while the context lasts.
+    """The model of a config, of fake tensors on a CPU, while the context lasts.
 
     Args:
-        seen: is told of each attention layer that runs.
+        seen: is called with each attention layer that runs.
 
     Raises:
         ValueError: if transformers has no causal language model of that config.
@@ -178,24 +160,16 @@ def blank_model(
 
 @contextlib.contextmanager
 def explained(config: PreTrainedConfig) -> Iterator[None]:
-    """Turn what a model raises that computes without values into a line that names it."""
+    """Turn any error of a model that runs on fake tensors into one line that names the model."""
     try:
         yield
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AssertionError,
-        AttributeError,
-    ) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model: {config.model_type} cannot be counted from its config: {reason}") from error
 
 
 def _straighten(config: PreTrainedConfig) -> None:
-    """Rotary angles that depend on the length of the input would need its values, and cost nothing worth counting."""
+    """Take out rotary frequencies that depend on the input's length: they need values, and cost next to nothing."""
     found = getattr(config, "rope_parameters", None) or {}
     for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -233,7 +207,7 @@ def _attention(
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As many rows as all chosen experts read, multiplied with the first one: so their products cost the same."""
+    """All tokens that the chosen experts read, multiplied with the first one: the products cost the same."""
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         one = weight.to(rows.dtype)[0]

@@ -1,4 +1,4 @@
-"""What each GPU of a run holds: weights, gradients, optimizer states, and a step's peak; and how fast it is."""
+"""What each GPU holds and computes: weights, gradients, optimizer states, a step's peak memory; and its speed."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEFAULT_MFU = 0.4
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the GPUs are: FLOP/s of one by name, times a share; or tokens/s of all, measured in a uniform run."""
+    """How fast the GPUs are: a fraction of the peak of one by name; or tokens/s of all, measured in a uniform run."""
 
     gpu: str | None = None
     mfu: float | None = None
@@ -26,17 +26,17 @@ class Speed:
 
     def __post_init__(self) -> None:
         if self.gpu is not None and self.gpu not in PEAK_FLOPS:
-            raise ValueError(f"--gpu {self.gpu}: expected one of {', '.join(PEAK_FLOPS)}, or --tokens_per_s")
+            raise ValueError(f"gpu {self.gpu}: expected one of {', '.join(PEAK_FLOPS)}, or tokens_per_s")
         if self.tokens_per_s is not None and (self.gpu or not 0 < self.tokens_per_s < math.inf):
-            raise ValueError(f"--tokens_per_s {self.tokens_per_s}: expected a number above 0, and no --gpu beside it")
+            raise ValueError(f"tokens_per_s {self.tokens_per_s}: expected a number above 0, and no gpu beside it")
         if self.mfu is not None and (self.gpu is None or not 0 < self.mfu <= 1):
-            raise ValueError(f"--mfu {self.mfu}: expected a share above 0, up to 1, of the peak of a --gpu")
+            raise ValueError(f"mfu {self.mfu}: expected a fraction of the peak of a gpu, above 0 and up to 1")
 
     def flops_per_s(self, num_gpus: int, flops_per_token: float) -> float | None:
-        """Of all GPUs; None if nothing is known.
+        """FLOP/s of all GPUs; None if nothing is known.
 
         Args:
-            flops_per_token: of the uniform run.
+            flops_per_token: FLOPs of the uniform run per token.
         """
         if self.gpu is not None:
             return PEAK_FLOPS[self.gpu] * (self.mfu or DEFAULT_MFU) * num_gpus
@@ -44,10 +44,10 @@ class Speed:
 
     def __str__(self) -> str:
         if self.gpu is not None:
-            share = f"mfu {self.mfu or DEFAULT_MFU:g}, an assumption"
-            return f"{self.gpu}, {PEAK_FLOPS[self.gpu] / 1e12:g} TFLOP/s in bfloat16 at {share}"
+            peak_flops, mfu = PEAK_FLOPS[self.gpu] / 1e12, self.mfu or DEFAULT_MFU
+            return f"{self.gpu}, {peak_flops:g} TFLOP/s in bfloat16, mfu {mfu:g} assumed"
         return (
-            "unknown" if self.tokens_per_s is None else f"{self.tokens_per_s:,g} tokens/s of the uniform run, measured"
+            "unknown" if self.tokens_per_s is None else f"{self.tokens_per_s:,g} tokens/s measured in the uniform run"
         )
 
 
@@ -55,15 +55,15 @@ UNKNOWN = Speed()
 
 
 class Peak(NamedTuple):
-    """Bytes on one GPU at the moment of a step that holds most."""
+    """Bytes on one GPU in the phase of a step that holds most."""
 
-    moment: str
+    phase: str
     """forward, scoring, loss, backward or update."""
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """What forward and backward pass of the decoder hold, kept or passing."""
+    """Activations of the decoder and their gradients."""
     loss: float
     scoring: float
 
@@ -74,82 +74,85 @@ class Peak(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Bytes on one GPU that do not depend on the rows."""
+    """Bytes on one GPU that do not depend on the data."""
 
     weights: float
     optimizer: float
     before: float
-    """Gradients that are there throughout a step."""
+    """Gradients that exist throughout a step."""
     after: float
     """Gradients when the weights are updated."""
 
 
 def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
-    """The moment of a step that holds most.
+    """The phase of a step that holds most.
 
     Args:
         scoring: whether the model scores itself.
     """
     weights, optimizer, before, after = fixed
-    moments = [
+    phases = [
         Peak("forward", weights, before, optimizer, held.forward, 0, 0),
         Peak("loss", weights, before, optimizer, held.kept, held.loss, 0),
         Peak("backward", weights, before + held.gradients, optimizer, held.backward - held.gradients, 0, 0),
         Peak("update", weights, after, optimizer, 0, 0, 0),
     ]
     if scoring:
-        moments.append(Peak("scoring", weights, before, optimizer, held.kept, 0, held.scoring))
-    return max(moments, key=lambda moment: moment.total)
+        phases.append(Peak("scoring", weights, before, optimizer, 0, 0, held.scoring))
+    return max(phases, key=lambda phase: phase.total)
 
 
-def fixed_bytes(
-    config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, compute: torch.dtype, num_gpus: int
-) -> Fixed:
+def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, num_gpus: int) -> Fixed:
     """Weights, optimizer states and gradients on each GPU, as a `transformers.Trainer` with these arguments has them.
 
     - One GPU: all; gradients only from the backward pass on, unless they are accumulated.
     - Several: the same, and the buckets in which DistributedDataParallel sums gradients, as large as these (torch
       documents that as the memory that `gradient_as_bucket_view=True` would save; the Trainer does not set it).
-    - FSDP: a share of each; beside it, in the dtype of the computation, what is gathered: embeddings, head and whatever
-      else is in no block, and two blocks (one computes, the next is on its way), or all if `reshard_after_forward` is
-      false; and gradients that are accumulated, which wait for the last pass unshared.
+    - FSDP2: a slice of each, and two things that are not sliced. All-gathered parameters, in the dtype of the
+      computation: embeddings, head and whatever else is in no block, and two blocks (one computes, the next is on its
+      way), or all if `reshard_after_forward` is false. And accumulated gradients, which wait for the last micro-step in
+      the dtype that they will be reduced in: float32 under autocast (`train.prepare_engine`), 4 bytes per parameter.
 
     Args:
         dtype: of the weights.
-        compute: what the decoder computes in.
 
     Raises:
         ValueError: for CPU offload, DeepSpeed, or an optimizer whose states cannot be counted.
     """
     if arguments.deepspeed is not None:
         raise ValueError("trainer: deepspeed cannot be planned: expected fsdp, or neither")
-    accumulating = arguments.gradient_accumulation_steps > 1
+    accumulating, autocast = arguments.gradient_accumulation_steps > 1, autocast_dtype(arguments)
     with blank_model(config, dtype) as model:
         kinds = set(getattr(model, "_no_split_modules", None) or ())
         blocks = [module for module in model.modules() if type(module).__name__ in kinds]
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
         shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-        num = sum(parameter.numel() for parameter in model.parameters())
-    whole, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
+    num = sum(map(math.prod, shapes))
+    every, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
     if not arguments.fsdp:
-        buckets = whole if num_gpus > 1 else 0.0
-        return Fixed(whole, states, buckets + (whole if accumulating else 0.0), buckets + whole)
+        buckets = every if num_gpus > 1 else 0.0
+        return Fixed(every, states, buckets + (every if accumulating else 0.0), buckets + every)
     settings: Any = arguments.fsdp_config
     if settings.get("cpu_offload"):
         raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
     resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
     gathered = num - sum(sizes) + 2 * max(sizes, default=0) if resharded else num
-    waiting = num * compute.itemsize if accumulating else 0
-    share = whole / num_gpus
-    return Fixed(share + gathered * compute.itemsize, states / num_gpus, share + waiting, share + waiting)
+    waiting = num * (torch.float32 if autocast else dtype).itemsize if accumulating else 0
+    own = every / num_gpus
+    return Fixed(own + gathered * (autocast or dtype).itemsize, states / num_gpus, own + waiting, own + waiting)
+
+
+def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """What the decoder computes in, if not in the dtype of the weights."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _optimizer_bytes(shapes: list[tuple[int, ...]], dtype: torch.dtype, arguments: TrainingArguments) -> float:
-    """One update, of tensors without values, and the states there are after it."""
+    """Make one update on the meta device, and count the states that it leaves."""
     kind_name = getattr(arguments.optim, "value", arguments.optim)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        settings.pop("fused", None)  # has the same states, but no kernel for tensors without values
+        settings.pop("fused", None)  # has the same states, but no kernel on the meta device
         parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)

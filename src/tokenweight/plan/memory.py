@@ -1,4 +1,4 @@
-"""What a training step holds in memory: the step runs on tensors without values, and their bytes are counted."""
+"""Memory of a training step: it runs on fake tensors, which have no values, and their bytes are counted."""
 
 import contextlib
 import warnings
@@ -15,21 +15,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tokenweight.method import BUFFER_BYTES, ShortContext, sliding_windows
 from tokenweight.plan.flops import blank_model, explained, parts_of
 
+_SCORED_AT_ONCE = 32768
+"""Tokens that `Scorer` reads in one pass by default."""
+
 
 class Held(NamedTuple):
-    """Bytes, beyond weights and optimizer states, that forward and backward pass of a step hold at most, by moment."""
+    """Peak bytes of a step's forward and backward pass beyond weights and optimizer states, by phase."""
 
     forward: float
     kept: float
-    """Of the forward pass, for the backward pass: when scoring and loss begin."""
+    """Activations that the forward pass keeps for the backward pass: held when the loss begins."""
     scoring: float
-    """Beyond `kept`."""
+    """Before the forward pass, by a model that scores itself."""
     loss: float
     """Beyond `kept`."""
     backward: float
-    """With the gradients there are at that moment."""
+    """With the gradients of weights that exist at that moment."""
     gradients: float
-    """At that moment."""
+    """Gradients of weights at the peak of the backward pass."""
 
 
 class _Live(TorchDispatchMode):
@@ -103,26 +106,24 @@ def hold(
     checkpointing: dict[str, Any] | None = None,
     batch: int = 1,
     context: ShortContext | None = None,
-    max_tokens: int = 32768,
     new_gradients: bool = True,
 ) -> Held:
-    """Run one forward and backward pass without values, and count what it holds.
+    """Run one forward and backward pass on fake tensors, and count what it holds.
 
-    Attention is a flash kernel: no square of tokens is held. Rows are one document each.
+    Attention is a flash kernel: nothing of length x length is held. A sequence is one document.
 
     Args:
-        length: tokens of a row.
-        dtype: of the weights.
-        autocast: what the decoder computes in, if not in the dtype of the weights.
+        length: tokens of a sequence.
+        dtype: dtype of the weights.
+        autocast: dtype of the decoder's computation, if it is another.
         checkpointing: arguments of gradient checkpointing; None keeps all activations.
-        batch: rows in one pass.
-        context: of a model that scores itself.
-        max_tokens: that scoring reads in one pass.
+        batch: sequences in one pass.
+        context: the short context of a model that scores itself.
         new_gradients: count the gradients that the pass leaves; not where they are added to those of an earlier pass,
-            or given away as each is made.
+            or reduced as each is made.
 
     Raises:
-        ValueError: for a model that does not run without values.
+        ValueError: for a model that does not run on fake tensors.
     """
     with blank_model(config, dtype) as model, explained(config):
         model.train()
@@ -134,11 +135,11 @@ def hold(
             live.beside = done
             with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 parts, capped = parts_of(model), getattr(config, "final_logit_softcapping", None) is not None
+                if context is not None:
+                    _score(model, batch, length, context)
+                scoring = live.restart()
                 states = parts.states(tokens).flatten(0, 1)
                 forward, before = live.restart(), live.live
-                if context is not None:
-                    _score(model, batch, length, context, max_tokens)
-                scoring = live.restart() - before
                 loss = _Loss.apply(states, parts.head.weight, parts.head.bias, batch * (length - 1), capped)
             held = live.restart() - before
             del states
@@ -149,12 +150,12 @@ def hold(
 def _checkpoint(model: PreTrainedModel, given: dict[str, Any]) -> None:
     with warnings.catch_warnings():  # transformers 5.23 has a newer name for it, 5.5 does not
         warnings.simplefilter("ignore", FutureWarning)
-        # Numbers without values cannot be drawn twice.
+        # Fake tensors have no random state to restore.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "preserve_rng_state": False})
 
 
 def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[], int]:
-    """How many bytes of gradients this pass has made and kept, asked at any moment."""
+    """A function that says how many bytes of gradients this pass has made and kept so far."""
     total = 0
 
     def made(parameter: Tensor) -> None:
@@ -170,10 +171,10 @@ def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[]
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContext, max_tokens: int) -> None:
-    """Read the windows of a row, as many as fit one pass, and hold the logits of a chunk of their scored tokens."""
+def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContext) -> None:
+    """Read the windows of a batch, as many as fit one pass, and hold the logits of a chunk of their scored tokens."""
     scored = sliding_windows(length, context.size, context.stride) * batch
-    num = min(len(scored), max(1, max_tokens // context.size))
+    num = min(len(scored), max(1, _SCORED_AT_ONCE // context.size))
     parts = parts_of(model)
     model.eval()
     states = parts.states(torch.zeros(num, context.size, dtype=torch.long)).flatten(0, 1)[: num * context.stride]

@@ -1,5 +1,10 @@
+from .files import new_folder as new_folder
+from .files import reached as reached
 from .files import read_json as read_json
+from .files import rename_folder as rename_folder
+from .files import replaced as replaced
 from .files import write_json as write_json
+from .files import writing_to as writing_to
 from .metrics import append_line as append_line
 from .metrics import read_metrics as read_metrics
 from .modelcard import NAME as NAME

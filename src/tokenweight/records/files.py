@@ -1,27 +1,107 @@
-"""What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
+"""Files and folders that are complete or absent, whatever ends the process that writes them."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
-import tempfile
+import shutil
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+hook: Callable[[str, Path], object] | None = None
+"""Called by `reached`. Tests set it, to stop, kill or interrupt a process at a point of its work that has a name."""
+_NUMBERS = itertools.count()
+
+
+def reached(point: str, path: Path) -> None:
+    """Report that the work on `path` is at this point; nothing happens, unless a test has set `hook`.
+
+    The points of a file are "open" (its temporary file is about to be made), "written" (it is complete, but may not be
+    on the disk), "rename" (it is on the disk) and "renamed"; those of a new folder are the same. Writers add their own,
+    such as "batch" before and after each batch of a shard.
+    """
+    if hook is not None:
+        hook(point, path)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Say in one line which folder could not be written to, and why: the exception of a full disk names no file.
+
+    Raises:
+        OSError: in place of another one, with its `errno`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error if error.errno is None else os.strerror(error.errno)
+        named = OSError(f"cannot write to {folder}: {reason}")
+        named.errno = error.errno
+        raise named from error
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file so that a reader sees the old one or the new one, never a part of it, and nothing else is left.
+
+    The contents are on the disk before the name is, and the name is when this returns, so that neither can be lost
+    when the machine stops.
+
+    Yields:
+        A path in the same folder to write to. It gets the name `path` at the end, unless an exception was raised.
+    """
+    part = _temporary(path)
+    reached("open", path)
+    try:
+        yield part
+        reached("written", path)
+        with writing_to(path.parent):
+            _sync(part)
+            _rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that appears with all of its files, or not at all.
+
+    Yields:
+        An empty folder beside it to write to.
+
+    Raises:
+        ValueError: if `path` exists.
+    """
+    if path.exists():
+        raise ValueError(f"out {path}: exists already; name a new folder")
+    part = _temporary(path)
+    reached("open", path)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        reached("written", path)
+        with writing_to(path.parent):
+            for inner in part.rglob("*"):
+                _sync(inner)
+            rename_folder(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def rename_folder(folder: Path, path: Path) -> None:
+    """Give its name to a complete folder whose files are on the disk."""
+    _sync(folder)
+    _rename(folder, path)
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` under a temporary name and rename it: a reader sees the old file or the new one, never half of
-    it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())  # or the name could outlive the contents when the machine stops
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write `value` as a JSON file that is complete or absent; what JSON has no type for is written as its string."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    with replaced(path) as part, writing_to(path.parent):
+        part.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,9 +111,33 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it is missing or damaged, naming it.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object")
     return value
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name that no other writer of `path` has, in this process, on this host or on another one."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}")
+
+
+def _rename(source: Path, target: Path) -> None:
+    reached("rename", target)
+    os.replace(source, target)
+    _sync(target.parent)
+    reached("renamed", target)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenweight.records.files import reached
+
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one line to a .jsonl file."""
+    reached("append", path)
     with path.open("a") as file:
         file.write(json.dumps(value) + "\n")
+    reached("append", path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

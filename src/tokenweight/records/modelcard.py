@@ -1,27 +1,27 @@
 """The model card (README.md) of a trained folder: what its records say, and nothing else."""
 
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from tokenweight.records.files import replaced
+
 logger = logging.getLogger(__name__)
 NAME = "README.md"
 
 
 def _edit(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
-    path, unfinished = folder / NAME, folder / f".{NAME}.{os.getpid()}"
+    path = folder / NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
         edit(card)
-        card.save(unfinished)
-        unfinished.replace(path)
+        with replaced(path) as part:
+            card.save(part)
     except Exception as error:  # whatever it is, what the card speaks of must not be lost with it
         logger.warning("%s was not written: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
-        unfinished.unlink(missing_ok=True)
         return False
     return True
 

@@ -122,11 +122,8 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
     if settings["weighting"] == "uniform":
         return None
     stored, name = settings["scorer"] == "stored", settings["scorer"]
-    said = data if stored else settings
-    size, stride = said.get("size"), said.get("stride")
-    if isinstance(size, list):  # scores of several contexts are there: one was chosen
-        strides = dict(zip(size, stride or ()))
-        size, stride = settings["size"], strides.get(settings["size"])
+    context = data.get("context", {}) if stored else settings
+    size, stride = context.get("size"), context.get("stride")
     who = f"`{data.get('model') if stored else name}`, frozen"
     if name == "self" or (stored and not data.get("model")):
         who = "the model itself, as it is trained" if name == "self" else "stored"

@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tokenweight.data import Contents
 from tokenweight.method import ShortContext
 from tokenweight.models import describe_rope
-from tokenweight.records import append_line, differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import append_line, differences, environment, read_json, read_provenance, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
 from tokenweight.train.settings import Run
@@ -68,15 +68,14 @@ def _take_back(path: Path, state: TrainerState) -> None:
             line = json.loads(text)
             if "train_runtime" in line and line["step"] <= state.global_step and line not in lines:
                 lines.append(line)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
-    os.replace(unfinished, path)
+    with replaced(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
 
 
 def describe(
     run: Run,
     provenance: dict[str, Any],
-    lengths: list[int],
+    contents: Contents,
     context: ShortContext | None,
     before: PreTrainedConfig,
     config: PreTrainedConfig,
@@ -86,12 +85,12 @@ def describe(
     Args:
         run: the resolved settings.
         provenance: of the data. Of scored data, what `prepare` noted is looked up in the folder that was scored.
-        lengths: tokens of each sequence.
+        contents: of the data.
         context: the windows of the scorer, if there is one.
         before, config: of the model, before and after the extension of its context.
     """
     prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
-    if (prepared.get("rows"), prepared.get("tokens")) != (len(lengths), sum(lengths)):
+    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
         prepared = {}  # the folder holds other sequences by now
     noted = ("texts", "hub", "subset", "split", "seed", "documents")
     windows = {} if context is None else dataclasses.asdict(context)
@@ -100,7 +99,12 @@ def describe(
         "settings": {**dataclasses.asdict(run.settings), "weighting": str(run.weighting), **windows},
         "data": provenance,
         **environment(),
-        "rows": {"num": len(lengths), "tokens": sum(lengths), "shortest": min(lengths), "longest": max(lengths)},
+        "rows": {
+            "num": contents.rows,
+            "tokens": contents.tokens,
+            "shortest": contents.shortest,
+            "longest": contents.longest,
+        },
         "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
         "rope": {"before": _rope(before), "after": _rope(config)},
         "rope_parameters": getattr(config, "rope_parameters", None),

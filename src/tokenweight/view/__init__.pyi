@@ -1,10 +1,9 @@
+from .excerpt import Excerpt as Excerpt
 from .figures import draw as draw
 from .plots import benefit_figure as benefit_figure
 from .plots import cost_figure as cost_figure
-from .plots import growth_figure as growth_figure
 from .plots import loss_figure as loss_figure
 from .plots import position_figure as position_figure
-from .report import Excerpt as Excerpt
 from .report import write_report as write_report
 from .style import write_figure as write_figure
 from .summaries import by_position as by_position

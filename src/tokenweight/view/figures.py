@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from tokenweight.data import ScoredRow, read_rows
 from tokenweight.evaluate import read_table
 from tokenweight.method import Weighting, document_positions
-from tokenweight.records import read_json, read_metrics, read_provenance, run_kind
+from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
-from tokenweight.view.summaries import by_kind, by_position, difference_histogram
+from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 from tokenweight.view.terminal import token_pieces
 
 
@@ -46,7 +46,7 @@ def draw(
         own = {}
         if kind == "scored":
             rows = read_rows(folder, first_row, num_rows, size=size)
-            own = score_figures(rows, weightings, window=_window(folder, size), style=style)
+            own = score_figures(rows, weightings, window=rows[0].size, style=style)
         elif kind == "evaluation":
             own = evaluation_figures(folder, style=style)
         figures |= {f"{name}-{what}": figure for what, figure in own.items()}
@@ -83,8 +83,8 @@ def score_figures(
         "weight-by-position": plots.position_figure(bins, window=window, style=style),
     }
     if rows[0].tokenizer is not None:
-        pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
-        shares = {name: by_kind(rows, own, pieces) for name, own in weights.items()}
+        kinds = [row_kinds(row, token_pieces(row.tokens[0].tolist(), row.tokenizer)) for row in rows]
+        shares = {name: by_kind(rows, own, kinds) for name, own in weights.items()}
         figures["weight-by-kind"] = plots.kind_figure(shares, style=style)
     return figures
 
@@ -105,12 +105,6 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
         return figures
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/eval.json is not what `tokenweight eval` writes: {error!r}") from error
-
-
-def _window(folder: Path, size: int | None) -> int | None:
-    """Tokens of the short context that was scored with, if it is known; of several, the chosen one."""
-    stored = read_provenance(folder).get("size")
-    return size if isinstance(stored, list) else stored
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:

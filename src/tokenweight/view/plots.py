@@ -7,21 +7,20 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tokenweight.evaluate import Entry, short_names
 from tokenweight.plan import Cost
+from tokenweight.view.charts import MINUS
 from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
-from tokenweight.view.summaries import Histogram, KindShare, PositionBin
-
-_MINUS = "\N{MINUS SIGN}"
+from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 
 def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
     """How many tokens the long context helps how much; the outer bars hold what lies beyond them, too.
 
     Args:
-        histogram: of `insight.difference_histogram`.
+        histogram: of `summaries.difference_histogram`.
         style: one of `STYLES`.
     """
     edges, counts = histogram
@@ -31,10 +30,10 @@ def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
         axes.bar(edges[:-1], counts, edges[1] - edges[0], align="edge", color=colors)
         axes.set(yscale="log", ylim=(0.5, 2 * max(1, *counts)), xlim=(edges[0], edges[-1]), ylabel="tokens")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(f"short {_MINUS} long loss (nats)")
+        axes.set_xlabel(f"short {MINUS} long loss (nats)")
         signs = {edges[0]: "≤", edges[-1]: "≥"}
         axes.set_xticks([edges[0], edges[0] / 2, 0, edges[-1] / 2, edges[-1]])
-        axes.xaxis.set_major_formatter(lambda x, _: f"{signs.get(x, '')}{x:g}".replace("-", _MINUS))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{signs.get(x, '')}{x:g}".replace("-", MINUS))
         for place, side, text in ((0, "left", "short is better"), (1, "right", "long is better")):
             axes.text(place, 1.02, text, ha=side, transform=axes.transAxes)
         add_head(figure, axes, style, "What the long context gives to the loss of a token")
@@ -42,12 +41,12 @@ def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
 
 
 def position_figure(
-    bins: Mapping[str, Sequence[PositionBin]], *, window: int | None = None, style: str = "screen"
+    bins: Mapping[str, Sequence[PositionWeights]], *, window: int | None = None, style: str = "screen"
 ) -> Figure:
     """Mean weight by position, and below it the mean difference of the losses, which no weighting changes.
 
     Args:
-        bins: of `insight.by_position`, by the name of the weighting.
+        bins: of `summaries.by_position`, by the name of the weighting.
         window: tokens of the short context; the first so many have no other context, which is shaded.
         style: one of `STYLES`.
     """
@@ -58,7 +57,7 @@ def position_figure(
         own = next(iter(bins.values()))
         lower.step(_middles(own), [part.mean_difference for part in own], where="mid", color=BLACK)
         upper.set(ylabel="mean weight")
-        lower.set(ylabel=f"|short {_MINUS} long|\n(nats)", xlabel="position in the document (tokens)")
+        lower.set(ylabel=f"|short {MINUS} long|\n(nats)", xlabel="position in the document (tokens)")
         lower.set(xlim=(0, max(part.stop for part in own)), ylim=(0, None))
         lower.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if window is not None:
@@ -74,7 +73,7 @@ def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "scre
     """The share that each kind of tokens has of the tokens, and of the weight.
 
     Args:
-        shares: of `insight.by_kind` of the same rows, by the name of the weighting.
+        shares: of `summaries.by_kind` of the same rows, by the name of the weighting.
         style: one of `STYLES`.
     """
     kinds = [share.kind for share in next(iter(shares.values()))]
@@ -134,7 +133,7 @@ def loss_figure(table: Sequence[Sequence[Entry]], edges: Sequence[int], *, style
     """Loss by position of every model, and its change from the first model with its interval.
 
     Args:
-        table: of `comparison.compare`, with the measures `position_N`.
+        table: of `evaluate.compare`, with the measures `position_N`.
         edges: of their bins; N is where a bin begins.
         style: one of `STYLES`.
     """
@@ -150,7 +149,7 @@ def benefit_figure(table: Sequence[Sequence[Entry]], sizes: Sequence[int], *, st
     """What each model gains when the whole context takes the place of a short one, and how that changed.
 
     Args:
-        table: of `comparison.compare`, with the measures `benefit_N`.
+        table: of `evaluate.compare`, with the measures `benefit_N`.
         sizes: the tokens N of the short contexts.
         style: one of `STYLES`.
     """
@@ -176,7 +175,7 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
         for mode, look in zip(modes, line_looks(len(modes))):
             own = sorted((cost for cost in costs if cost.mode == mode), key=lambda cost: cost.length)
             lengths = [cost.length for cost in own]
-            panels[0].plot(lengths, [cost.step_flops for cost in own], label=mode, **look)
+            panels[0].plot(lengths, [cost.flops.total for cost in own], label=mode, **look)
             panels[1].plot(lengths, [cost.peak.total / 2**30 for cost in own], **look)
         lengths = sorted({cost.length for cost in costs})
         for axes, name in zip(panels, ("FLOPs of a step", "GiB per GPU")):
@@ -190,36 +189,6 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
     return figure
 
 
-Growth = Mapping[str, Sequence[tuple[int, float]]]
-"""By the name of a step: (tokens of a row, what was measured)."""
-
-
-def growth_figure(times: Growth, memory: Growth, *, style: str = "screen") -> Figure:
-    """Time and memory per token of a training step as rows get longer.
-
-    Args:
-        times: microseconds per token; equal distances are equal ratios.
-        memory: peak, in KiB per token.
-        style: one of `STYLES`.
-    """
-    lengths = sorted({length for points in times.values() for length, _ in points})
-    with styled(style):
-        figure, panels = new_panels(style, [0.5, 0.3])
-        for axes, found in zip(panels, (times, memory)):
-            for (name, points), look in zip(found.items(), line_looks(len(found))):
-                axes.plot(*zip(*points), marker="o", markersize=3, label=name, **look)
-        panels[0].set(xscale="log", yscale="log", ylabel="µs per token")
-        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[0].yaxis.set_major_formatter("{x:g}")
-        panels[0].yaxis.set_minor_locator(NullLocator())
-        panels[1].set(ylabel="KiB per token", xlabel=f"tokens of a row{_thousands(lengths)}")
-        panels[1].set_ylim(bottom=0)
-        panels[1].set_xticks(lengths, map(_tokens, lengths))
-        panels[1].xaxis.set_minor_locator(NullLocator())
-        add_head(figure, panels[0], style, "Time and memory of a training step")
-    return figure
-
-
 def _compared(
     style: str, table: Sequence[Sequence[Entry]], names: Sequence[str], places: Sequence[float], unit: str, title: str
 ) -> tuple[Figure, list[Axes]]:
@@ -229,13 +198,13 @@ def _compared(
     for number, (row, label, look) in enumerate(zip(table, labels, line_looks(len(table)))):
         entries = {entry.measure: entry for entry in row}
         found = [entries[name] for name in names]
-        panels[0].plot(places, _numbers(found, "value"), marker="o", markersize=3, label=label, **look)
+        panels[0].plot(places, _values(found, "value"), marker="o", markersize=3, label=label, **look)
         if number:
             shift = 0.16 * (number - len(table) / 2)  # beside each other, so that every interval is seen
             shifted = [place + shift for place in places]
             color = look["color"]
-            panels[1].vlines(shifted, _numbers(found, "low"), _numbers(found, "high"), color=color, linewidth=1.3)
-            panels[1].plot(shifted, _numbers(found, "change"), marker="o", markersize=3.5, linestyle="", color=color)
+            panels[1].vlines(shifted, _values(found, "low"), _values(found, "high"), color=color, linewidth=1.3)
+            panels[1].plot(shifted, _values(found, "change"), marker="o", markersize=3.5, linestyle="", color=color)
     panels[0].set_ylabel(unit)
     if len(table) > 1:
         panels[1].axhline(0, color=BLACK, linewidth=0.6)
@@ -244,7 +213,7 @@ def _compared(
     return figure, panels
 
 
-def _middles(bins: Sequence[PositionBin]) -> list[float]:
+def _middles(bins: Sequence[PositionWeights]) -> list[float]:
     return [(part.first + part.stop) / 2 for part in bins]
 
 
@@ -254,7 +223,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], li
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _numbers(entries: Sequence[Entry], field: str) -> list[float]:
+def _values(entries: Sequence[Entry], field: str) -> list[float]:
     values = [getattr(entry, field) for entry in entries]
     return [math.nan if value is None else value for value in values]
 

@@ -1,58 +1,37 @@
-"""Runs as one HTML page that opens from disk and asks no network: tinted texts, charts, tables, settings."""
+"""Runs as one HTML page that opens from disk and loads nothing: tinted texts, charts, tables, settings."""
 
 import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from tokenweight.data import ScoredRow, load_scores, read_rows
 from tokenweight.evaluate import notes, read_table, short_names
-from tokenweight.method import document_positions, parse_weighting
-from tokenweight.records import read_json, read_metrics, run_kind
-from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, token_kinds
-from tokenweight.view.terminal import seen_before, token_pieces
+from tokenweight.records import read_json, read_metrics, replaced, run_kind
+from tokenweight.view.charts import MINUS, Chart, Number, Point, Series
+from tokenweight.view.excerpt import LOOKS, SCHEMES, SETTINGS, START, Excerpt, read_scored
+from tokenweight.view.summaries import PositionWeights
 
 MAX_BYTES = 5_000_000
-"""Of a page: a browser opens it at once, and it can be sent by mail."""
-_SLIDERS: dict[str, tuple[str, float, float, float] | None] = {
-    "uniform": None,
-    "dense": ("interpolation", 0, 1, 0.05),
-    "sparse": ("keep", 0.01, 1, 0.01),
-    "longce": ("cap", 0.5, 20, 0.5),
-    "ppmi": ("keep", 0.01, 1, 0.01),
-    "npmi": ("keep", 0.01, 1, 0.01),
-}
-"""The setting of each weighting that a slider changes: its name, least value, greatest value, step."""
-_SCRIPTS = ("report.weights.js", "report.charts.js", "report.text.js", "report.js")
+"""Largest size of a page: a browser opens it at once, and it can be sent by mail."""
 _MAX_POINTS = 1000  # of a curve: more would share their pixels
 _COST = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "num_input_tokens_seen")
 _NO_CURVES = ("step", "epoch", "total_flos", "train_loss", *_COST)
-
-
-class Excerpt(NamedTuple):
-    """How much of scored folders is on the page, and which of their scores."""
-
-    rows: int = 1
-    """Rows of each folder, from the first."""
-    num: int = 2048
-    """Tokens of each row whose text is shown; numbers are of the whole rows."""
-    size: int | None = None
-    """Of the short context, where scores of several are stored."""
-    model: str | None = None
-    """Gives the long losses, if they are not stored."""
+_CURVES = {
+    "loss": ("Loss by step", "nats, weighted: not to be compared between weightings"),
+    "unweighted_loss": ("Loss without weights", "nats"),
+    "grad_norm": ("Norm of the gradient", ""),
+    "learning_rate": ("Learning rate", ""),
+}
 
 
 def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
     """Write a page about folders that `score`, `train` or `eval` have written, side by side.
 
-    The page is one file that loads nothing. It appears whole or not at all; an existing one is replaced.
+    The page is one file that loads nothing. It is complete or absent; an existing one is replaced.
 
     Returns:
         Its size in bytes.
@@ -62,53 +41,61 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
     """
     if not folders:
         raise ValueError("name at least one folder that `tokenweight score`, `train` or `eval` has written")
-    if excerpt.rows < 1 or excerpt.num < 1:
-        raise ValueError(f"--rows {excerpt.rows} --num {excerpt.num}: expected at least 1 row and 1 token")
+    for name, value in (("rows", excerpt.rows), ("num", excerpt.num)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected at least 1")
     if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: no such folder")
+        raise ValueError(f"out {out}: no such folder")
     kinds = [run_kind(folder) for folder in folders]
     if "scored" not in kinds and excerpt != Excerpt():
-        raise ValueError("--rows, --num, --size and --model choose from scored folders: found none")
+        raise ValueError("rows, num, size and model choose from scored folders: found none")
     page = render([_read(folder, kind, excerpt) for folder, kind in zip(folders, kinds)]).encode()
     if len(page) > MAX_BYTES:
-        lower = f"--rows {excerpt.rows}" if excerpt.rows > 1 else f"--num {excerpt.num}"
+        lower = f"rows {excerpt.rows}" if excerpt.rows > 1 else f"num {excerpt.num}"
         hint = f"lower {lower}, or name fewer runs" if "scored" in kinds else "name fewer runs"
         raise ValueError(f"{out} would have {len(page) / 1e6:.1f} MB: expected at most {MAX_BYTES / 1e6:g}; {hint}")
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with replaced(out) as part:
         part.write_bytes(page)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return len(page)
 
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
-    """The page about runs, each as one of the functions below describes it."""
+    """The page about runs, each as one of the functions `read_...` describes it."""
     try:
         import jinja2
     except ImportError as error:
         raise ValueError(
             f"a report needs jinja2, which is missing: pip install 'tokenweight[report]' ({error})"
         ) from error
-    style, script = _part("report.css"), "".join(map(_part, _SCRIPTS))
+    style, script = _part("report.css"), _part("report.js")
     runs = [{**run, "place": place} for place, run in enumerate(runs)]
-    drawn = [{key: value for key, value in run.items() if key not in ("facts", "table")} for run in runs]
+    scored, trained, evaluated = (
+        [run for run in runs if run["kind"] == kind] for kind in ("scored", "training", "evaluation")
+    )
+    data = {
+        "schemes": [scheme._asdict() for scheme in SCHEMES],
+        "looks": LOOKS,
+        "runs": [{"place": run["place"], "rows": [row["reader"] for row in run["rows"]]} for run in scored],
+    }
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["start"] = START
     return environment.from_string(_part("report.html.j2")).render(
         runs=runs,
-        scored=[run for run in runs if run["kind"] == "scored"],
-        training=[run for run in runs if run["kind"] == "training"],
-        evaluations=[run for run in runs if run["kind"] == "evaluation"],
-        schemes=_schemes(),
+        facts=[_facts(run) for run in runs],
+        scored=scored,
+        schemes=SCHEMES,
+        positions=_position_charts(scored) if scored else [],
+        histogram=_histogram_chart(scored) if scored else None,
+        curves=_curve_charts(trained),
+        evaluations=[(run, _evaluation_charts(run)) for run in evaluated],
         style=style,
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        # Pure ASCII in which no tag can begin, whatever the texts hold.
-        data=json.dumps({"schemes": _schemes(), "runs": drawn}, separators=(",", ":")).replace("<", "\\u003c"),
+        # Pure ASCII in which no tag can begin, whatever it holds.
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
 
 
@@ -117,20 +104,8 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """By which a content security policy allows this inline script or style, and no other."""
+    """The hash by which a content security policy allows this inline script or style, and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _schemes() -> list[dict[str, Any]]:
-    schemes: list[dict[str, Any]] = []
-    for name, slider in _SLIDERS.items():
-        weighting = parse_weighting(name)
-        schemes.append({"name": name, "label": type(weighting).__name__})
-        if slider:
-            setting, low, high, step = slider
-            value = getattr(weighting, setting)
-            schemes[-1] |= {"setting": setting, "value": value, "low": low, "high": high, "step": step}
-    return schemes
 
 
 def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:
@@ -138,24 +113,16 @@ def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:
         run = read_scored(folder, excerpt)
     else:
         run = read_training(folder) if kind == "training" else read_evaluation(folder)
-    return {"kind": kind, "name": str(folder), **_finite(run)}
+    return {"kind": kind, "name": str(folder), **run}
 
 
-def _finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _facts(settings: dict[str, Any], environment: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
-    return {"Settings": _flat(settings), "Made with": _flat(environment), "Cost": _flat(cost)}
+def _facts(run: dict[str, Any]) -> dict[str, list[list[str]]]:
+    titles = {"settings": "Settings", "environment": "Made with", "cost": "Cost"}
+    return {title: _flat(run[key]) for key, title in titles.items()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    """Names and values as text: those of a dictionary inside another behind its name and a dot; None is left out."""
+    """Names and values as text; the names in a nested dictionary follow its own and a dot, and None is left out."""
     pairs: list[list[str]] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -166,90 +133,90 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
     return pairs
 
 
-def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
-    """A scored folder: its first rows, and what does not depend on the weighting that the page is switched to."""
-    data, provenance = load_scores(folder, size=excerpt.size)
-    numbers = range(min(excerpt.rows, len(data)))
-    rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
-    pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
-    uniform = [row.mask.float() for row in rows]
-    stored = provenance.get("size")
-    size = excerpt.size if isinstance(stored, list) else stored
-    settings = {key: value for key, value in provenance.items() if key != "environment"}
-    if excerpt.model is not None:
-        settings["long losses of"] = excerpt.model
-    cost = {"rows": len(data), "rows on this page": len(rows)}
-    kinds = by_kind(rows, uniform, pieces) if rows[0].tokenizer is not None else []  # ids are of no kind
-    return {
-        "size": size if isinstance(size, int) else None,
-        "rows": [_row(number, row, texts, excerpt.num) for number, row, texts in zip(numbers, rows, pieces)],
-        "histogram": difference_histogram([_beyond(row, size) for row in rows])._asdict(),
-        "positions": [
-            {"first": place.first, "stop": place.stop, "num_tokens": place.num_tokens}
-            for place in by_position(rows, uniform)
-        ],
-        "kinds": [{**share._asdict(), "bit": KINDS.index(share.kind)} for share in kinds],
-        "facts": _facts(settings, provenance.get("environment", {}), cost),
-    }
+def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
+    """Weight by position, under each weighting of the page."""
+    sizes = sorted({run["size"] for run in scored} - {None})
+    window = f"Inside the first window ({', '.join(map(str, sizes))} tokens) the short context is all there is: a model"
+    chart = Chart(
+        "Weight by position",
+        "position in the document",
+        "mean weight",
+        series=[],
+        zero=True,
+        marks=[(size, "first window ends" if len(sizes) == 1 else str(size)) for size in sizes],
+        note=f"{window} that scores itself leaves its tokens without a difference." if sizes else "",
+        labels={_middle(part): f"{part.first} to {part.stop - 1}" for run in scored for part in run["positions"][0]},
+    )
+    return [
+        chart._replace(
+            series=[
+                _series(run, [Point(_middle(part), part.mean_weight) for part in run["positions"][number]])
+                for run in scored
+            ]
+        )
+        for number in range(len(SETTINGS))
+    ]
 
 
-def _beyond(row: ScoredRow, size: Any) -> ScoredRow:
-    """The row without the first window of each document: there, the short context is the long one."""
-    if not isinstance(size, int):
-        return row
-    return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
+def _middle(part: PositionWeights) -> float:
+    return (part.first + part.stop) / 2
 
 
-def _row(number: int, row: ScoredRow, pieces: list[str], num: int) -> dict[str, Any]:
-    """Losses and kinds of all tokens of a row, and the passage of its text in which the losses differ most."""
-    length = len(pieces)
-    difference = (row.short_nll - row.long_nll).abs().where(row.mask, 0)[0]
-    start = int(difference.unfold(0, min(num, length), 1).sum(dim=1).argmax())
-    places = document_positions(row.tokens, row.position_ids)[0].tolist()
-    starts = [column for column, place in enumerate(places) if place == 0]
-    seen: list[int | None] = []
-    kinds: list[int] = []  # of each token a bit for each of KINDS
-    for first, stop in pairwise([*starts, length]):
-        marks = token_kinds(pieces[first:stop])
-        seen += [None if place is None else first + place for place in seen_before(pieces[first:stop])]
-        kinds += [sum(marks[kind][t] << bit for bit, kind in enumerate(KINDS)) for t in range(stop - first)]
-    return {
-        "number": number,
-        "start": start,
-        "pieces": pieces[start : start + num],
-        "seen": seen[start : start + num],
-        "long": _losses(row.long_nll, row.mask),
-        "short": _losses(row.short_nll, row.mask),
-        "kinds": kinds,
-        "places": places if len(starts) > 1 else None,
-    }
+def _series(run: dict[str, Any], points: list[Point]) -> Series:
+    return Series(run["name"], run["place"], points)
 
 
-def _losses(nll: Tensor, mask: Tensor) -> list[float | None]:
-    """Float32 losses in the fewest digits that mean them and no other; None where no token is predicted."""
-    return [float(str(loss)) if counts else None for loss, counts in zip(nll[0].numpy(), mask[0].tolist())]
+def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
+    """How many tokens the long context helps how much."""
+    bins = list(pairwise(scored[0]["histogram"].edges))
+    series = []
+    for run in scored:
+        counts = run["histogram"].counts
+        shares = [100 * count / max(1, sum(counts)) for count in counts]
+        series.append(_series(run, [Point(sum(edges) / 2, share) for edges, share in zip(bins, shares)]))
+    note = "Right of 0 the long context helps, left of 0 it misleads. The outermost bars also hold what is beyond them."
+    return Chart(
+        "Differences of the losses",
+        f"short {MINUS} long, nats",
+        "share of the tokens, %, logarithmic",
+        series,
+        note=f"Tokens beyond the first window. {note}" if all(run["size"] for run in scored) else note,
+        kind="columns",
+        log=True,
+        labels={(low + high) / 2: f"{low:g} to {high:g}" for low, high in bins},
+    )
 
 
 def read_training(folder: Path) -> dict[str, Any]:
     """A training folder: its curves by step, and what it cost."""
     run, lines = read_json(folder / "run.json"), read_metrics(folder)
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in _NO_CURVES]
-    environment: dict[str, Any] = {
-        key: run[key] for key in ("command", "versions", "device", "commit", "date") if key in run
-    }
     cost: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
-    cost |= {key: line[key] for line in lines for key in _COST if key in line}
     return {
-        "curves": {name: _thinned([[line["step"], line[name]] for line in lines if name in line]) for name in names},
-        "facts": _facts(run.get("settings", {}), environment, cost),
+        "curves": {name: _thinned([(line["step"], line[name]) for line in lines if name in line]) for name in names},
+        "settings": run.get("settings", {}),
+        "environment": {key: run[key] for key in ("command", "versions", "device", "commit", "date") if key in run},
+        "cost": cost | {key: line[key] for line in lines for key in _COST if key in line},
     }
 
 
-def _thinned(points: list[list[Any]]) -> list[list[Any]]:
-    """Means of neighbors, of as many as leave at most `_MAX_POINTS`."""
+def _thinned(points: list[tuple[int, Number]]) -> list[Point]:
+    """Means of neighbors, of as many as leave at most `_MAX_POINTS`; what is not a number is a gap."""
     num = max(1, math.ceil(len(points) / _MAX_POINTS))
     groups = [points[i : i + num] for i in range(0, len(points), num)]
-    return [[sum(column) / len(group) for column in zip(*group)] for group in groups]
+    means = [[sum(column) / len(group) for column in zip(*group)] for group in groups]
+    return [Point(x, y if math.isfinite(y) else None) for x, y in means]
+
+
+def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
+    """Whatever the runs have logged, by step."""
+    known = [*_CURVES, *dict.fromkeys(name for run in trained for name in run["curves"] if name not in _CURVES)]
+    charts = []
+    for name in known:
+        title, unit = _CURVES.get(name, (name.replace("_", " ").capitalize(), ""))
+        series = [_series(run, run["curves"][name]) for run in trained if name in run["curves"]]
+        charts += [Chart(title, "step", unit, series)] if series else []
+    return charts
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -258,24 +225,31 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     if missing := {"comparison", "settings", "unit", "models"} - set(record):
         raise ValueError(f"{folder}/eval.json has no {', '.join(sorted(missing))}: expected one of `tokenweight eval`")
     table = read_table(record)
-    found = [{entry.measure: entry for entry in row} for row in table]
-    names = [row[0].model for row in table]
-    bins = [
-        {"first": first, "stop": stop, "entries": [entries[f"position_{first}"]._asdict() for entries in found]}
-        for first, stop in pairwise(record["settings"]["edges"])
-    ]
     tokens = sum(sum(measure["num_tokens"]) for measure in record["models"][0]["measures"] if measure["name"] == "all")
     return {
         "models": short_names(table),
-        "bins": bins,
-        "table": {
-            "measures": list({entry.measure: entry for row in table for entry in row}.values()),
-            "entries": found,
-            "notes": notes(table, unit=record["unit"]),
-        },
-        "facts": _facts(
-            {"models": names, "data": record.get("data"), **record["settings"]},
-            record.get("environment", {}),
-            {"predicted tokens": f"{tokens:,.0f}", "models": len(names)},
-        ),
+        "edges": record["settings"]["edges"],
+        "measures": list({entry.measure: entry for row in table for entry in row}.values()),
+        "entries": [{entry.measure: entry for entry in row} for row in table],
+        "notes": notes(table, unit=record["unit"]),
+        "settings": {"models": [row[0].model for row in table], "data": record.get("data"), **record["settings"]},
+        "environment": record.get("environment", {}),
+        "cost": {"predicted tokens": f"{tokens:,.0f}", "models": len(table)},
     }
+
+
+def _evaluation_charts(run: dict[str, Any]) -> list[Chart]:
+    """Loss by position; and, if there are models to compare with the first, the changes from it."""
+    bins = list(pairwise(run["edges"]))
+    losses, changes = [], []
+    for place, (name, entries) in enumerate(zip(run["models"], run["entries"])):
+        found = [entries[f"position_{first}"] for first, _ in bins]
+        losses.append(Series(name, place, [Point(x, entry.value) for x, entry in enumerate(found)]))
+        points = [Point(x, entry.change, entry.low, entry.high) for x, entry in enumerate(found)]
+        changes.append(Series(name, place, points))
+    labels = {float(x): f"{first} to {stop - 1}" for x, (first, stop) in enumerate(bins)}
+    chart = Chart("Loss by position", "position in the document", "nats", losses, labels=labels, labeled=True)
+    if len(run["models"]) == 1:
+        return [chart]
+    title, unit = f"Change from {run['models'][0]}", "nats, with 95 % intervals; less is better"
+    return [chart, chart._replace(title=title, y=unit, series=changes[1:], kind="dots", zero=True)]

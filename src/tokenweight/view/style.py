@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from tokenweight.records import replaced
 
 
 class Style(NamedTuple):
@@ -52,13 +53,8 @@ def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> 
         file = io.BytesIO()
         with styled(style):
             figure.savefig(file, format=ending, dpi=STYLES[style].dpi, metadata=metadata)
-        whole = Path(f"{path}.{ending}")
-        part = whole.with_name(f".{whole.name}.{os.getpid()}")
-        try:
+        with replaced(Path(f"{path}.{ending}")) as part:
             part.write_bytes(file.getvalue())
-            part.replace(whole)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

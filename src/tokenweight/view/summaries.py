@@ -1,4 +1,4 @@
-"""What the weights do, as numbers: how losses differ, where the weight is, and which kinds of tokens it is on."""
+"""Summary statistics of the weights: how the losses differ, and how weight is spread over positions and kinds."""
 
 import math
 import unicodedata
@@ -7,7 +7,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from tokenweight.data import ScoredRow
@@ -15,7 +15,7 @@ from tokenweight.method import check_finite, document_positions
 from tokenweight.models import numbered_from
 
 KINDS = ("name", "number", "punctuation", "word start", "word rest", "repeat")
-"""Of tokens, by `token_kinds`."""
+"""The kinds of tokens that `token_kinds` tells apart."""
 _STOPS = frozenset(".!?…:")
 _QUOTATION_MARKS = frozenset('"“”„«»\u2018')
 
@@ -27,7 +27,7 @@ class Histogram(NamedTuple):
     counts: list[int]
 
 
-class PositionBin(NamedTuple):
+class PositionWeights(NamedTuple):
     """The tokens at positions [first, stop) of their documents."""
 
     first: int
@@ -39,27 +39,27 @@ class PositionBin(NamedTuple):
 
 
 class KindShare(NamedTuple):
-    """The tokens of one kind, among all that count."""
+    """The tokens of one kind, among all that are predicted."""
 
     kind: str
     num_tokens: int
     token_share: float
-    """Of the tokens."""
+    """Their fraction of the tokens."""
     weight_share: float
-    """Of the sum of all weights; NaN if that is 0."""
+    """Their fraction of the sum of all weights; NaN if that is 0."""
     mean_weight: float
 
 
 def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_bins: int = 80) -> Histogram:
-    """How many tokens the long context helps how much: short - long, in nats, of all tokens under the masks.
+    """Count the tokens under the masks by what the long context gives them: short - long, in nats.
 
     Tokens of the first window have the same short and long context, and a difference of 0: narrow the masks to leave
     them out.
 
     Args:
-        rows: of `read_row`.
+        rows: of `read_rows`.
         limit: the bins reach from -limit to limit.
-        num_bins: of equal width.
+        num_bins: number of bins, all of the same width.
 
     Raises:
         ValueError: if a loss under a mask is not finite, or a setting makes no sense.
@@ -76,13 +76,13 @@ def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_b
 
 def by_position(
     rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], *, num_bins: int = 32
-) -> list[PositionBin]:
-    """Mean weight and mean |short - long| of the tokens by their position, which counts from the document's start.
+) -> list[PositionWeights]:
+    """Mean weight and mean |short - long| of the tokens, by their position in their document.
 
     Args:
-        rows: of `read_row`.
+        rows: of `read_rows`.
         weights: of the tokens of each row.
-        num_bins: how many there are at most; they have one width. Those without a token that counts are left out.
+        num_bins: largest number of bins, all of the same width. Bins without a predicted token are left out.
 
     Raises:
         ValueError: if a loss under a mask is not finite, or `num_bins` is not at least 1.
@@ -97,37 +97,53 @@ def by_position(
         places = document_positions(row.tokens, row.position_ids)
         sums.index_add_(1, places[row.mask] // width, values[:, row.mask])
     return [
-        PositionBin(i * width, min((i + 1) * width, length), int(num), weight / num, difference / num)
+        PositionWeights(i * width, min((i + 1) * width, length), int(num), weight / num, difference / num)
         for i, (num, weight, difference) in enumerate(sums.T.tolist())
         if num
     ]
 
 
 def by_kind(
-    rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], pieces: Sequence[list[str]]
+    rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], kinds: Sequence[Bool[Tensor, "kinds _"]]
 ) -> list[KindShare]:
-    """Which kinds of tokens have the weight. A token may be of several kinds or none, so shares do not add up to 1.
+    """Which kinds of tokens have the weight.
 
-    Kinds are those of `token_kinds`, of each packed document by itself; those without a token that counts are left out.
+    A token may be of several kinds or none, so the shares do not add up to 1. Kinds without a token that is predicted
+    are left out.
 
     Args:
-        rows: of `read_row`.
+        rows: of `read_rows`.
         weights: of the tokens of each row.
-        pieces: the text of each token, of each row (`show.token_pieces`).
+        kinds: of the tokens of each row, by `row_kinds`.
     """
     sums = torch.zeros(1 + len(KINDS), 2, dtype=torch.float64)  # of all tokens, and of each kind
-    for row, own, texts in zip(rows, weights, pieces, strict=True):
+    for row, own, marks in zip(rows, weights, kinds, strict=True):
         counted = torch.stack([row.mask[0], own[0].masked_fill(~row.mask[0], 0)]).double()
-        begins = (document_positions(row.tokens, row.position_ids)[0] == 0).nonzero()[:, 0].tolist()
-        kinds = [token_kinds(texts[start:stop]) for start, stop in pairwise([*begins, len(texts)])]
-        chosen = [[True] * len(texts), *([holds for part in kinds for holds in part[kind]] for kind in KINDS)]
-        sums += torch.tensor(chosen, dtype=torch.float64) @ counted.T
+        sums[0] += counted.sum(dim=1)
+        sums[1:] += marks.double() @ counted.T
     (num_all, weight_all), *found = sums.tolist()
     return [
         KindShare(kind, int(num), num / num_all, weight / weight_all if weight_all else math.nan, weight / num)
         for kind, (num, weight) in zip(KINDS, found)
         if num
     ]
+
+
+def row_kinds(row: ScoredRow, pieces: list[str]) -> Bool[Tensor, "kinds seq"]:
+    """Which tokens are of which of the `KINDS`; each document of a packed row is a text of its own.
+
+    Args:
+        row: of `read_rows`.
+        pieces: the text of each of its tokens (`token_pieces`).
+    """
+    found = [list(token_kinds(pieces[start:stop]).values()) for start, stop in document_spans(row)]
+    return torch.cat([torch.tensor(kinds) for kinds in found], dim=1)
+
+
+def document_spans(row: ScoredRow) -> list[tuple[int, int]]:
+    """Where each document of a row begins and stops."""
+    begins = (document_positions(row.tokens, row.position_ids)[0] == 0).nonzero()[:, 0].tolist()
+    return list(pairwise([*begins, row.tokens.shape[1]]))
 
 
 def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:

@@ -2,13 +2,14 @@
 
 import html
 import io
-import os
 import re
 from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import CONSOLE_SVG_FORMAT, Console, RenderableType
 from rich.terminal_theme import TerminalTheme
+
+from tokenweight.records import replaced
 
 # A picture in a README may not load fonts, so those that machines have are named, and on white it needs a gray frame.
 _SVG = (
@@ -38,12 +39,8 @@ def write_svg(renderables: list[RenderableType], path: str | Path, *, title: str
     )  # fmt: skip
     console.print(*renderables, sep="\n\n")
     svg = console.export_svg(title=title, theme=_PAPER, code_format=_SVG).replace("rgba(255,255,255,0.35)", "#d0d7de")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as part:
         part.write_text(_widen(svg), encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _widen(svg: str) -> str:

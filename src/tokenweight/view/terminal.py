@@ -26,11 +26,14 @@ from tokenweight.method import Weighting
 _ORANGES = ColorTriplet(255, 240, 222), ColorTriplet(245, 145, 50)
 _BLUES = ColorTriplet(232, 242, 252), ColorTriplet(105, 168, 222)
 _INK = Color.from_rgb(26, 26, 26)
-# Nothing in a text may act on the terminal or break the XML of a picture: control characters, line separators,
-# bidirectional overrides and non-characters are shown as escapes. Tabs and line breaks stay.
-_ESCAPED = (range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), (0xFFFE, 0xFFFF))
-_LITERAL = {code: ascii(chr(code))[1:-1] for codes in _ESCAPED for code in codes}
-_ONE_LINE = _LITERAL | {ord("\n"): "⏎", ord("\t"): " "}
+# Nothing in a text may act on the terminal, break the XML of a picture or be invisible: control characters, line
+# separators, bidirectional controls, invisible characters and non-characters are shown as escapes. Tabs and line breaks
+# stay, and joiners, which some scripts and emoji need.
+_CONTROLS = (range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), (0xFFFE, 0xFFFF))
+_INVISIBLE = (0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x2060, 0x2065), 0xFEFF, *range(0xFFF9, 0xFFFC))
+ESCAPES = {code: ascii(chr(code))[1:-1] for codes in (*_CONTROLS, _INVISIBLE) for code in codes}
+"""For `str.translate`: what is shown in place of characters that could act on a page or a terminal."""
+_ONE_LINE = ESCAPES | {ord("\n"): "⏎", ord("\t"): " "}
 _BEFORE, _AFTER = 30, 12  # characters of context around a token in the table, where there is room
 
 
@@ -65,23 +68,33 @@ def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -
     return pieces
 
 
-def tint(weight: float) -> Style:
-    """How a token of this weight looks.
-
-    Above 1 it is orange and bold, from 2 also underlined; below 1 blue. The color deepens with log2(weight), up to
-    weights 4 and 1/4. About 1 (0.92 to 1.09) a token is left as it is, and 0 (not trained) is dim.
+def tint_level(weight: float) -> int | None:
+    """How strongly a token is tinted: log2(weight) in quarters, from -8 to 8; None for weight 0.
 
     Raises:
         ValueError: if the weight is negative or not finite.
     """
     if not 0 <= weight < math.inf:
         raise ValueError(f"a token has weight {weight}: expected a finite number, 0 or more")
-    if weight == 0:
+    return round(4 * max(-2.0, min(2.0, math.log2(weight)))) if weight else None
+
+
+def tint(weight: float) -> Style:
+    """How a token of this weight looks.
+
+    Above 1 it is orange and bold, from 2 also underlined; below 1 blue. The color deepens with log2(weight), up to
+    weights 4 and 1/4, in steps, so that a picture needs few styles. About 1 (0.92 to 1.09) a token is left as it is,
+    and 0 (not trained) is dim.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+    level = tint_level(weight)
+    if level is None:
         return Style(dim=True)
-    level = round(4 * max(-2.0, min(2.0, math.log2(weight)))) / 4  # in steps, so that a picture needs few styles
     if level == 0:
         return Style()
-    background = blend_rgb(*(_ORANGES if level > 0 else _BLUES), abs(level) / 2)
+    background = blend_rgb(*(_ORANGES if level > 0 else _BLUES), abs(level) / 8)
     bold = True if level > 0 else None
     return Style(color=_INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
 
@@ -104,7 +117,7 @@ def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = 
         return _marked(pieces, weights.tolist())
     runs: list[tuple[Style, str]] = []
     for piece, weight in zip(pieces, weights.tolist(), strict=True):
-        style, shown = tint(weight), piece.translate(_LITERAL)
+        style, shown = tint(weight), piece.translate(ESCAPES)
         if style.bold:
             shown = shown.replace("\n", "⏎\n")
         word = (shown.lstrip(" ") or shown) if style.bgcolor else shown
@@ -118,7 +131,7 @@ def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = 
 def _marked(pieces: list[str], weights: list[float]) -> Text:
     text = Text()
     for marks, group in groupby(zip(pieces, weights), key=lambda pair: _marks(pair[1])):
-        run = "".join(piece for piece, _ in group).translate(_LITERAL)
+        run = "".join(piece for piece, _ in group).translate(ESCAPES)
         words = run.strip(" \n")
         before, _, after = run.partition(words) if words else (run, "", "")
         text.append(before + (words and words.join(marks)) + after)

@@ -1,110 +1,156 @@
-// The page: the switch of schemes and its slider, and everything that follows them.
+"use strict";
+// Everything is computed and drawn when the page is written; the script switches between the weightings, and tells of
+// the token that is pointed at. Every weighting at every stop of its slider is a setting of the page, with a number.
 
+const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const scoredRuns = data.runs.filter((run) => run.kind === "scored");
-const values = Object.fromEntries(data.schemes.map((scheme) => [scheme.name, scheme.value ?? null]));
-let scheme = "dense";
-const current = () => ({ scheme, values });
+const stops = data.schemes.map((scheme) => scheme.start);
+let current = data.schemes.findIndex((scheme) => scheme.label === "Dense");
+const settingOf = (scheme) => data.schemes[scheme].first + stops[scheme];
 
-function showControls() {
-  const { setting, low, high, step } = data.schemes.find(({ name }) => name === scheme);
-  $("setting").hidden = setting === undefined;
-  if (setting === undefined) return;
-  const slider = $("slider");
-  Object.assign(slider, { min: low, max: high, step });
-  slider.value = values[scheme];
-  $("slider-name").textContent = setting;
-  $("slider-value").textContent = Number(slider.value).toFixed(2);
+// An element with attributes, and children that are elements or text; text is never read as markup.
+function make(name, attributes = {}, ...children) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
 }
 
-const middle = (bin) => (bin.first + bin.stop) / 2;
+// The rows of a run: the chosen one, in which one walks with the arrow keys, and the card about a token of it.
+class Reader {
+  constructor({ place, rows }) {
+    const article = $(`text-${place}`);
+    this.card = $(`card-${place}`);
+    this.card.hidden = false;
+    this.rows = [...article.querySelectorAll(".row")].map((element, i) => ({ ...rows[i], element, tokens: [...element.querySelectorAll(".t")] }));
+    for (const { tokens } of this.rows) tokens.forEach((token) => token.setAttribute("tabindex", -1));
+    const choice = article.querySelector(".choice");
+    if (choice) choice.hidden = false;
+    choice?.addEventListener("change", (event) => this.open(Number(event.target.value)));
+    const on = (name, act) => article.addEventListener(name, (event) => {
+      const token = event.target.closest(".passage .t");
+      if (token) act(this.row.tokens.indexOf(token), event);
+    });
+    on("keydown", (i, event) => this.walk(event));
+    on("focusin", (i) => this.select(i));
+    on("click", (i) => this.focus(i));
+    on("pointerover", (i) => this.tell(i));
+    for (const { element } of this.rows) element.addEventListener("pointerleave", () => this.tell(this.selected));
+    this.open(0);
+  }
 
-function showPositions() {
-  const sizes = [...new Set(scoredRuns.map((run) => run.size).filter(Boolean))];
-  showChart($("positions"), {
-    title: "Weight by position", x: "position in the document", y: "mean weight", zero: true,
-    note: sizes.length ? `Inside the first window (${sizes.join(", ")} tokens) the short context is all there is: a model that scores itself leaves its tokens without a difference.` : "",
-    marks: sizes.map((size) => ({ x: size, label: "first window ends" })),
-    series: scoredRuns.map((run) => {
-      const means = weightByPosition(run, scheme, values[scheme]);
-      return { name: run.name, place: run.place, points: run.positions.map((bin, i) => ({ x: middle(bin), y: means[i] })) };
-    }),
-    spans: new Map(scoredRuns.flatMap((run) => run.positions.map((bin) => [middle(bin), `${bin.first} to ${bin.stop - 1}`]))),
-  });
-}
+  open(number) {
+    this.rows.forEach(({ element }, i) => (element.hidden = i !== number));
+    this.row = this.rows[number];
+    this.paint();
+    this.select(this.row.selected);
+    this.reveal(this.row.selected);
+  }
 
-function showHistogram() {
-  const sizes = scoredRuns.every((run) => run.size);
-  const { edges: shared } = scoredRuns[0].histogram;
-  showChart($("histogram"), {
-    title: "Differences of the losses", x: "short − long, nats", y: "share of the tokens, %, logarithmic", log: true,
-    area: shared[1] - shared[0],
-    spans: new Map(shared.slice(1).map((edge, i) => [(shared[i] + edge) / 2, `${short(shared[i])} to ${short(edge)}`])),
-    note: `${sizes ? "Tokens beyond the first window. " : ""}Right of 0 the long context helps, left of 0 it misleads. The outermost bars hold what lies beyond them, too.`,
-    series: scoredRuns.map((run) => {
-      const { edges, counts } = run.histogram;
-      const total = sum(counts) || 1;
-      return { name: run.name, place: run.place, points: counts.map((count, i) => ({ x: (edges[i] + edges[i + 1]) / 2, y: (100 * count) / total })) };
-    }),
-  });
-}
+  paint() {
+    const looks = this.row.looks[settingOf(current)];
+    this.row.tokens.forEach((token, i) => (token.className = `t ${data.looks[looks.charCodeAt(i) - 97]}`));
+    if (this.selected !== undefined) this.tell(this.selected);
+  }
 
-function showKinds() {
-  const tables = scoredRuns.filter((run) => run.kinds.length).map((run) => {
-    const share = (part, of) => make("span", { class: "share" }, bar(part, of), `${(100 * part).toFixed(1)} %`);
-    const rows = weightByKind(run, scheme, values[scheme]).map((kind) =>
-      [kind.kind, share(kind.token_share, "tokens"), share(kind.weight_share, "weight"), kind.mean_weight.toFixed(3)]);
-    return table(run.name, ["kind", "of the tokens", "of the weight", "mean weight"], rows);
-  });
-  $("kinds").replaceChildren(...tables);
-}
+  select(i) {
+    const before = this.row.element.querySelector("[tabindex='0']");
+    before?.setAttribute("tabindex", -1);
+    before?.removeAttribute("aria-describedby");
+    this.selected = i;
+    this.row.tokens[i].setAttribute("tabindex", 0);
+    this.row.tokens[i].setAttribute("aria-describedby", this.card.id);
+    this.tell(i);
+  }
 
-function showTraining() {
-  const runs = data.runs.filter((run) => run.kind === "training");
-  const first = ["loss", "unweighted_loss", "grad_norm", "learning_rate"];
-  const names = [...new Set([...first, ...runs.flatMap((run) => Object.keys(run.curves))])];
-  const titles = { loss: "Loss by step", unweighted_loss: "Loss without weights", grad_norm: "Norm of the gradient" };
-  const units = { loss: "nats, weighted: not to be compared between weightings", unweighted_loss: "nats" };
-  for (const name of names) {
-    const series = runs.filter((run) => run.curves[name]).map((run) => ({ name: run.name, place: run.place, points: run.curves[name].map(([x, y]) => ({ x, y })) }));
-    if (!series.length) continue;
-    const figure = make("figure");
-    $("training").append(figure);
-    const words = name.replaceAll("_", " ");
-    showChart(figure, { title: titles[name] ?? words[0].toUpperCase() + words.slice(1), x: "step", y: units[name] ?? "", series });
+  focus(i) {
+    this.row.tokens[i].focus({ preventScroll: true });
+    this.reveal(i);
+  }
+
+  // Scrolls the passage alone, not the page.
+  reveal(i) {
+    const passage = this.row.element.querySelector(".passage");
+    const token = this.row.tokens[i].getBoundingClientRect(), box = passage.getBoundingClientRect();
+    if (token.top < box.top || token.bottom > box.bottom) passage.scrollTop += token.top - box.top - box.height / 3;
+  }
+
+  walk(event) {
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
+    const line = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if ((!step && !line) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    const to = step ? this.selected + step : this.inNextLine(line);
+    this.focus(Math.max(0, Math.min(this.row.tokens.length - 1, to)));
+  }
+
+  // The token of the next line, above or below, that is nearest to the selected one.
+  inNextLine(step) {
+    const from = this.row.tokens[this.selected].getBoundingClientRect();
+    let [best, distance, top] = [this.selected, Infinity, null];
+    for (let i = this.selected + step; this.row.tokens[i]; i += step) {
+      const box = this.row.tokens[i].getClientRects()[0];
+      if (!box || Math.abs(box.top - from.top) < from.height / 2) continue;
+      top ??= box.top;
+      if (Math.abs(box.top - top) > from.height / 2) break;
+      const away = Math.abs(box.left - from.left);
+      if (away < distance) [best, distance] = [i, away];
+    }
+    return best;
+  }
+
+  // What is known of token i, on the card.
+  tell(i) {
+    const { start, length, long, short, ago, weights, tokens } = this.row;
+    const known = long[i] !== null, difference = short[i] - long[i];
+    this.earlier?.removeAttribute("data-earlier");
+    this.earlier = tokens[i - ago[i]];
+    if (ago[i] && this.earlier) this.earlier.setAttribute("data-earlier", "");
+    const facts = [
+      ["position", `${start + i} of ${length}`],
+      ["loss, long", known ? long[i].toFixed(4) : "not predicted"],
+      ["loss, short", known ? short[i].toFixed(4) : "not predicted"],
+      ["short − long", known ? (difference < 0 ? "−" : "+") + Math.abs(difference).toFixed(4) : "–"],
+      ["seen before", this.seenBefore(i, ago[i])],
+    ].flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+    const rows = data.schemes.map(({ label }, scheme) => {
+      const weight = weights[settingOf(scheme)][i];
+      return make("tr", scheme === current ? { class: "current" } : {}, make("th", { scope: "row" }, label),
+        make("td", {}, known ? String(weight) : "–"), make("td", {}, make("meter", { class: "weight", max: 8, value: weight, "aria-hidden": true })));
+    });
+    const piece = tokens[i].textContent.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+    this.card.replaceChildren(make("p", { class: "piece" }, piece || "part of a character, which the next tokens complete"),
+      make("dl", {}, ...facts), make("table", {}, make("caption", {}, "weight by scheme"), make("tbody", {}, ...rows)));
+  }
+
+  seenBefore(i, ago) {
+    if (ago === null) return "–";
+    if (ago > i) return `${ago} tokens ago, before this passage`;
+    const jump = make("button", { type: "button" }, `${ago} tokens ago, at ${this.row.start + i - ago}`);
+    jump.addEventListener("click", () => this.focus(i - ago));
+    return jump;
   }
 }
 
-function showEvaluation(run) {
-  const [losses, changes] = [make("figure"), make("figure")];
-  $(`bins-${run.place}`).append(losses);
-  const names = run.bins.map((bin) => `${bin.first} to ${bin.stop - 1}`);
-  const points = (model, point) => run.bins.map((bin, i) => ({ x: i, ...point(bin.entries[model]) }));
-  const about = { x: "position in the document", names };
-  showChart(losses, { ...about, title: "Loss by position", y: "nats",
-    series: run.models.map((name, i) => ({ name, place: i, points: points(i, (entry) => ({ y: entry.value })) })) });
-  if (run.models.length < 2) return;
-  $(`bins-${run.place}`).append(changes);
-  showChart(changes, { ...about, title: `Change from ${run.models[0]}`, y: "nats, with 95 % intervals; less is better", dots: true, zero: true,
-    series: run.models.slice(1).map((name, i) => ({ name, place: i + 1, points: points(i + 1, ({ change, low, high }) => ({ y: change, low, high })) })) });
+const readers = data.runs.map((run) => new Reader(run));
+
+function follow() {
+  const { setting, stops: values } = data.schemes[current];
+  $("setting").hidden = setting === null;
+  $("slider").max = Math.max(0, values.length - 1);
+  $("slider").value = stops[current];
+  $("slider").setAttribute("aria-valuetext", values[stops[current]]);
+  $("slider-name").textContent = setting;
+  $("slider-value").textContent = values[stops[current]];
+  for (const node of document.querySelectorAll("[data-setting]")) node.hidden = Number(node.dataset.setting) !== settingOf(current);
+  readers.forEach((reader) => reader.paint());
 }
 
-if (scoredRuns.length) {
-  const readers = scoredRuns.map((run) => new Reader($(`text-${run.place}`), run, current));
-  const follow = () => {
-    showControls();
-    readers.forEach((reader) => reader.paint());
-    showPositions();
-    showKinds();
-  };
-  $("controls").addEventListener("submit", (event) => event.preventDefault());
-  $("controls").addEventListener("input", (event) => {
-    if (event.target.name === "scheme") scheme = event.target.value;
-    else values[scheme] = Number(event.target.value);
-    follow();
-  });
-  showHistogram();
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+$("controls").addEventListener("input", ({ target }) => {
+  if (target.name === "scheme") current = Number(target.value);
+  else stops[current] = Number(target.value);
   follow();
-}
-if (data.runs.some((run) => run.kind === "training")) showTraining();
-data.runs.filter((run) => run.kind === "evaluation").forEach(showEvaluation);
+});
+$("controls").hidden = false;
+follow();

@@ -1,6 +1,6 @@
-"""The results of `evidence.py`: every arm beside uniform weights and beside no training, and what each cost.
+"""The results of `run.py`: every arm beside uniform weights and beside no training, and what each cost.
 
-python benchmarks/evidence_table.py runs/evidence-small/results.json      the summary that docs/evidence.md shows
+python benchmarks/evidence/table.py runs/evidence-small/results.json      the summary that docs/evidence.md shows
 """
 
 import json
@@ -15,19 +15,19 @@ from tokenweight.records import read_json, write_json
 from tokenweight.view import benefit_figure, loss_figure, write_figure
 
 LINES = 6
-"""Of a figure, so that each looks different."""
+"""Most lines in a figure, so that each looks different."""
 STEP = ("learning_rate", "grad_norm", "grad_norm_x_rate", "weight_mean", "effective_tokens", "effective_share")
 PRICE = (*STEP, "unweighted_loss", "tokens_per_second", "time_over_uniform")
 
 
 def steps(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """What was logged of each optimizer step."""
+    """The logged metrics of each optimizer step."""
     lines = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "grad_norm" in line]
 
 
 def mean(runs: Sequence[Path], key: str) -> float:
-    """Of something logged, over all steps of all runs."""
+    """Mean of a logged metric over all steps of all runs."""
     return statistics.fmean(line[key] for line in steps(runs))
 
 
@@ -65,7 +65,7 @@ def compared(models: dict[str, list[Measure]], base: str) -> list[list[Entry]]:
 
 
 def by_seed(measures: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, list[float]]]:
-    """Of each arm, the changes of the summarized measures from uniform weights with the same seed."""
+    """For each arm, the changes of the summarized measures from uniform weights with the same seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for arm in measures:
         if arm in ("none", "uniform"):  # `none` has one run, no seed
@@ -136,7 +136,7 @@ def draw(out: Path, table: list[list[Entry]], plan: dict[str, Any]) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What docs/evidence.md shows of a `results.json`: the changes from uniform weights, and the price."""
+    """The part of a `results.json` that docs/evidence.md shows: changes from uniform weights, and the price."""
     made, (uniform, *others) = result["environment"], result["compared_with_uniform"]
     forms = {e["measure"]: change_form(e["unit"]) for e in uniform if e["summary"] and e["value"] is not None}
     names = list(forms)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results.csv"
+RESULTS = Path(__file__).resolve().parents[1] / "results.csv"
 
 
 class Results:
@@ -49,7 +49,7 @@ class Results:
 
 
 def by_length(results: Results, metric: str) -> dict[str, dict[int, float]]:
-    """Of the benchmark of growth, by kind of step: the values by the number of tokens of a row, short rows first."""
+    """Results of the benchmark of growth: kind of step -> sequence length -> value, short sequences first."""
     found: dict[str, dict[int, float]] = {}
     for (benchmark, kind, name, x), row in results.rows.items():
         if (benchmark, name) == ("growth", metric):

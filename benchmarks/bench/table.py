@@ -1,24 +1,25 @@
 """The table that README shows, and those of docs/measured.md, made from results.csv.
 
-`python benchmarks/table.py` rewrites them between their markers.
+`make tables` rewrites them between their markers.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from results import Results, by_length
+from bench.results import Results, by_length
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
 README, DOCS = ROOT / "README.md", ROOT / "docs/measured.md"
-BEGIN, END = "<!-- begin: python benchmarks/table.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
 
 def loss_table(results: Results) -> list[str]:
     memory = "peak memory over inputs and gradients"
     lines = [
-        "Weighted loss, forward and backward, 4,096 tokens and 128,256 words (D = 512, float32):",
+        f"Weighted loss, forward and backward ({LOSS_SIZES}):",
         "",
         "| | time / full logits | time / its 3 matrix products | peak memory / full logits |",
         "|---|---|---|---|",
@@ -39,9 +40,9 @@ def training_table(results: Results) -> list[str]:
     lines = []
     for x in results.all_settings("training"):
         lines += [
-            f"Training step, forward and backward ({x}), in units of the uniform step:",
+            f"Training step, forward and backward ({x}), relative to the uniform step:",
             "",
-            "| | measured | arithmetic | measured / arithmetic |",
+            "| | time | FLOP estimate | time / FLOP estimate |",
             "|---|---|---|---|",
         ]
         for name in results.implementations("training", x):
@@ -86,7 +87,9 @@ def corpus_table(results: Results) -> list[str]:
         )
         for name in ("prepare_rows", "score_rows")
     }
-    sizes = (results.value("corpus", kind, "per million tokens") for kind in ("rows", "scored", "scored --long"))
+    sizes = (
+        f"{results.value('corpus', kind, 'per million tokens'):.1f}" for kind in ("rows", "scored", "scored --long")
+    )
     return [
         f"From texts to scores (scoring: {results.settings('scoring')}):",
         "",
@@ -95,9 +98,9 @@ def corpus_table(results: Results) -> list[str]:
         f"| preparing: tokens per second / `datasets.map` with the same tokenizer | {prepare:.2f} |",
         f"| scoring: tokens read per second / plain forward pass over the same windows, with logits | {scorer:.2f} |",
         f"| the same, written to disk | {stored:.2f} |",
-        f"| memory for a corpus / ten times as large: preparing, GiB | {memory['prepare_rows']} |",
-        f"| memory for a corpus / ten times as large: scoring with a tiny model, GiB | {memory['score_rows']} |",
-        f"| a million tokens as rows / scored / with long losses, MB | {' / '.join(f'{size:.1f}' for size in sizes)} |",
+        f"| peak memory, a corpus / one ten times as large: preparing, GiB | {memory['prepare_rows']} |",
+        f"| the same: scoring with a tiny model, GiB | {memory['score_rows']} |",
+        f"| MB of a million tokens, prepared / scored / with long losses | {' / '.join(sizes)} |",
     ]
 
 
@@ -117,7 +120,7 @@ def evaluations(results: Results) -> Iterator[tuple[str, str, str, float]]:
 
 
 def evaluation_table(results: Results) -> list[str]:
-    lines = ["Evaluation, in time:", "", "| | setting | |", "|---|---|---|"]
+    lines = ["Evaluation time:", "", "| measured / baseline | setting | ratio |", "|---|---|---|"]
     return lines + [f"| {what} / {beside} | {x} | {value:.2f} |" for what, beside, x, value in evaluations(results)]
 
 
@@ -152,10 +155,11 @@ def growth_table(results: Results) -> list[str]:
     )
     others = [kind for kind in ratio if kind != "uniform"]
     model = re.split(", 1 x", results.settings("growth"))[0]
+    model = re.sub(r"(\d+) wide, (\d+) words", r"hidden size \1, vocabulary \2", model)
     lines = [
-        f"A training step as rows get longer ({model}):",
+        f"A training step as sequences get longer ({model}):",
         "",
-        f"| tokens of a row | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
+        f"| sequence length | uniform, µs per token | {' | '.join(f'{kind}, time / uniform' for kind in others)} | "
         "uniform, KiB per token | self-scored dense, KiB per token |",
         "|" + "---|" * (len(others) + 4),
     ]
@@ -190,18 +194,18 @@ def precision_table(results: Results) -> list[str]:
 
 def startup_table(results: Results) -> list[str]:
     found = (f"`{name}` {results.value('startup', name, 'time'):.2f}" for name in results.implementations("startup"))
-    return [f"Seconds from the command to its help, in a fresh process: {', '.join(found)}."]
+    return [f"Seconds until help is printed, in a fresh process: {', '.join(found)}."]
 
 
 def summary(results: Results) -> list[str]:
-    """One table for README: each measurement in units of what it is beside."""
-    lines = ["| | beside | time | peak memory |", "|---|---|---|---|"]
+    """One table for README: each measurement relative to its baseline."""
+    lines = ["| | baseline | time | peak memory |", "|---|---|---|---|"]
 
     def add(what: str, beside: str = "", time: float | None = None, memory: float | None = None) -> None:
         cells = (what, beside, *("" if value is None else f"{value:.2f}" for value in (time, memory)))
         lines.append(f"| {' | '.join(cells)} |")
 
-    add("**Loss** (4,096 tokens, 128,256 words, 512 wide, float32)")
+    add(f"**Loss** ({LOSS_SIZES})")
     for kind in ("uniform weights", "dense weights", "sparse weights (0.2 kept)"):
         time, memory = "time / full logits", "peak memory over inputs and gradients / full logits"
         values = (results.value("loss", f"tokenweight, {kind}", metric, LOSS) for metric in (time, memory))
@@ -213,7 +217,7 @@ def summary(results: Results) -> list[str]:
     add(f"**Training step** ({step})")
     for name in results.implementations("training", step)[1:]:
         time, floor = (results.value("training", name, f"{of} / uniform", step) for of in ("time", "arithmetic"))
-        add(name, f"uniform; by arithmetic {floor:.2f}", time)
+        add(name, f"uniform (FLOP estimate: {floor:.2f})", time)
 
     add(f"**Self-scored step** ({results.settings('reference')})")
     for other in ("as published", "uniform, transformers"):
@@ -234,7 +238,7 @@ def summary(results: Results) -> list[str]:
 
 
 def tables(results: Results) -> list[str]:
-    """Of every benchmark that has rows, one after the other."""
+    """The tables of all benchmarks that have results."""
     makers = {
         "loss": loss_table,
         "training": training_table,
@@ -251,14 +255,12 @@ def tables(results: Results) -> list[str]:
 
 
 def conditions(results: Results) -> list[str]:
-    spread = (
-        "Medians of a few rounds on a shared machine: a tenth more or less may be noise (the file has p20 and p80)."
-    )
+    spread = "Medians of a few rounds on a shared machine; a tenth may be noise (results.csv has p20 and p80)."
     return [spread, *results.conditions({key[0] for key in results.rows})]
 
 
 def pages() -> dict[Path, str]:
-    """What stands between the markers of each page, in Markdown."""
+    """The Markdown between the markers of each page."""
     results = Results()
     return {
         README: "\n".join([*summary(results), "", *conditions(results)]),

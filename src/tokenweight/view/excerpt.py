@@ -1,0 +1,159 @@
+"""What a page shows of scored rows: passages of their text, and what each weighting does to them at each setting."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenweight.data import ScoredRow, load_scores, read_rows
+from tokenweight.method import WEIGHTINGS, Dense, Weighting, document_positions
+from tokenweight.view.summaries import KindShare, by_kind, by_position, difference_histogram, document_spans, row_kinds
+from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level, token_pieces
+
+LOOKS = ["zero", "", *(f"down l{n}" for n in range(1, 9)), *(f"up l{n}" for n in range(1, 5))]
+LOOKS += [f"up l{n} far" for n in range(4, 9)]
+"""The CSS classes of a tinted token."""
+
+
+class Excerpt(NamedTuple):
+    """How much of scored folders is on the page, and which of their scores."""
+
+    rows: int = 1
+    """Number of rows of each folder, from the first."""
+    num: int = 2048
+    """Number of tokens of each row whose text is shown; the charts are of whole rows."""
+    size: int | None = None
+    """Tokens of the short context, where scores of several are stored."""
+    model: str | None = None
+    """Model that gives the long losses, in place of stored ones."""
+
+
+class Scheme(NamedTuple):
+    """A kind of weighting on the page: one choice of the switch, with the stops of its slider."""
+
+    label: str
+    formula: str
+    setting: str | None
+    """Name of the setting that the slider changes, if there is one."""
+    stops: list[float]
+    start: int
+    """Number of the stop that is the default."""
+    first: int
+    """Number of the first stop in `SETTINGS`."""
+
+
+def _schemes() -> tuple[list[Scheme], list[Weighting]]:
+    schemes: list[Scheme] = []
+    settings: list[Weighting] = []
+    for kind in WEIGHTINGS:
+        default, first = kind(), len(settings)
+        if kind.knob is None:
+            schemes.append(Scheme(kind.__name__, kind.formula, None, [], 0, first))
+            settings.append(default)
+            continue
+        name, stops = kind.knob
+        start = stops.index(getattr(default, name))
+        schemes.append(Scheme(kind.__name__, kind.formula, name, list(stops), start, first))
+        settings += [kind(**{name: stop}) for stop in stops]
+    return schemes, settings
+
+
+SCHEMES, SETTINGS = _schemes()
+"""The choices of the switch; and every weighting at every stop of its slider, by whose number the page calls it."""
+START = SETTINGS.index(Dense())
+"""Number of the setting that the page opens with."""
+
+
+def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
+    """A scored folder: its first rows under every weighting that the page can be switched to."""
+    data, provenance = load_scores(folder, size=excerpt.size)
+    rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
+    pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
+    weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in SETTINGS]
+    size = provenance.get("context", {}).get("size")
+    settings = {key: value for key, value in provenance.items() if key not in ("contexts", "environment")}
+    if excerpt.model is not None:
+        settings["long losses of"] = excerpt.model
+    kinds: list[list[KindShare]] = [[] for _ in SETTINGS]
+    if rows[0].tokenizer is not None:  # else the pieces are ids, which are of no kind
+        masks = [row_kinds(row, texts) for row, texts in zip(rows, pieces)]
+        kinds = [by_kind(rows, own, masks) for own in weights]
+    return {
+        "size": size,
+        "rows": [
+            _row(number, row, texts, own, excerpt.num)
+            for number, (row, texts, own) in enumerate(zip(rows, pieces, zip(*weights)))
+        ],
+        "histogram": difference_histogram([_beyond(row, size) for row in rows]),
+        "positions": [by_position(rows, own) for own in weights],
+        "kinds": kinds,
+        "settings": settings,
+        "environment": provenance.get("environment", {}),
+        "cost": {"rows": len(data), "rows on this page": len(rows)},
+    }
+
+
+def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
+    """The row without the first window of each document: there, the short context is the long one."""
+    if size is None:
+        return row
+    return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
+
+
+def _row(
+    number: int, row: ScoredRow, pieces: list[str], weights: tuple[Float[Tensor, "1 _"], ...], num: int
+) -> dict[str, Any]:
+    """The passage of a row in which the losses differ most, its tokens, and their weights by every weighting."""
+    length = len(pieces)
+    difference = (row.short_nll - row.long_nll).abs().where(row.mask, 0)[0]
+    start = int(difference.unfold(0, min(num, length), 1).sum(dim=1).argmax())
+    shown = slice(start, start + num)
+    ago: list[int | None] = []
+    for first, stop in document_spans(row):
+        places = seen_before(pieces[first:stop])
+        ago += [None if place is None else t - place for t, place in enumerate(places)]
+    looks = [[look(weight) for weight in own[0, shown].tolist()] for own in weights]
+    return {
+        "number": number,
+        "summaries": [summary(weigh, own[0], row.mask[0]).plain for weigh, own in zip(SETTINGS, weights)],
+        "tokens": [(*_split(piece), LOOKS[own]) for piece, own in zip(pieces[shown], looks[START])],
+        "reader": {
+            "start": start,
+            "length": length,
+            "selected": int(difference[shown].argmax()),
+            "ago": ago[shown],
+            "long": _losses(row.long_nll, row.mask, shown),
+            "short": _losses(row.short_nll, row.mask, shown),
+            "looks": ["".join(chr(ord("a") + number) for number in own) for own in looks],
+            "weights": [[_rounded(weight, "%.3g") for weight in own[0, shown].tolist()] for own in weights],
+        },
+    }
+
+
+def look(weight: float) -> int:
+    """Number of the look of a token of this weight, in `LOOKS`."""
+    level = tint_level(weight)
+    if level is None:
+        return LOOKS.index("zero")
+    if level == 0:
+        return LOOKS.index("")
+    return LOOKS.index(f"{'up' if level > 0 else 'down'} l{abs(level)}{' far' * (weight >= 2)}")
+
+
+def _split(piece: str) -> tuple[str, str]:
+    """The spaces before a word, which stay untinted, and the rest, in which nothing is invisible."""
+    rest = piece.lstrip(" ") or piece
+    return piece.removesuffix(rest), rest.translate(ESCAPES)
+
+
+def _losses(nll: Float[Tensor, "1 seq"], mask: Tensor, shown: slice) -> list[float | int | None]:
+    """Losses in four decimals; None where no token is predicted."""
+    pairs = zip(nll[0, shown].tolist(), mask[0, shown].tolist())
+    return [_rounded(loss, "%.4f") if counts else None for loss, counts in pairs]
+
+
+def _rounded(number: float, form: str) -> float | int:
+    """The number in so many digits, which JSON then writes; whole ones without a decimal point."""
+    rounded = float(form % number)
+    return int(rounded) if rounded.is_integer() else rounded
