@@ -18,7 +18,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(CI),$(if $(filter Linux-x86_64,$(shell un
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install) --quiet --no-deps
 
-.PHONY: install demo test lint check check-lowest check-latest dist lock bench tables evidence clean
+.PHONY: install demo test lint docs check check-lowest check-latest dist lock bench tables evidence clean
 
 install: $(READY)
 
@@ -57,7 +57,12 @@ dist: $(READY)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 
-check: lint dist
+# The site of the documentation, in site/. A link that leads nowhere, or a docstring that names a parameter that is not
+# there, is an error. Nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+check: lint docs dist
 	$(PYTEST)
 
 # The range that pyproject.toml admits: `check` tests neither of its ends. Of the lowest versions not all have files for
@@ -89,7 +94,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/gpu.py
 
-# The tables of README and docs/measured.md, from benchmarks/results.csv.
+# The tables of README and docs/evidence.md, from benchmarks/results.csv.
 tables: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
 
@@ -98,4 +103,4 @@ evidence: $(READY)
 	$(BIN)/python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-latest dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache site

@@ -1,4 +1,4 @@
-"""The table that README shows, and those of docs/measured.md, made from results.csv.
+"""The table that README shows, and those of docs/evidence.md, made from results.csv.
 
 `make tables` rewrites them between their markers.
 """
@@ -11,7 +11,7 @@ from bench.results import Results, by_length
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
-README, DOCS = ROOT / "README.md", ROOT / "docs/measured.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs/evidence.md"
 BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -199,41 +199,32 @@ def startup_table(results: Results) -> list[str]:
 
 def summary(results: Results) -> list[str]:
     """One table for README: each measurement relative to its baseline."""
-    lines = ["| | baseline | time | peak memory |", "|---|---|---|---|"]
+    step, whole = results.all_settings("training")[0], results.settings("reference")
+    lines = [
+        f"Loss: {LOSS_SIZES}. Training step: {step}. Whole step: {whole}. Scoring: {results.settings('scoring')}.",
+        "",
+        "| | baseline | time | peak memory |",
+        "|---|---|---|---|",
+    ]
 
-    def add(what: str, beside: str = "", time: float | None = None, memory: float | None = None) -> None:
-        cells = (what, beside, *("" if value is None else f"{value:.2f}" for value in (time, memory)))
-        lines.append(f"| {' | '.join(cells)} |")
+    def add(what: str, baseline: str, time: float, memory: float | None = None) -> None:
+        lines.append(f"| {what} | {baseline} | {time:.2f} | {'' if memory is None else f'{memory:.2f}'} |")
 
-    add(f"**Loss** ({LOSS_SIZES})")
-    for kind in ("uniform weights", "dense weights", "sparse weights (0.2 kept)"):
+    for kind in ("uniform", "dense"):
         time, memory = "time / full logits", "peak memory over inputs and gradients / full logits"
-        values = (results.value("loss", f"tokenweight, {kind}", metric, LOSS) for metric in (time, memory))
-        add(kind, "full logits", *values)
-    time = results.value("loss", "tokenweight, uniform weights", "time / 3 head products", LOSS)
-    add("uniform weights", "its three matrix products", time)
-
-    step = results.all_settings("training")[0]
-    add(f"**Training step** ({step})")
-    for name in results.implementations("training", step)[1:]:
+        found = (results.value("loss", f"tokenweight, {kind} weights", metric, LOSS) for metric in (time, memory))
+        add(f"loss, {kind} weights", "full logits", *found)
+    for name, shown in (("frozen dense", "precomputed, dense"), ("self-scored dense", "self-scored, dense")):
         time, floor = (results.value("training", name, f"{of} / uniform", step) for of in ("time", "arithmetic"))
-        add(name, f"uniform (FLOP estimate: {floor:.2f})", time)
-
-    add(f"**Self-scored step** ({results.settings('reference')})")
-    for other in ("as published", "uniform, transformers"):
-        for name in ("dense, tokenweight", "sparse, tokenweight"):
-            metrics = (f"{metric} / {other}" for metric in ("time", "peak memory over model and gradients"))
-            add(name.split(",")[0], other, *(results.value("reference", name, metric) for metric in metrics))
-
-    add(f"**Data** (scoring: {results.settings('scoring')})")
-    mapped = results.value("corpus", "tokenweight.prepare_rows", "tokens per second / datasets.map")
+        add(f"training step, {shown}", f"uniform weights (FLOP estimate: {floor:.2f}x)", time)
+    for kind in ("dense", "sparse"):
+        metrics = (f"{metric} / as published" for metric in ("time", "peak memory over model and gradients"))
+        found = (results.value("reference", f"{kind}, tokenweight", metric) for metric in metrics)
+        add(f"whole step, self-scored, {kind}", "as published", *found)
     read = results.value("scoring", "tokenweight.Scorer", "tokens read per second / forward of the windows")
-    add("preparing rows", "`datasets.map` with the same tokenizer", 1 / mapped)
-    add("scoring", "forward pass over the same windows, with logits", 1 / read)
-
-    add("**Evaluation**")
-    for what, beside, x, value in evaluations(results):
-        add(f"{what} ({x})", beside, value)
+    add("scoring", "forward pass over the same windows", 1 / read)
+    times = {what: time for what, _, _, time in evaluations(results)}
+    add("evaluation", "forward passes", times["native measures of a model"])
     return lines
 
 
@@ -263,7 +254,7 @@ def pages() -> dict[Path, str]:
     """The Markdown between the markers of each page."""
     results = Results()
     return {
-        README: "\n".join([*summary(results), "", *conditions(results)]),
+        README: "\n".join([*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results))]),
         DOCS: "\n".join([*tables(results), *conditions(results)]),
     }
 
@@ -271,8 +262,8 @@ def pages() -> dict[Path, str]:
 def main() -> None:
     for path, made in pages().items():
         text = path.read_text()
-        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        path.write_text(f"{before}\n{made}\n\n{after}")
+        begin = text.index(BEGIN) + len(BEGIN)
+        path.write_text(f"{text[:begin]}\n{made}\n\n{text[text.index(END, begin) :]}")
 
 
 if __name__ == "__main__":

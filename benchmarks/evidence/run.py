@@ -5,7 +5,7 @@
 
 Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
 uniform weights. Called again with the same settings and folder, it goes on where it stopped. The question, the measures
-and what follows from them: docs/evidence.md.
+and what follows from them: recipes/evidence/README.md.
 """
 
 import dataclasses

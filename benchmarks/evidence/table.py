@@ -100,7 +100,7 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
     made = {key: trained[key] for key in ("device", "versions", "commit", "date")}
     write_json(out / "results.json", {**result, "environment": made})
     parts = ["# Do the weights make a model better, and at what price?\n"]
-    parts += ["Means over seeds; intervals draw documents, each with all its seeds (docs/evidence.md).\n"]
+    parts += ["Means over seeds; intervals draw documents, each with all its seeds (recipes/evidence/README.md).\n"]
     tried = [[f"{rate['learning_rate']:g}", f"{rate['loss']:.4f}"] for rate in rates]
     parts += ["## Learning rates tried with uniform weights\n", lines(["learning rate", "validation loss"], tried)]
     for base, table in tables.items():

@@ -134,7 +134,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
     assert printed.endswith("after: eval.json, table.csv, and table.md with every measure\n")
     assert max(map(len, printed.splitlines())) <= 100
     assert "+0.0000" in printed
-    assert "too few documents hold such a token" in printed  # all rows are of one book
+    assert "too few documents" in printed  # all rows are of one book
     record = read_json(place / "after" / "eval.json")
     assert [model["model"] for model in record["models"]] == ["model", "model"]
     loss = record["models"][0]["measures"][0]["value"]
@@ -193,7 +193,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["show", "rows"], "rows has no column short_nll"),
         (["show", "scored", "--row", "999"], "--row 999: scored has rows 0 to"),
         (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),
-        (["show", "scored", "--length", "9"], "--length and --stride are of a text: scored is a folder of rows"),
+        (["show", "scored", "--length", "9"], "--length and --stride apply to a text: scored is"),
         (["show", "book.txt"], "--model: book.txt is a text: name the model that scores it"),
         (["show", "book.txt", "--model", "gone"], "'gone' cannot be loaded"),
         (["show", "bad.jsonl", "--model", "model", "--row", "1"], "--row 1: bad.jsonl has rows 0 to 0"),

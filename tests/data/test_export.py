@@ -1,4 +1,4 @@
-"""Exported rows, read back and given to the loss of each tool as docs/export.md describes it."""
+"""Exported rows, read back and given to the loss of each tool as docs/data.md describes it."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from tokenweight.data import export_weights, load_scores, score_folder
 from tokenweight.data.export import weigh_rows
 from tokenweight.method.weightings import Custom
 
-DOCS = Path(__file__).parents[2] / "docs/export.md"
+DOCS = Path(__file__).parents[2] / "docs/data.md"
 LENGTHS = [24, 9, 2, 17]
 DOCUMENTS = [[10, 1, 13], [9], [1, 1], [5, 12]]
 """Lengths of the documents of each row, if they are packed. Nothing is predicted in those of one token."""
@@ -115,7 +115,7 @@ def exported(folder, weighting, format):
 
 
 def hf_loss(rows):
-    """`weighted_loss` of docs/export.md, over all rows as one step."""
+    """`weighted_loss` of docs/data.md, over all rows as one step."""
     total, count = 0.0, 0
     for row in rows:
         losses = model_losses(row["input_ids"], row.get("position_ids"))

@@ -125,7 +125,7 @@ def test_models_that_cannot_read_the_rows_are_refused(place, tmp_path, monkeypat
         assert found.startswith(
             f"data: sequences of 24 tokens: {tmp_path / 'short'} has 23 positions; extend its context "
         )
-        assert "docs/context-extension.md" in found
+        assert "docs/models.md" in found
         assert "is not in the vocabulary" in refusal(place, tmp_path, monkeypatch, **{role: tmp_path / "small"})
         assert "cannot be loaded" in refusal(place, tmp_path, monkeypatch, **{role: tmp_path / "gone"})
 

@@ -1,6 +1,7 @@
 """Longer contexts: configs that say what was asked for, and models whose rotary embeddings do it."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -291,8 +292,8 @@ def test_phi3_counts_from_the_positions_it_keeps_beside_rope_parameters():
 def test_the_example_of_the_page_runs(tmp_path):
     models.tiny(**SIZES).save_pretrained(tmp_path / "MODEL")
     trained_tokenizer().save_pretrained(tmp_path / "MODEL")
-    page = (Path(__file__).parents[2] / "docs" / "context-extension.md").read_text()
-    example = page.split("```python\n")[1].split("```")[0]
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    (example,) = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MODEL-32k" in part]
     exec(example.replace("MODEL", str(tmp_path / "MODEL")), {})
     longer = load_model(tmp_path / "MODEL-32k")
     assert describe_rope(longer.config) == "default, 32768 positions, theta 1.53e+07"

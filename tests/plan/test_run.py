@@ -132,12 +132,11 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--length", "64"], "--model"),
         (["--model", "blank"], "length: neither data nor extend.length"),
         (["--model", "blank", "--length", "1"], "length 1: expected at least 2"),
         (["--model", "blank", "--length", "999"], "999"),
-        (["--model", "blank", "--length", "64", "--size", "64"], "size 64: expected less than the 64 tokens"),
-        (["--model", "blank", "--length", "64", "--size", "32", "--lengths", "32"], "size 32: expected less than"),
+        (["--model", "blank", "--length", "64", "--size", "64"], "--size 64: sequences hold 64 tokens"),
+        (["--model", "blank", "--length", "64", "--size", "32", "--lengths", "32"], "--size 32: sequences hold"),
         (["--model", "blank", "--length", "64", "--lengths", "32k,long"], "--lengths 32k,long: expected numbers"),
         (["--model", "blank", "--length", "64", "--gpu", "H1000"], "gpu H1000: expected one of H100, A100, 4090"),
         (["--model", "blank", "--length", "64", "--gpu", "H100"], "trainer: max_steps is not set"),

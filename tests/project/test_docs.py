@@ -1,6 +1,7 @@
-"""The Python of the concept pages runs as it stands there, on a tiny model with windows that fit it."""
+"""The Python of the method page runs as it stands there, on a tiny model; links lead somewhere, in the site too."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,24 +11,22 @@ import models
 from tokenweight import ShortContext
 from tokenweight.data import score_folder
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {name: (DOCS / name).read_text() for name in ("concepts.md", "weightings.md", "footguns.md")}
-BLOCKS = [
-    (name, number, block)
-    for name, page in PAGES.items()
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
-]
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "method.md").read_text(), flags=re.DOTALL)
+LOOP, TRAINER, FUNCTION, DATACLASS = BLOCKS
+SITE = runpy.run_path(str(ROOT / "tools/docs_site.py"))
+PAGES = sorted([*(f"docs/{path.name}" for path in DOCS.glob("*.md")), *SITE["PAGES"]])
 
 
-@pytest.mark.parametrize(("name", "number", "block"), BLOCKS, ids=[f"{name} {number}" for name, number, _ in BLOCKS])
-def test_python_blocks_run(name, number, block, folders, monkeypatch):
+@pytest.mark.parametrize("block", BLOCKS, ids=["loop", "trainer", "function", "dataclass"])
+def test_python_blocks_run(block, folders, monkeypatch):
     monkeypatch.chdir(folders)
     Path("model").rename("MODEL")
     score_folder(folders / "rows", "MODEL", [ShortContext(8, 5)], folders / "scored")
-    block = block.replace("size=8192, stride=6144", "size=8, stride=5")
     known = {"steps": [[models.some_tokens(1, 24), models.some_tokens(2, 16, seed=1)]] * 2, "__name__": "page"}
-    exec(compile(block, name, "exec"), known)
-    if (name, number) == ("concepts.md", 1):
+    exec(compile(block.replace("size=8192", "size=8"), "method.md", "exec"), known)
+    if block == TRAINER:
         assert known["trainer"].state.global_step == 2
 
 
@@ -35,17 +34,52 @@ def test_the_example_weightings_do_what_their_docstrings_say():
     long, short = torch.rand(2, 3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[:, 0] = mask[1, 4] = False
-    known: dict = {}
-    for name, _, block in BLOCKS:
-        if name == "weightings.md":
-            exec(compile(block.replace('load_model("MODEL")', "None").split("\n\nmodel =")[0], name, "exec"), known)
+    known: dict = {"__name__": "page"}
+    for block in (FUNCTION, DATACLASS):
+        exec(compile(block.split("\n\nmodel =")[0], "method.md", "exec"), known)
     weights = known["surprise"](long, short, mask)
     assert (weights * mask).sum(dim=1).tolist() == pytest.approx(mask.sum(dim=1).tolist())
     assert known["Above"](nats=0.5)(long, short, mask).bool().tolist() == ((short - long > 0.5) & mask).tolist()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_links_between_pages_lead_to_files(page):
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
-    gone = [link for link in links if link and not link.startswith("http") and not (DOCS / link).exists()]
-    assert not gone
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\(([^)\s#]*)(#[^)\s]*)?\)", (ROOT / page).read_text())
+    for target, anchor in links:
+        if not target.startswith("http"):
+            found = ((ROOT / page).parent / target) if target else ROOT / page
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), anchor
+
+
+def test_a_page_moved_into_the_site_keeps_its_links():
+    known = {"index.md", "method.md", "weights.svg", "recipes/README.md"}
+    moved = SITE["relinked"]
+    assert (
+        moved("![w](docs/weights.svg) [m](docs/method.md#x)", "README.md", known)
+        == "![w](weights.svg) [m](method.md#x)"
+    )
+    assert (
+        moved("[r](../recipes/README.md) [h](../README.md)", "docs/method.md", known)
+        == "[r](recipes/README.md) [h](index.md)"
+    )
+    assert moved("[m](../docs/method.md)", "recipes/README.md", known) == "[m](../method.md)"
+    assert (
+        moved("[a file](../Makefile), [there](https://arxiv.org)", "docs/method.md", known)
+        == "a file, [there](https://arxiv.org)"
+    )
+    with pytest.raises(ValueError, match=r"docs/method.md: link to gone.md"):
+        moved("[gone](gone.md)", "docs/method.md", known)
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    made = [f"api/{package}.md" for package in ("tokenweight", *SITE["PACKAGES"])]
+    assert sorted(listed) == sorted([*map(SITE["place"], PAGES), *made])
+    there = {path.parent.name for path in (ROOT / "src/tokenweight").glob("*/__init__.pyi")}
+    assert set(SITE["PACKAGES"]) == there

@@ -184,18 +184,6 @@ def test_the_summary_marks_clear_changes_and_gives_a_perplexity_as_a_ratio(evide
     assert "left_out" not in text
 
 
-def test_readme_shows_the_first_columns_of_the_table_in_the_documentation():
-    root = BENCHMARKS.parent
-    section = (root / "README.md").read_text().split("### Do the weights help?")[1].split("\n## ")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    table = [line for line in (root / "docs/evidence.md").read_text().splitlines() if line.startswith("|")]
-    first = next(number for number, line in enumerate(table) if line.startswith(shown[0]))
-    whole = table[first : first + len(shown)]
-    arms = yaml.safe_load(RECIPES["small"].read_text())["arms"]
-    assert len(shown) == len(arms) + 3  # `none`, the head, and the line below it
-    assert all(line.startswith(part) for line, part in zip(whole, shown, strict=True))
-
-
 @pytest.fixture(scope="module")
 def finished(evidence, place, tmp_path_factory):
     """Every arm of the full size with two seeds, and the tokens of each batch by the name of the run."""

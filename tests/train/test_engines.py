@@ -27,7 +27,7 @@ from tokenweight.train import DataCollatorWithScores, prepare_engine, training_a
 # amplify that tenfold, and clipping enlarges nothing. AdamW divides a gradient by its own size plus 1e-8, so that of
 # one that is 0 but for rounding at most 1e-15 / 1e-8 of a step of 0.01 is left: 1e-9. Losses are logged in float32.
 SAME_GRADIENTS, SAME_TRAINED, SAME_LOSSES = {"rtol": 0, "atol": 1e-12}, {"rtol": 0, "atol": 1e-9}, {"rel": 4 * 2**-24}
-PAGE = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 COMMANDS = [shlex.split(line.removeprefix("$ ")) for line in re.findall(r"^\$ torchrun .*$", PAGE, re.MULTILINE)]
 SETTINGS = ["max_steps", "4", "save_steps", "2", "learning_rate", "1e-2", "warmup_steps", "1", "disable_tqdm", "true"]
 QUICK = [word if i % 2 else f"--trainer.{word}" for i, word in enumerate(SETTINGS)]

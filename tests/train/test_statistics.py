@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -178,13 +179,13 @@ def test_tensorboard_receives_what_is_logged(tmp_path, monkeypatch):
 
 
 def test_the_trainer_of_the_document_logs_what_ours_does(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    (block,) = [part.removeprefix("python\n") for part in page.split("```")[1::2] if part.startswith("python\n")]
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "WeightStatistics(" in part]
     settings = {"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     arguments = training_arguments({**settings, "train_sampling_strategy": "sequential"}, tmp_path / "theirs")
     model = with_weighted_loss(models.tiny("gpt2"), Dense())
     names = {"model": model, "arguments": arguments, "rows": some_rows(), "collate": DataCollatorWithScores()}
-    exec(compile(block.replace("size=256", f"size={SIZE}"), "docs/training.md", "exec"), names)
+    exec(compile(block.replace("size=256", f"size={SIZE}"), "docs/train.md", "exec"), names)
     names["trainer"].train()
     found = [told(line) for line in names["trainer"].state.log_history if "loss" in line]
     assert found == [told(line) for line in trained(tmp_path / "ours")]

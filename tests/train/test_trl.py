@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with a weighted loss, against the plain Trainer on the same rows; and what would lose weights."""
 
+import re
 from pathlib import Path
 
 import peft
@@ -17,8 +18,8 @@ from tokenweight.data import load_rows, load_scores, score_folder
 from tokenweight.train import DataCollatorWithScores
 from tokenweight.train.trl import TokenWeightedSFTConfig, TokenWeightedSFTTrainer
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
-BLOCKS = [part.removeprefix("python\n") for part in PAGE.split("```") if part.startswith("python\n")]
+PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+BLOCKS = [part for part in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "SFTTrainer(" in part]
 SETTINGS = {
     "max_steps": 3,
     "learning_rate": 1e-2,

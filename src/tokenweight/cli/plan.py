@@ -1,41 +1,40 @@
-"""The commands that show what weights do: each a dataclass of its options. Nothing heavy is imported before it runs."""
+"""The command `plan`."""
 
 import dataclasses
 from pathlib import Path
 
 from tokenweight import plan, records, view
-from tokenweight.cli.figures import drawing
-from tokenweight.cli.progress import progress_bar
+from tokenweight.cli.common import drawing, progress_bar, token_counts
 from tokenweight.train import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(TrainSettings):
-    """Say what a recipe will cost in FLOPs, memory and hours. Needs no weights, no data and no GPU.
+    """Estimate what a recipe costs in FLOPs, memory and hours, without weights, data or a GPU.
 
-    It reads what `train` reads: --config, and any setting as an option.
+    Takes the options of `train`: --config, and any setting.
     """
 
     data: str = ""
-    """Folder of rows; if it is there, it says how many there are and how long."""
+    """Folder of sequences; if it exists, it gives their number and their length."""
     out: str = ""
-    """Not written."""
+    """Ignored: nothing is trained."""
     length: int | None = None
-    """Tokens of a row; by default those of the data, else extend.length."""
+    """Tokens per sequence; by default those of the data, else extend.length."""
     lengths: str = "32k,64k,128k,256k,512k,1M"
-    """Also at these lengths, where k is 1024 tokens; "none" for none."""
+    """Further lengths to estimate for, where k is 1024 tokens; "none" for none."""
     gpu: str | None = None
-    """H100, A100 or 4090: gives hours from its peak in bfloat16."""
+    """GPU whose bfloat16 peak gives the hours: H100, A100 or 4090."""
     mfu: float | None = None
-    """Share of that peak that the FLOPs of a step reach, by default 0.4: an assumption."""
+    """Assumed fraction of that peak that a step reaches; by default 0.4."""
     tokens_per_s: float | None = None
-    """Measured, instead of --gpu: of a uniform run of this recipe, all GPUs together."""
+    """Measured throughput of a uniform run of this recipe on all GPUs together, in place of --gpu."""
     num_gpus: int = 1
-    """That train."""
+    """Number of training GPUs."""
     json: Path | None = None
-    """Also write the numbers to this file."""
+    """JSON file to write the numbers to as well."""
     figure: Path | None = None
-    """Also draw how FLOPs and memory grow: this name with .svg and with .png."""
+    """Name, without ending, of a figure of how FLOPs and memory grow, which is drawn as .svg and .png."""
 
     def run(self) -> None:
         """Print the tables."""
@@ -50,7 +49,7 @@ class Plan(TrainSettings):
             with drawing():
                 draw, write = view.cost_figure, view.write_figure
         speed = plan.Speed(self.gpu, self.mfu, self.tokens_per_s)
-        lengths = _lengths(self.lengths)
+        lengths = [] if self.lengths == "none" else token_counts("lengths", self.lengths)
         with progress_bar("lengths") as advance:
             budget = plan.plan(
                 self, length=self.length, lengths=lengths, speed=speed, num_gpus=self.num_gpus, progress=advance
@@ -60,14 +59,3 @@ class Plan(TrainSettings):
             records.write_json(self.json, budget.as_json())
         if self.figure is not None:
             write(draw([*budget.run, *budget.growth]), self.figure)
-
-
-def _lengths(text: str) -> list[int]:
-    if text == "none":
-        return []
-    units = {"k": 2**10, "M": 2**20}
-    words = [(word[:-1], units[word[-1]]) if word[-1:] in units else (word, 1) for word in text.split(",")]
-    numbers = [int(digits) * unit if digits.isdecimal() else 0 for digits, unit in words]
-    if min(numbers) < 2:
-        raise ValueError(f"--lengths {text}: expected numbers of tokens above 1, as in 4096,32k,1M, or none")
-    return numbers

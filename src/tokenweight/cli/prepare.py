@@ -1,4 +1,4 @@
-"""The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
+"""The command `prepare`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,39 +8,38 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tokenweight import data, models, records
-from tokenweight.cli.progress import progress_bar
+from tokenweight.cli.common import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Cut texts into rows of tokens of one length. Interrupted and run again, it goes on."""
+    """Cut or pack texts into token sequences of one length. Resumes if run again after an interruption."""
 
     texts: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXTS …", help_behavior_hint="(required)")
     ]
-    """Text files (one document each); .jsonl and .parquet files (one document a row); folders of them; data sets."""
+    """Text files (a document each), .jsonl and .parquet files (a document per row), folders of these, or data sets."""
     tokenizer: str
     """Folder, hub id or .gguf file of the model whose tokenizer to use."""
     length: int
-    """Tokens of a row: the long context."""
+    """Tokens per sequence: the long context."""
     out: Path
-    """New folder for the rows."""
+    """New folder for the sequences."""
     short: Literal["drop", "pack"] = "drop"
-    """What becomes of documents, and ends of documents, that fill no row: dropped, or packed several to a row."""
+    """Whether documents, and rests of documents, that are shorter than a sequence are dropped or packed together."""
     text_column: str = "text"
-    """Of .jsonl and .parquet files and data sets."""
+    """Column that holds the text, in .jsonl and .parquet files and data sets."""
     subset: str | None = None
-    """Of a data set of the hub."""
+    """Subset of a data set of the hub."""
     split: str = "train"
-    """Of a data set of the hub."""
+    """Split of a data set of the hub."""
     seed: int | None = None
-    """Read the documents in an order drawn with this seed; by default in their own."""
+    """Seed to shuffle the documents with; by default they are read in their own order."""
     max_rows: int | None = None
-    """Stop after so many rows."""
+    """Largest number of sequences to write."""
 
     def run(self) -> None:
-        """Write the rows and print what became of the documents."""
-
+        """Write the sequences and print what became of the documents."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
         sources = data.find_sources(self.texts)

@@ -1,46 +1,44 @@
-"""The commands: each a dataclass of its options, and what it does. Nothing heavy is imported before it runs."""
+"""The command `score`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from tokenweight import data, method
-from tokenweight.cli.progress import progress_bar
+from tokenweight.cli.common import progress_bar, token_counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Compute the loss of every token with a short context, once, with a frozen model. Run again, it goes on.
+    """Store the loss of every token with a short context, computed once with a frozen model. Resumes if run again.
 
-    Under torchrun each process scores its share of the shards, on its own GPU.
+    Under torchrun, each process scores its own slice of the shards on its own GPU.
     """
 
     rows: tyro.conf.Positional[Path]
-    """Folder of rows."""
+    """Folder of sequences that `prepare` has written."""
     model: str
     """Folder, hub id or .gguf file of the scoring model."""
     size: str
-    """Tokens that a window reads: the short context. Several, as in 512,1024,4096, are scored in one run."""
+    """Tokens of the short context. Several sizes, as in 512,4096,32k, are scored in one run."""
     out: Path
-    """Folder for the scored rows."""
+    """Folder for the scored sequences."""
     stride: str | None = None
-    """Tokens that a window scores, one number for each size; by default three quarters of the size."""
+    """Tokens that each window scores, one number per size; by default three quarters of the size."""
     long: bool = False
-    """Also store the losses with the whole row as context, and what it gives to each row; implied by several sizes."""
+    """Also store the losses with the full context, and the mean gain from it per sequence. Implied by several sizes."""
     revision: str | None = None
-    """Of a hub model."""
+    """Revision of a hub model."""
     dtype: str = "auto"
-    """Of the scoring model's weights."""
+    """Dtype the scoring model is loaded in."""
     max_tokens: int = 32768
-    """Tokens read in one forward pass; halved when memory does not suffice."""
+    """Most tokens in one forward pass; halved whenever memory runs out."""
     shard: str | None = None
-    """i/n, from 0/n to n-1/n: score this share of the shards only, as one of n jobs."""
+    """Score only slice i of n of the shards, as one of n jobs: i/n, from 0/n to n-1/n."""
 
     def run(self) -> None:
         """Write the scores and print a summary."""
-
         contexts = _contexts(self.size, self.stride)
         share = data.process_share(self.shard)
         with progress_bar("tokens") as advance:
@@ -59,19 +57,9 @@ class Score:
         print(f"{self.out}: {summary}")
 
 
-def _contexts(size: str, stride: str | None) -> list[Any]:
-
-    sizes = _numbers("--size", size)
-    strides = (
-        [method.ShortContext(number).stride for number in sizes] if stride is None else _numbers("--stride", stride)
-    )
+def _contexts(size: str, stride: str | None) -> list["method.ShortContext"]:
+    sizes = token_counts("size", size)
+    strides: list[int | None] = [None] * len(sizes) if stride is None else [*token_counts("stride", stride)]
     if len(strides) != len(sizes):
         raise ValueError(f"--stride {stride}: expected one number for each of the sizes {size}")
-    return [method.ShortContext(*pair) for pair in zip(sizes, strides)]
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdecimal() for word in words):
-        raise ValueError(f"{option} {text}: expected a number of tokens, or several as in 512,1024,4096")
-    return list(map(int, words))
+    return list(map(method.ShortContext, sizes, strides))

@@ -1,4 +1,4 @@
-"""The commands that show what weights do: each a dataclass of its options. Nothing heavy is imported before it runs."""
+"""The command `show`."""
 
 import dataclasses
 import functools
@@ -11,38 +11,40 @@ from tokenweight import data, method, view
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Show a passage, tinted by weight, and the tokens that weigh most: of scored rows, or of any text."""
+    """Show a passage tinted by weight, and the tokens with the largest weights, of a scored sequence or of any text."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of scored rows; or a file that `prepare` reads, which `--model` then scores at once."""
+    """Folder of scored sequences; or a file that `prepare` reads, which `--model` then scores on the spot."""
     row: int = 0
-    """Which row, counted from 0."""
+    """Number of the sequence, from 0."""
     weighting: str = "dense"
-    """As in `train`."""
+    """Weighting, as in `train`."""
     start: int | None = None
-    """First token of the passage; by default the passage with the most weight."""
+    """Number of the first token shown; by default that of the passage with the most weight."""
     num: int = 300
-    """Tokens of the passage."""
+    """Number of tokens in the passage."""
     top: int = 12
-    """Tokens listed below it."""
+    """Number of tokens listed below it."""
     size: int | None = None
-    """Of the short context: which of several that are stored; of a text, by default a quarter of the row."""
+    """Tokens of the short context, where scores of several are stored. Of a text, by default a quarter."""
     stride: int | None = None
-    """Of a text: tokens that a window scores, by default three quarters of the size."""
+    """Tokens of a text that each window scores; by default three quarters of the size."""
     length: int | None = None
-    """Of a text: tokens of a row, the long context; by default 4096, or what the model reads, if that is less."""
+    """Tokens per sequence of a text: the long context. By default 4096, or what the model reads if that is less."""
     model: str | None = None
-    """Folder, hub id or .gguf file. Scores a text; gives long losses in place of stored ones, or where none are."""
+    """Folder, hub id or .gguf file of the model that scores a text, or that computes the long losses anew."""
     svg: Path | None = None
-    """Also write the picture to this file."""
+    """SVG file to write the picture to as well."""
 
     def run(self) -> None:
         """Print the passage and the list."""
         from rich.console import Console
 
         weighting = method.parse_weighting(self.weighting)
-        if self.num < 1 or self.top < 0:
-            raise ValueError(f"--num {self.num} --top {self.top}: expected at least 1 token, and no negative number")
+        if self.num < 1:
+            raise ValueError(f"--num {self.num}: expected at least 1 token")
+        if self.top < 0:
+            raise ValueError(f"--top {self.top}: expected a number of tokens, 0 or more")
         if self.svg is not None and not self.svg.parent.is_dir():
             raise ValueError(f"--svg {self.svg}: no such folder")
         console, row = Console(), self._row()
@@ -52,12 +54,9 @@ class Show:
             view.write_svg(shown(), self.svg, title=f"{self.source}, row {self.row}, {weighting}")
 
     def _row(self) -> "data.ScoredRow":
-
         if not self.source.is_file():
             if self.stride is not None or self.length is not None:
-                raise ValueError(
-                    f"--length and --stride are of a text: {self.source} is a folder of rows that has its own"
-                )
+                raise ValueError(f"--length and --stride apply to a text: {self.source} is a folder, which has its own")
             return data.read_row(self.source, self.row, self.model, size=self.size)
         if self.model is None:
             raise ValueError(f"--model: {self.source} is a text: name the model that scores it")

@@ -18,8 +18,8 @@ class Train(TrainSettings):
     """Train a model with token-weighted losses.
 
     Settings come from `--config FILE`, a recipe (YAML) or the run.json of an earlier run; options override them. To
-    extend the context of the model, set `--extend.length N` (docs/context-extension.md). Any field of
-    transformers.TrainingArguments can be set as `--trainer.NAME VALUE`; docs/training.md lists those whose default
+    extend the context of the model, set `--extend.length N` (docs/models.md). Any field of
+    transformers.TrainingArguments can be set as `--trainer.NAME VALUE`; docs/train.md lists those whose default
     differs from that of transformers.
     """
 

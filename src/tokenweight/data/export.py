@@ -1,4 +1,4 @@
-"""Scored rows -> rows with their loss weights, in the columns that other trainers read. See docs/export.md."""
+"""Scored rows -> rows with their loss weights, in the columns that other trainers read. See docs/data.md."""
 
 import itertools
 import os
@@ -77,7 +77,7 @@ def export_weights(
 
     Args:
         folder: scored with the long losses.
-        format: hf, trl, llamafactory, ms-swift or tinker: docs/export.md says how each of them uses the weights.
+        format: hf, trl, llamafactory, ms-swift or tinker: docs/data.md says how each of them uses the weights.
         size: of the short context; by default the only one that is stored.
 
     Raises:

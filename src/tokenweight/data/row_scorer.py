@@ -28,8 +28,9 @@ class RowScorer:
     Args:
         model: that scores.
         contexts: one or several short contexts.
-        bos, max_tokens: of `Scorer`.
+        bos: as for `Scorer`.
         with_long: also the losses with the whole row as context.
+        max_tokens: as for `Scorer`.
 
     Raises:
         ValueError: if two contexts have one size, or the model is not supported.

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokenweight.data.dataset import load_rows, read_contents, row_lengths
 from tokenweight.data.row_scorer import RowScorer
@@ -154,16 +155,29 @@ def score_rows(
                 progress(int(lengths[shard].sum()), total)
                 continue
             check(range(int(shard[0]), int(shard[-1]) + 1))
-            with new_shard(file, schema) as (written, note):
-                note["differences"] = {}
-                for batch in _batches(shard, lengths, scorer.max_tokens):
-                    table, totals = _scored(rows, batch, scorer)
-                    written.write(table)
-                    _add(note["differences"], totals)
-                    progress(int(lengths[batch].sum()), total)
-            summary.new_tokens += note["tokens"]
+            batches = _batches(shard, lengths, scorer.max_tokens)
+            summary.new_tokens += _write_shard(file, schema, rows, batches, scorer, lambda done: progress(done, total))
     summary.seconds = time.perf_counter() - begun
     return _finished(out, files, summary)
+
+
+def _write_shard(
+    file: Path,
+    schema: pa.Schema,
+    rows: datasets.Dataset,
+    batches: Iterator[np.ndarray],
+    scorer: RowScorer,
+    progress: Callable[[int], object],
+) -> int:
+    """Score the batches of one shard, and return its number of tokens."""
+    with new_shard(file, schema) as (written, note):
+        note["differences"] = {}
+        for batch in batches:
+            table, totals = _scored(rows, batch, scorer)
+            written.write(table)
+            _add(note["differences"], totals)
+            progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+    return note["tokens"]
 
 
 def process_share(shard: str | None) -> tuple[int, int]:

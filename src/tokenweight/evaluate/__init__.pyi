@@ -1,4 +1,3 @@
-from .card import add_evaluation as add_evaluation
 from .compare import Entry as Entry
 from .compare import Measure as Measure
 from .compare import compare as compare
@@ -21,6 +20,7 @@ from .settings import make_plan as make_plan
 from .suites import SuiteOptions as SuiteOptions
 from .suites import preflight as preflight
 from .suites import run_suites as run_suites
+from .tables import add_evaluation as add_evaluation
 from .tables import csv_text as csv_text
 from .tables import grid_markdown as grid_markdown
 from .tables import markdown as markdown

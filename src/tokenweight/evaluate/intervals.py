@@ -96,14 +96,11 @@ def paired_difference(
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
     """
     if len(model.total) != len(baseline.total):
-        raise ValueError(
-            f"the model has sums of {len(model.total)} documents, the baseline of {len(baseline.total)}: "
-            "expected the same documents"
-        )
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected a number between 0 and 1")
-    if num_resamples * (1 - level) < 2:
-        raise ValueError(f"num_resamples={num_resamples}: expected at least 2 / (1 - level), with level={level}")
+        found = f"the model has sums of {len(model.total)} documents, the baseline of {len(baseline.total)}"
+        raise ValueError(f"{found}: expected the same documents")
+    if not 0 < level < 1 or num_resamples * (1 - level) < 2:
+        expected = "level between 0 and 1, num_resamples of at least 2 / (1 - level)"
+        raise ValueError(f"level={level}, num_resamples={num_resamples}: expected {expected}")
     for name, sums in (("model", model), ("baseline", baseline)):
         if not all(column.isfinite().all() for column in sums):
             raise ValueError(f"the sums of the {name} are not all finite: expected finite losses")

@@ -69,7 +69,7 @@ def evaluate(
         progress: called after each batch of sequences with its number of tokens, and that of all sequences and models.
 
     Returns:
-        The contents of `eval.json`, which docs/evaluation.md describes.
+        The contents of `eval.json`, which docs/evaluate.md describes.
 
     Raises:
         ValueError: in one line, before work starts, if settings, data, models, tokenizers or the earlier evaluation do
@@ -175,7 +175,7 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
         if positions is not None and length > positions:
             raise ValueError(
                 f"{what} of {length} tokens: {name} has {positions} positions; extend its context first "
-                "(docs/context-extension.md)"
+                "(docs/models.md)"
             )
     for size in [*plan.sizes, plan.long_context[0]]:
         check_stale_windows(config, size)

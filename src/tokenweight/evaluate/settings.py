@@ -50,7 +50,7 @@ class EvalSettings:
     haystack: Path | None = None
     """Text file that probes hide their facts in; by default sentences of noise."""
     suites: str | None = None
-    """Standard suites, as in ruler,mmlu, or tasks of lm-evaluation-harness: docs/suites.md."""
+    """Standard suites, as in ruler,mmlu, or tasks of lm-evaluation-harness: docs/evaluate.md."""
     suite_lengths: str | None = None
     """Tokens of RULER and BABILong; by default half of a sequence."""
     suite_limit: int | None = None

@@ -170,7 +170,7 @@ class PPMI(Sparse):
     one, tokens of score 0 fill up in the order that `seed` gives.
 
     Args:
-        keep, seed: as in `Sparse`.
+        keep: as in `Sparse`, and so is `seed`.
         shift: ratio p_long / p_short above which a score is positive; above 0.
 
     Source: Helm et al. 2025, README of the reference code (`[minus, shift s, max]`).

@@ -94,8 +94,7 @@ def check_length(config: Any, length: int, what: str) -> None:
     positions = context_length(config)
     if positions is not None and length > positions:
         raise ValueError(
-            f"{what} of {length} tokens: the model has {positions} positions. Extend its context first "
-            "(docs/context-extension.md)"
+            f"{what} of {length} tokens: the model has {positions} positions. Extend its context first (docs/models.md)"
         )
 
 

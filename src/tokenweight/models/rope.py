@@ -56,7 +56,7 @@ def extend_context(
     Raises:
         ValueError: if the model has no rotary embeddings, or a setting is unknown, missing or senseless.
 
-    Source: docs/context-extension.md has each method's formula, its paper, and what its authors chose.
+    Source: docs/models.md has each method's formula, its paper, and what its authors chose.
     """
     if method not in SETTINGS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(SETTINGS)}")

@@ -25,7 +25,7 @@ def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: in
     Returns:
         `dim / 2` angles in radians, fastest first; and the factor.
 
-    Source: docs/context-extension.md has the formulas with their papers.
+    Source: docs/models.md has the formulas with their papers.
     """
     rope_type, theta = parameters["rope_type"], parameters["rope_theta"]
     factor: Any = parameters.get("factor")

@@ -7,11 +7,11 @@ from .files import write_json as write_json
 from .files import writing_to as writing_to
 from .metrics import append_line as append_line
 from .metrics import read_metrics as read_metrics
-from .modelcard import NAME as NAME
-from .modelcard import _cell as _cell
-from .modelcard import _edit as _edit
-from .modelcard import _marks as _marks
-from .modelcard import _with_section as _with_section
+from .modelcard import CARD_NAME as CARD_NAME
+from .modelcard import edit_card as edit_card
+from .modelcard import section_marks as section_marks
+from .modelcard import table_cell as table_cell
+from .modelcard import with_section as with_section
 from .provenance import device_name as device_name
 from .provenance import differences as differences
 from .provenance import environment as environment

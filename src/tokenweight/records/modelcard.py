@@ -1,4 +1,4 @@
-"""The model card (README.md) of a trained folder: what its records say, and nothing else."""
+"""Edits of the model card (README.md) of a trained folder: our sections in it, and nothing else of it."""
 
 import logging
 import re
@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard
 from tokenweight.records.files import replaced
 
 logger = logging.getLogger(__name__)
-NAME = "README.md"
+CARD_NAME = "README.md"
 
 
-def _edit(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
-    path = folder / NAME
+def edit_card(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
+    """Change a card, or begin one. A failure is logged, not raised: the model beside it is trained. True if written."""
+    path = folder / CARD_NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
         edit(card)
@@ -26,13 +27,14 @@ def _edit(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
     return True
 
 
-def _marks(section: str) -> tuple[str, str]:
+def section_marks(section: str) -> tuple[str, str]:
+    """The lines before and after one of our sections."""
     return f"<!-- begin: tokenweight {section} -->", f"<!-- end: tokenweight {section} -->"
 
 
-def _with_section(text: str, section: str, content: str) -> str:
+def with_section(text: str, section: str, content: str) -> str:
     """The text with our section in place of the one that is there, else at its end."""
-    begin, end = _marks(section)
+    begin, end = section_marks(section)
     whole = f"{begin}\n\n{content.strip()}\n\n{end}"
     if begin not in text:
         return f"{text.rstrip()}\n\n{whole}\n"
@@ -41,5 +43,6 @@ def _with_section(text: str, section: str, content: str) -> str:
     return text[: text.index(begin)] + whole + text[text.index(end) + len(end) :]
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
+    """A text as a cell of a Markdown table: on one line, with its bars escaped."""
     return " ".join(re.sub(r"(?<!\\)\|", r"\\|", text).split())

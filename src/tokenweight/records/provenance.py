@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tokenweight.records.files import read_json
 
 _KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
@@ -41,6 +39,8 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     """The accelerator's name, or the processor's with the number of threads that torch uses."""
+    import torch  # not at the top: what else is here is asked where torch need not be loaded
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

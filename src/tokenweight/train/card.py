@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from tokenweight.records import _cell, _edit, _with_section, read_json, read_metrics
+from tokenweight.records import edit_card, read_json, read_metrics, table_cell, with_section
 
 logger = logging.getLogger(__name__)
 TAGS = ("tokenweight", "long-context")
@@ -62,9 +62,9 @@ def write_card(folder: str | os.PathLike[str]) -> bool:
             card.data.datasets = hub
         if not card.text.strip():
             card.text = f"\n# {Path(folder).resolve().name}\n"
-        card.text = _with_section(card.text, "training", _training(run, _last_metrics(Path(folder))))
+        card.text = with_section(card.text, "training", _training(run, _last_metrics(Path(folder))))
 
-    return _edit(Path(folder), edit)
+    return edit_card(Path(folder), edit)
 
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Command": run.get("command") and f"`{shlex.join(run['command'])}`",
         "Again": "`tokenweight train --config run.json --out again`, with the `run.json` of this folder",
     }
-    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in lines.items() if text)
+    table = "\n".join(f"| {name} | {table_cell(text)} |" for name, text in lines.items() if text)
     intro = (
         "Trained with token weights by tokenweight: a token counts more or less in the loss by what a long context "
         "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class TrainSettings:
     """What to train, on what, and how: the settings of `tokenweight train` and of its recipes.
 
-    docs/training.md lists the fields of the trainer whose default differs from that of transformers.
+    docs/train.md lists the fields of the trainer whose default differs from that of transformers.
 
     Example:
         >>> from tokenweight.train import TrainSettings, train
@@ -50,7 +50,7 @@ class TrainSettings:
     stride: int | None = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
     extend: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Context extension: length, method and its settings, also as `--extend.length N` (docs/context-extension.md)."""
+    """Context extension: length, method and its settings, also as `--extend.length N` (docs/models.md)."""
     dtype: str = "float32"
     """Dtype of the weights. In bfloat16, small updates are rounded away; prefer --trainer.bf16 true."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)

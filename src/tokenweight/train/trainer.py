@@ -31,8 +31,9 @@ class WeightedTrainer(Trainer):
     the tokens of a sequence are split over processes (context parallelism), weights are computed over whole sequences.
 
     Args:
-        args, kwargs: as for `transformers.Trainer`.
+        *args: as for `transformers.Trainer`.
         size: tokens of the short context, for `first_window_share` of `WeightStatistics`; None leaves that out.
+        **kwargs: as for `transformers.Trainer`.
 
     Raises:
         ValueError: when a loss, a gradient norm or a weight of the model is not finite, with the step, the row if one

@@ -1,4 +1,4 @@
-"""What weights do, to look at: in a terminal, in figures, on a page."""
+"""Looking at weights: in the terminal, in figures and on an HTML page."""
 
 import lazy_loader
 

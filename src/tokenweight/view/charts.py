@@ -1,4 +1,4 @@
-"""The charts of the page as SVG: lines, columns, and points with intervals, drawn from plain numbers."""
+"""The charts of the page as SVG: lines, columns, and points with intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart, and the table of the same numbers."""
+    """A chart, with its numbers as a table."""
 
     title: str
     x: str
@@ -44,12 +44,12 @@ class Chart(NamedTuple):
     marks: Sequence[tuple[Number, str]] = ()
     """Vertical lines: where they are, and what is written beside them."""
     labels: Mapping[Number, str] = {}
-    """What the table calls an x, such as the bin around it."""
+    """Names of x values in the table, such as the bins around them."""
     labeled: bool = False
-    """Whether these labels are also those of the horizontal axis."""
+    """Whether the horizontal axis has these names, too."""
 
     def rows(self) -> list[list[str]]:
-        """The table: the label of each x, and the value of every series there."""
+        """The rows of the table: the label of each x, and the values of all series there."""
         found = [{point.x: point for point in series.points} for series in self.series]
         return [
             [self.labels.get(x, short(x)), *(_cell(points.get(x)) for points in found)]

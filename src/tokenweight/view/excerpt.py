@@ -1,4 +1,4 @@
-"""What a page shows of scored rows: passages of their text, and what each weighting does to them at each setting."""
+"""Scored sequences as the page shows them: passages of text, and the weights of every weighting at every setting."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ class Excerpt(NamedTuple):
     """How much of scored folders is on the page, and which of their scores."""
 
     rows: int = 1
-    """Number of rows of each folder, from the first."""
+    """Number of sequences shown from each folder, from the first."""
     num: int = 2048
-    """Number of tokens of each row whose text is shown; the charts are of whole rows."""
+    """Number of tokens shown from each sequence; the charts are of whole sequences."""
     size: int | None = None
     """Tokens of the short context, where scores of several are stored."""
     model: str | None = None
@@ -66,7 +66,7 @@ START = SETTINGS.index(Dense())
 
 
 def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
-    """A scored folder: its first rows under every weighting that the page can be switched to."""
+    """Read the first sequences of a scored folder, and weigh them by every setting of the page."""
     data, provenance = load_scores(folder, size=excerpt.size)
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
@@ -95,7 +95,7 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
 
 
 def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
-    """The row without the first window of each document: there, the short context is the long one."""
+    """Mask the first window of each document: there, the short context is the long one."""
     if size is None:
         return row
     return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
@@ -104,7 +104,7 @@ def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
 def _row(
     number: int, row: ScoredRow, pieces: list[str], weights: tuple[Float[Tensor, "1 _"], ...], num: int
 ) -> dict[str, Any]:
-    """The passage of a row in which the losses differ most, its tokens, and their weights by every weighting."""
+    """Find the passage in which the losses differ most, and describe its tokens by every setting of the page."""
     length = len(pieces)
     difference = (row.short_nll - row.long_nll).abs().where(row.mask, 0)[0]
     start = int(difference.unfold(0, min(num, length), 1).sum(dim=1).argmax())
@@ -154,6 +154,6 @@ def _losses(nll: Float[Tensor, "1 seq"], mask: Tensor, shown: slice) -> list[flo
 
 
 def _rounded(number: float, form: str) -> float | int:
-    """The number in so many digits, which JSON then writes; whole ones without a decimal point."""
+    """Round a number for JSON; a whole one becomes an int, which is written without a decimal point."""
     rounded = float(form % number)
     return int(rounded) if rounded.is_integer() else rounded

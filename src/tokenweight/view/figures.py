@@ -1,4 +1,4 @@
-"""Figures of scored rows, trainings and evaluations, read from their folders."""
+"""Figures of scored sequences, training runs and evaluations, read from their folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +24,18 @@ def draw(
     size: int | None = None,
     style: str = "paper",
 ) -> dict[str, Figure]:
-    """Every figure that the folders give, by the name of its file: several of scores and evaluations, one of trainings.
+    """Draw every figure that the folders give: several for each folder of scores or evaluation, one for all trainings.
 
     Args:
-        folders: of scores, trainings and evaluations, with different names.
-        weightings: of scored rows, by the names they are to have in the figures.
-        first_row: of scored rows.
-        num_rows: at most.
-        size: of the short context, where scores of several are stored.
-        style: one of `canvas.STYLES`.
+        folders: folders that `score`, `train` or `eval` has written, with different names.
+        weightings: weightings of the scored sequences, by their names in the figures.
+        first_row: number of the first scored sequence.
+        num_rows: largest number of scored sequences.
+        size: tokens of the short context, where scores of several are stored.
+        style: one of `STYLES`.
+
+    Returns:
+        The figures by the names of their files.
 
     Raises:
         ValueError: if a folder is not one of these, or holds nothing to draw.
@@ -59,9 +62,9 @@ def draw(
 def score_figures(
     rows: Sequence[ScoredRow], weightings: dict[str, Weighting], *, window: int | None = None, style: str = "paper"
 ) -> dict[str, Figure]:
-    """Figures of scored rows: differences beyond the first window, and weight by position and by kind of token.
+    """Draw the differences beyond the first window, and the weight by position and by kind of token.
 
-    Rows without a tokenizer have no kinds.
+    Without a tokenizer there are no kinds.
 
     Args:
         window: tokens of the short context.
@@ -90,10 +93,10 @@ def score_figures(
 
 
 def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figure]:
-    """Figures of an evaluation: loss by position, and benefit by context, with changes from the first model.
+    """Draw loss by position, and benefit by context, with the changes from the first model.
 
     Raises:
-        ValueError: if `eval.json` is not that of an evaluation.
+        ValueError: if `eval.json` is not what `tokenweight eval` writes.
     """
     record = read_json(folder / "eval.json")
     try:
@@ -108,7 +111,7 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:
-    """The lines that hold a loss, in the order of their steps; after an interruption, the later of two lines."""
+    """Read the lines with a loss, by step; of two lines of a step, as an interruption leaves them, the later counts."""
     steps = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
     if not steps:
         raise ValueError(f"{folder}/metrics.jsonl holds no loss: expected lines that the training logged")

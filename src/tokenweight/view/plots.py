@@ -1,4 +1,4 @@
-"""Figures for papers and screens, drawn from plain numbers. Nothing here reads a file or needs a display."""
+"""Figures for papers and screens, drawn from numbers: nothing here reads a file or needs a display."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from tokenweight.evaluate import Entry, short_names
 from tokenweight.plan import Cost
@@ -17,10 +17,10 @@ from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 
 def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
-    """How many tokens the long context helps how much; the outer bars hold what lies beyond them, too.
+    """Draw how many tokens the long context helps how much; the outer bars also count what lies beyond them.
 
     Args:
-        histogram: of `summaries.difference_histogram`.
+        histogram: result of `difference_histogram`.
         style: one of `STYLES`.
     """
     edges, counts = histogram
@@ -43,11 +43,11 @@ def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
 def position_figure(
     bins: Mapping[str, Sequence[PositionWeights]], *, window: int | None = None, style: str = "screen"
 ) -> Figure:
-    """Mean weight by position, and below it the mean difference of the losses, which no weighting changes.
+    """Draw the mean weight by position, and below it the mean difference of the losses, which no weighting changes.
 
     Args:
-        bins: of `summaries.by_position`, by the name of the weighting.
-        window: tokens of the short context; the first so many have no other context, which is shaded.
+        bins: results of `by_position`, by the name of the weighting.
+        window: tokens of the short context; that many tokens at the start have no longer context, and are shaded.
         style: one of `STYLES`.
     """
     with styled(style):
@@ -70,10 +70,10 @@ def position_figure(
 
 
 def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "screen") -> Figure:
-    """The share that each kind of tokens has of the tokens, and of the weight.
+    """Draw the fraction of the tokens, and of the weight, that each kind of token has.
 
     Args:
-        shares: of `summaries.by_kind` of the same rows, by the name of the weighting.
+        shares: results of `by_kind` for the same sequences, by the name of the weighting.
         style: one of `STYLES`.
     """
     kinds = [share.kind for share in next(iter(shares.values()))]
@@ -101,10 +101,10 @@ def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "scre
 
 
 def step_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, style: str = "screen") -> Figure:
-    """Training loss by step, as weighted and as plain training has it, and the share of tokens that are in effect.
+    """Draw the weighted and the unweighted training loss by step, and the effective fraction of tokens.
 
     Args:
-        runs: the lines of `metrics.jsonl` by the name of the run: `step`, `loss`, and if they were logged
+        runs: lines of `metrics.jsonl` by the name of the run, with `step`, `loss`, and where they were logged
             `unweighted_loss` and `effective_share`.
         style: one of `STYLES`.
     """
@@ -130,11 +130,11 @@ def step_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, style: str =
 
 
 def loss_figure(table: Sequence[Sequence[Entry]], edges: Sequence[int], *, style: str = "screen") -> Figure:
-    """Loss by position of every model, and its change from the first model with its interval.
+    """Draw the loss by position of every model, and its change from the first model with its interval.
 
     Args:
-        table: of `evaluate.compare`, with the measures `position_N`.
-        edges: of their bins; N is where a bin begins.
+        table: result of `compare`, with the measures `position_N`.
+        edges: edges of their bins; a bin begins at N.
         style: one of `STYLES`.
     """
     names, places = [f"position_{edge}" for edge in edges[:-1]], [i + 0.5 for i in range(len(edges) - 1)]
@@ -146,11 +146,11 @@ def loss_figure(table: Sequence[Sequence[Entry]], edges: Sequence[int], *, style
 
 
 def benefit_figure(table: Sequence[Sequence[Entry]], sizes: Sequence[int], *, style: str = "screen") -> Figure:
-    """What each model gains when the whole context takes the place of a short one, and how that changed.
+    """Draw what each model gains from the full context over a short one, and how that changed.
 
     Args:
-        table: of `evaluate.compare`, with the measures `benefit_N`.
-        sizes: the tokens N of the short contexts.
+        table: result of `compare`, with the measures `benefit_N`.
+        sizes: tokens N of the short contexts.
         style: one of `STYLES`.
     """
     names, places = [f"benefit_{size}" for size in sizes], list(map(float, range(len(sizes))))
@@ -163,10 +163,10 @@ def benefit_figure(table: Sequence[Sequence[Entry]], sizes: Sequence[int], *, st
 
 
 def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
-    """What an optimizer step computes, and what one GPU holds, by the length of rows: a line for each mode.
+    """Draw the FLOPs of an optimizer step and the memory of one GPU by sequence length, with a line for each mode.
 
     Args:
-        costs: of `Budget`, its run and its growth.
+        costs: the run and the growth of a `Budget`.
         style: one of `STYLES`.
     """
     modes = list(dict.fromkeys(cost.mode for cost in costs))

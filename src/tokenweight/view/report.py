@@ -60,7 +60,7 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
 
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
-    """The page about runs, each as one of the functions `read_...` describes it."""
+    """Write the page about runs, each of them as `read_scored`, `read_training` or `read_evaluation` gives it."""
     try:
         import jinja2
     except ImportError as error:
@@ -134,7 +134,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
 
 
 def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
-    """Weight by position, under each weighting of the page."""
+    """Draw the weight by position, once for each setting of the page."""
     sizes = sorted({run["size"] for run in scored} - {None})
     window = f"Inside the first window ({', '.join(map(str, sizes))} tokens) the short context is all there is: a model"
     chart = Chart(
@@ -167,7 +167,7 @@ def _series(run: dict[str, Any], points: list[Point]) -> Series:
 
 
 def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
-    """How many tokens the long context helps how much."""
+    """Draw how many tokens the long context helps how much."""
     bins = list(pairwise(scored[0]["histogram"].edges))
     series = []
     for run in scored:
@@ -188,7 +188,7 @@ def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """A training folder: its curves by step, and what it cost."""
+    """Read a training folder: its curves by step, and what the training cost."""
     run, lines = read_json(folder / "run.json"), read_metrics(folder)
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in _NO_CURVES]
     cost: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
@@ -201,7 +201,7 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 
 def _thinned(points: list[tuple[int, Number]]) -> list[Point]:
-    """Means of neighbors, of as many as leave at most `_MAX_POINTS`; what is not a number is a gap."""
+    """Average neighbors so that at most `_MAX_POINTS` are left; what is not a number is a gap."""
     num = max(1, math.ceil(len(points) / _MAX_POINTS))
     groups = [points[i : i + num] for i in range(0, len(points), num)]
     means = [[sum(column) / len(group) for column in zip(*group)] for group in groups]
@@ -209,7 +209,7 @@ def _thinned(points: list[tuple[int, Number]]) -> list[Point]:
 
 
 def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
-    """Whatever the runs have logged, by step."""
+    """Draw all numbers that the runs have logged, by step."""
     known = [*_CURVES, *dict.fromkeys(name for run in trained for name in run["curves"] if name not in _CURVES)]
     charts = []
     for name in known:
@@ -220,7 +220,7 @@ def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The folder of an evaluation: its table, and the losses by position with their changes."""
+    """Read the folder of an evaluation: its table, and what was measured at which positions."""
     record = read_json(folder / "eval.json")
     if missing := {"comparison", "settings", "unit", "models"} - set(record):
         raise ValueError(f"{folder}/eval.json has no {', '.join(sorted(missing))}: expected one of `tokenweight eval`")
@@ -239,7 +239,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _evaluation_charts(run: dict[str, Any]) -> list[Chart]:
-    """Loss by position; and, if there are models to compare with the first, the changes from it."""
+    """Draw the loss by position and, if there are several models, the changes from the first."""
     bins = list(pairwise(run["edges"]))
     losses, changes = [], []
     for place, (name, entries) in enumerate(zip(run["models"], run["entries"])):

@@ -1,4 +1,4 @@
-"""How figures look, and writing them. Nothing here needs a display."""
+"""The look of figures, and writing them to files without a display."""
 
 import contextlib
 import io
@@ -13,19 +13,19 @@ from matplotlib.figure import Figure
 from tokenweight.records import replaced
 
 
-class Style(NamedTuple):
-    """How large a figure is, and whether it says what it shows: in a paper the caption does."""
+class FigureStyle(NamedTuple):
+    """The size of a figure, and whether it has a title; in a paper the caption says what it shows."""
 
     width: float
     """Inches."""
     font: float
     """Points."""
     dpi: int
-    """Of the PNG."""
+    """Dots per inch of the PNG."""
     titled: bool
 
 
-STYLES = {"paper": Style(3.3, 8, 300, False), "screen": Style(7.0, 11, 150, True)}
+STYLES = {"paper": FigureStyle(3.3, 8, 300, False), "screen": FigureStyle(7.0, 11, 150, True)}
 """A column of a paper with two columns, and a page in a browser."""
 # The hues of `show`, orange and blue, are told apart with every common color blindness. Neighbors differ in lightness,
 # and in their lines, so that they also do in print without color.
@@ -41,13 +41,13 @@ _SERIES = (
 
 
 def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> None:
-    """Write `path`.svg and `path`.png. They appear whole or not at all, and the same figure gives the same bytes.
+    """Write `path`.svg and `path`.png. They are complete or absent, and the same figure gives the same bytes.
 
     Letters are drawn as shapes, so that the SVG looks the same wherever it is shown.
 
     Args:
-        figure: of `plots`, with the same `style`.
-        path: without the ending; existing files are replaced.
+        figure: figure that was drawn with the same `style`.
+        path: path without the ending; existing files are replaced.
     """
     for ending, metadata in (("svg", {"Date": None}), ("png", {})):
         file = io.BytesIO()
@@ -59,7 +59,7 @@ def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> 
 
 @contextlib.contextmanager
 def styled(style: str) -> Iterator[None]:
-    """Settings of matplotlib: its own, whatever the user's file says, and these."""
+    """Draw with matplotlib's defaults and the settings here, whatever the user's own file says."""
     settings = {
         "font.size": STYLES[style].font,
         "axes.labelsize": "medium",
@@ -82,7 +82,7 @@ def styled(style: str) -> Iterator[None]:
 
 
 def new_panels(style: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """Panels below one another, of these heights in units of the width, with one horizontal axis."""
+    """Create panels below one another that share the horizontal axis; heights are in units of the width."""
     width = STYLES[style].width
     figure = Figure(figsize=(width, width * sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
@@ -90,8 +90,7 @@ def new_panels(style: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]
 
 
 def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
-    """Above all panels, where they hide nothing: the title, and the names of what `axes` shows, as many in a line as
-    fit."""
+    """Write the title above all panels, and the names of what `axes` shows, as many in a line as fit."""
     handles, names = axes.get_legend_handles_labels()
     shown = title if STYLES[style].titled else None
     if not names:
@@ -103,5 +102,5 @@ def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
 
 
 def line_looks(num: int) -> list[dict[str, Any]]:
-    """Color and style of so many lines; from the seventh on they are those of the first."""
+    """Colors and dashes for `num` lines; from the seventh on they repeat."""
     return [dict(zip(("color", "linestyle"), _SERIES[i % len(_SERIES)])) for i in range(num)]

@@ -57,7 +57,7 @@ def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_b
     them out.
 
     Args:
-        rows: of `read_rows`.
+        rows: scored sequences.
         limit: the bins reach from -limit to limit.
         num_bins: number of bins, all of the same width.
 
@@ -80,8 +80,8 @@ def by_position(
     """Mean weight and mean |short - long| of the tokens, by their position in their document.
 
     Args:
-        rows: of `read_rows`.
-        weights: of the tokens of each row.
+        rows: scored sequences.
+        weights: weights of their tokens.
         num_bins: largest number of bins, all of the same width. Bins without a predicted token are left out.
 
     Raises:
@@ -106,15 +106,15 @@ def by_position(
 def by_kind(
     rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], kinds: Sequence[Bool[Tensor, "kinds _"]]
 ) -> list[KindShare]:
-    """Which kinds of tokens have the weight.
+    """Find out which kinds of tokens have the weight.
 
     A token may be of several kinds or none, so the shares do not add up to 1. Kinds without a token that is predicted
     are left out.
 
     Args:
-        rows: of `read_rows`.
-        weights: of the tokens of each row.
-        kinds: of the tokens of each row, by `row_kinds`.
+        rows: scored sequences.
+        weights: weights of their tokens.
+        kinds: kinds of their tokens (`row_kinds`).
     """
     sums = torch.zeros(1 + len(KINDS), 2, dtype=torch.float64)  # of all tokens, and of each kind
     for row, own, marks in zip(rows, weights, kinds, strict=True):
@@ -130,10 +130,10 @@ def by_kind(
 
 
 def row_kinds(row: ScoredRow, pieces: list[str]) -> Bool[Tensor, "kinds seq"]:
-    """Which tokens are of which of the `KINDS`; each document of a packed row is a text of its own.
+    """Find the kinds of the tokens, in the order of `KINDS`, with each packed document as a text of its own.
 
     Args:
-        row: of `read_rows`.
+        row: a scored sequence, packed or not.
         pieces: the text of each of its tokens (`token_pieces`).
     """
     found = [list(token_kinds(pieces[start:stop]).values()) for start, stop in document_spans(row)]
@@ -141,13 +141,13 @@ def row_kinds(row: ScoredRow, pieces: list[str]) -> Bool[Tensor, "kinds seq"]:
 
 
 def document_spans(row: ScoredRow) -> list[tuple[int, int]]:
-    """Where each document of a row begins and stops."""
+    """Where each document of a sequence begins and stops."""
     begins = (document_positions(row.tokens, row.position_ids)[0] == 0).nonzero()[:, 0].tolist()
     return list(pairwise([*begins, row.tokens.shape[1]]))
 
 
 def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:
-    """Which tokens are of which kind, by rules of thumb on the words of the text, not by any grammar.
+    """Find the kinds of tokens, by rules of thumb on the words of the text, not by any grammar.
 
     A word is a run of letters, digits and marks, with apostrophes inside it; what is true of a word is true of each
     token that holds some of it. A token may be of several kinds, or of none.

@@ -1,4 +1,4 @@
-"""Pictures of what the terminal shows, as SVG."""
+"""What the terminal shows as an SVG picture."""
 
 import html
 import io
@@ -23,13 +23,13 @@ _PAPER = TerminalTheme((255, 255, 255), (31, 35, 40), [(31, 35, 40)] * 8)
 def write_svg(renderables: list[RenderableType], path: str | Path, *, title: str, width: int = 100) -> None:
     """Draw the renderables below one another, a blank line between them, as a picture on white that loads nothing.
 
-    The file appears whole or not at all, and in full color whatever the terminal can do.
+    The file is complete or absent, and in full color whatever the terminal can do.
 
     Args:
-        renderables: of the functions above, or any of rich; markup in a string is not interpreted.
-        path: of the picture; an existing one is replaced.
-        title: above the text.
-        width: in characters.
+        renderables: what `view` returns, or anything that rich can print; markup in a string is not interpreted.
+        path: path of the picture; an existing one is replaced.
+        title: title above the text.
+        width: number of characters per line.
     """
     path = Path(path)
     # Where TERM=dumb, rich ignores a width that comes without a height.

@@ -44,8 +44,8 @@ def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -
     Special tokens are shown by name.
 
     Args:
-        tokens: ids of one row.
-        tokenizer: that the ids are of; without one, the pieces are the ids, separated by spaces.
+        tokens: ids of one sequence.
+        tokenizer: tokenizer of the ids; without one, the pieces are the ids, separated by spaces.
     """
     if tokenizer is None:
         return [f" {token}" if place else str(token) for place, token in enumerate(tokens)]
@@ -106,7 +106,7 @@ def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = 
     that is weighted above 1 is marked ⏎, since there is nothing else of it to see.
 
     Args:
-        pieces: of `token_pieces`.
+        pieces: texts of the tokens (`token_pieces`).
         weights: one per piece.
         tinted: False for marks.
 
@@ -139,7 +139,7 @@ def _marked(pieces: list[str], weights: list[float]) -> Text:
 
 
 def _marks(weight: float) -> tuple[str, str]:
-    """What stands around tokens of this weight where there is no color."""
+    """The marks around tokens of this weight where there is no color."""
     style = tint(weight)
     if style.dim:
         return "((", "))"
@@ -163,20 +163,20 @@ def legend(*, tinted: bool = True) -> Text:
 
 
 def summary(weighting: Weighting, weights: Float[Tensor, "seq"], mask: Bool[Tensor, "seq"]) -> Text:
-    """What a weighting does to a row, in one line.
+    """Say in one line what a weighting does to a sequence.
 
     The effective number of tokens is (sum w)^2 / sum w^2: with equal weights all of them, with n equal weights and
     zeros else n.
 
     Args:
-        weighting: that made the weights.
+        weighting: weighting that gave the weights.
         weights: one per token.
         mask: True where a token is predicted; the others are not counted.
     """
     predicted = weights[mask].double()
     num, squares = len(predicted), predicted.square().sum().item()
     if not num:
-        return Text(f"{weighting} · no token of this row is predicted")
+        return Text(f"{weighting} · no token of this sequence is predicted")
     total, num_zero = predicted.sum().item(), int((predicted == 0).sum())
     effective = total**2 / squares if squares else 0.0
     return Text(
@@ -194,19 +194,19 @@ def top_tokens(
     *,
     num: int = 12,
 ) -> Table:
-    """The tokens with the largest weights, and where in the row each of them was seen before.
+    """List the tokens with the largest weights, and where in the sequence each of them was seen before.
 
     Of equal weights, the larger |long - short| comes first, then the earlier position. Tokens of weight 0 are left out.
     The last columns are the nearest earlier position with the same piece, for pieces of at least two letters or digits,
     and how many tokens ago that is; the text there stands below the token.
 
     Args:
-        pieces: of `token_pieces`.
+        pieces: texts of the tokens (`token_pieces`).
         weights: one per piece.
         long_nll: loss of each token with the long context, in nats.
         short_nll: loss with the short context, in nats.
         mask: True where a token is predicted; nothing else is listed, and no loss outside is read.
-        num: rows of the table, at most.
+        num: largest number of tokens in the table.
     """
     weight, long, short = weights.tolist(), long_nll.tolist(), short_nll.tolist()
     places = torch.nonzero(mask & (weights != 0)).flatten().tolist()
@@ -244,24 +244,24 @@ def view(
     top: int = 12,
     tinted: bool = True,
 ) -> list[RenderableType]:
-    """A scored row as a passage of `num` tokens, the key of its tints, the row in numbers, and the `top` tokens.
+    """Show a scored sequence: a passage of `num` tokens, the key of its tints, a summary, and the `top` tokens.
 
     Args:
-        row: of `read_row`.
-        weighting: whose weights tint it.
-        start: first token of the passage; by default where the weights add up to the most.
-        num: tokens of the passage.
-        top: tokens of the list.
+        row: scored sequence.
+        weighting: weighting that tints it.
+        start: number of the first token of the passage; by default the passage has the largest sum of weights.
+        num: number of tokens in the passage.
+        top: number of tokens in the list.
         tinted: False where there is no color: weights are then shown by marks.
 
     Raises:
-        ValueError: if `start` is not a token of the row.
+        ValueError: if `start` is not a token of the sequence.
     """
     weights, length = weighting(row.long_nll, row.short_nll, row.mask)[0], row.tokens.shape[1]
     if start is None:
         start = int(weights.unfold(0, min(num, length), 1).sum(dim=1).argmax())
     if not 0 <= start < length:
-        raise ValueError(f"--start {start}: the row has tokens 0 to {length - 1}")
+        raise ValueError(f"start {start}: the sequence has tokens 0 to {length - 1}")
     pieces, shown = token_pieces(row.tokens[0].tolist(), row.tokenizer), slice(start, start + num)
     losses = row.long_nll[0], row.short_nll[0]
     table = top_tokens(pieces, weights, *losses, row.mask[0], num=top)

@@ -1,7 +1,8 @@
-"""The Python of docs/scoring.md as it stands there, with tiny windows, two workers and no GPU."""
+"""The Python on scoring of docs/data.md as it stands there, with tiny windows, two workers and no GPU."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from tokenweight import ShortContext
 from tokenweight.data import load_scores, score_folder
 
-PAGE = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text()
-FILTER, SHARES, PIPELINE = (part.removeprefix("python\n") for part in PAGE.split("```") if part.startswith("python\n"))
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+FILTER, SHARES, PIPELINE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[:3]
 # Not imported here: that would teach this process to read Parquet files of Ray as tensors.
 without_ray = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("ray", "aiohttp")), reason='pip install "ray[data]" aiohttp'
