@@ -237,8 +237,8 @@ def named(node: ast.AST) -> list[str]:
 
 
 def method(place: Place, name: str) -> Place | None:
-    assert isinstance(place.node, ast.ClassDef)
     owner = place.node
+    assert isinstance(owner, ast.ClassDef)
     found = (node for node in owner.body if isinstance(node, Function) and node.name == name)
     return next((Place(place.module, node, owner) for node in found), None)
 
@@ -253,9 +253,8 @@ def main() -> None:
     package, (kind, _, name) = Package(args.package), function.rpartition(".")[::1]
     module = f"{args.package.name}.{module}"
     place = package.find(module, kind or name)
-    assert place is not None, args.start
-    start = method(place, name) if kind else place
-    assert start is not None, args.start
+    start = method(place, name) if kind and place is not None else place
+    assert start is not None, f"{args.start}: expected module:function:parameter or module:Class.method:parameter"
     walk = Walk(package)
     walk.visit(start, frozenset([parameter]))
     if args.calls:

@@ -134,7 +134,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
     assert printed.endswith("after: eval.json, table.csv, and table.md with every measure\n")
     assert max(map(len, printed.splitlines())) <= 100
     assert "+0.0000" in printed
-    assert "too few documents hold such a token" in printed  # all rows are of one book
+    assert "too few documents" in printed  # all rows are of one book
     record = read_json(place / "after" / "eval.json")
     assert [model["model"] for model in record["models"]] == ["model", "model"]
     loss = record["models"][0]["measures"][0]["value"]

@@ -113,7 +113,8 @@ def test_the_only_context_needs_no_name_and_another_one_is_refused(folders):
 def test_a_plain_column_that_others_wrote_is_taken_as_it_is(folders, caplog):
     some_rows(short_nll=[[0.5] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
     rows, provenance = load_scores(folders / "foreign", size=8)
-    assert (rows["short_nll"][0].tolist(), provenance) == ([0.5] * LENGTH, {})
+    assert (rows["short_nll"][0].tolist(), provenance) == ([0.5] * LENGTH, {"context": {"size": 8}})
+    assert load_scores(folders / "foreign")[1] == {}
     assert "foreign does not say who scored it" in caplog.text
 
 

@@ -266,4 +266,4 @@ def test_false_does_not_resume(place):
     (place / "out" / "notes").write_text("")
     done = run(place, *TRAIN, "--trainer.resume_from_checkpoint", "false")
     assert done.status == 2
-    assert "out exists; name a new folder" in done.errors
+    assert "--out out: exists; name a new folder" in done.errors

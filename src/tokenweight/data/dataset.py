@@ -119,8 +119,8 @@ def choose_scores(
         raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
     if not provenance:
         logger.warning("%s does not say who scored it: its scores are used as they are", folder)
-    if "short_nll" in rows.column_names:  # `score` did not write it
-        return rows, provenance
+    if "short_nll" in rows.column_names:  # `score` did not write it, so that only the caller can know its context
+        return rows, provenance if size is None else {**provenance, "context": {"size": size}}
     sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
     if size is None and len(sizes) == 1:
         size = sizes[0]

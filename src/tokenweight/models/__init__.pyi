@@ -6,6 +6,7 @@ from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts
 from .causal import causal_parts as causal_parts
 from .causal import evaluating as evaluating
+from .checks import check_fit as check_fit
 from .checks import check_length as check_length
 from .checks import check_tokenizer as check_tokenizer
 from .checks import check_tokens as check_tokens

@@ -47,6 +47,34 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def check_fit(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    longest: int | None,
+    token_range: tuple[int, int],
+    provenance: dict[str, Any],
+    what: str | None = None,
+) -> None:
+    """Raise a ValueError unless a model can read the sequences of a folder: their lengths, token ids and tokenizer.
+
+    Args:
+        config: of the model.
+        tokenizer: of the model, if it has one.
+        name: of the model.
+        folder: of the sequences.
+        longest: tokens that the model reads at once; None without a sequence.
+        token_range: the smallest and the largest token id.
+        provenance: of the sequences.
+        what: the name of what is `longest`; by default the rows of the folder.
+    """
+    check_tokenizer(tokenizer, name, provenance, folder)  # first, as it tells most
+    check_tokens(config, *token_range, folder)
+    check_length(config, longest or 0, what or f"{folder}: rows")
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str, provenance: dict[str, Any], folder: str | os.PathLike[str]
 ) -> None:

@@ -83,6 +83,14 @@ class Run:
         named = self.settings.scorer not in ("stored", "self") and self.weighting.uses_short
         return self.settings.scorer if named else None
 
+    def check_scores(self, stored: bool) -> None:
+        """Raise a ValueError if the data has stored scores, `stored`, but the short losses are to come from a model."""
+        if stored and self.settings.scorer != "stored":
+            raise ValueError(
+                f"scorer {self.settings.scorer!r}: {self.settings.data} holds stored scores (short_nll), which would "
+                "be used: set scorer to stored, or data to the sequences before scoring"
+            )
+
     def short_context(self, length: int) -> "ShortContext | None":
         """The windows of a scorer for sequences of `length` tokens; None if scores are stored.
 

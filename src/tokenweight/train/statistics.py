@@ -1,4 +1,4 @@
-"""What weights do while a model trains, in a few numbers for every tracker."""
+"""Weight statistics, logged during training."""
 
 import time
 from typing import Any
@@ -18,13 +18,14 @@ class WeightStatistics(TrainerCallback):
 
     Args:
         model: bound by `with_weighted_loss`; the model itself, not what DDP or FSDP wrap around it.
-        size: of the short context: the first `size` tokens of a document are read with the same context by both.
-            None if weights do not depend on a short context: `first_window_share` is then left out.
+        size: tokens of the short context: the first `size` tokens of a document have the same context in both losses.
+            By default that of the model's scorer; without either, `first_window_share` is left out.
         copies: how many processes read the same rows: those over which the tokens of a row are split.
     """
 
     def __init__(self, model: PreTrainedModel, *, size: int | None = None, copies: int = 1) -> None:
-        self.size, self.copies = size, copies
+        scorer = getattr(getattr(model, "_token_weighting", None), "scorer", None)
+        self.size, self.copies = scorer.context.size if size is None and scorer is not None else size, copies
         self._steps: list[Tensor] = []  # sums of the optimizer steps since the last flush
         self._open: Tensor | None = None  # of the step that is not done
         self._since = time.perf_counter()
