@@ -198,7 +198,7 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
             "trainer: use_liger_kernel and label_smoothing_factor put another loss in place of the weighted one: "
             "expected neither"
         )
-    if arguments.fsdp_config and not arguments.fsdp:
+    if values.get("fsdp_config") and not arguments.fsdp:
         raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
     return arguments
 
