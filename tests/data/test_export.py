@@ -14,7 +14,7 @@ import models
 from tokenweight import Dense, LongCE, ShortContext, Sparse, Uniform, with_weighted_loss
 from tokenweight.data import export_weights, load_scores, score_folder
 from tokenweight.data.export import weigh_rows
-from tokenweight.method.weightings import Custom
+from tokenweight.method import Custom
 
 DOCS = Path(__file__).parents[2] / "docs/data.md"
 LENGTHS = [24, 9, 2, 17]

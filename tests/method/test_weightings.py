@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import models
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform, parse_weighting
-from tokenweight.method import NonFinite, Weighting, as_weighting
-from tokenweight.method.weightings import Custom
+from tokenweight.method import Custom, NonFinite, Weighting, as_weighting
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "weights.json").read_text())
 KINDS = {"dense": Dense, "sparse": Sparse, "longce": LongCE, "ppmi": PPMI, "npmi": NPMI}

@@ -11,6 +11,8 @@ from .objective import ShortLosses as ShortLosses
 from .objective import WeightedLoss as WeightedLoss
 from .objective import weighted_loss as weighted_loss
 from .parse import WEIGHTINGS as WEIGHTINGS
+from .parse import Custom as Custom
+from .parse import as_weighting as as_weighting
 from .parse import parse_weighting as parse_weighting
 from .scoring import Pass as Pass
 from .scoring import Reading as Reading
@@ -19,13 +21,11 @@ from .scoring import plan_passes as plan_passes
 from .scoring import read_passes as read_passes
 from .weightings import NPMI as NPMI
 from .weightings import PPMI as PPMI
-from .weightings import Custom as Custom
 from .weightings import Dense as Dense
 from .weightings import NonFinite as NonFinite
 from .weightings import Sparse as Sparse
 from .weightings import Uniform as Uniform
 from .weightings import Weighting as Weighting
-from .weightings import as_weighting as as_weighting
 from .weightings import check_finite as check_finite
 from .windows import Window as Window
 from .windows import check_window_setting as check_window_setting

@@ -1,13 +1,16 @@
-"""Weightings by name and settings, as on a command line or in a recipe: "sparse:keep=0.2" is `Sparse(keep=0.2)`."""
+"""Weightings of texts and functions: "sparse:keep=0.2", as on a command line or in a recipe, is `Sparse(keep=0.2)`."""
 
 import dataclasses
 import difflib
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from tokenweight.method.kin.longce import LongCE
-from tokenweight.method.weightings import NPMI, PPMI, Dense, Sparse, Uniform, Weighting, as_weighting
+from tokenweight.method.weightings import NPMI, PPMI, Dense, Sparse, Uniform, Weighting
 
 WEIGHTINGS: tuple[type[Weighting], ...] = (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)
 """The weightings that have a name of their own, which is that of the class in lower case."""
@@ -33,6 +36,29 @@ def parse_weighting(text: str) -> Weighting:
     if not issubclass(kind, Weighting) or inspect.isabstract(kind):
         raise ValueError(f"weighting {text!r} is a class that cannot weigh: expected a subclass of Weighting")
     return kind(**_parse_settings(kind, settings_text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom(Weighting):
+    """A function of (long, short, mask), all `[batch, seq]`, as a weighting, with the checks of the others."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+        """What the function returns."""
+        return self.function(long, short, mask)
+
+    def __str__(self) -> str:
+        return f"{self.function.__module__}.{getattr(self.function, '__qualname__', type(self.function).__name__)}"
+
+
+def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weighting:
+    """The weighting itself, or a function of (long, short, mask) made into one; anything else is a ValueError."""
+    if isinstance(weighting, Weighting):
+        return weighting
+    if not callable(weighting) or isinstance(weighting, type):
+        raise ValueError(f"weighting is {weighting!r}: expected an instance such as Dense(), or a function")
+    return Custom(weighting)
 
 
 def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:

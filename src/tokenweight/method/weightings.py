@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -34,8 +34,7 @@ def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Te
 class Weighting(ABC):
     """How much each token counts: `weigh` is the formula, a call checks what goes in and comes out.
 
-    Any function of the same three tensors is a weighting too: `with_weighted_loss` wraps it in `Custom`.
-    """
+    A function of the same three tensors is a weighting too: `as_weighting` wraps it."""
 
     uses_short: ClassVar[bool] = True
     """False if the weights do not depend on the short loss: then nothing needs to be scored."""
@@ -204,29 +203,6 @@ class NPMI(PPMI):
         return super().score(short, long)
 
 
-@dataclasses.dataclass(frozen=True)
-class Custom(Weighting):
-    """A function of (long, short, mask), all `[batch, seq]`, as a weighting, with the checks of the others."""
-
-    function: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """What the function returns."""
-        return self.function(long, short, mask)
-
-    def __str__(self) -> str:
-        return f"{self.function.__module__}.{getattr(self.function, '__qualname__', type(self.function).__name__)}"
-
-
-def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weighting:
-    """The weighting itself, or a function of (long, short, mask) made into one; anything else is a ValueError."""
-    if isinstance(weighting, Weighting):
-        return weighting
-    if not callable(weighting) or isinstance(weighting, type):
-        raise ValueError(f"weighting is {weighting!r}: expected an instance such as Dense(), or a function")
-    return Custom(weighting)
-
-
 def _require(weighting: Weighting, name: str, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{type(weighting).__name__}: {name}={getattr(weighting, name)} is not {expected}")
@@ -234,8 +210,7 @@ def _require(weighting: Weighting, name: str, holds: bool, expected: str) -> Non
 
 def normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
     """Scale the scores of each row (>= 0, and 0 outside the mask) to mean 1 over the mask; only zeros become ones."""
-    num_tokens = mask.sum(dim=1, keepdim=True)
-    total = scores.sum(dim=1, keepdim=True)
+    num_tokens, total = mask.sum(dim=1, keepdim=True), scores.sum(dim=1, keepdim=True)
     return torch.where(total > 0, scores / total * num_tokens, 1.0)  # T / total could overflow
 
 
@@ -248,8 +223,7 @@ def keep_top(
     scores = scores.masked_fill(~mask, -1)
     most = max(1, math.floor(keep * scores.shape[1]))  # static, so that no device has to be asked
     threshold = scores.topk(most, dim=1).values.gather(1, num_kept - 1)
-    above = scores > threshold
-    equal = (scores == threshold) & mask
+    above, equal = scores > threshold, (scores == threshold) & mask
     order = _tie_order(scores.shape[1], seed, scores.device)
     rank = torch.empty_like(num_kept.expand_as(scores))
     rank[:, order] = equal[:, order].long().cumsum(dim=1)
