@@ -98,7 +98,7 @@ class Steps:
         )
         with device:
             self.model = LlamaForCausalLM(config).to(torch.bfloat16).train()
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.set_length(longest)
 
     def set_length(self, length: int) -> None:

@@ -127,7 +127,7 @@ def training_model(length: int, *, checkpointing: bool, quick: bool) -> tuple[st
     name, model, tokens = model_and_row(length, quick=quick)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return name, model, tokens
 
 

@@ -275,7 +275,6 @@ def test_a_saved_model_is_a_plain_one(tmp_path):
     assert torch.equal(load_model(tmp_path / "bound")(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its successor is too new
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
@@ -285,7 +284,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     norm = model.get_submodule({"llama": "model.layers.0.input_layernorm", "gpt2": "transformer.h.0.ln_1"}[kind])
     norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     expected, plain_calls = results(model, **inputs), len(calls)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    models.enable_checkpointing(model, {"use_reentrant": reentrant})
     assert_close(results(model, **inputs), expected)
     assert len(calls) == 2 * plain_calls + 1  # once more, in the backward pass
 

@@ -97,7 +97,7 @@ def moe():
 
 def test_recomputation_is_one_more_forward_pass_but_for_what_nobody_needs():
     model = models.tiny(dtype=torch.float32, **EAGER)
-    model.gradient_checkpointing_enable()
+    models.enable_checkpointing(model)
     found, forward = counted(model, "dense"), Square(*count_forward(model.config))
     step = step_flops(forward, LENGTH, parse_weighting("dense"), checkpointing=True)
     # The last product of a layer is not needed for any gradient, and torch stops before it.

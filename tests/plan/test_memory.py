@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
 from tokenweight.plan import Speed
 from tokenweight.plan.gpus import Fixed, Peak, fixed_bytes, peak
@@ -44,7 +45,7 @@ def measured(config, tmp_path, *, scored=False, checkpointing=None, autocast=Non
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        models.enable_checkpointing(model, checkpointing)
     with_weighted_loss(model, parse_weighting("dense"), Scorer(model, CONTEXT) if scored else None)
     tokens = torch.randint(3, config.vocab_size, (batch, LENGTH))
     short_nll = None if scored else torch.rand(batch, LENGTH)

@@ -64,6 +64,11 @@ def tiny(
     return model.eval()
 
 
+def enable_checkpointing(model: PreTrainedModel, arguments: dict | None = None) -> None:
+    """Compute activations anew in the backward pass; the method has the first name since transformers 5.23."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(arguments)
+
+
 def some_tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
     """Random token ids without the BOS of the models above."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -18,6 +18,8 @@ from tokenweight.data import load_rows, load_scores, score_folder
 from tokenweight.train import DataCollatorWithScores
 from tokenweight.train.trl import TokenWeightedSFTConfig, TokenWeightedSFTTrainer
 
+# SFTConfig and SFTTrainer use the older names of transformers by themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 BLOCKS = [part for part in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "SFTTrainer(" in part]
 SETTINGS = {
@@ -210,7 +212,7 @@ def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"settings": {"label_smoothing_factor": 0.1}}, {"compute_loss_func": len}])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*v2:FutureWarning")  # TRL's own word about these
 def test_another_loss_is_an_error(change, tmp_path):
     trainer = sft(tmp_path, some_rows(), given=change, **change.pop("settings", {}))
     with pytest.raises(ValueError, match=r"labels are missing.*label_smoothing_factor or compute_loss_func"):

@@ -1,7 +1,6 @@
 """Memory of a training step: it runs on fake tensors, which have no values, and their bytes are counted."""
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -148,10 +147,9 @@ def hold(
 
 
 def _checkpoint(model: PreTrainedModel, given: dict[str, Any]) -> None:
-    with warnings.catch_warnings():  # transformers 5.23 has a newer name for it, 5.5 does not
-        warnings.simplefilter("ignore", FutureWarning)
-        # Fake tensors have no random state to restore.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={**given, "preserve_rng_state": False})
+    # Before transformers 5.23 it has the older name only. Fake tensors have no random state to restore.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({**given, "preserve_rng_state": False})
 
 
 def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[], int]:
