@@ -6,6 +6,7 @@ environment of the tests, which `make install` made of the lock. `pip install to
 checkout, as a release would upload it; and the model of the first example lies in a folder of its name.
 """
 
+import math
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers import AutoModelForCausalLM
 
 import models
 from texts import EXCERPT, trained_tokenizer
@@ -172,6 +174,7 @@ def newcomer(tmp_path_factory):
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
+    run.copy = copy
     return run
 
 
@@ -179,7 +182,19 @@ def newcomer(tmp_path_factory):
 def test_the_demo_runs(newcomer):
     assert COMMANDS[-1] == "make demo"
     printed = newcomer(COMMANDS[-1])
-    assert re.search(r"(\d+) to (\d+)[^\d\n]+\d", printed)  # the table of losses by position
+    number = r"([+-]?\d+\.\d{4})"
+    table = re.findall(rf"(\d+) to (\d+)[^\d\n]+(\d+)[^\d\n]+{number}[^\d\n]+?{number}[^\d\n]+?{number}", printed)
+    places = [(int(first), int(last)) for first, last, *_ in table]
+    assert places == [(0, 255), (256, 511), (512, 1023), (1024, 2047), (2048, 4095)]
+    assert [int(num) for _, _, num, *_ in table] == [2 * 255, 2 * 256, 2 * 512, 2 * 1024, 2 * 2048]
+    for *_, before, after, change in table:
+        before, after, change = map(float, (before, after, change))
+        assert 0 < after < math.log(49152)  # better than a guess among all tokens
+        assert change == pytest.approx(after - before, abs=1.5e-4)  # each is rounded to 4 digits
+    assert any(float(change) != 0 for *_, change in table)
+    (folder,) = newcomer.copy.glob("demo/*/model")
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.isfinite(weight).all() for weight in trained.state_dict().values())
 
 
 @pytest.mark.slow
