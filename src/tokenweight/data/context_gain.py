@@ -13,12 +13,12 @@ class ContextGain(NamedTuple):
     """Statistics of each row over the gains of the tokens that count, NaN where none does. The gain of a token is its
     short loss minus its long loss, in nats."""
 
-    gain_mean: Float[Tensor, "batch"]
-    gain_positive: Float[Tensor, "batch"]
+    gain_mean: Float[Tensor, " batch"]
+    gain_positive: Float[Tensor, " batch"]
     """The fraction of tokens that the long context predicts better."""
-    gain_p90: Float[Tensor, "batch"]
+    gain_p90: Float[Tensor, " batch"]
     """The 90th percentile."""
-    key_token_ratio: Float[Tensor, "batch"]
+    key_token_ratio: Float[Tensor, " batch"]
     """The fraction of `key_tokens`."""
 
 

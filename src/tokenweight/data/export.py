@@ -31,15 +31,15 @@ class WeighedRow(NamedTuple):
 
     number: int
     """Of the row, from 0."""
-    tokens: Int[np.ndarray, "seq"]
-    weights: Float[np.ndarray, "seq"]
+    tokens: Int[np.ndarray, " seq"]
+    weights: Float[np.ndarray, " seq"]
     """0 where no token is predicted."""
-    mask: Bool[np.ndarray, "seq"]
+    mask: Bool[np.ndarray, " seq"]
     """True where a token is predicted and counts."""
-    positions: Int[np.ndarray, "seq"] | None
+    positions: Int[np.ndarray, " seq"] | None
 
     @property
-    def labels(self) -> Int[np.ndarray, "seq"]:
+    def labels(self) -> Int[np.ndarray, " seq"]:
         """The tokens, -100 where none is predicted."""
         return np.where(self.mask, self.tokens, np.int32(-100))
 

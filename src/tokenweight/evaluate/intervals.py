@@ -16,9 +16,9 @@ class Sums(NamedTuple):
     Sums of the rows of several batches are joined by `Sums(*map(torch.cat, zip(*batches)))`.
     """
 
-    total: Float64[Tensor, "documents"]
+    total: Float64[Tensor, " documents"]
     """Sum over the tokens: of losses in nats, or of zeros and ones, whose mean is a share."""
-    num_tokens: Float64[Tensor, "documents"]
+    num_tokens: Float64[Tensor, " documents"]
     """Number of these tokens, or the sum of their weights."""
 
     @property
@@ -118,7 +118,7 @@ def paired_difference(
 
 def _resampled(
     model: Sums, baseline: Sums, num_resamples: int, generator: torch.Generator
-) -> Float64[Tensor, "resamples"]:
+) -> Float64[Tensor, " resamples"]:
     """The difference of the means in each draw of documents."""
     num_documents = len(model.total)
     differences = []

@@ -99,7 +99,7 @@ def tint(weight: float) -> Style:
     return Style(color=_INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
 
 
-def passage(pieces: list[str], weights: Float[Tensor, "seq"], *, tinted: bool = True) -> Text:
+def passage(pieces: list[str], weights: Float[Tensor, " seq"], *, tinted: bool = True) -> Text:
     """The text, each token tinted by its weight; or, where nothing can be tinted, between marks (`legend`).
 
     The space before a word stays untinted, so that a tint does not hang at the end of a line. Line breaks are kept; one
@@ -162,7 +162,7 @@ def legend(*, tinted: bool = True) -> Text:
     return text
 
 
-def summary(weighting: Weighting, weights: Float[Tensor, "seq"], mask: Bool[Tensor, "seq"]) -> Text:
+def summary(weighting: Weighting, weights: Float[Tensor, " seq"], mask: Bool[Tensor, " seq"]) -> Text:
     """Say in one line what a weighting does to a sequence.
 
     The effective number of tokens is (sum w)^2 / sum w^2: with equal weights all of them, with n equal weights and
@@ -187,10 +187,10 @@ def summary(weighting: Weighting, weights: Float[Tensor, "seq"], mask: Bool[Tens
 
 def top_tokens(
     pieces: list[str],
-    weights: Float[Tensor, "seq"],
-    long_nll: Float[Tensor, "seq"],
-    short_nll: Float[Tensor, "seq"],
-    mask: Bool[Tensor, "seq"],
+    weights: Float[Tensor, " seq"],
+    long_nll: Float[Tensor, " seq"],
+    short_nll: Float[Tensor, " seq"],
+    mask: Bool[Tensor, " seq"],
     *,
     num: int = 12,
 ) -> Table:
