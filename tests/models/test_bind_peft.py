@@ -13,6 +13,9 @@ peft = pytest.importorskip("peft")
 KINDS = ["llama", "gpt2", "gemma2"]
 TARGETS = {"gpt2": ["c_attn", "c_proj"]}
 
+# PEFT asks transformers by an older name whether activations are recomputed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 
 def adapted(model, kind="llama", **settings):
     """LoRA whose second factor is not 0, as at its start."""
