@@ -133,7 +133,7 @@ def test_going_on_with_another_setting_is_refused_by_its_name(now, with_long, me
     with pytest.raises(KeyboardInterrupt):
         score_rows(some_rows(), tiny_scorer(Interrupted), tmp_path / "scored", provenance=before)
     kept = {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()}
-    with pytest.raises(ValueError, match=f"^out .*scored: holds scores made otherwise.*{message}") as refusal:
+    with pytest.raises(ValueError, match=f"^out .*scored: already holds scores.*{message}") as refusal:
         score_rows(some_rows(), tiny_scorer(with_long=with_long), tmp_path / "scored", provenance=now)
     assert "environment" not in str(refusal.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()} == kept

@@ -51,7 +51,7 @@ def lines(out):
 
 
 def assert_ends_as_undisturbed(out, origin):
-    """Same lines, same weights, to the bit; and one whole checkpoint, of the last step."""
+    """Same lines, same weights, to the bit; and one complete checkpoint, of the last step."""
     steps = [line for line in lines(out) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
     assert steps == [line for line in lines(origin / "out") if "loss" in line]

@@ -208,7 +208,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
                 write_json(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
     if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
-        raise ValueError(f"out {out}: holds scores made otherwise ({found}); name a new folder")
+        raise ValueError(f"out {out}: already holds scores computed with other settings ({found}); name a new folder")
 
 
 def _shards(lengths: np.ndarray) -> list[np.ndarray]:

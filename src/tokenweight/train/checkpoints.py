@@ -54,14 +54,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_whole(out: Path) -> Path | None:
-    """The latest whole checkpoint of a run."""
+    """The latest complete checkpoint of a run."""
     return next(filter(is_whole, _checkpoints(out)), None)
 
 
 def last_whole_named(out: Path) -> str:
     """The end of a message about a run that stopped."""
     found = last_whole(out)
-    return "no checkpoint yet" if found is None else f"the last whole checkpoint is {found}"
+    return "no checkpoint yet" if found is None else f"the last complete checkpoint is {found}"
 
 
 def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
@@ -81,14 +81,16 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         return None
     if given.lower() != "true":
         if not is_whole(Path(given)):
-            raise ValueError(f"trainer.resume_from_checkpoint {given}: not a whole checkpoint; {last_whole_named(out)}")
+            raise ValueError(
+                f"trainer.resume_from_checkpoint {given}: not a complete checkpoint; {last_whole_named(out)}"
+            )
         return _with_state(Path(given))
     found = last_whole(out)
     broken = [folder for folder in _checkpoints(out) if found is None or step_of(folder) > step_of(found)]
     if found is None:
         named = f", {broken[0].name} was not saved to its end" if broken else ""
         raise ValueError(
-            f"trainer.resume_from_checkpoint true: {out} holds no whole checkpoint{named}; "
+            f"trainer.resume_from_checkpoint true: {out} holds no complete checkpoint{named}; "
             "train from the start, into a new folder"
         )
     for folder in broken:
@@ -114,7 +116,7 @@ def unmark_after(out: Path, step: int) -> None:
 
 
 def rotate(out: Path, limit: int | None) -> None:
-    """Keep the `limit` latest whole checkpoints, and remove what is before the first of them."""
+    """Keep the `limit` latest complete checkpoints, and remove what is before the first of them."""
     whole = [folder for folder in _checkpoints(out) if is_whole(folder)]
     if limit is not None and 0 < limit < len(whole):
         for folder in _checkpoints(out):

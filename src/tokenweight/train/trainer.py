@@ -1,5 +1,5 @@
 """A `transformers.Trainer` for long runs: it logs statistics of the weights, stops at what is not finite, and saves
-whole checkpoints."""
+complete checkpoints."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ class WeightedTrainer(Trainer):
 
     Raises:
         ValueError: when a loss, a gradient norm or a weight of the model is not finite, with the step, the row if one
-            is to blame, and the last whole checkpoint.
+            is to blame, and the last complete checkpoint.
         OSError: when a checkpoint or the trained model cannot be written.
 
     Example:
