@@ -144,7 +144,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def causal_parts(model: PreTrainedModel) -> CausalParts:
     """Decoder, head, and what happens to the logits after it, verified once per model and kept on it.
 
-    A head that was replaced, or parameters that began to be trained, are verified again.
+    They are verified again if the head was replaced or the attention switched, which decides whether packed documents
+    see each other. What the head trains is looked at every time.
 
     Raises:
         ValueError: if the model's logits are not its head times its decoder's hidden states, scaled and soft-capped.
@@ -153,10 +154,11 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
         inner = ": use model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
         raise ValueError(f"{type(model).__name__} is not a model of transformers{inner}")
     output = _output_head(model)
+    verified_with = (output, model.config._attn_implementation)
     known = model.__dict__.get("_causal_parts")
-    if known is None or known.output is not output:
-        known = model._causal_parts = _verified_parts(model, output)
-    return known
+    if known is None or known[0] != verified_with:
+        known = model._causal_parts = verified_with, _verified_parts(model, output)
+    return known[1]
 
 
 def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
