@@ -27,7 +27,10 @@ def test_a_small_model_counts_as_by_hand():
     per_layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
     layer = Attention(width=4 * (4 + 4), window=None)
     forward = count_forward(config_of("llama"))
-    assert forward == Forward(linear=2 * 2 * per_layer, head=2 * 16 * 61, attention=(layer, layer))
+    # Of 2 frequencies: older versions of transformers make the angles by a product.
+    angles = forward.linear - 2 * 2 * per_layer
+    assert angles in (0, 2 * 2)
+    assert forward[1:] == (2 * 16 * 61, (layer, layer))
     # 5 tokens see 1 + 2 + 3 + 4 + 5 tokens: two products of 4 heads x 4 dimensions for each pair, in 2 layers.
     assert forward.attended(5) == 2 * 15 * 2 * 2 * 16
     long, head = 5 * forward.linear + forward.attended(5), 4 * forward.head
