@@ -196,7 +196,7 @@ def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
     assert row.tokens.tolist() == [expected]
     model, batch = load_model(name), torch.tensor([expected])
     torch.testing.assert_close(row.long_nll, token_nll(model, batch), **OTHER_BATCH)
-    short_nll = Scorer(model, ShortContext(8, 3), bos=1)(batch)
+    short_nll = Scorer(model, ShortContext(8, 3), prefix=[1])(batch)
     torch.testing.assert_close(row.short_nll[:, 8:], short_nll[:, 8:], **OTHER_BATCH)
     assert torch.equal(row.short_nll[:, :8], row.long_nll[:, :8])
     assert row.mask.tolist() == [[False] + [True] * (len(expected) - 1)]

@@ -25,15 +25,17 @@ def test_the_short_context_of_a_sequence_is_a_quarter_of_it_by_default():
 
 
 @pytest.mark.parametrize("skip_first", [False, True])
-@pytest.mark.parametrize("bos", [None, 7])
-def test_every_window_reads_its_own_document_and_its_scored_tokens_are_found_in_the_batch(skip_first, bos):
+@pytest.mark.parametrize("prefix", [(), (7,), (7, 8)])
+def test_every_window_reads_its_own_document_and_its_scored_tokens_are_found_in_the_batch(skip_first, prefix):
     context, starts = ShortContext(5, 3), [[0, 9, 10, 23], [0]]
     tokens = torch.randint(100, (2, 30), generator=torch.Generator().manual_seed(0))
     positions = torch.zeros(2, 30, dtype=torch.long)
     for row, begins in enumerate(starts):
         for begin in begins:
             positions[row, begin:] = torch.arange(30 - begin)
-    tokens[0, 9] = 7
+    tokens[0, 9] = 7  # a document of one token
+    tokens[0, 10:12] = tokens[1, :2] = torch.tensor([7, 8])
+    tokens[0, 23:25] = torch.tensor([7, 9])
     expected = []  # (row, token that is scored, what its window reads)
     for row, begins in enumerate(starts):
         for begin, end in zip(begins, [*begins[1:], 30]):
@@ -41,11 +43,11 @@ def test_every_window_reads_its_own_document_and_its_scored_tokens_are_found_in_
             first = [] if skip_first or end - begin < 2 else [(0, 1, min(5, end - begin))]
             for start, scored, stop in [*first, *windows]:
                 read = tokens[row, begin + start : begin + stop].tolist()
-                if bos is not None and tokens[row, begin] == bos:
-                    read[0] = bos
+                if tokens[row, begin : begin + len(prefix)].tolist() == [*prefix]:
+                    read[: len(prefix)] = prefix[: len(read)]
                 expected += [(row, begin + t, read) for t in range(scored, stop)]
     passes = plan_passes(tokens, positions, context, skip_first=skip_first)
-    reading = read_passes(passes, tokens, None, bos)
+    reading = read_passes(passes, tokens, None, prefix)
     width = reading.tokens.shape[1]
     found = []
     for inside, target in zip(reading.inside.tolist(), reading.target.tolist()):

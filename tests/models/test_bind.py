@@ -333,15 +333,16 @@ def test_a_model_is_verified_once_however_often_it_is_bound_and_read():
     token_nll(model, tokens)
     first = len(calls)
     assert first > 1
-    bind(model, Dense(), Scorer(model, size=4))
+    for weighting in (Dense(), Sparse()):
+        bind(model, weighting, Scorer(model, size=4))
     token_nll(model, tokens)
-    assert len(calls) == first + 1
+    assert len(calls) == first + 3  # its own loss and ours
     model.resize_token_embeddings(len(models.some_tokens(1, 9)) + 200)
     token_nll(model, tokens)
-    assert len(calls) == 2 * first + 1
+    assert len(calls) == 2 * first + 3
     model.set_attn_implementation("eager" if model.config._attn_implementation != "eager" else "sdpa")
     token_nll(model, tokens)
-    assert len(calls) == 3 * first + 1
+    assert len(calls) == 3 * first + 3
 
 
 def test_a_model_that_would_let_the_trainer_divide_by_accumulation_steps_does_not(tmp_path):

@@ -82,19 +82,19 @@ def bound_step(weighting, *, self_scored=False):
     weighting = parse_weighting(weighting)
     short_nll = scorer(tokens) if weighting.uses_short and not self_scored else None
     with_weighted_loss(model, weighting, scorer if self_scored else None)
-    return lambda: model(tokens, tokens, short_nll, num_items_in_batch=46).loss.backward()
+    return lambda: model(tokens, labels=tokens, short_nll=short_nll, num_items_in_batch=46).loss.backward()
 
 
-# Which rows have a target and a weight is 1 wait per loss, of which dense and sparse have 2; stored scores are checked
-# before the model runs, losses and weights after; of a scorer its tokens, its loss, and the scores.
+# Which rows have a target and a weight is 1 wait per loss, of which dense and sparse have 2; labels and stored scores
+# are checked before the model runs, losses and weights after; of a scorer its tokens, its loss, and the scores.
 @pytest.mark.parametrize(
     ("weighting", "settings", "expected"),
     [
         ("uniform", {}, {"loss.py": 1, "weightings.py": 1}),
-        ("longce", {}, {"loss.py": 1, "weightings.py": 2}),
-        ("dense", {}, {"loss.py": 2, "weightings.py": 2}),
-        ("sparse", {}, {"loss.py": 2, "weightings.py": 2}),
-        ("dense", {"self_scored": True}, {"loss.py": 3, "weightings.py": 2, "scorer.py": 1}),
+        ("longce", {}, {"inputs.py": 1, "loss.py": 1, "weightings.py": 1}),
+        ("dense", {}, {"inputs.py": 1, "loss.py": 2, "weightings.py": 1}),
+        ("sparse", {}, {"inputs.py": 1, "loss.py": 2, "weightings.py": 1}),
+        ("dense", {"self_scored": True}, {"inputs.py": 1, "loss.py": 3, "weightings.py": 2, "scorer.py": 1}),
     ],
 )
 def test_a_step_waits_for_the_device_as_few_times_as_its_checks_need(weighting, settings, expected):

@@ -46,7 +46,9 @@ def golden_model():
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(c[k]) for k in ("length", "size", "stride", "bos")))
 def test_short_and_long_losses_equal_those_of_the_reference_implementation(case, golden_model):
     tokens = torch.tensor(case["tokens"])
-    scorer = Scorer(golden_model, ShortContext(case["size"], case["stride"]), bos=case["bos"])
+    scorer = Scorer(
+        golden_model, ShortContext(case["size"], case["stride"]), prefix=() if case["bos"] is None else (case["bos"],)
+    )
     # Two float32 computations of numbers up to 16, through two layers: some dozen roundings of 16 * 2**-24.
     for actual, name in ((scorer(tokens), "short"), (token_nll(golden_model, tokens), "long")):
         torch.testing.assert_close(actual, torch.tensor(case[name]), rtol=0, atol=4e-5)
@@ -110,7 +112,7 @@ def test_packed_documents_are_scored_as_if_alone(kind, bos):
         [torch.cat([slow(model, document, context, bos=bos) for document in row.split(LENGTHS)]) for row in tokens]
     )
     # Where the model knows absolute positions, they restart with each window.
-    losses = Scorer(model, context, bos=bos)(tokens, position_ids=RESTARTING.expand(2, -1))
+    losses = Scorer(model, context, prefix=() if bos is None else (bos,))(tokens, position_ids=RESTARTING.expand(2, -1))
     torch.testing.assert_close(losses, expected, **CLOSE[kind])
 
 
@@ -140,7 +142,7 @@ def test_windows_are_packed_where_attention_itself_keeps_documents_apart_and_pad
     shapes = {"sdpa": (8, 8), "documents_apart": (1, sum(window_lengths))}
     for attention, shape in shapes.items():
         model, read = models.tiny(attn_implementation=attention), []
-        scorer = Scorer(model, context, bos=bos)
+        scorer = Scorer(model, context, prefix=() if bos is None else (bos,))
         model.model.register_forward_pre_hook(
             lambda module, args, kwargs, read=read: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
@@ -155,7 +157,7 @@ def test_windows_are_packed_where_attention_itself_keeps_documents_apart_and_pad
 def test_bos_begins_each_window_of_a_document_that_begins_with_it_and_no_other():
     model, tokens, context = models.tiny("gpt2"), models.some_tokens(3, 30), ShortContext(8, 5)
     tokens[1, 0] = tokens[2, 11] = BOS
-    with_bos = Scorer(model, context, bos=BOS)(tokens)
+    with_bos = Scorer(model, context, prefix=[BOS])(tokens)
     torch.testing.assert_close(with_bos[1], slow(model, tokens[1], context, bos=BOS), **CLOSE["gpt2"])
     without_bos = Scorer(model, context)(tokens)
     torch.testing.assert_close(with_bos[[0, 2]], without_bos[[0, 2]], **CLOSE["gpt2"])

@@ -98,7 +98,7 @@ def test_a_step_that_was_not_ended_counts_as_one_and_evaluations_not_at_all():
     model(**other)
     assert statistics.flush() == {}
     model.train()
-    model(one["input_ids"], one["labels"], one["short_nll"], attention_mask=one["attention_mask"])  # by position
+    model(one["input_ids"], one["attention_mask"], labels=one["labels"], short_nll=one["short_nll"])  # by position
     model.eval()(**other)
     assert told(statistics.flush()) == pytest.approx(expected([predicted_tokens(model, one)]), **SAME)
     statistics.remove()

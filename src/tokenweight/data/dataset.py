@@ -244,7 +244,7 @@ def score_text(
     if not row:
         raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
     context = ShortContext.of(len(row), size, stride)
-    scorer = Scorer(model, context, bos=tokenizer.bos_token_id)
+    scorer = Scorer(model, context, prefix=special_tokens(tokenizer)[0])
     tokens = torch.tensor([row], device=model.device)
     with numbered_from(number):
         long_nll = scorer.long_nll(tokens)

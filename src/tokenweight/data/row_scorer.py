@@ -50,7 +50,7 @@ class RowScorer:
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens, self.with_long = max_tokens, with_long
         suffixes = [f"_{size}" for size in sizes]
-        scorer = Scorer(model, contexts[0], bos=bos, max_tokens=max_tokens)
+        scorer = Scorer(model, contexts[0], prefix=() if bos is None else (bos,), max_tokens=max_tokens)
         self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
 
     @property

@@ -203,7 +203,8 @@ def find_key_tokens(
 
 def _finder(model: PreTrainedModel, plan: EvalPlan, rows: Rows) -> Scorer:
     """The scorer whose windows determine the key tokens."""
-    return Scorer(model, ShortContext(*plan.long_context), bos=rows.bos, max_tokens=rows.max_tokens)
+    prefix = () if rows.bos is None else (rows.bos,)
+    return Scorer(model, ShortContext(*plan.long_context), prefix=prefix, max_tokens=rows.max_tokens)
 
 
 def _read(scorer: Scorer, batch: dict[str, Any]) -> _Batch:

@@ -41,6 +41,4 @@ def document_positions(
     Where `position_ids` restart at 0, a document begins; skipped positions (PoSE) hold no tokens.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    if position_ids is None:
-        return columns
-    return columns - columns.where(position_ids == 0, 0).cummax(dim=1).values
+    return columns if position_ids is None else columns - columns.where(position_ids == 0, 0).cummax(dim=1).values

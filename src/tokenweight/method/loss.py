@@ -187,7 +187,7 @@ class _Logits:
         of_target = z.gather(1, targets[:, None])
         z.sub_(largest).exp_()
         self.total = z.sum(dim=1, keepdim=True)
-        return (self.total.log() + largest - of_target).squeeze(1)
+        return (self.total.log() + (largest - of_target)).squeeze(1)  # large logits cancel before anything is rounded
 
     def add_gradients(
         self, grads: list[Tensor | None], rows: Tensor, states: Tensor, targets: Tensor, weights: Tensor

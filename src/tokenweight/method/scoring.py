@@ -83,13 +83,13 @@ class Reading(NamedTuple):
 
 
 def read_passes(
-    passes: Sequence[Pass], tokens: Int[Tensor, "batch seq"], position_ids: Tensor | None, bos: int | None
+    passes: Sequence[Pass], tokens: Int[Tensor, "batch seq"], position_ids: Tensor | None, prefix: Sequence[int]
 ) -> Reading:
     """One row a window. A shorter one repeats its last token at its end, which causal attention hides from the others.
 
     Args:
         position_ids: given only if positions are skipped (PoSE); those of a window then begin at 0.
-        bos: replaces the first token of a window, in documents that begin with it.
+        prefix: replaces the first tokens of a window, in documents that begin with it.
     """
     device, length = tokens.device, tokens.shape[1]
     width = max(one.num_tokens for one in passes)
@@ -99,9 +99,11 @@ def read_passes(
     ).to(device)
     rows = torch.tensor([[row] for row, _, _ in passes], device=device)
     read = tokens[rows, columns]
-    if bos is not None:
-        begins = tokens[rows, torch.tensor([[document] for _, document, _ in passes], device=device)]
-        read[:, :1] = torch.where(begins == bos, bos, read[:, :1])
+    if prefix:
+        first, num = torch.tensor(prefix, device=device), len(prefix)
+        begins = torch.tensor([[document] for _, document, _ in passes]) + torch.arange(num)
+        other = (tokens[rows, begins.clamp(max=length - 1).to(device)] != first).any(dim=1, keepdim=True)
+        read[:, :num] = read[:, :num].where(other, first[:width])
     positions = None
     if position_ids is not None:
         positions = position_ids[rows, columns] - position_ids[rows, columns[:, :1]]

@@ -75,7 +75,7 @@ class Weighting(ABC):
         zero = torch.zeros((), dtype=dtype, device=long.device)
         finite = mask & long.isfinite() & short.isfinite()  # what is not is refused below, in one wait for all three
         clean = [torch.where(finite, losses.to(dtype), zero) for losses in (long, short)]
-        weights = self.weigh(clean[0], clean[1], mask)
+        weights = self.weigh(clean[0], clean[1], mask.clone())  # it may write into what it is given
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
         check_finite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)

@@ -1,6 +1,4 @@
 from .bind import WeightedLossOutput as WeightedLossOutput
-from .bind import pack_bits as pack_bits
-from .bind import unpack_bits as unpack_bits
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts
@@ -16,6 +14,8 @@ from .checks import tokenizer_fingerprint as tokenizer_fingerprint
 from .checks import weights_fingerprint as weights_fingerprint
 from .context_parallel import context_mesh as context_mesh
 from .context_parallel import sequence_shard as sequence_shard
+from .inputs import pack_bits as pack_bits
+from .inputs import unpack_bits as unpack_bits
 from .load import find_tokenizer as find_tokenizer
 from .load import identity as identity
 from .load import load_config as load_config

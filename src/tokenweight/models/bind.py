@@ -1,39 +1,61 @@
 """Binds a weighting, and where the short losses come from, to the `forward` of a model."""
 
-import types
+import dataclasses
+import functools
+import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from tokenweight.method import (
-    ShortLosses,
-    Weighting,
-    as_weighting,
-    check_finite,
-    prediction_mask,
-    weighted_loss,
-)
+from tokenweight.method import ShortLosses, Uniform, Weighting, aligned_with_tokens, as_weighting, weighted_loss
 from tokenweight.models.causal import CausalParts, causal_parts
-from tokenweight.models.context_parallel import sequence_shard
+from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, read_batch
+from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+
+class _Told(type):
+    """The type of what is absent: Accelerate, which gathers predictions for a Trainer, prints it in its error."""
+
+    def __repr__(cls) -> str:
+        return (
+            "no logits: a model with a weighted loss makes none where labels are given: expected an evaluation of the "
+            "loss alone, without compute_metrics and predict, or a call without labels"
+        )
+
+
+class _NoLogits(metaclass=_Told):
+    """What stands in place of logits, which are never materialized; whoever reads them is told so."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"logits.{name}: {type(self)!r}")
 
 
 @dataclass
 class WeightedLossOutput(ModelOutput):
     """The output of a bound model that is given labels. It has no logits: they are never materialized.
 
-    All but `loss` is token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and 0 where no token is
-    predicted (`mask`); under context parallelism, of whole sequences, on every rank.
+    Weights, losses of tokens and `mask` are token-aligned, `[batch, seq]`, float32 (or float64), without gradient, and
+    0 where no token is predicted (`mask`); under context parallelism, of whole sequences, on every rank.
     """
 
     loss: Any = None
+    """Where gradients are recorded, the weighted loss; without (`torch.no_grad()`, an evaluation), the unweighted one.
+    What the model adds to its own cross-entropy, as the balancing loss of experts, is in it."""
+    logits: Any = None
+    weighted_loss: Tensor | None = None
+    """The weighted loss alone, without gradient; None where an evaluation has no short losses."""
+    aux_loss: Tensor | None = None
+    """The balancing loss of experts, before its coefficient, if the model computes one."""
     weights: Tensor | None = None
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
@@ -48,9 +70,16 @@ class _Binding:
 
     weighting: Weighting
     scorer: Scorer | None
+    """Without its model, if that is the bound one: a model that held itself would outlive its last use."""
+    self_scored: bool
     parts: CausalParts
-    forward: Callable[..., Any]
     context: DeviceMesh | None  # rather than a process group, which cannot be copied
+    replaced: Callable[..., Any] | None
+    """A forward that somebody had put over that of the model's class before."""
+    names: frozenset[str]
+    """Those of its inputs."""
+    adds_terms: bool
+    """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
 
 
 def with_weighted_loss(
@@ -59,13 +88,14 @@ def with_weighted_loss(
     scorer: Scorer | None = None,
     context: DeviceMesh | None = None,
 ) -> PreTrainedModel:
-    """Make `model(input_ids, labels, ...).loss` the weighted loss. The model is changed in place and returned.
+    """Make `model(input_ids=..., labels=...).loss` the weighted loss. The model is changed in place and returned.
 
-        model(input_ids, labels, short_nll=None, num_items_in_batch=None, position_ids=None, attention_mask=None)
-
-    The loss is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch`
-    (which a `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the
-    predicted tokens of this batch; never by the sum of the weights. Without labels the model answers as before.
+    It takes what it took before, and beside it, by name, `short_nll` and `num_items_in_batch`. The loss is the sum over
+    predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which a
+    `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted
+    tokens of this batch; never by the sum of the weights. To this the model's own additions are added, as the balancing
+    loss of experts. Without labels the model answers as before. Under `torch.no_grad()`, as in `Trainer.evaluate()`,
+    `loss` is the unweighted loss, which may be compared between runs, and `weighted_loss` stands beside it.
 
     Short losses come from the column `short_nll` (`[batch, seq]`, nats, precomputed by `tokenweight score`), or from
     `scorer`: with `Scorer(model, ...)` the model scores itself (online), with another model that one does. A weighting
@@ -80,7 +110,8 @@ def with_weighted_loss(
             sequences. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
 
     Raises:
-        ValueError: if the model is not supported, or the weighting is not one; if there are a scorer and a context.
+        ValueError: if the weighting is not one, or there are a scorer and a context; if the model is not supported:
+            with equal weights, loss and gradient would not be those of its own forward (verified on a few tokens).
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
@@ -92,15 +123,26 @@ def with_weighted_loss(
             "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
             "(`tokenweight score`), and give no scorer"
         )
+    weighting, parts = as_weighting(weighting), causal_parts(model)
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
-    forward = model.forward if bound is None else bound.forward
-    model._token_weighting = _Binding(as_weighting(weighting), scorer, causal_parts(model), forward, context)
+    if bound is None and "_original_forward" in vars(model):
+        raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
+    if weighting.uses_short:
+        _warn_of_noise(model)
+    replaced = vars(model).get("forward") if bound is None else bound.replaced
+    taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
+    names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
+    binding = _Binding(weighting, None, False, parts, context, replaced, names, adds_terms=False)
+    binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
+    if scorer is not None:
+        self_scored = scorer.model is model
+        scorer = scorer.of(None) if self_scored else scorer
+        binding = dataclasses.replace(binding, scorer=scorer, self_scored=self_scored)
+    model._token_weighting = binding
     if bound is None:
-        model.register_forward_pre_hook(_check_fused_head, with_kwargs=True)
-    # A method rather than a closure: a deep copy, and the autocast wrapper of Accelerate, then rebind it to their own
-    # model.
-    model.forward = types.MethodType(_forward, model)
-    model.accepts_loss_kwargs = True  # some models deny it, and the Trainer would divide by accumulation steps instead
+        vars(model).pop("forward", None)
+        kind: Any = type(model)
+        model.__class__ = _bound_class(kind)
     return model
 
 
@@ -113,128 +155,194 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
     bound = getattr(model, "_token_weighting", None)
     if bound is None:
         raise ValueError(f"model: a {type(model).__name__} without a weighted loss: expected a bound model")
-    del model._token_weighting, model.forward, model.accepts_loss_kwargs
-    if getattr(bound.forward, "__func__", None) is not type(model).forward:  # a wrapper, as of autocast, was there
-        model.forward = bound.forward
-    for key, hook in [*model._forward_pre_hooks.items()]:
-        if hook is _check_fused_head:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    del model._token_weighting
+    if "_without_weighted_loss" in vars(type(model)):  # FSDP may have put a class of its own over it, which may stay
+        model.__class__ = type(model)._without_weighted_loss
+    if bound.replaced is not None:
+        model.forward = bound.replaced
     return model
 
 
-def pack_bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The bits of float32 values as int32: DeepSpeed and FSDP2 cast float columns of a batch to 16 bits."""
-    return values.to(torch.float32).view(torch.int32)
+@functools.cache
+def _bound_class(kind: Any) -> Any:
+    """The class of a bound model: its own, under its own name, but for `forward`.
 
+    A class rather than an attribute of the model: deep copies, pickles, FSDP and the wrappers of Accelerate treat it as
+    what it is, and the model does not hold itself.
+    """
+    signature = inspect.signature(kind.forward)
+    positional = [name for name, one in signature.parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
 
-def unpack_bits(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    """The inverse of `pack_bits`; values that are not integers of 32 bits are returned as they are."""
-    return values.view(torch.float32) if values.dtype == torch.int32 else values
-
-
-def _check_fused_head(model: Any, arguments: Any, named: dict[str, Any]) -> None:
-    """TRL puts a forward of its own over the bound one, and asks it for a loss without weights."""
-    if named.get("fused_lm_head"):
-        raise ValueError(
-            "TRL asks a model with a weighted loss for a loss of its own (fused_lm_head), without weights: expected "
-            "tokenweight.train.trl.TokenWeightedSFTTrainer in place of SFTTrainer"
-        )
-
-
-def _forward(
-    self: Any,
-    input_ids: Any = None,
-    labels: Tensor | None = None,
-    short_nll: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    position_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    bound: _Binding = self._token_weighting
-    labels = shift_labels if labels is None else labels
-    if labels is None:
-        if short_nll is not None or num_items_in_batch is not None:
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        bound = getattr(self, "_token_weighting", None)
+        own = _own_forward(self, None if bound is None else bound.replaced)
+        given = {**dict(zip(positional, arguments)), **named}
+        labels = given.get("labels") if given.get("labels") is not None else given.get("shift_labels")
+        if bound is not None and labels is not None:
+            signature.bind(self, *arguments)  # raises for too many
+            return _loss(self, bound, own, given)
+        if bound is not None and any(given.get(name) is not None for name in OF_THE_LOSS):
             raise ValueError(
                 "labels are missing: Trainer removes them when label_smoothing_factor or compute_loss_func is set; "
                 "unset both to use a weighted loss"
             )
-        return bound.forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
-    short_nll = None if short_nll is None else unpack_bits(short_nll)
-    share = None
-    if bound.context is not None:
-        share = sequence_shard(position_ids, bound.context)
-        labels = share.labels(shift_labels)
-        short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
-    _check(self, input_ids, labels, shift_labels, short_nll, kwargs)
-    kwargs.pop("return_dict", None)
-    kwargs.pop("use_cache", None)  # never used: with labels there is nothing to continue
-    mask = prediction_mask(labels, position_ids if share is None else None)
-    # Before the pass that keeps activations, so that both are not in memory at once.
-    short = _short_losses(self, input_ids, position_ids, short_nll)
-    decode = bound.parts.states if share is None else bound.parts.decoded
-    hidden = decode(input_ids, position_ids, attention_mask, **kwargs)
-    split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
-    found = weighted_loss(hidden, bound.parts.head, labels.where(mask, -100), mask, bound.weighting, short, **split)
-    num_ranks = 1 if bound.context is None else bound.context.size()
-    divisor = mask.sum().clamp(min=1) / num_ranks if num_items_in_batch is None else num_items_in_batch
-    positions = position_ids if share is None else None
-    return WeightedLossOutput(**{**found._asdict(), "loss": found.loss / divisor}, position_ids=positions)
+        own_names = {name: value for name, value in named.items() if name in signature.parameters or value is not None}
+        return own(*arguments, **own_names)
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = kind.__call__(self, *arguments, **named)
+        _check_answered(self, named, output)
+        return output
+
+    forward.__signature__ = _with_names_of_the_loss(signature)  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__
+    members = {
+        "forward": forward,
+        "__call__": call,
+        "__reduce_ex__": lambda self, protocol: (_revive, (kind,), self.__dict__),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "accepts_loss_kwargs": True,  # some models deny it: the Trainer would divide by accumulation steps instead
+        "_without_weighted_loss": kind,
+    }
+    return type(kind.__name__, (kind,), members)
 
 
-def _short_losses(
-    model: Any, input_ids: Tensor, position_ids: Tensor | None, short_nll: Tensor | None
-) -> ShortLosses | None:
-    """Stored short losses, else those of the scorer; None if the weighting uses none."""
-    bound: _Binding = model._token_weighting
-    if short_nll is not None:
-        return ShortLosses(short_nll)
-    if bound.scorer is None or not bound.weighting.uses_short:
-        return None
-    return bound.scorer.short_losses(input_ids, position_ids=position_ids, self_scored=bound.scorer.model is model)
+def _revive(kind: Any) -> PreTrainedModel:
+    """A bound model of that class, still empty: what a copy or a pickle begins with."""
+    bound = _bound_class(kind)
+    return bound.__new__(bound)
 
 
-def _check(
-    model: Any,
-    input_ids: Tensor | None,
-    labels: Tensor,
-    shift_labels: Tensor | None,
-    short_nll: Tensor | None,
-    kwargs: dict[str, Any],
-) -> None:
-    """Refuse what would make the weights silently wrong or absent."""
-    bound: _Binding = model._token_weighting
+def _with_names_of_the_loss(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a bound model: a Trainer keeps the columns that stand in it."""
+    rest = [one for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD]
+    named = [one for one in signature.parameters.values() if one not in rest and one.name not in OF_THE_LOSS]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OF_THE_LOSS]
+    return signature.replace(parameters=[*named, *added, *rest])
+
+
+def _own_forward(model: PreTrainedModel, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The forward of a model without a weighted loss."""
+    kind: Any = getattr(type(model), "_without_weighted_loss", type(model))
+    return functools.partial(kind.forward, model) if replaced is None else replaced
+
+
+def _adds_terms(model: PreTrainedModel, binding: _Binding) -> bool:
+    """Whether the model adds terms to its cross-entropy that nothing asks for. Verified once, and kept on the model."""
+    known = vars(model).get("_verified_loss")
+    if known is None or known[0] is not binding.parts:
+        own = _own_forward(model, binding.replaced)
+        uniform = dataclasses.replace(binding, weighting=Uniform(), context=None)
+
+        def ours(adds: bool, **inputs: Any) -> Tensor:
+            return _loss(model, dataclasses.replace(uniform, adds_terms=adds), own, inputs).loss
+
+        known = model._verified_loss = binding.parts, verify_loss(model, binding.parts, own, ours)
+    return known[1]
+
+
+def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
+    """Raise a ValueError if somebody's forward, put over ours later, answered to labels with a loss of its own."""
+    asked = named.get("labels") is not None or named.get("shift_labels") is not None
+    if not asked or isinstance(output, WeightedLossOutput) or getattr(model, "_token_weighting", None) is None:
+        return
+    function: Any = getattr(model.forward, "__func__", model.forward)
+    name = type(function).__name__
+    if hasattr(function, "__code__"):  # rather than its names, which functools.wraps takes over from ours
+        name = f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"
+    raise ValueError(
+        f"a model with a weighted loss answered with a loss without weights: {name} stands in place of its forward, as "
+        "after use_liger_kernel, or in TRL's SFTTrainer: expected no loss of theirs, or "
+        "tokenweight.train.trl.TokenWeightedSFTTrainer"
+    )
+
+
+def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str, Any]) -> WeightedLossOutput:
+    """What a bound model answers to labels: the weighted loss, and what it is made of."""
     bound.parts.check_head(model)
-    if shift_labels is not None and bound.context is None:
-        raise ValueError(
-            "a model with a weighted loss found shift_labels, as of sequences that are split over ranks: expected "
-            "with_weighted_loss(..., context=tokenweight.models.context_mesh(accelerator))"
-        )
-    unwanted = ("inputs_embeds", "loss_weights", "logits_to_keep", "return_dict")
-    unknown = [name for name in unwanted if kwargs.get(name) is not None and kwargs[name] is not True]
-    if unknown or input_ids is None:
-        raise ValueError(
-            "a model with a weighted loss takes input_ids, labels and short_nll: "
-            f"found {', '.join(unknown) or 'no input_ids'}"
-        )
-    if bound.context is None and labels.shape != input_ids.shape:
-        raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(input_ids.shape)}")
-    if short_nll is not None:
-        if short_nll.shape != labels.shape:
-            raise ValueError(
-                f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}"
-            )
-        if short_nll.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
-                "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use "
-                "tokenweight.train.DataCollatorWithScores"
-            )
-        check_finite({"short_nll": short_nll}, prediction_mask(labels))
-    elif bound.weighting.uses_short and bound.scorer is None:
+    check_names(given, bound.names, scored=bound.weighting.uses_short)
+    batch = read_batch(given, bound.context)
+    weighted = _has_short_losses(bound, batch)
+    weighting = bound.weighting if weighted else Uniform()
+    scores = weighting.uses_short and batch.short_nll is None
+    batch.check(scored=weighting.uses_short, scorer=scores)
+    # Before the pass that keeps activations, so that both are not in memory at once.
+    short = (
+        _scored(model, bound, batch) if scores else None if batch.short_nll is None else ShortLosses(batch.short_nll)
+    )
+    terms = _states(model, bound, own, batch, given)
+    mask, share = batch.mask, batch.share
+    split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
+    targets = batch.labels.where(mask, -100)
+    found = weighted_loss(terms.hidden, bound.parts.head, targets, mask, weighting, short, **split)
+    num_ranks = 1 if bound.context is None else bound.context.size()
+    num_items = mask.sum() / num_ranks if batch.num_items is None else batch.num_items
+    divisor = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    loss = found.loss if torch.is_grad_enabled() else found.long_nll.sum() / num_ranks
+    return WeightedLossOutput(
+        loss=loss / divisor + terms.added,
+        logits=_NoLogits(),
+        weighted_loss=(found.loss / divisor).detach() if weighted else None,
+        aux_loss=terms.aux_loss,
+        weights=found.weights if weighted else None,
+        long_nll=found.long_nll,
+        short_nll=found.short_nll if weighted else None,
+        mask=mask,
+        position_ids=batch.position_ids if share is None else None,
+    )
+
+
+def _has_short_losses(bound: _Binding, batch: Batch) -> bool:
+    """Whether weights can be computed; without them an evaluation has the unweighted loss only.
+
+    Raises:
+        ValueError: where gradients are recorded, and they cannot.
+    """
+    if not bound.weighting.uses_short or batch.short_nll is not None or bound.scorer is not None:
+        return True
+    if torch.is_grad_enabled():
         raise ValueError(
             f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "
             "model and it has no scorer: a collator, packing or remove_unused_columns dropped the column, or the data "
             "was never scored. Use tokenweight.train.DataCollatorWithScores, or bind the model with a Scorer"
+        )
+    return False
+
+
+def _scored(model: Any, bound: _Binding, batch: Batch) -> ShortLosses:
+    """The short losses of the bound scorer."""
+    scorer = bound.scorer
+    assert scorer is not None
+    if bound.self_scored:
+        scorer = scorer.of(model)
+    return scorer.short_losses(
+        batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        self_scored=bound.self_scored,
+    )
+
+
+def _states(model: Any, bound: _Binding, own: Callable[..., Any], batch: Batch, given: dict[str, Any]) -> OwnTerms:
+    """The hidden states that predict tokens, and what the model adds to its cross-entropy."""
+    inputs = {**bound.parts.inputs(batch.tokens, batch.position_ids, batch.attention_mask), **batch.rest}
+    if bound.adds_terms or asks_for_terms(model, given):
+        terms = own_terms(own, model, bound.parts, {**inputs, "labels": batch.labels})
+    else:
+        terms = OwnTerms(bound.parts.decoder(**inputs).last_hidden_state)
+    return terms if batch.share is not None else terms._replace(hidden=aligned_with_tokens(terms.hidden))
+
+
+def _warn_of_noise(model: PreTrainedModel) -> None:
+    """Say that dropout of the trained pass enters weights that compare it with a pass without."""
+    config = model.config.get_text_config().to_dict()
+    of_dropout = {name: value for name, value in config.items() if "dropout" in name or name.endswith("pdrop")}
+    found = [f"{name} {value}" for name, value in of_dropout.items() if isinstance(value, float) and value > 0]
+    found += [name for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0][:1]
+    if found:
+        logger.warning(
+            "%s: the losses with the long context are those of the training pass, dropout included, so that weights "
+            "differ from those of an evaluation: set it to 0 where weights should not be noisy",
+            found[0],
         )

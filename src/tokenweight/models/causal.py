@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,21 +78,36 @@ class CausalParts:
         **kwargs: Any,
     ) -> Float[Tensor, "batch seq dim"]:
         """The decoder's output at each token, not shifted; arguments and errors are those of `states`."""
+        inputs = self.inputs(tokens, position_ids, attention_mask)
+        return self.decoder(**inputs, **kwargs).last_hidden_state
+
+    def inputs(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None,
+        attention_mask: Tensor | None,
+    ) -> dict[str, Any]:
+        """What the decoder, or the model, is given so that packed documents do not see each other."""
         if position_ids is not None:
             attention_mask = _separating_mask(position_ids, attention_mask, self.max_packed_rows)
-        outputs = self.decoder(
-            input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **kwargs
-        )
-        return outputs.last_hidden_state
+        return {
+            "input_ids": tokens,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "use_cache": False,
+        }
 
     @torch.no_grad()
     def nll(
-        self, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq"]:
         """The loss of every token given all tokens before it in its row or document: `model.token_nll`."""
         targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
         with evaluating(self.decoder):
-            hidden = self.states(tokens, position_ids).flatten(0, 1)
+            hidden = self.states(tokens, position_ids, attention_mask).flatten(0, 1)
         return linear_nll(hidden, self.head.weight, targets, **self.head.after).view_as(tokens)
 
 
@@ -129,16 +144,21 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_pa
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while, and give every submodule its own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every submodule into training or evaluation mode for a while, and give each its own mode back afterwards."""
+    changed = [module for module in model.modules() if module.training != training]
     try:
-        for module in training:
-            module.training = False
+        for module in changed:
+            module.training = training
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in changed:
+            module.training = not training
+
+
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Switch dropout off for a while."""
+    return in_mode(model, training=False)
 
 
 def causal_parts(model: PreTrainedModel) -> CausalParts:
@@ -162,32 +182,30 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
 
 
 def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
-    """Find the parts, and verify on eight tokens that nothing is missing."""
-    name, config = type(model).__name__, model.config
-    decoder = model.base_model if model.base_model is not model else model.get_decoder()
-    if decoder is model:
-        raise ValueError(f"{name} is not supported: expected a decoder that is a part of the model")
+    """Find the parts, and verify on eight tokens that nothing is missing, and that no token is read ahead."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    candidates = [part for part in (model.base_model, model.get_decoder()) if part is not model]  # they differ in OPT
     softcap = getattr(config, "final_logit_softcapping", None)
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
-    seen: dict[str, Any] = {}
+    seen: dict[Any, Any] = {}
 
     def at_head(head: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
         # Here rather than later: under the autocast of a trained model, if it has one.
         plain = nn.functional.linear(arguments[0], head.weight, getattr(head, "bias", None))
         seen.update(read=arguments[0], plain=plain)
 
-    hooks = [
-        decoder.register_forward_hook(lambda module, arguments, result: seen.update(decoded=result)),
-        output.register_forward_hook(at_head),
-    ]
+    hooks = [part.register_forward_hook(lambda part, given, result: seen.update({part: result})) for part in candidates]
+    hooks.append(output.register_forward_hook(at_head))
     try:
         with torch.no_grad(), evaluating(model):
             expected = model(input_ids=tokens, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-    states = getattr(seen.get("decoded"), "last_hidden_state", None)
-    if states is None or "read" not in seen or not torch.equal(states, seen["read"]):
+    states = ((part, getattr(seen.get(part), "last_hidden_state", None)) for part in candidates)
+    given = ((part, state) for part, state in states if state is not None and "read" in seen)
+    decoder = next((part for part, state in given if torch.equal(state, seen["read"])), None)
+    if decoder is None:
         raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
     scale = _find_scale(config, seen["plain"], expected, softcap)
     if scale is None:
@@ -195,10 +213,13 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
             f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
             "or soft-capped as its configuration says"
         )
+    if _reads_ahead(decoder, tokens):
+        raise ValueError(
+            f"{name} is not supported: its attention is not causal: the states of tokens depend on those after them"
+        )
     # Flash attention knows packed documents in a batch of one row only.
     packed = (most for rows, most in ((2, math.inf), (1, 1.0)) if _separates(decoder, tokens, rows))
-    max_packed_rows = next(packed, 0.0)
-    return CausalParts(decoder, output, scale, softcap, max_packed_rows)
+    return CausalParts(decoder, output, scale, softcap, next(packed, 0.0))
 
 
 def _output_head(model: PreTrainedModel) -> Any:
@@ -228,19 +249,41 @@ def _trained_besides_weight_and_bias(output: Any) -> list[str]:
     return [name for name, gradient in zip(trained, gradients) if gradient is None]
 
 
-@torch.no_grad()
+def _reads_ahead(decoder: nn.Module, tokens: Int[Tensor, "1 seq"]) -> bool:
+    """Whether the states of tokens change when the last token does."""
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    change = _change(decoder, tokens, changed)
+    return _matters(change[:, :-1], change[:, -1:])
+
+
 def _separates(decoder: nn.Module, tokens: Int[Tensor, "1 seq"], num_rows: int) -> bool:
-    """Whether the second of two packed documents stays the same, to the bit, when the first one changes."""
+    """Whether the second of two packed documents stays the same when the first one changes.
+
+    Not to the bit: the sums of experts, and of some kernels, are rounded otherwise when other tokens of the batch
+    change. What is compared is the change that there is where nothing separates the documents.
+    """
     tokens, half = tokens.expand(num_rows, -1), tokens.shape[1] // 2
-    positions = torch.arange(tokens.shape[1], device=tokens.device).remainder(half).expand(num_rows, -1)
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(num_rows, -1)
     changed = torch.cat([tokens[:, :half].flip(1), tokens[:, half:]], dim=1)
+    try:
+        packed = _change(decoder, tokens, changed, position_ids=columns.remainder(half))
+        joined = _change(decoder, tokens, changed, position_ids=columns)
+    except TypeError:  # it takes no positions
+        return False
+    return not _matters(packed[:, half:], joined[:, half:])
+
+
+@torch.no_grad()
+def _change(decoder: nn.Module, *batches: Tensor, **inputs: Tensor) -> Tensor:
+    """The difference of the states of two batches."""
     with evaluating(decoder):
-        try:
-            runs = [decoder(input_ids=t, position_ids=positions, use_cache=False) for t in (tokens, changed)]
-        except TypeError:  # it takes no positions
-            return False
-    first, second = (run.last_hidden_state[:, half:] for run in runs)
-    return torch.equal(first, second)
+        first, second = (decoder(input_ids=tokens, use_cache=False, **inputs).last_hidden_state for tokens in batches)
+    return first - second
+
+
+def _matters(change: Tensor, whole: Tensor) -> bool:
+    """Whether a change is more than rounding, beside one that is whole."""
+    return bool(change.abs().max() > math.sqrt(torch.finfo(whole.dtype).eps) * whole.abs().max())
 
 
 def _find_scale(config: Any, plain: Tensor, expected: Tensor, softcap: float | None) -> float | None:

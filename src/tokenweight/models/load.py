@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def token_nll(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch seq"], position_ids: Int[Tensor, "batch seq"] | None = None
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch seq"],
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    attention_mask: Shaped[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """Loss of every token given all tokens before it in its row (in its document, where `position_ids` restart).
 
@@ -40,7 +43,7 @@ def token_nll(
     Returns:
         Nats, float32. Column t speaks of token t; 0 for the first token of a row or document, which nothing predicts.
     """
-    return causal_parts(model).nll(tokens, position_ids)
+    return causal_parts(model).nll(tokens, position_ids, attention_mask)
 
 
 def load_model(

@@ -3,11 +3,11 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from tokenweight.method import (
 )
 from tokenweight.models.causal import causal_parts, evaluating
 from tokenweight.models.checks import UnknownToken
+from tokenweight.models.inputs import documents_of
 from tokenweight.models.processes import any_process, is_sharded
 from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
 
@@ -39,8 +40,8 @@ class Scorer:
         context: size and stride of the windows, in tokens; or, in place of it,
         size: tokens that a window reads, and
         stride: tokens that a window scores; three quarters of `size` by default, as in the paper.
-        bos: id of the token that replaces the first token of a window, in documents that begin with it; None replaces
-            nothing.
+        prefix: ids of the special tokens with which a text begins: they replace the first tokens of a window, in
+            documents that begin with them. By default nothing is replaced.
         max_tokens: that one forward pass reads at most; at least one window is read. When memory does not suffice, the
             scorer halves it and goes on, with a warning.
 
@@ -62,7 +63,7 @@ class Scorer:
         *,
         size: int | None = None,
         stride: int | None = None,
-        bos: int | None = None,
+        prefix: Sequence[int] = (),
         max_tokens: int = 32768,
     ) -> None:
         if context is None:
@@ -73,9 +74,11 @@ class Scorer:
             raise ValueError(f"size {size}, stride {stride}: expected neither beside context, which has its own")
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-        self.context = context
-        check_stale_windows(model.config, self.context.size)
-        self.model, self.bos, self.max_tokens = model, bos, max_tokens
+        if len(prefix) >= context.size:
+            raise ValueError(f"prefix {list(prefix)}: expected fewer tokens than size, {context.size}")
+        check_stale_windows(model.config, context.size)
+        self.context, self.max_tokens = context, max_tokens
+        self.model, self.prefix = model, tuple(prefix)
         self.parts = causal_parts(model)
 
     def with_context(self, context: ShortContext) -> "Scorer":
@@ -85,11 +88,18 @@ class Scorer:
         scorer.context = context
         return scorer
 
+    def of(self, model: Any) -> "Scorer":
+        """The same scorer with its model taken out (None) or put in again, as it was found when this one was made."""
+        scorer = copy.copy(self)
+        scorer.model = model
+        return scorer
+
     def __call__(
         self,
         tokens: Int[Tensor, "batch seq"],
         *,
         position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
         long_nll: Float[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq"]:
         """The short loss of every token, windows never crossing from one packed document into another.
@@ -98,6 +108,7 @@ class Scorer:
             tokens: sequences of one length.
             position_ids: where they restart at 0, a document begins; larger jumps (PoSE) stay in the window. By default
                 each sequence is one document.
+            attention_mask: 0 at padding before and after each sequence, which no window reads.
             long_nll: the losses of the same model with the whole context. Given these, the first `size` tokens of a
                 document are not read again: their short and long context are the same, and so are the losses. (With
                 rotary frequencies that depend on the length of the input they are not, and are read.)
@@ -109,7 +120,8 @@ class Scorer:
             NonFinite: for a loss that is not finite, with row and position.
             ValueError: if a token is not in the model's vocabulary.
         """
-        short = self.short_losses(tokens, position_ids=position_ids, self_scored=long_nll is not None)
+        given = {"position_ids": position_ids, "attention_mask": attention_mask}
+        short = self.short_losses(tokens, **given, self_scored=long_nll is not None)
         return short.nll if long_nll is None else short.filled(long_nll)
 
     @torch.no_grad()
@@ -118,6 +130,7 @@ class Scorer:
         tokens: Int[Tensor, "batch seq"],
         *,
         position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
         self_scored: bool = False,
     ) -> ShortLosses:
         """The short losses of a model whose long losses are yet to come, or are those of another model.
@@ -129,6 +142,7 @@ class Scorer:
         The other arguments and errors are those of a call.
         """
         self._check(tokens)
+        position_ids = documents_of(position_ids, attention_mask)
         dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
         short_nll = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
         scored = torch.zeros_like(tokens, dtype=torch.bool)
@@ -146,7 +160,11 @@ class Scorer:
         return ShortLosses(short_nll, ~scored if skip_first else None)
 
     def long_nll(
-        self, tokens: Int[Tensor, "batch seq"], *, position_ids: Int[Tensor, "batch seq"] | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq"]:
         """The loss of every token with the whole sequence (or packed document) as context, by the same model.
 
@@ -156,8 +174,8 @@ class Scorer:
         losses: dict[int, Tensor] = {}
 
         def read(rows: list[int]) -> None:
-            positions = None if position_ids is None else position_ids[rows]
-            losses.update(zip(rows, self.parts.nll(tokens[rows], positions)))
+            positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
+            losses.update(zip(rows, self.parts.nll(tokens[rows], positions, mask)))
 
         self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
         long_nll = torch.stack([losses[row] for row in range(len(tokens))])
@@ -204,7 +222,7 @@ class Scorer:
         self, passes: list[Pass], tokens: Tensor, position_ids: Tensor | None, short_nll: Tensor, scored: Tensor
     ) -> None:
         """Read the windows in one forward pass and write the losses of their scored parts."""
-        reading = read_passes(passes, tokens, position_ids, self.bos)
+        reading = read_passes(passes, tokens, position_ids, self.prefix)
         lengths = [one.num_tokens for one in passes]
         if min(lengths) < max(lengths) and reading.position_ids is None and self.parts.packs_without_mask:
             reading = _packed(reading, lengths)

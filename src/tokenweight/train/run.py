@@ -52,7 +52,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         scoring.to(run.arguments.device)
     record = describe(run, provenance, contents, context, before, model.config)
     scored = context is not None and run.weighting.uses_short
-    scorer = Scorer(scoring, context, bos=getattr(tokenizer, "bos_token_id", None)) if scored else None
+    bos = getattr(tokenizer, "bos_token_id", None)
+    scorer = Scorer(scoring, context, prefix=() if bos is None else (bos,)) if scored else None
     try:
         trainer = WeightedTrainer(
             model=with_weighted_loss(model, run.weighting, scorer),

@@ -141,7 +141,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
             check_tokenizer(find_tokenizer(args.scorer), args.scorer, made, "train_dataset")
             scoring = load_model(args.scorer).to(args.device)
-        return Scorer(scoring, size=args.size, stride=args.stride, bos=self._tokenizer.bos_token_id)
+        bos = self._tokenizer.bos_token_id
+        return Scorer(scoring, size=args.size, stride=args.stride, prefix=() if bos is None else (bos,))
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.

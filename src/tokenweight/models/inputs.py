@@ -1,0 +1,200 @@
+"""What a batch says beside its tokens: every input of a bound model is used in all passes, or refused by name."""
+
+import functools
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.utils import TransformersKwargs
+
+from tokenweight.method import NonFinite, prediction_mask
+from tokenweight.models.context_parallel import SequenceShard, sequence_shard
+
+OF_THE_LOSS = ("short_nll", "num_items_in_batch")
+"""What a bound model takes beside the inputs of the model."""
+_REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
+"""Inputs of causal models that mean something else than the loss of the tokens."""
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""How kernels are told of the documents that position_ids tell apart."""
+
+
+def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None:
+    """Raise a ValueError unless every input is known, and is one that a pass with a short context may have, too.
+
+    Args:
+        given: all inputs of the model by name.
+        known: the names of those that the model takes, and of what is beside them.
+        scored: whether the weights compare the model with a short context.
+    """
+    present = {name: value for name, value in given.items() if value is not None}
+    if present.get("return_dict") is True:
+        del present["return_dict"]
+    refused = [name for name in _REFUSED if name in present]
+    unknown = sorted(present.keys() - known - set(TransformersKwargs.__annotations__))
+    if refused or unknown or "input_ids" not in present:
+        found = ", ".join([*refused, *unknown]) or "no input_ids"
+        expected = "masks as labels of -100, and documents as position_ids"
+        if "fused_lm_head" in unknown:  # of TRL, which asks for a loss of its own
+            expected = "tokenweight.train.trl.TokenWeightedSFTTrainer in place of SFTTrainer"
+        raise ValueError(
+            f"a model with a weighted loss takes input_ids, labels and short_nll: found {found}, which would not be "
+            f"heard: expected {expected}"
+        )
+    if "position_ids" not in present and (told := [name for name in _PACKING if name in present]):
+        raise ValueError(f"{told[0]}: found without position_ids: expected position_ids that restart at each document")
+    ours = ("input_ids", "labels", "position_ids", "attention_mask", "shift_labels", *OF_THE_LOSS, *_PACKING)
+    others = [name for name, value in present.items() if name not in ours and isinstance(value, Tensor)]
+    if scored and others:
+        raise ValueError(
+            f"{others[0]}: the model reads it beside the tokens, but no pass with a short context does, so that both "
+            "losses of a token would not differ by its context alone: expected tokens only, or a weighting without "
+            "short losses"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a bound model that is given labels, as `read_batch` understands them."""
+
+    tokens: Int[Tensor, "batch part"]
+    labels: Int[Tensor, "batch seq"]
+    """Of whole sequences, aligned with tokens."""
+    short_nll: Float[Tensor, "batch seq"] | None
+    num_items: Tensor | int | None
+    position_ids: Int[Tensor, "batch part"] | None
+    attention_mask: Tensor | None
+    rest: dict[str, Any]
+    """What else the model's decoder is to be given."""
+    share: SequenceShard | None
+    """Which part of the sequences the tokens are, where ranks split them."""
+
+    @functools.cached_property
+    def real(self) -> Bool[Tensor, "batch seq"] | None:
+        """False at padding; None without any, and where a mask does not speak of single tokens."""
+        mask = self.attention_mask
+        return mask != 0 if mask is not None and self.share is None and mask.shape == self.tokens.shape else None
+
+    @functools.cached_property
+    def mask(self) -> Bool[Tensor, "batch seq"]:
+        """True where a token is predicted and counts: a label other than -100, after another token of its document."""
+        mask = prediction_mask(self.labels, self.position_ids if self.share is None else None)
+        return mask if self.real is None else mask & self.real & self.real.roll(1, dims=1)
+
+    def check(self, *, scored: bool, scorer: bool) -> None:
+        """Raise a ValueError for a token that would be weighted or counted wrongly; the host waits for the device once.
+
+        Args:
+            scored: whether the weights compare the losses of tokens with two contexts.
+            scorer: whether a scorer is to read the tokens.
+        """
+        if scorer and self.attention_mask is not None and self.real is None:
+            shape = list(self.attention_mask.shape)
+            raise ValueError(
+                f"attention_mask has shape {shape}: expected that of input_ids, {list(self.tokens.shape)}: a scorer "
+                "cuts windows out of it"
+            )
+        wrong = dict(self._wrong(scored, scorer))
+        if not wrong:
+            return
+        places = torch.stack([*wrong.values()])
+        if not places.any():
+            return
+        number, row, column = places.nonzero()[0].tolist()
+        name, expected = [*wrong][number]
+        values: dict[str, Any] = {"short_nll": self.short_nll, "labels": self.labels, "attention_mask": self.real}
+        value = values[name][row, column]
+        if name == "short_nll":
+            raise NonFinite(name, row, column, value.item())
+        raise ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
+
+    def _wrong(self, scored: bool, scorer: bool) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """For each input, and what was expected of it, the tokens that are otherwise."""
+        named, counted = self.labels != -100, self.num_items is not None
+        if self.short_nll is not None:
+            yield ("short_nll", "a finite number"), self.mask & ~self.short_nll.isfinite()
+        if self.share is not None:
+            return
+        if scored:
+            other = self.labels != self.tokens
+            yield ("labels", "the token itself, of which the short loss speaks"), self.mask & other
+        later = torch.ones_like(named)
+        later[:, 0] = False
+        if counted and self.position_ids is not None:
+            expected = "-100 where a document begins, which nothing predicts (tokenweight.train.DataCollatorWithScores)"
+            yield ("labels", expected), named & later & (self.position_ids == 0)
+        if self.real is None:
+            return
+        yield ("labels", "-100 at padding, where attention_mask is 0"), named & ~self.real
+        begins = self.real & ~(self.real.roll(1, dims=1) & later)
+        if counted:
+            yield ("labels", "-100 at the token after padding, which nothing predicts"), named & later & begins
+        if scorer:
+            expected = "1 from the first token of a sequence to its last, and padding only before and after"
+            yield ("attention_mask", expected), begins & (begins.cumsum(dim=1) > 1)
+
+
+def read_batch(given: dict[str, Any], context: DeviceMesh | None) -> Batch:
+    """Understand the inputs of a bound model, whose names `check_names` has seen.
+
+    Args:
+        context: the ranks over which sequences are split.
+
+    Raises:
+        ValueError: if labels and short losses have not the shape of the tokens, or losses are not exact.
+    """
+    rest, share = dict(given), None
+    names = ("input_ids", "labels", "short_nll", "num_items_in_batch", "position_ids", "attention_mask", "shift_labels")
+    tokens, labels, short_nll, num_items, position_ids, mask, shift_labels = (rest.pop(name, None) for name in names)
+    rest.pop("return_dict", None)
+    rest.pop("use_cache", None)  # never used: with labels there is nothing to continue
+    short_nll = None if short_nll is None else unpack_bits(short_nll)
+    if context is not None:
+        share = sequence_shard(position_ids, context)
+        labels = share.labels(shift_labels)
+        short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
+    elif shift_labels is not None:
+        raise ValueError(
+            "a model with a weighted loss found shift_labels, as of sequences that are split over ranks: expected "
+            "with_weighted_loss(..., context=tokenweight.models.context_mesh(accelerator))"
+        )
+    elif position_ids is not None:
+        position_ids = position_ids.expand(tokens.shape)
+    if share is None and labels.shape != tokens.shape:
+        raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(tokens.shape)}")
+    if short_nll is not None and short_nll.shape != labels.shape:
+        raise ValueError(f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}")
+    if short_nll is not None and short_nll.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
+            "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use "
+            "tokenweight.train.DataCollatorWithScores"
+        )
+    return Batch(tokens, labels, short_nll, num_items, position_ids, mask, rest, share)
+
+
+def documents_of(
+    position_ids: Int[Tensor, "batch seq"] | None, attention_mask: Shaped[Tensor, "batch seq"] | None
+) -> Int[Tensor, "batch seq"] | None:
+    """Positions that restart at 0 where padding begins and ends, too: no window then reads both padding and text."""
+    if attention_mask is None:
+        return position_ids
+    real = attention_mask != 0
+    columns = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    edges = torch.cat([torch.zeros_like(real[:, :1]), real[:, 1:] != real[:, :-1]], dim=1)
+    starts = columns.where(edges, 0).cummax(dim=1).values
+    positions = columns if position_ids is None else position_ids
+    return positions - positions.gather(1, starts)
+
+
+def pack_bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The bits of float32 values as int32: DeepSpeed and FSDP2 cast float columns of a batch to 16 bits."""
+    return values.to(torch.float32).view(torch.int32)
+
+
+def unpack_bits(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The inverse of `pack_bits`; values that are not integers of 32 bits are returned as they are."""
+    return values.view(torch.float32) if values.dtype == torch.int32 else values
