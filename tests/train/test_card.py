@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 
 import models
 from texts import trained_tokenizer
-from tokenweight import ShortContext, cli, parse_weighting
+from tokenweight import ShortContext, cli, load_model, parse_weighting
 from tokenweight.data import Contents, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
+from tokenweight.models import weights_fingerprint
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, resolve, train
 from tokenweight.train.card import FORMULAS, write_card
@@ -70,8 +71,10 @@ def changed(folder, **changes):
 def test_a_trained_folder_has_a_card_that_says_what_its_records_say(place):
     found, run = lines(place / "trained"), read_json(place / "trained" / "run.json")
     fingerprint = run["data"]["weights_fingerprint"]
+    began = weights_fingerprint(load_model(place / "model"))
+    assert run["model"]["weights_fingerprint"] == began
     loss = [json.loads(line) for line in (place / "trained" / "metrics.jsonl").read_text().splitlines()][-2]["loss"]
-    assert found["Base model"] == f"`{place}/model`"
+    assert found["Base model"] == f"`{place}/model`, fingerprint of its weights {began}"
     theta = 1e4 * 4 ** (4 / 2)  # s^(d / (d - 2)) for s = 4 and the d = 4 dimensions of a head
     context = f"default, 512 positions, theta {theta:g}; before training: default, 128 positions, theta 10000"
     assert found["Context"] == context
@@ -103,7 +106,9 @@ def test_a_trained_folder_has_a_card_that_says_what_its_records_say(place):
 def test_what_is_not_known_is_left_out(folder):
     (folder / "metrics.jsonl").unlink()
     full = set(lines(folder))
-    gone = dict.fromkeys(["rope", "texts", "rows", "arguments", "versions", "device", "commit", "date", "command"])
+    gone = dict.fromkeys(
+        ["model", "rope", "texts", "rows", "arguments", "versions", "device", "commit", "date", "command"]
+    )
     found = changed(folder, data={}, **gone)
     assert set(found) == {"Base model", "Weighting", "Short losses", "Weights", "Again"} < full
     assert found["Short losses"] == "stored"
@@ -139,7 +144,10 @@ def test_names_of_the_hub_are_in_the_front_matter_and_those_of_files_are_not(fol
             {"scorer": "self", "size": 16, "stride": 12},
             "the model itself, as it is trained, windows of 16 tokens, stride 12",
         ),
-        ({"scorer": "judge", "size": 16, "stride": 12}, "`judge`, frozen, windows of 16 tokens, stride 12"),
+        (
+            {"scorer": "judge", "size": 16, "stride": 12},
+            "`judge`, frozen, windows of 16 tokens, stride 12, revision a1",
+        ),
         ({"weighting": "uniform"}, None),
         ({"data": {"context": {"size": 20, "stride": 15}}}, "windows of 20 tokens, stride 15"),
     ],
@@ -148,8 +156,21 @@ def test_the_scorer_is_the_one_that_scored(given, said, folder):
     given = dict(given)
     run = read_json(folder / "run.json")
     data = {**run["data"], **given.pop("data", {})}
-    found = changed(folder, settings={**run["settings"], **given}, data=data).get("Short losses")
+    scorer = {"model": "judge", "revision": "a1"}
+    found = changed(folder, settings={**run["settings"], **given}, data=data, scorer=scorer).get("Short losses")
     assert found == said or said in found
+
+
+def test_the_weights_that_the_run_began_from_are_named(folder):
+    settings = {**read_json(folder / "run.json")["settings"], "model": "some/model"}
+    found = changed(folder, settings=settings, model={"revision": "a1b2", "weights_fingerprint": "0123"})
+    assert found["Base model"] == "`some/model`, revision a1b2, fingerprint of its weights 0123"
+
+
+@pytest.mark.parametrize(("weighting", "allowed"), [("dense", False), ("sparse:keep=0.1", False), ("my.weights", True)])
+def test_the_command_that_repeats_a_run_allows_its_code(weighting, allowed, folder):
+    found = changed(folder, settings={**read_json(folder / "run.json")["settings"], "weighting": weighting})
+    assert ("--allow_code" in found["Again"]) is allowed
 
 
 def test_each_weighting_of_the_library_has_its_formula():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,19 @@ import pytest
 import torch
 from distributed import LENGTHS, fit, fit_weighted, some_rows
 from runs import SAME_LOSSES, SAME_WEIGHTS, packed
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    PreTrainedConfig,
+    TrainerCallback,
+    default_data_collator,
+)
 
 import models
 from texts import trained_tokenizer
 from tokenweight import Dense, Scorer, ShortContext, Uniform, load_model, parse_weighting, token_nll, with_weighted_loss
 from tokenweight.data import score_folder
+from tokenweight.models import find_tokenizer, load_config, load_tokenizer
 from tokenweight.records import read_json
 from tokenweight.train import DataCollatorWithScores, TrainSettings, WeightedTrainer, read_recipe, train
 
@@ -231,6 +239,147 @@ def test_a_resumed_run_ends_as_if_undisturbed(settings):
     for name, weight in train(dataclasses.replace(settings, trainer=again)).state_dict().items():
         assert torch.equal(weight, trained.state_dict()[name]), name
     assert logged(settings.out) == first
+
+
+def test_a_checkpoint_is_resumed_from_by_its_name_in_the_folder(settings):
+    train(settings)
+    first = logged(settings.out)
+    shutil.rmtree(f"{settings.out}/checkpoint-4")
+    train(dataclasses.replace(settings, trainer={**settings.trainer, "resume_from_checkpoint": "checkpoint-2"}))
+    assert logged(settings.out) == first
+    gone = {**settings.trainer, "resume_from_checkpoint": "checkpoint-9999"}
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint .*checkpoint-9999: not a complete .*checkpoint-4$"):
+        train(dataclasses.replace(settings, trainer=gone))
+
+
+def test_the_record_of_a_resumed_run_repeats_the_run_that_was_made(settings, tmp_path):
+    train(settings)
+    longer = {**settings.trainer, "max_steps": 6, "resume_from_checkpoint": "true"}
+    trained = train(dataclasses.replace(settings, trainer=longer))
+    record = read_json(Path(settings.out) / "run.json")
+    assert record["settings"]["trainer"] == {**settings.trainer, "max_steps": 6}
+    assert "trainer.max_steps is 4 there, 6 now" in record["resumed"][0]["changed"]
+    assert "| Trained | 6 steps" in (Path(settings.out) / "README.md").read_text()
+    again = TrainSettings(**{**read_recipe(Path(settings.out) / "run.json"), "out": str(tmp_path / "again")})
+    for name, weight in train(again).state_dict().items():
+        assert torch.equal(weight, trained.state_dict()[name]), name
+    assert logged(again.out) == logged(settings.out)
+
+
+class Failing(TrainerCallback):
+    """Raises after some steps have been made."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            (Path(args.output_dir) / "runs").mkdir()  # as trackers do
+            (Path(args.output_dir) / "runs" / "events").write_text("of a tracker")
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [TypeError("in the first step"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("there", [False, True])
+def test_what_ends_a_run_before_its_first_step_leaves_nothing_of_it(there, error, settings, tmp_path):
+    out = tmp_path / "some" / "where"
+    if there:
+        out.mkdir(parents=True)
+    settings = dataclasses.replace(settings, out=str(out))
+    with pytest.raises(type(error)):
+        train(settings, [Failing(0, error)])
+    assert list(tmp_path.rglob("*")) == ([out.parent, out] if there else [])
+    train(settings)
+    assert (out / "model.safetensors").exists()
+
+
+def test_what_ends_a_run_later_leaves_what_it_has_made(settings):
+    with pytest.raises(RuntimeError):
+        train(settings, [Failing(1, RuntimeError("in the second step"))])
+    assert (Path(settings.out) / "run.json").exists()
+    assert [line["step"] for line in logged(settings.out)] == [1]
+
+
+def test_a_folder_of_another_that_cannot_be_trained_into_keeps_its_files(settings, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match=r"^out .*: is a file"):
+        train(settings)
+    with pytest.raises(ValueError, match=r"^out .*/inner: cannot be written to: Not a directory"):
+        train(dataclasses.replace(settings, out=f"{settings.out}/inner"))
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_a_model_without_a_trained_parameter_is_refused(settings, folders, monkeypatch, tmp_path):
+    def frozen(*args, **kwargs):
+        return load_model(*args, **kwargs).requires_grad_(False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenweight.train.run.load_model", frozen)
+        with pytest.raises(ValueError, match="model: all of its parameters are frozen"):
+            train(settings)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"^model .*: holds an adapter"):
+        train(dataclasses.replace(settings, model=str(adapter)))
+    assert list(tmp_path.iterdir()) == [adapter]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(64, 256), (1000, 1000), (int(1e30), int(1e30))])
+def test_the_tokenizer_of_an_extended_model_truncates_at_its_length(given, kept, settings, folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "model")
+    tokenizer = trained_tokenizer()
+    tokenizer.model_max_length = given
+    tokenizer.save_pretrained(tmp_path / "model")
+    train(dataclasses.replace(settings, model=str(tmp_path / "model"), extend={"length": 256}))
+    assert load_tokenizer(settings.out).model_max_length == kept
+    assert load_model(settings.out).config.max_position_embeddings == 256
+
+
+def test_a_revision_reaches_whatever_is_loaded_and_the_record_names_the_commit(settings, monkeypatch):
+    asked = []
+
+    def loading(load):
+        def loaded(name, *, revision=None, **kwargs):
+            asked.append(revision)
+            found = load(name, **kwargs)
+            if isinstance(found, PreTrainedConfig):
+                found._commit_hash = "a1b2c3"
+            return found
+
+        return loaded
+
+    for name, load in (("load_config", load_config), ("find_tokenizer", find_tokenizer), ("load_model", load_model)):
+        monkeypatch.setattr(f"tokenweight.train.run.{name}", loading(load))
+    train(dataclasses.replace(settings, revision="main"))
+    record = read_json(Path(settings.out) / "run.json")
+    assert asked == ["main"] * 3
+    assert record["settings"]["revision"] == "a1b2c3"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"warmup_steps": 4}, r"trainer\.warmup_steps 4, .* 4 steps \(max_steps\): .* never reaches 0\.01"),
+        ({"warmup_steps": 20, "max_steps": -1}, r"trainer\.warmup_steps 20, .* 8 steps"),
+        ({"warmup_steps": 3}, None),
+        ({"warmup_steps": 20, "lr_scheduler_type": "constant"}, None),
+        ({"lr_scheduler_kwargs": {"min_lr": 1}}, r"trainer\.lr_scheduler_kwargs .*: not used, .* constant_with_warmup"),
+        ({"neftune_noise_alpha": 5}, r"trainer\.neftune_noise_alpha 5: the long losses"),
+    ],
+    ids=str,
+)
+def test_settings_that_may_not_do_what_is_meant_are_warned_of_in_one_line(trainer, told, settings, caplog):
+    train(dataclasses.replace(settings, trainer={**settings.trainer, **trainer}))
+    warnings = [one.getMessage() for one in caplog.records if one.name.startswith("tokenweight")]
+    assert len(warnings) == (told is not None)
+    assert told is None or re.search(told, warnings[0])
+
+
+def test_noise_on_embeddings_is_not_warned_of_where_weights_need_no_losses(settings, caplog):
+    noise = {**settings.trainer, "neftune_noise_alpha": 5}
+    train(dataclasses.replace(settings, weighting="uniform", trainer=noise))
+    assert "neftune" not in caplog.text
 
 
 def test_a_checkpoint_without_the_state_of_its_training_is_not_gone_on_from(settings):

@@ -63,6 +63,10 @@ def test_a_recipe_may_leave_settings_to_their_defaults(tmp_path):
         ("model", "holds a str: expected settings"),
         ("", "holds a NoneType: expected settings"),
         ("settings: 3", "holds a int: expected settings"),
+        ("size: 3\nsize: 4", "found 'size' twice"),
+        ("trainer: {max_steps: 3}\ntrainer: {}", "found 'trainer' twice"),
+        ("trainer: {seed: 3, seed: 4}", "found 'seed' twice"),
+        ("max_step: 3", "max_steps is a field of trainer"),
         ("trainer: [max_steps]", "trainer is ['max_steps']: expected fields of TrainingArguments"),
         ("trainer:", "trainer is None: expected fields of TrainingArguments"),
         ("model: [m", "cannot be read: while parsing a flow sequence"),
@@ -106,6 +110,12 @@ def test_a_recipe_that_cannot_be_right_is_refused_in_one_line_that_names_it(text
         ({"include_num_input_tokens_seen": "true"}, {"include_num_input_tokens_seen": "all"}),
         ({"include_num_input_tokens_seen": "non_padding"}, {"include_num_input_tokens_seen": "non_padding"}),
         ({"max_steps": -1, "num_train_epochs": "0.5"}, {"max_steps": -1, "num_train_epochs": 0.5}),
+        ({"optim_args": {"a": "1e-6", "b": 2}}, {"optim_args": "a=1e-06,b=2"}),
+        ({"optim_args": "{a: 1e-6}"}, {"optim_args": "a=1e-06"}),
+        ({"optim_args": "a=1e-6,b=2"}, {"optim_args": "a=1e-6,b=2"}),
+        ({"debug": "[underflow_overflow]"}, {"debug": ["underflow_overflow"]}),
+        ({"optim_target_modules": ["attn", "mlp"]}, {"optim_target_modules": ["attn", "mlp"]}),
+        ({}, {"num_train_epochs": 1}),
         ({"learning_rate": None}, {"learning_rate": 5e-5}),  # the default of transformers, not that of the paper
     ],
     ids=str,
@@ -126,6 +136,13 @@ def test_checkpointing_of_activations_is_set_by_its_old_and_by_its_new_name(name
     arguments = training_arguments({name: "true", f"{name}_kwargs": "{use_reentrant: false}"}, tmp_path / "out")
     assert arguments.gradient_checkpointing is True
     assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_share_its_parts(tmp_path):
+    text = "\ufeffmodel: é\ntrainer: &common {seed: 3}\nextend: {<<: *common, length: 8}\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    expected = {"model": "é", "trainer": {"seed": 3}, "extend": {"seed": 3, "length": 8}}
+    assert read_recipe(tmp_path / "a.yaml") == expected
 
 
 def test_numbers_without_a_point_survive_the_way_through_json_and_yaml(tmp_path):
@@ -153,6 +170,8 @@ def test_numbers_without_a_point_survive_the_way_through_json_and_yaml(tmp_path)
         ({"lr_scheduler_kwargs": "{min_lr"}, "trainer.lr_scheduler_kwargs '{min_lr': expected a mapping"),
         ({"lr_scheduler_kwargs": [1]}, "trainer.lr_scheduler_kwargs [1]: expected a mapping"),
         ({"run_name": {"a": 1}}, "trainer.run_name {'a': 1}: expected text"),
+        ({"lr_scheduler_kwargs": "min_lr=1"}, "trainer.lr_scheduler_kwargs 'min_lr=1': expected a mapping"),
+        ({"train_sampling_strategy": "radnom"}, "trainer.train_sampling_strategy 'radnom': did you mean 'random'?"),
         ({"hub_token": "hf_x"}, "trainer.hub_token would be written into run.json"),
         ({"output_dir": "elsewhere"}, "trainer.output_dir"),  # settings have `out`
         ({"label_smoothing_factor": 0.1}, "put another loss in place of the weighted one"),

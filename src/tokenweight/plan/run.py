@@ -142,7 +142,7 @@ class _Recipe:
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
         with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
             arguments = training_arguments(settings.trainer, folder)
-        config, length, num_sequences = load_config(settings.model), None, None
+        config, length, num_sequences = load_config(settings.model, revision=settings.revision), None, None
         if settings.extend:
             extension = extension_arguments(settings.extend)
             config, length = extend_context(config, **extension), extension["length"]

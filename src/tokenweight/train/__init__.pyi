@@ -6,8 +6,10 @@ from .settings import Run as Run
 from .settings import TrainSettings as TrainSettings
 from .settings import check_known as check_known
 from .settings import extension_arguments as extension_arguments
+from .settings import is_flag as is_flag
 from .settings import read_recipe as read_recipe
 from .settings import resolve as resolve
+from .settings import trainer_field as trainer_field
 from .settings import training_arguments as training_arguments
 from .statistics import WeightStatistics as WeightStatistics
 from .trainer import WeightedTrainer as WeightedTrainer

@@ -41,6 +41,9 @@ TRAINER_FIELDS = {
 }
 """The fields of TrainingArguments that `run.json` keeps and the card shows, with what the card calls them."""
 
+_WEIGHTS = {"revision": "revision", "weights_fingerprint": "fingerprint of its weights"}
+"""What names the weights of a model, as in `tokenweight.models.identity`, with what the card calls it."""
+
 
 def write_card(folder: str | os.PathLike[str]) -> bool:
     """Write the card of a trained folder, from `run.json` and `metrics.jsonl`; in a card that is there, our section.
@@ -82,10 +85,10 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         f"{label} {arguments[key]}" for key, label in TRAINER_FIELDS.items() if arguments.get(key) not in (None, False)
     ]
     lines = {
-        "Base model": f"`{settings['model']}`",
+        "Base model": _base_model(run),
         "Context": _context(rope),
         "Weighting": f"`{settings['weighting']}`{_formula(settings['weighting'])}",
-        "Short losses": _scorer(settings, run.get("data", {})),
+        "Short losses": _scorer(settings, run.get("data", {}), run.get("scorer", {})),
         "Texts": _texts(run.get("texts", {})),
         "Rows": _rows(rows, run.get("data", {})),
         "Trained": _trained(rows, metrics),
@@ -97,7 +100,7 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Commit of tokenweight": run.get("commit"),
         "Date": run.get("date"),
         "Command": run.get("command") and f"`{shlex.join(run['command'])}`",
-        "Again": "`tokenweight train --config run.json --out again`, with the `run.json` of this folder",
+        "Again": _again(settings),
     }
     table = "\n".join(f"| {name} | {table_cell(text)} |" for name, text in lines.items() if text)
     intro = (
@@ -105,6 +108,18 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
     )
     return f"## Training\n\n{intro}\n\n| | |\n|---|---|\n{table}"
+
+
+def _base_model(run: dict[str, Any]) -> str:
+    began = run.get("model", {})
+    given = [f"{label} {began[key]}" for key, label in _WEIGHTS.items() if began.get(key)]
+    return ", ".join([f"`{run['settings']['model']}`", *given])
+
+
+def _again(settings: dict[str, Any]) -> str:
+    own = "." in settings["weighting"].partition(":")[0]  # a function of the user
+    options = " --allow_code" if own else ""
+    return f"`tokenweight train --config run.json --out again{options}`, with the `run.json` of this folder"
 
 
 def _context(rope: dict[str, str]) -> str | None:
@@ -117,7 +132,7 @@ def _formula(weighting: str) -> str:
     return f": {formula}" if formula else ""
 
 
-def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
+def _scorer(settings: dict[str, Any], data: dict[str, Any], scorer: dict[str, Any]) -> str | None:
     """Who scored, and with which windows."""
     if settings["weighting"] == "uniform":
         return None
@@ -128,9 +143,8 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any]) -> str | None:
     if name == "self" or (stored and not data.get("model")):
         who = "the model itself, as it is trained" if name == "self" else "stored"
     given = [f"windows of {size} tokens" if size else "", f"stride {stride}" if stride else ""]
-    if stored:
-        labels = {"revision": "revision", "weights_fingerprint": "fingerprint of its weights"}
-        given += [f"{label} {data[key]}" for key, label in labels.items() if data.get(key)]
+    weights = data if stored else scorer
+    given += [f"{label} {weights[key]}" for key, label in _WEIGHTS.items() if weights.get(key)]
     return ", ".join([who, *filter(None, given)])
 
 

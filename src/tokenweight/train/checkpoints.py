@@ -67,12 +67,17 @@ def last_whole_named(out: Path) -> str:
 def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
     """The checkpoint to resume from: the folder `trainer.resume_from_checkpoint`, or the latest whole one for "true".
 
-    Later checkpoints that are not whole are logged as warnings.
+    The folder may be named as it is within the run, `checkpoint-100`. Later checkpoints that are not whole are logged
+    as warnings.
 
     Raises:
         ValueError: if there is no such checkpoint, it is not whole, or the run would write into the folder of another.
     """
     given = arguments.resume_from_checkpoint
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out}: is a file; name a new folder")
+    if given is not None and given.lower() != "true" and not Path(given).is_dir() and len(Path(given).parts) == 1:
+        given = str(out / given)
     if arguments.process_index == 0 and out.exists() and any(out.iterdir()):
         own = given is not None and (given.lower() == "true" or Path(given).resolve().parent == out.resolve())
         if not own:

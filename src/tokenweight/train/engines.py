@@ -7,6 +7,8 @@ import torch
 import transformers
 from transformers import Trainer
 
+from tokenweight.train.arguments import check_processes
+
 
 def prepare_engine(trainer: Trainer) -> None:
     """Keep in float32 what Accelerate's FSDP2 would round to 16 bits: the loss, and sums of gradients.
@@ -20,11 +22,7 @@ def prepare_engine(trainer: Trainer) -> None:
             f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
             "second time: expected transformers 5.8 or newer"
         )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"trainer: {trainer.args.n_gpu} GPUs in one process: expected one, as under `torchrun --nproc-per-node "
-            f"{trainer.args.n_gpu} -m tokenweight train …`, or CUDA_VISIBLE_DEVICES=0"
-        )
+    check_processes(trainer.args)
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "

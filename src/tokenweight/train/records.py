@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ class FinishedRun(Exception):
 class Records(TrainerCallback):
     """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
 
-    def __init__(self, run: dict[str, Any], checkpoint: Path | None = None) -> None:
-        self.run, self.checkpoint = run, checkpoint
+    def __init__(
+        self, run: dict[str, Any], checkpoint: Path | None = None, keep: Callable[[], None] = lambda: None
+    ) -> None:
+        """`keep` is called after each step: there is something to keep."""
+        self.run, self.checkpoint, self.keep = run, checkpoint, keep
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,6 +48,11 @@ class Records(TrainerCallback):
                     _take_back(out / "metrics.jsonl", state)
         if 0 < state.max_steps <= state.global_step:
             raise FinishedRun  # the Trainer would make one step more
+        _warn_of_schedule(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What is in the folder is worth keeping now."""
+        self.keep()
 
     def on_log(
         self,
@@ -58,6 +67,20 @@ class Records(TrainerCallback):
         if state.is_world_process_zero:
             with writing("metrics.jsonl", out, out):
                 append_line(out / "metrics.jsonl", {"step": state.global_step, **(logs or {})})
+
+
+def _warn_of_schedule(args: TrainingArguments, state: TrainerState) -> None:
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    warmup = args.get_warmup_steps(state.max_steps)
+    if not state.is_world_process_zero:
+        return
+    if schedule != "constant" and warmup >= state.max_steps:
+        given, steps, rate = f"{args.warmup_steps:g}", state.max_steps, args.learning_rate
+        text = "trainer.warmup_steps %s, but the run has %d steps (max_steps): the learning rate never reaches %s"
+        logger.warning(text, given, steps, rate)
+    if schedule in ("constant", "constant_with_warmup") and args.lr_scheduler_kwargs:
+        text = "trainer.lr_scheduler_kwargs %s: not used, as lr_scheduler_type is %s"
+        logger.warning(text, args.lr_scheduler_kwargs, schedule)
 
 
 def _take_back(path: Path, state: TrainerState) -> None:
@@ -95,8 +118,10 @@ def describe(
     noted = ("texts", "hub", "subset", "split", "seed", "documents")
     windows = {} if context is None else dataclasses.asdict(context)
     fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
+    revision = getattr(before, "_commit_hash", None) or run.settings.revision
+    resolved = {"weighting": str(run.weighting), "revision": revision, **windows}
     return {
-        "settings": {**dataclasses.asdict(run.settings), "weighting": str(run.weighting), **windows},
+        "settings": {**dataclasses.asdict(run.settings), **resolved},
         "data": provenance,
         **environment(),
         "rows": {
@@ -120,7 +145,10 @@ def _rope(config: PreTrainedConfig) -> str | None:
 
 
 def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """The record of a run: what was there when it began, and under `resumed` each time that it went on."""
+    """The record of a run: where it began, and with which settings it ended; under `resumed`, each time it went on.
+
+    So `--config run.json` repeats the run as it was made, in one piece.
+    """
     if checkpoint is None or not (out / "run.json").is_file():
         return run
     earlier = read_json(out / "run.json")
@@ -131,7 +159,10 @@ def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[st
     changed = differences(there, now)
     if changed:
         logger.warning("%s goes on with other settings: %s", out, changed)
-    return {**earlier, "resumed": [*earlier.get("resumed", []), {"checkpoint": str(checkpoint), **run}]}
+    part = {"checkpoint": str(checkpoint), "changed": changed, **run}
+    trainer = {k: v for k, v in run["settings"]["trainer"].items() if k != "resume_from_checkpoint"}
+    latest = {"settings": {**run["settings"], "trainer": trainer}, "arguments": run["arguments"]}
+    return {**earlier, **latest, "resumed": [*earlier.get("resumed", []), part]}
 
 
 def _lasting(settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import inspect
 import os
+import site
+import sysconfig
 import types
 import typing
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tokenweight import method, models
+from tokenweight.train.arguments import check_run, check_values
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -49,6 +53,8 @@ class TrainSettings:
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: int | None = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
+    revision: str | None = None
+    """Revision of a hub model to train: a branch, a tag or a commit."""
     extend: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Context extension: length, method and its settings, also as `--extend.length N` (docs/models.md)."""
     dtype: str = "float32"
@@ -107,22 +113,29 @@ def resolve(settings: TrainSettings) -> Run:
 
     Raises:
         ValueError: for an unknown weighting, field of TrainingArguments or argument of `extend_context`, and for values
-            that they cannot have.
+            that they cannot have, here or on this machine.
     """
     arguments = training_arguments(settings.trainer, settings.out)
+    check_run(arguments)
     extension = extension_arguments(settings.extend)
     return Run(settings, method.parse_weighting(settings.weighting), arguments, extension)
 
 
-def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> dict[str, Any]:
     """Read the settings of a recipe (YAML), or of an earlier run (its `run.json`).
 
+    Args:
+        path: of the file.
+        allow_code: whether its weighting may be code that is not installed. Such code runs as soon as the recipe is
+            used, and a file that somebody else wrote is to be read before.
+
     Raises:
-        ValueError: if the file cannot be read, or has a key that no setting has, naming it.
+        ValueError: if the file cannot be read, or has a key that no setting has, naming it; for a weighting that is
+            code, unless it is allowed or installed.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(settings, dict) and "settings" in settings:
         settings = settings["settings"]
@@ -130,15 +143,57 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"config {path} holds a {type(settings).__name__}: expected settings, as in `model: …`")
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     for key in settings:
-        check_known(key, known, f"config {path}")
+        try:
+            check_known(key, known, f"config {path}")
+        except ValueError as error:
+            field = trainer_field(str(key))
+            raise ValueError(f"{error}; {field} is a field of trainer" if field else str(error)) from None
     number, fields = ((int, type(None)), "a whole number"), ((dict,), "fields of TrainingArguments")
-    arguments = ((dict,), "length, method and its settings")
-    expected = {"size": number, "stride": number, "trainer": fields, "extend": arguments}
+    arguments, text = ((dict,), "length, method and its settings"), ((str, type(None)), "text")
+    expected = {"size": number, "stride": number, "trainer": fields, "extend": arguments, "revision": text}
     for key, value in settings.items():
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"config {path}: {key} is {value!r}: expected {name}")
+    if not allow_code and not _is_installed(settings.get("weighting", "dense")):
+        raise ValueError(
+            f"config {path}: the weighting {settings['weighting']} is code that is not installed: read it, then allow "
+            "it by --allow_code, or name it as --weighting"
+        )
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML; of a key that is there twice, YAML itself would silently take the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"found {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _is_installed(weighting: str) -> bool:
+    """Whether a weighting is one of ours, or a function of an installed package; nothing is imported to find out.
+
+    The working directory, from which Python imports as well, may hold whatever was downloaded with a recipe.
+    """
+    name, dot, _ = weighting.partition(":")[0].strip().partition(".")
+    if not dot or name == "tokenweight":
+        return True
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            return True  # nowhere: an error of its own
+        found = [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
+        installed = [
+            Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib", "platstdlib")
+        ]
+        installed += [Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())]
+        builtin = spec.origin in ("built-in", "frozen")
+        return builtin or all(any(map(Path(place).resolve().is_relative_to, installed)) for place in found)
+    return False
 
 
 PAPER_ARGUMENTS = {
@@ -147,6 +202,7 @@ PAPER_ARGUMENTS = {
     "weight_decay": 0.01,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
+    "num_train_epochs": 1,
     "per_device_train_batch_size": 1,
     "logging_steps": 1,
     "report_to": "none",
@@ -171,11 +227,7 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
     import torch
     from transformers import TrainingArguments
 
-    kinds = typing.get_type_hints(TrainingArguments)
-    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    installed = {name: name for name in fields}
-    installed |= {old: new if new in fields else old for old, new in _RENAMED.items()}
-    installed |= {new: installed[old] for old, new in _RENAMED.items()}
+    hints, installed = typing.get_type_hints(TrainingArguments), _fields()
     for key in given:
         check_known(key, list(installed), "trainer")
     if "output_dir" in given:
@@ -186,21 +238,62 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
     # not finite, which are to stop a run, it would synchronize with the device in every batch.
     defaults = {"use_cpu": not torch.accelerator.is_available(), "logging_nan_inf_filter": False, **PAPER_ARGUMENTS}
     named = {installed[name]: value for name, value in {**defaults, **given}.items()}
-    values = {name: _typed(name, value, kinds[name]) for name, value in named.items() if value is not None}
+    values = {name: _typed(name, value, hints[name]) for name, value in named.items() if value is not None}
+    for field in dataclasses.fields(TrainingArguments):
+        choices = list(field.metadata.get("choices") or ())
+        if choices and field.name in values and values[field.name] not in choices:
+            raise ValueError(f"trainer.{field.name} {values[field.name]!r}: {_meant(values[field.name], choices)}")
+    check_values(values)
     if values.get("resume_from_checkpoint") == "false":
         del values["resume_from_checkpoint"]
     try:
         arguments = TrainingArguments(output_dir=str(out), **values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
-    if arguments.use_liger_kernel or arguments.label_smoothing_factor:
-        raise ValueError(
-            "trainer: use_liger_kernel and label_smoothing_factor put another loss in place of the weighted one: "
-            "expected neither"
-        )
+    except Exception as error:  # its engines, trackers and checks raise what they like
+        raise ValueError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
     if values.get("fsdp_config") and not arguments.fsdp:
         raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
     return arguments
+
+
+def _fields() -> dict[str, str]:
+    """The names by which a field of TrainingArguments can be set, each with its name in the installed version."""
+    from transformers import TrainingArguments
+
+    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    installed = {name: name for name in fields}
+    installed |= {old: new if new in fields else old for old, new in _RENAMED.items()}
+    return installed | {new: installed[old] for old, new in _RENAMED.items()}
+
+
+_SHORTER = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "warmup": "warmup_steps",
+}
+"""What other programs call a field."""
+
+
+def trainer_field(word: str, *, close: bool = True) -> str | None:
+    """The field of TrainingArguments that is meant by a word, if one is; with `close`, also one with a similar name."""
+    fields = list(_fields())
+    found = [_SHORTER.get(word, word)] if _SHORTER.get(word, word) in fields else []
+    return next(iter(found or (difflib.get_close_matches(word, fields, n=1, cutoff=0.8) if close else [])), None)
+
+
+def is_flag(field: str) -> bool:
+    """Whether an option `--trainer.FIELD` may stand without a value, and is then true.
+
+    Raises:
+        ValueError: for a field that TrainingArguments does not have.
+    """
+    from transformers import TrainingArguments
+
+    check_known(field, list(_fields()), "trainer")
+    name = _fields()[field]
+    hint = typing.get_type_hints(TrainingArguments)[name]
+    return name == "resume_from_checkpoint" or bool in _kinds(name, hint)
 
 
 _KINDS = {
@@ -213,11 +306,21 @@ _KINDS = {
 }
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value of a field of TrainingArguments in a type that the field has."""
+def _kinds(name: str, hint: Any) -> list[Any]:
+    """The types that a field of TrainingArguments can have."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
     kinds = [bool if kind is typing.Literal or name == "fsdp" else kind for kind in kinds]  # fsdp: no list of options
+    # A mapping as text is read here; other text names a file, of which these cannot be made.
+    return [kind for kind in kinds if kind is not str] if dict in kinds and name.endswith("_kwargs") else kinds
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value of a field of TrainingArguments in a type that the field has."""
+    kinds = _kinds(name, hint)
+    if name == "optim_args" and (isinstance(value, dict) or str(value).startswith("{")):  # a=1,b=2
+        given = _as(dict, yaml.safe_load(value) if isinstance(value, str) else value, alone=True)
+        return ",".join(f"{key}={item}" for key, item in given.items())
     choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)), None)
     if choices is not None:
         names = [choice.value for choice in choices]

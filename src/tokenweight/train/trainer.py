@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ class WeightedTrainer(Trainer):
     def __init__(self, *args: Any, size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         prepare_engine(self)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
+            )
+        if self.args.neftune_noise_alpha and self.model._token_weighting.weighting.uses_short:
+            logger.warning(
+                "trainer.neftune_noise_alpha %g: the long losses of a step hold this noise, the short ones do not, and "
+                "weights are made of both",
+                self.args.neftune_noise_alpha,
+            )
         if (ranks := context_mesh(self.accelerator)) is not None:
             bound = self.model._token_weighting
             with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks)
@@ -81,6 +92,17 @@ class WeightedTrainer(Trainer):
             named = name_row(self.train_dataset, tokens, labels, error.position)
             told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
             raise self._stop(told, self.state.global_step + 1) from error
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does; what it cannot make is named by its fields."""
+        with _named("optim", self.args.optim, "optim_args", self.args.optim_args):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does; what it cannot make is named by its fields."""
+        schedule = ("lr_scheduler_type", self.args.lr_scheduler_type)
+        with _named(*schedule, "lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
+            return super().create_scheduler(*args, **kwargs)
 
     def fit(self, checkpoint: Path | None = None) -> None:
         """Train, from a checkpoint if one is given, and write the trained model into the folder of the run."""
@@ -134,6 +156,16 @@ class WeightedTrainer(Trainer):
     def _stop(self, what: str, step: int | None = None) -> ValueError:
         step = self.state.global_step if step is None else step
         return ValueError(f"step {step}: {what}; {last_whole_named(self.out)}")
+
+
+@contextlib.contextmanager
+def _named(field: str, value: Any, settings: str, given: Any) -> Iterator[None]:
+    """Make whatever goes wrong within a ValueError that names a field of TrainingArguments, and its settings."""
+    try:
+        yield
+    except Exception as error:  # a missing package, a setting that it does not have, a text for a number
+        named = f"trainer.{field} {getattr(value, 'value', value)}" + (f": {settings} {given}" if given else "")
+        raise ValueError(f"{named}: {' '.join(str(error).split())}") from error
 
 
 def name_row(rows: datasets.Dataset, tokens: Tensor, labels: Tensor, position: int) -> str:
