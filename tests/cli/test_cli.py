@@ -110,7 +110,7 @@ def logged(folder):
 
 
 def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, run, place):
-    overrides = ["--trainer.max_steps", "2", "--weighting", "sparse:keep=0.5", "--trainer.seed=3"]
+    overrides = ["--trainer.max_steps", "2", "--trainer.bf16", "--weighting", "sparse:keep=0.5", "--trainer.seed=3"]
     status, printed, _ = run("train", "--config", "recipe.yaml", *overrides)
     assert status == 0
     assert printed.endswith("trained: the trained model, run.json and metrics.jsonl\n")
@@ -118,6 +118,7 @@ def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, 
     assert settings["weighting"] == "sparse:keep=0.5,seed=0"
     assert {name: str(value) for name, value in settings["trainer"].items()} == {
         "max_steps": "2", "learning_rate": "1e-3", "disable_tqdm": "True", "seed": "3",
+        "bf16": "True",
     }  # fmt: skip
     assert [step for step, _, _ in logged(place / "trained")] == [1, 2]
     trained = AutoModelForCausalLM.from_pretrained(place / "trained")
@@ -181,8 +182,25 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         ([*TRAIN, "--trainer.hub_token", "hf_x"], "trainer.hub_token would be written into run.json: "),
         ([*TRAIN, "--trainer.max_steps", "few"], "--trainer.max_steps 'few': expected a whole number"),
         ([*TRAIN, "--trainer.max_steps"], "--trainer.max_steps: expected a value"),
-        ([*TRAIN[:1], "--trainer.bf16", *TRAIN[1:]], "--trainer.bf16: expected a value"),
-        ([*TRAIN, "--trainer", "max_steps"], "--trainer: unknown option"),
+        ([*TRAIN[:1], "--trainer.run_name", *TRAIN[1:]], "--trainer.run_name: expected a value"),
+        ([*TRAIN, "--extend.length", "--trainer.bf16"], "--extend.length: expected a value"),
+        ([*TRAIN, "--trainer.bf17"], "--trainer: unknown setting 'bf17': did you mean 'bf16'?"),
+        ([*TRAIN, "--trainer", "max_steps"], "--trainer: unknown option: expected --trainer.NAME VALUE"),
+        ([*TRAIN, "--learning_rate", "1e-3"], "a field of the trainer: --trainer.learning_rate"),
+        ([*TRAIN, "--learning-rate=1e-3"], "a field of the trainer: --trainer.learning_rate"),
+        ([*TRAIN, "--lr", "1e-3"], "a field of the trainer: --trainer.learning_rate"),
+        ([*TRAIN, "--batch_size", "8"], "a field of the trainer: --trainer.per_device_train_batch_size"),
+        ([*TRAIN, "--max_step", "8"], "a field of the trainer: --trainer.max_steps"),
+        ([*TRAIN, "--trainer.max_steps", "-3"], "--trainer.max_steps -3: expected at least 1, or -1"),
+        ([*TRAIN, "--trainer.report_to", "neptune"], "--trainer.report_to 'neptune': "),
+        ([*TRAIN, "--trainer.report_to", "[trackio, nonsense]"], "--trainer.report_to 'nonsense': "),
+        ([*TRAIN, "--trainer.lr_scheduler_type", "cosine_with_min_lr"], "--trainer.lr_scheduler_type cosine_with_min"),
+        ([*TRAIN, "--trainer.lr_scheduler_type=linear", "--trainer.lr_scheduler_kwargs={x: 1}"], "kwargs {'x': 1}: "),
+        ([*TRAIN, "--trainer.optim_args", "nonsense"], "--trainer.optim adamw_torch_fused: optim_args nonsense: "),
+        ([*TRAIN, "--trainer.deepspeed", "gone.json"], "--trainer.deepspeed gone.json: no such file"),
+        ([*TRAIN, "--trainer.log_level", "loud"], "--trainer.log_level 'loud': expected one of detail, debug"),
+        ([*TRAIN, "--out", "notes/mine"], "--out notes/mine: is a file"),
+        ([*TRAIN, "--out", "notes/mine/out"], "--out notes/mine/out: cannot be written to: Not a directory"),
         ([*TRAIN, "--trainer.optim", "adamw_bnb_8bit"], "bitsandbytes"),
         ([*TRAIN, "--trainer.resume_from_checkpoint", "gone"], "gone"),
         ([*TRAIN, "--weigthing", "dense"], "--weigthing: unknown option: did you mean --weighting?"),
@@ -206,7 +224,8 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         ([*EVAL[:4], "--out", "out"], "length 16 is too short for probes 'single': they need at least"),
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
-        (["trian"], "unknown command 'trian': expected one of prepare, score, plan, train, export, show"),
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["nonsense"], "unknown command 'nonsense': expected one of prepare, score, plan, train, export, show"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -280,14 +299,3 @@ def test_version_prints_what_a_bug_report_needs(capsys):
     packages = ("tokenweight", "torch", "transformers", "accelerate", "datasets")
     expected = {name: version(name) for name in packages}
     assert printed == {**expected, "python": platform.python_version(), "device": device_name()}
-
-
-def test_an_interruption_is_said_and_has_status_130(monkeypatch, tmp_path, capfd):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tokenweight.data.prepare_rows", interrupt)
-    trained_tokenizer().save_pretrained(tmp_path)
-    argv = ["prepare", str(EXCERPT), "--tokenizer", str(tmp_path), "--length", "64", "--out", str(tmp_path / "out")]
-    assert cli.main(argv) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "tokenweight prepare: interrupted"

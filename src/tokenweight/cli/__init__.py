@@ -1,9 +1,13 @@
 """The command line: which command, its options, and errors in one line. Torch is imported when a command runs."""
 
+import contextlib
 import dataclasses
 import difflib
+import os
 import re
+import select
 import sys
+import traceback
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +24,7 @@ from tokenweight.cli.report import Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
 from tokenweight.cli.train import Train, read_config, with_groups
-from tokenweight.train import TrainSettings
+from tokenweight.train import TrainSettings, trainer_field
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
@@ -39,31 +43,81 @@ COMMANDS: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    This is the one place where exceptions end: each becomes one line on standard error. `TOKENWEIGHT_DEBUG=1` prints
+    the traceback before it.
+
     Returns:
-        The exit status: 0; 2 after an error, which is one line on standard error unless tyro prints it; 130 after an
-        interruption.
+        The exit status: 0; 2 after an error, whoever raised it; 130 after an interruption; 141, as of any program that
+        a signal ends so, if nobody reads the output any more (`| head`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _status(words)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()  # here, where an exception is caught, rather than at the exit of the interpreter
+        return status
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+
+
+def _status(words: list[str]) -> int:
+    command = words[0] if words else ""
+    try:
+        _run(words)
+    except SystemExit as stop:  # tyro has printed the help, or what is wrong with the options
+        if isinstance(stop.__context__, BrokenPipeError):  # rich makes it of one
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else 2 * (stop.code is not None)
+    except KeyboardInterrupt:
+        print(f"tokenweight {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr))):
+            raise
+        if os.environ.get("TOKENWEIGHT_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        print(f"tokenweight {command}: {_message(error, COMMANDS.get(command))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return 0
-    if words[0] == "--version":
+    elif words[0] == "--version":
         print(_versions())
-        return 0
-    try:
+    else:
         command = parse(words)
         _without_bars_of_others()
         command.run()
-    except (ValueError, OSError, ImportError) as error:
-        message = with_option(" ".join(str(error).split()), COMMANDS.get(words[0]))
-        print(f"tokenweight {words[0]}: {message}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # tyro has printed the help, or what is wrong with the options
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print(f"tokenweight {words[0]}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+
+def _message(error: Exception, kind: Any) -> str:
+    """An exception in one line: of ours what it says; of others also which it was, and where it was raised."""
+    text = " ".join(str(error).split())
+    frames = [frame.f_globals.get("__name__", "?") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = isinstance(error, ValueError | ImportError) and frames[-1].partition(".")[0] == "tokenweight"
+    if own or (isinstance(error, OSError) and text):
+        return with_option(text, kind)
+    text = text if len(text) <= 500 else f"{text[:500]}…"
+    what = f"{text or 'no message'} ({type(error).__name__} in {frames[-1]})"
+    return f"{with_option(what, kind)}: set TOKENWEIGHT_DEBUG=1 for the traceback"
+
+
+def _has_no_reader(stream: Any) -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or one without a descriptor
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
+
+
+def _drop_output() -> None:
+    """Let whatever is still printed go nowhere: the interpreter would print an exception for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if _has_no_reader(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(words: Sequence[str]) -> Any:
@@ -75,7 +129,9 @@ def parse(words: Sequence[str]) -> Any:
     """
     name, *argv = words
     if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? Expected" if close else "expected"
+        raise ValueError(f"unknown command {name!r}: {hint} one of {', '.join(COMMANDS)}")
     kind = COMMANDS[name]
     if not issubclass(kind, TrainSettings):
         command, unknown = _parsed(name, argv)
@@ -90,11 +146,20 @@ def parse(words: Sequence[str]) -> Any:
         command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, "trainer": {}, "extend": {}}))
         command, unknown = with_groups(command, recipe, unknown)
     if unknown:
-        known = [f"--{field.name}" for field in dataclasses.fields(kind)]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"see tokenweight {name} --help"
-        raise ValueError(f"{unknown[0]}: unknown option: {hint}")
+        raise ValueError(f"{unknown[0]}: unknown option: {_meant(unknown[0].partition('=')[0], name)}")
     return command
+
+
+def _meant(option: str, command: str) -> str:
+    """What may have been meant by an option that a command does not have."""
+    kind, word = COMMANDS[command], option.removeprefix("--").replace("-", "_")
+    trained = issubclass(kind, TrainSettings)
+    if trained and word in ("trainer", "extend"):
+        return f"expected --{word}.NAME VALUE"
+    close = difflib.get_close_matches(option, [f"--{field.name}" for field in dataclasses.fields(kind)], n=1)
+    if trained and option.startswith("--") and (field := trainer_field(word, close=not close)):
+        return f"a field of the trainer: --trainer.{field}"
+    return f"did you mean {close[0]}?" if close else f"see tokenweight {command} --help"
 
 
 def _parsed(name: str, argv: list[str], **default: Any) -> tuple[Any, list[str]]:
@@ -134,7 +199,8 @@ def _overview() -> str:
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<9}{(command.__doc__ or '').splitlines()[0]}")
     lines += ["", "tokenweight COMMAND --help lists the options of a command."]
-    return "\n".join([*lines, "tokenweight --version prints the versions and the device that a bug report needs."])
+    lines += ["tokenweight --version prints the versions and the device that a bug report needs."]
+    return "\n".join([*lines, "TOKENWEIGHT_DEBUG=1 in the environment shows the traceback of an error."])
 
 
 def _versions() -> str:
