@@ -293,6 +293,16 @@ def test_what_ends_a_run_before_its_first_step_leaves_nothing_of_it(there, error
     assert (out / "model.safetensors").exists()
 
 
+def test_what_the_engine_of_the_trainer_raises_is_a_refusal_that_names_it(settings, tmp_path, monkeypatch):
+    def broken(self):
+        raise KeyError("a\nmode")
+
+    monkeypatch.setattr("transformers.Trainer.create_accelerator_and_postprocess", broken)
+    with pytest.raises(ValueError, match=r"^trainer: 'a\\nmode' \(KeyError\)$"):
+        train(settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_ends_a_run_later_leaves_what_it_has_made(settings):
     with pytest.raises(RuntimeError):
         train(settings, [Failing(1, RuntimeError("in the second step"))])
@@ -309,20 +319,14 @@ def test_a_folder_of_another_that_cannot_be_trained_into_keeps_its_files(setting
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_a_model_without_a_trained_parameter_is_refused(settings, folders, monkeypatch, tmp_path):
+def test_a_model_without_a_trained_parameter_is_refused(settings, monkeypatch, tmp_path):
     def frozen(*args, **kwargs):
         return load_model(*args, **kwargs).requires_grad_(False)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("tokenweight.train.run.load_model", frozen)
-        with pytest.raises(ValueError, match="model: all of its parameters are frozen"):
-            train(settings)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
-    with pytest.raises(ValueError, match=r"^model .*: holds an adapter"):
-        train(dataclasses.replace(settings, model=str(adapter)))
-    assert list(tmp_path.iterdir()) == [adapter]
+    monkeypatch.setattr("tokenweight.train.run.load_model", frozen)
+    with pytest.raises(ValueError, match="model: all of its parameters are frozen"):
+        train(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("given", "kept"), [(64, 256), (1000, 1000), (int(1e30), int(1e30))])
@@ -337,24 +341,28 @@ def test_the_tokenizer_of_an_extended_model_truncates_at_its_length(given, kept,
 
 
 def test_a_revision_reaches_whatever_is_loaded_and_the_record_names_the_commit(settings, monkeypatch):
-    asked = []
+    asked, named = [], ["base/model", "some/model"]
 
     def loading(load):
         def loaded(name, *, revision=None, **kwargs):
-            asked.append(revision)
-            found = load(name, **kwargs)
+            asked.append((name, revision))
+            found = load(settings.model, **kwargs)
             if isinstance(found, PreTrainedConfig):
-                found._commit_hash = "a1b2c3"
+                found._commit_hash, found._name_or_path = "a1b2c3", named.pop()
             return found
 
         return loaded
 
     for name, load in (("load_config", load_config), ("find_tokenizer", find_tokenizer), ("load_model", load_model)):
         monkeypatch.setattr(f"tokenweight.train.run.{name}", loading(load))
-    train(dataclasses.replace(settings, revision="main"))
-    record = read_json(Path(settings.out) / "run.json")
-    assert asked == ["main"] * 3
-    assert record["settings"]["revision"] == "a1b2c3"
+    with pytest.raises(ValueError, match=r"^revision main: .* is no model of the hub"):
+        train(dataclasses.replace(settings, revision="main"))
+    for kept in ("a1b2c3", "main"):  # the second is loaded from a base model, which has commits of its own
+        train(dataclasses.replace(settings, model="some/model", revision="main"))
+        assert asked == [("some/model", "main")] * 3
+        assert read_json(Path(settings.out) / "run.json")["settings"]["revision"] == kept
+        shutil.rmtree(settings.out)
+        asked.clear()
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_a_recipe_that_cannot_be_right_is_refused_in_one_line_that_names_it(text
         ({"include_num_input_tokens_seen": "non_padding"}, {"include_num_input_tokens_seen": "non_padding"}),
         ({"max_steps": -1, "num_train_epochs": "0.5"}, {"max_steps": -1, "num_train_epochs": 0.5}),
         ({"optim_args": {"a": "1e-6", "b": 2}}, {"optim_args": "a=1e-06,b=2"}),
+        ({"max_steps": "1e3", "save_steps": "1e2", "seed": 7.0}, {"max_steps": 1000, "save_steps": 100, "seed": 7}),
+        ({"data_seed": "12345678901234567"}, {"data_seed": 12345678901234567}),
         ({"optim_args": "{a: 1e-6}"}, {"optim_args": "a=1e-06"}),
         ({"optim_args": "a=1e-6,b=2"}, {"optim_args": "a=1e-6,b=2"}),
         ({"debug": "[underflow_overflow]"}, {"debug": ["underflow_overflow"]}),

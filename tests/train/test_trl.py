@@ -199,6 +199,12 @@ def test_settings_that_change_rows_scores_or_loss_are_refused(settings, said, tm
         TokenWeightedSFTConfig(str(tmp_path), **{**SETTINGS, **settings})
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 .*, or CUDA_VISIBLE_DEVICES=0"):
+        sft(tmp_path, some_rows((30,) * 4))
+
+
 def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):
     for arguments in (TrainingArguments(str(tmp_path), **SETTINGS), SFTConfig(str(tmp_path), **SETTINGS)):
         with pytest.raises(ValueError, match=f"args: found a {type(arguments).__name__}: expected a TokenWeighted"):

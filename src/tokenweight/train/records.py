@@ -118,7 +118,8 @@ def describe(
     noted = ("texts", "hub", "subset", "split", "seed", "documents")
     windows = {} if context is None else dataclasses.asdict(context)
     fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
-    revision = getattr(before, "_commit_hash", None) or run.settings.revision
+    named = before.name_or_path == run.settings.model  # the base of an adapter has commits of its own
+    revision = (getattr(before, "_commit_hash", None) if named else None) or run.settings.revision
     resolved = {"weighting": str(run.weighting), "revision": revision, **windows}
     return {
         "settings": {**dataclasses.asdict(run.settings), **resolved},

@@ -83,11 +83,8 @@ def _trained(
 def _opened(run: Run) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, PreTrainedModel]:
     """The config of the model that is trained, before its context is extended; its tokenizer, and itself."""
     name, revision = run.settings.model, run.settings.revision
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model {name}: holds an adapter (adapter_config.json), whose weights would stay frozen: merge it into its "
-            "base model (merge_and_unload of PEFT), or train adapters in a script (docs/models.md)"
-        )
+    if revision is not None and Path(name).exists():
+        raise ValueError(f"revision {revision}: {name} is no model of the hub, and has none: leave it out")
     config, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
     model = load_model(name, dtype=run.settings.dtype, revision=revision, extend=run.extension)
     if run.extension and tokenizer is not None:  # or whoever truncates by the saved tokenizer cuts at the old length

@@ -348,8 +348,11 @@ def _as(kind: Any, value: Any, *, alone: bool) -> Any:
     flag = isinstance(value, bool)
     if kind is bool and value in (True, False):  # also 1 and 0
         return bool(value)
-    if kind is int and isinstance(value, int | str) and not flag:
-        return int(value)
+    if kind is int and isinstance(value, int | float | str) and not flag:
+        if isinstance(value, str) and value.lstrip("+-").isdecimal():
+            return int(value)
+        if float(value).is_integer():  # also 1e3, which is text in YAML
+            return int(float(value)) if not isinstance(value, int) else value
     if kind is float and isinstance(value, int | float | str) and not flag:
         return float(value)
     if kind is dict and isinstance(value, dict):

@@ -50,7 +50,13 @@ class WeightedTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, size: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its engines raise what they like
+            kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
+            raise ValueError(f"trainer: {' '.join(str(error).split())}{kind}") from error
         prepare_engine(self)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(

@@ -17,6 +17,7 @@ from tokenweight.models import (
     tokenizer_fingerprint,
     with_weighted_loss,
 )
+from tokenweight.train.arguments import check_processes
 from tokenweight.train.collator import DataCollatorWithScores
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
@@ -122,6 +123,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 "model: has a weighted loss already: expected a model without one (without_weighted_loss), and "
                 "weighting and scorer in args"
             )
+        check_processes(args)
         _check_columns(args, train_dataset, given.get("eval_dataset"))
         super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": _collate})
         if self.aux_loss_enabled:
