@@ -28,7 +28,14 @@ from tokenweight import Dense, Scorer, ShortContext, Uniform, load_model, parse_
 from tokenweight.data import score_folder
 from tokenweight.models import find_tokenizer, load_config, load_tokenizer
 from tokenweight.records import read_json
-from tokenweight.train import DataCollatorWithScores, TrainSettings, WeightedTrainer, read_recipe, train
+from tokenweight.train import (
+    DataCollatorWithScores,
+    TrainSettings,
+    WeightedTrainer,
+    read_recipe,
+    train,
+    training_arguments,
+)
 
 collate = DataCollatorWithScores()
 ROWS = [
@@ -291,6 +298,13 @@ def test_what_ends_a_run_before_its_first_step_leaves_nothing_of_it(there, error
     assert list(tmp_path.rglob("*")) == ([out.parent, out] if there else [])
     train(settings)
     assert (out / "model.safetensors").exists()
+
+
+def test_metrics_of_logits_that_are_never_made_are_refused(folders, tmp_path):
+    model = with_weighted_loss(models.tiny(dtype=torch.float32), Uniform())
+    arguments = training_arguments({"max_steps": 1, "disable_tqdm": True}, tmp_path)
+    with pytest.raises(ValueError, match=r"^compute_metrics: needs logits"):
+        WeightedTrainer(model, arguments, train_dataset=some_rows(), compute_metrics=len)
 
 
 def test_what_the_engine_of_the_trainer_raises_is_a_refusal_that_names_it(settings, tmp_path, monkeypatch):

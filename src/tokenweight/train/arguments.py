@@ -109,10 +109,19 @@ def check_processes(arguments: "TrainingArguments") -> None:
     Raises:
         ValueError: naming the field, or how to start a process for each GPU.
     """
-    if arguments.n_gpu > 1:  # the Trainer would use nn.DataParallel, whose copies call the forward of the first
+    check_one_gpu(arguments)
+    if arguments.world_size > 1:
+        check_values({"average_tokens_across_devices": arguments.average_tokens_across_devices})
+
+
+def check_one_gpu(arguments: "TrainingArguments") -> None:
+    """Refuse several GPUs in one process: the Trainer would use nn.DataParallel, which a bound model cannot stand.
+
+    Raises:
+        ValueError: saying how to start a process for each GPU.
+    """
+    if arguments.n_gpu > 1:
         raise ValueError(
             f"trainer: {arguments.n_gpu} GPUs in one process: expected one, as under `torchrun --nproc-per-node "
             f"{arguments.n_gpu} -m tokenweight train …`, or CUDA_VISIBLE_DEVICES=0"
         )
-    if arguments.world_size > 1:
-        check_values({"average_tokens_across_devices": arguments.average_tokens_across_devices})

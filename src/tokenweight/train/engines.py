@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import Trainer
 
-from tokenweight.train.arguments import check_processes
+from tokenweight.train.arguments import check_one_gpu
 
 
 def prepare_engine(trainer: Trainer) -> None:
@@ -22,7 +22,7 @@ def prepare_engine(trainer: Trainer) -> None:
             f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
             "second time: expected transformers 5.8 or newer"
         )
-    check_processes(trainer.args)
+    check_one_gpu(trainer.args)
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from tokenweight.method import NonFinite
 from tokenweight.models import any_process, context_mesh, with_weighted_loss
+from tokenweight.train.arguments import check_processes
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.engines import prepare_engine, save_whole
@@ -37,8 +38,10 @@ class WeightedTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ValueError: when a loss, a gradient norm or a weight of the model is not finite, with the step, the row if one
-            is to blame, and the last complete checkpoint.
+        ValueError: when it is made, for arguments that the Trainer cannot take or that weighted losses do not go with,
+            `compute_metrics` among them, and for a model whose parameters are all frozen; when a loss, a gradient norm
+            or a weight of the model is not finite, with the step, the row if one is to blame, and the last complete
+            checkpoint.
         OSError: when a checkpoint or the trained model cannot be written.
 
     Example:
@@ -57,7 +60,13 @@ class WeightedTrainer(Trainer):
         except Exception as error:  # its engines raise what they like
             kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
             raise ValueError(f"trainer: {' '.join(str(error).split())}{kind}") from error
+        check_processes(self.args)
         prepare_engine(self)
+        if self.compute_metrics is not None:
+            raise ValueError(
+                "compute_metrics: needs logits, which a model with a weighted loss never makes where labels are given: "
+                "expected none; evaluate what without_weighted_loss(model) returns in a Trainer of transformers"
+            )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
