@@ -177,6 +177,12 @@ def test_a_forward_put_over_the_bound_one_is_noticed_at_the_first_call():
     assert model(**inputs, short_nll=torch.zeros(2, 19)).weights is not None
 
 
+def test_replicas_of_data_parallel_are_refused():
+    replica = bind(models.tiny(), Uniform())._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel.*torchrun"):
+        replica(**inputs_of())
+
+
 def test_a_bound_model_is_freed_with_its_last_reference():
     model = models.tiny()
     bind(model, Dense(), Scorer(model, size=8))

@@ -260,6 +260,11 @@ def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
 
 def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str, Any]) -> WeightedLossOutput:
     """What a bound model answers to labels: the weighted loss, and what it is made of."""
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            "torch.nn.DataParallel, as a Trainer uses it for several GPUs in one process, would mix up the weights of "
+            "its replicas: expected torchrun --nproc-per-node N, or one GPU"
+        )
     bound.parts.check_head(model)
     check_names(given, bound.names, scored=bound.weighting.uses_short)
     batch = read_batch(given, bound.context)
