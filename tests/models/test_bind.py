@@ -258,6 +258,14 @@ def test_a_second_binding_replaces_the_first():
         assert torch.equal(model(inputs["input_ids"]).logits, logits)
 
 
+def test_a_weighting_may_be_given_by_its_text():
+    inputs = batch(19, 12)
+    expected = results(bind(models.tiny(), Sparse(keep=0.3)), **inputs)
+    assert_close(results(bind(models.tiny(), "sparse:keep=0.3"), **inputs), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="did you mean 'sparse'"):
+        bind(models.tiny(), "spars")
+
+
 def test_a_binding_that_is_refused_leaves_the_earlier_one():
     model, inputs = bind(models.tiny(), Sparse()), batch(19, 12)
     expected = results(model, **inputs)

@@ -14,7 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from tokenweight.method import ShortLosses, Uniform, Weighting, aligned_with_tokens, as_weighting, weighted_loss
+from tokenweight.method import (
+    ShortLosses,
+    Uniform,
+    Weighting,
+    aligned_with_tokens,
+    as_weighting,
+    parse_weighting,
+    weighted_loss,
+)
 from tokenweight.models.causal import CausalParts, causal_parts
 from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
@@ -84,7 +92,7 @@ class _Binding:
 
 def with_weighted_loss(
     model: PreTrainedModel,
-    weighting: Callable[[Tensor, Tensor, Tensor], Tensor],
+    weighting: Callable[[Tensor, Tensor, Tensor], Tensor] | str,
     scorer: Scorer | None = None,
     context: DeviceMesh | None = None,
 ) -> PreTrainedModel:
@@ -103,7 +111,8 @@ def with_weighted_loss(
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
-        weighting: an instance such as `Dense()`, or any function of (long, short, mask).
+        weighting: an instance such as `Dense()`, its text, as in "sparse:keep=0.1", or any function of (long, short,
+            mask).
         scorer: scores sequences that come without a `short_nll` column.
         context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. The model
             then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of whole
@@ -123,7 +132,8 @@ def with_weighted_loss(
             "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
             "(`tokenweight score`), and give no scorer"
         )
-    weighting, parts = as_weighting(weighting), causal_parts(model)
+    weighting = parse_weighting(weighting) if isinstance(weighting, str) else as_weighting(weighting)
+    parts = causal_parts(model)
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
     if bound is None and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
@@ -183,8 +193,9 @@ def _bound_class(kind: Any) -> Any:
             return _loss(self, bound, own, given)
         if bound is not None and any(given.get(name) is not None for name in OF_THE_LOSS):
             raise ValueError(
-                "labels are missing: Trainer removes them when label_smoothing_factor or compute_loss_func is set; "
-                "unset both to use a weighted loss"
+                "labels are missing: expected a collator that makes them, as "
+                "data_collator=tokenweight.train.DataCollatorWithScores(), and neither label_smoothing_factor nor "
+                "compute_loss_func, for which a Trainer takes them away"
             )
         own_names = {name: value for name, value in named.items() if name in signature.parameters or value is not None}
         return own(*arguments, **own_names)
