@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from scored import tiny_scorer
 
 from models import LENGTH, some_rows
@@ -23,6 +24,7 @@ from tokenweight.data import (
 )
 from tokenweight.data.contents import contents_of
 from tokenweight.data.shards import finish_dataset, new_shard
+from tokenweight.method import prediction_mask
 from tokenweight.records import read_json, write_json
 
 ROWS = {"input_ids": [[5, 6, 7], [8, 9]], "position_ids": [[0, 1, 0], [0, 1]]}
@@ -63,6 +65,20 @@ def numbers_of(rows):
     tokens = [list(map(int, row)) for row in rows["input_ids"]]
     lengths, ids = [len(row) for row in tokens], [token for row in tokens for token in row]
     return Contents(len(rows), len(ids), min(lengths), max(lengths), min(ids), max(ids))
+
+
+def test_rows_without_a_token_to_predict_are_counted_in_all_parts():
+    generator = np.random.default_rng(0)
+    rows = [generator.choice([-100, 7], size=generator.integers(1, 4), p=[0.8, 0.2]).tolist() for _ in range(200)]
+    positions = [[0, *generator.integers(0, 2, len(row) - 1).tolist()] for row in rows]
+    masks = [prediction_mask(torch.tensor([row]), torch.tensor([places])) for row, places in zip(rows, positions)]
+    silent = [number for number, mask in enumerate(masks) if not mask.any()]
+    data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "position_ids": positions})
+    found = scan_contents(data)
+    assert (found.unpredicted, found.first_unpredicted) == (len(silent), silent[0])
+    spoken = next(number for number in range(200) if number not in silent)
+    later = scan_contents(data.select([spoken])) + scan_contents(data.select([spoken, silent[0]]))
+    assert (later.unpredicted, later.first_unpredicted) == (1, 2)
 
 
 def notes(folder):

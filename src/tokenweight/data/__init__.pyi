@@ -1,10 +1,14 @@
+from .columns import TRANSLATED as TRANSLATED
+from .columns import translated as translated
 from .contents import Contents as Contents
 from .context_gain import key_tokens as key_tokens
 from .dataset import ScoredRow as ScoredRow
+from .dataset import check_predicted as check_predicted
 from .dataset import choose_scores as choose_scores
 from .dataset import has_scores as has_scores
 from .dataset import load_rows as load_rows
 from .dataset import load_scores as load_scores
+from .dataset import open_rows as open_rows
 from .dataset import read_contents as read_contents
 from .dataset import read_row as read_row
 from .dataset import read_rows as read_rows

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-COLUMNS = ("input_ids", "position_ids", "labels")
-"""What losses depend on."""
+from tokenweight.data.columns import COLUMNS
+
 # Fingerprints of sequences are the coefficients of a polynomial, whose value at _BASE is that of all of them. So two
 # parts can be joined without their tokens, and the result does not depend on where the data set was cut into parts.
 _PRIME = 2**127 - 1
@@ -28,6 +28,10 @@ class Contents:
     smallest: int | None = None
     """The smallest token id; None without a token."""
     largest: int | None = None
+    unpredicted: int = 0
+    """Rows in which no token is predicted: all labels are -100, or each token begins a document."""
+    first_unpredicted: int | None = None
+    """The number of the first of them, from 0."""
     digest: int = 0
     """Of all tokens, positions and labels, in order."""
 
@@ -39,6 +43,8 @@ class Contents:
             _among(max, self.longest, other.longest),
             _among(min, self.smallest, other.smallest),
             _among(max, self.largest, other.largest),
+            self.unpredicted + other.unpredicted,
+            _among(min, self.first_unpredicted, _plus(other.first_unpredicted, self.rows)),
             (self.digest * pow(_BASE, other.rows, _PRIME) + other.digest) % _PRIME,
         )
 
@@ -58,9 +64,14 @@ class Contents:
 
     @classmethod
     def from_json(cls, note: dict[str, Any]) -> "Contents":
-        """Read what `to_json` gave, perhaps with more beside it."""
-        numbers = {name: note[name] for name in cls.__dataclass_fields__ if name != "digest"}
-        return cls(**numbers, digest=int(note["digest"], 16))
+        """Read what `to_json` gave, perhaps with more beside it.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+        if missing := [name for name in cls.__dataclass_fields__ if name not in note]:
+            raise ValueError(f"a note of contents has no {', '.join(missing)}: expected one of this version")
+        return cls(**{**{name: note[name] for name in cls.__dataclass_fields__}, "digest": int(note["digest"], 16)})
 
 
 def contents_of(table: pa.Table) -> Contents:
@@ -72,8 +83,31 @@ def contents_of(table: pa.Table) -> Contents:
     digest = 0
     for row in _row_digests(table):
         digest = (digest * _BASE + row) % _PRIME
-    sizes = int(lengths.min()), int(lengths.max())
-    return Contents(len(lengths), int(lengths.sum()), *sizes, extremes["min"], extremes["max"], digest)
+    silent = np.flatnonzero(~_predicted(table, lengths)).tolist()
+    return Contents(
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+        smallest=extremes["min"],
+        largest=extremes["max"],
+        unpredicted=len(silent),
+        first_unpredicted=silent[0] if silent else None,
+        digest=digest,
+    )
+
+
+def _predicted(table: pa.Table, lengths: np.ndarray) -> np.ndarray:
+    """Whether some token of each row is predicted, as `prediction_mask` says."""
+    starts = np.cumsum(lengths) - lengths
+    mask = np.ones(int(lengths.sum()), dtype=bool)
+    mask[starts[lengths > 0]] = False
+    if "position_ids" in table.column_names:
+        mask &= np.asarray(_values(table, "position_ids")) != 0
+    if "labels" in table.column_names:
+        mask &= np.asarray(_values(table, "labels")) != -100
+    counts = np.concatenate([[0], np.cumsum(mask)])
+    return counts[starts + lengths] > counts[starts]
 
 
 def _row_digests(table: pa.Table) -> list[int]:
@@ -99,6 +133,10 @@ def _lengths(table: pa.Table, name: str) -> np.ndarray:
 
 def _values(table: pa.Table, name: str) -> Any:
     return pc.list_flatten(table.column(name).combine_chunks())
+
+
+def _plus(number: int | None, more: int) -> int | None:
+    return None if number is None else number + more
 
 
 def _among(choose: Any, *numbers: int | None) -> int | None:

@@ -1,5 +1,6 @@
 """Open rows and scores: what a folder holds, one of its short contexts, and single rows with their losses."""
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -13,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data.contents import COLUMNS, Contents, contents_of
+from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_types, translate
+from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.prepare import special_tokens
 from tokenweight.data.shards import check_sizes, dataset_files, noted_contents, verify
@@ -36,22 +38,52 @@ logger = logging.getLogger(__name__)
 _ROWS_READ = 64  # at a time, when all rows are looked at
 TEXT_LENGTH = 4096
 """Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
-_NUMBERS = ("input_ids", "position_ids", "labels", "short_nll", "long_nll")
+_NUMBERS = (*COLUMNS, "short_nll", "long_nll")
 
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
 
     Of a folder that `tokenweight` wrote, the sizes of shards are compared with those that were written, so that a file
-    that was cut off is found. Contents are not read: `verify` does that.
+    that was cut off is found. Contents are not read: `verify` does that. Of any other, the lengths of all columns are
+    compared, and what other tools say of tokens becomes ours: padding (where `attention_mask` is 0) is left out, labels
+    are -100 where `completion_mask`, `assistant_masks` or `loss_mask` is 0, and `seq_lengths` become `position_ids`.
+    Rows that differ by this are written once, to the cache of `datasets`.
 
     Raises:
-        ValueError: if it is not a `datasets` folder, or has no column `input_ids`; naming a shard that is missing or
-            has another size than was written.
+        ValueError: if it is not a `datasets` folder; naming a shard that is missing or has another size than was
+            written, a column that is missing, of another type, or would change what a row means but is not read, or a
+            row whose columns do not fit each other.
     """
-    if not Path(folder).is_dir():
+    return _opened(Path(folder))[0]
+
+
+def open_rows(folder: str | os.PathLike[str]) -> tuple[datasets.Dataset, Contents]:
+    """`load_rows` and `read_contents` at once. A warning tells how many rows have no token to predict.
+
+    Raises:
+        ValueError: as `load_rows` does; if no token is predicted in any row.
+    """
+    rows, noted = _opened(Path(folder))
+    contents = scan_contents(rows) if noted is None else noted
+    check_predicted(contents, folder)
+    return rows, contents
+
+
+def check_predicted(contents: Contents, folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if no token is predicted in any row, and warn if none is in some."""
+    if contents.unpredicted == contents.rows:
+        raise ValueError(f"{folder}: no token is predicted in any row: expected labels other than -100")
+    if contents.unpredicted:
+        counted = f"{contents.unpredicted} of {contents.rows} rows"
+        logger.warning("%s: no token is predicted in %s, first in row %d", folder, counted, contents.first_unpredicted)
+
+
+def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
+    """The rows of a folder; and what they hold, if it was noted when they were written."""
+    if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
-    check_sizes(Path(folder))
+    check_sizes(folder)
     try:
         rows = datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none
@@ -64,7 +96,19 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
     if not len(rows):
         raise ValueError(f"{folder} holds no rows")
-    return rows.with_format("numpy")
+    check_types(rows, folder)
+    noted = noted_contents(folder)
+    if noted is None or {*TRANSLATED} & {*rows.column_names}:
+        check_lengths(rows, folder)
+        rows, noted = translate(rows, folder, _cache(folder)), None
+    return rows.with_format("numpy"), noted
+
+
+def _cache(folder: Path) -> Path:
+    """The file for rows that differ from those in the folder, in the cache of `datasets`."""
+    stats = [((folder / name).resolve(), (folder / name).stat()) for name in dataset_files(folder)]
+    known = hashlib.sha256(repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]).encode())
+    return Path(datasets.config.HF_DATASETS_CACHE) / "tokenweight" / f"{known.hexdigest()[:32]}.arrow"
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
@@ -80,7 +124,7 @@ def read_contents(folder: str | os.PathLike[str]) -> Contents:
     Raises:
         ValueError: as `load_rows` does.
     """
-    return noted_contents(Path(folder)) or scan_contents(load_rows(folder))
+    return noted_contents(Path(folder)) or open_rows(folder)[1]
 
 
 def scan_contents(rows: datasets.Dataset) -> Contents:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int
 
+from tokenweight.data.columns import COLUMNS
 from tokenweight.data.dataset import load_scores
 from tokenweight.data.shards import finish_dataset, new_shard, unlock, verify
 from tokenweight.method import Weighting, check_finite, prediction_mask
@@ -113,15 +114,12 @@ def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[Weighed
         rows: in numpy format; `position_ids` and `labels` say, if they are there, which tokens are predicted.
 
     Raises:
-        ValueError: naming a row whose columns differ in length, in which a loss or weight is not finite, or whose
-            labels are not its tokens: the losses are those of the tokens.
+        ValueError: naming a row in which a loss or weight is not finite, or whose labels are not its tokens: the losses
+            are those of the tokens.
     """
-    names = ["input_ids", "long_nll", "short_nll", *({"position_ids", "labels"} & set(rows.column_names))]
+    names = ["long_nll", "short_nll", *(name for name in COLUMNS if name in rows.column_names)]
     for number, row in enumerate(rows.select_columns(names)):
         tokens = row["input_ids"]
-        for name in names:
-            if len(row[name]) != len(tokens):
-                raise ValueError(f"row {number} has {len(tokens)} tokens and {len(row[name])} values {name}")
         columns = {name: torch.as_tensor(np.array(row[name]))[None] for name in names}
         mask = prediction_mask(columns.get("labels", columns["input_ids"]), columns.get("position_ids"))
         if "labels" in columns and (differs := mask & (columns["labels"] != columns["input_ids"])).any():

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
 from tokenweight.data.context_gain import ContextGain, gains_of_rows
 from tokenweight.method import ShortContext, document_positions, prediction_mask
 from tokenweight.models import Scorer, numbered_from
@@ -73,7 +74,8 @@ class RowScorer:
         """Add the columns to a batch of rows, which may differ in length.
 
         Raises:
-            ValueError: if a loss is not finite, naming row (of the batch) and position, or a token is unknown.
+            ValueError: if a loss is not finite, naming row (of the batch) and position; if a token is unknown, or a row
+                is padded.
         """
         return {**batch, **self.score(batch)[0]}
 
@@ -85,8 +87,9 @@ class RowScorer:
         |long - short| in nats, and how many differ by more than 2 nats."""
         columns: dict[str, list] = {name: [] for name in self.features}
         totals = {suffix: np.zeros(3) for suffix in self.scorers} if self.with_long else {}
+        batch = _without_masks(batch)
         for start, stop in _equal_lengths(batch["input_ids"]):
-            equal = {name: batch[name][start:stop] for name in ("input_ids", "position_ids", "labels") if name in batch}
+            equal = {name: batch[name][start:stop] for name in COLUMNS if name in batch}
             with numbered_from(start):
                 self._score(equal, columns, totals)
         return columns, {suffix: values.tolist() for suffix, values in totals.items()}
@@ -109,13 +112,25 @@ class RowScorer:
                 totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
 
 
+def _without_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch in which columns of other tools are put into ours."""
+    names = [name for name in (*COLUMNS, *TRANSLATED) if name in batch]
+    if not {*names} & {*TRANSLATED}:
+        return batch
+    rows = [translated(dict(zip(names, values))) for values in zip(*(batch[name] for name in names))]
+    for number, row in enumerate(rows):
+        if len(row["input_ids"]) < len(batch["input_ids"][number]):
+            raise ValueError(f"row {number} is padded: expected rows of `tokenweight.data.load_rows`, which are not")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 def row_tensors(
     batch: Mapping[str, Any], device: torch.device
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"] | None, Bool[Tensor, "batch seq"]]:
     """Tokens, positions (None, if each row is one document) and mask of rows of one length."""
     tokens, positions, labels = (
         torch.from_numpy(np.stack(batch[name]).astype(np.int64)).to(device) if name in batch else None
-        for name in ("input_ids", "position_ids", "labels")
+        for name in COLUMNS
     )
     assert tokens is not None
     return tokens, positions, prediction_mask(tokens if labels is None else labels, positions)

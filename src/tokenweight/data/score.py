@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenweight.data.dataset import load_rows, read_contents, row_lengths
+from tokenweight.data.columns import COLUMNS, TRANSLATED
+from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import Verifier, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.method import ShortContext
@@ -85,10 +86,8 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    rows, made, contents = load_rows(folder), read_provenance(folder), read_contents(folder)
+    (rows, contents), made = open_rows(folder), read_provenance(folder)
     longest, size = contents.longest or 0, max(context.size for context in contexts)
-    if not contents.shortest:
-        raise ValueError(f"{folder}: row {int(np.argmin(row_lengths(rows)))} is empty")
     ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
@@ -238,7 +237,7 @@ def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tup
     table = rows.with_format("arrow")[batch]
     read = {
         name: [row.values.to_numpy(zero_copy_only=False) for row in table.column(name)]
-        for name in ("input_ids", "position_ids", "labels")
+        for name in (*COLUMNS, *TRANSLATED)
         if name in table.column_names
     }
     with numbered_from(int(batch[0])):

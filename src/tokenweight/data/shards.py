@@ -155,7 +155,10 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
 def noted_contents(folder: Path) -> Contents | None:
     """What a finished folder holds, by its notes; None if it has none, or was saved anew since they were written."""
     total = _total(folder)
-    return None if total is None else Contents.from_json(total)
+    try:
+        return None if total is None else Contents.from_json(total)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _CONTENTS} cannot be read: {error}") from None
 
 
 def check_sizes(folder: Path) -> None:

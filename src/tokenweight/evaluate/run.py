@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.data import Contents, checksum, load_rows, read_contents, row_lengths, scan_contents, verify
+from tokenweight.data import Contents, check_predicted, checksum, open_rows, row_lengths, scan_contents, verify
 from tokenweight.evaluate.compare import GRID, Entry, Measure, compare
 from tokenweight.evaluate.losses import Rows, find_key_tokens, open_weights, row_measures
 from tokenweight.evaluate.probe_scoring import ProbeGrid, probe_measures, score_cells
@@ -103,7 +103,8 @@ def _open(settings: EvalSettings) -> _Task:
     """Open and check everything that can be checked without a model's weights, and make the probes."""
     if settings.out.exists():
         raise ValueError(f"out {settings.out}: exists already; name a new folder")
-    data, lengths = _open_data(settings)
+    data, contents = _open_data(settings)
+    lengths = row_lengths(data)
     plan = make_plan(settings, int(lengths.max()))
     earlier = _earlier(settings)
     names = [settings.model] if earlier or not settings.baseline else [settings.baseline, settings.model]
@@ -111,7 +112,6 @@ def _open(settings: EvalSettings) -> _Task:
     loaded = list(dict.fromkeys(names if earlier else [evaluator, *names]))
     tokenizer = _common_tokenizer(loaded, settings)
     rows = Rows(data, lengths, settings.max_tokens, None if tokenizer is None else tokenizer.bos_token_id)
-    contents = read_contents(settings.data) if settings.num_rows is None else scan_contents(data)
     for name in loaded:
         _check_model(name, settings, plan, rows, contents)
     probes = _make_probes(settings, plan, tokenizer)
@@ -121,17 +121,16 @@ def _open(settings: EvalSettings) -> _Task:
     return _Task(names, loaded, evaluator, plan, rows, tokenizer, probes, comparable, earlier)
 
 
-def _open_data(settings: EvalSettings) -> tuple[datasets.Dataset, np.ndarray]:
-    data = load_rows(settings.data)
+def _open_data(settings: EvalSettings) -> tuple[datasets.Dataset, Contents]:
+    data, contents = open_rows(settings.data)
     if settings.num_rows is not None:
         if settings.num_rows < 1:
             raise ValueError(f"num_rows {settings.num_rows}: expected at least 1")
         data = data.select(range(min(settings.num_rows, len(data))))
+        contents = scan_contents(data)
+        check_predicted(contents, settings.data)
     verify(settings.data, range(len(data)))
-    lengths = row_lengths(data)
-    if not lengths.all():
-        raise ValueError(f"{settings.data}: row {int(np.argmin(lengths))} is empty")
-    return data, lengths
+    return data, contents
 
 
 def _earlier(settings: EvalSettings) -> dict[str, Any] | None:

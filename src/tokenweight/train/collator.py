@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokenweight.data import TRANSLATED, translated
 from tokenweight.models import pack_bits
 
 
@@ -35,10 +36,13 @@ class DataCollatorWithScores:
 
         Args:
             features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and `short_nll`.
+                Masks of other tools are heard as by `tokenweight.data.load_rows`.
 
         Raises:
-            ValueError: if some have a column that others lack, or columns of one sequence differ in length.
+            ValueError: if some have a column that others lack, or columns of one sequence differ in length or
+                contradict each other.
         """
+        features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
         columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in features)]
         length = max(len(row["input_ids"]) for row in features)
         padded = any(len(row["input_ids"]) < length for row in features)
