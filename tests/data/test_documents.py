@@ -1,8 +1,10 @@
 """Documents from every kind of source, and what cannot be read, by its place."""
 
 import bz2
+import errno
 import gzip
 import json
+import os
 import random
 
 import datasets
@@ -16,7 +18,8 @@ from tokenweight.data import Document, find_sources, read_documents, shuffled
 
 
 def read(*names, **settings):
-    return list(read_documents(find_sources(names), **settings))
+    text_column = settings.get("text_column", "text")
+    return list(read_documents(find_sources(names, text_column=text_column), **settings))
 
 
 def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_path):
@@ -26,9 +29,9 @@ def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_p
         (folder / name).write_text(text, encoding="utf-8")
     lines = [json.dumps({"body": text, "text": 3}, ensure_ascii=ascii) for text, ascii in (("wahr", 1), ("naïve\n", 0))]
     (folder / "d.jsonl").write_text(f"{lines[0]}\n\n  \n{lines[1]}", encoding="utf-8")
-    found = read(folder, tmp_path / "texts" / "c.txt", text_column="body")
+    found = read(folder, text_column="body")
     expected = [("a.md", "ship — Größe"), ("b/x.txt", "whale"), ("c.txt", "sea"), ("d.jsonl:1", "wahr")]
-    expected += [("d.jsonl:4", "naïve\n"), ("c.txt", "sea")]
+    expected += [("d.jsonl:4", "naïve\n")]
     assert found == [(f"{folder}/{name}", text) for name, text in expected]
 
 
@@ -41,10 +44,18 @@ def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_p
         (
             "a.jsonl",
             b'{"text": "a"}\n\n{"body": "b", "id": 4}',
-            "a.jsonl, line 3: no text in column 'text': found body",
+            "a.jsonl, line 3: no column 'text': found body, id",
         ),
-        ("a.jsonl", b'{"text": null}', "a.jsonl, line 1: no text in column 'text': found text"),
-        ("a.jsonl", b'["text"]', "a.jsonl, line 1: no text in column 'text': found list"),
+        ("a.jsonl", b'{"text": null}', "a.jsonl, line 1: column 'text' holds null: expected a text"),
+        ("a.jsonl", b'{"text": ["a"]}', "a.jsonl, line 1: column 'text' holds a list: expected a text"),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: column 'text' holds a number: expected a text"),
+        ("a.jsonl", b'["text"]', "a.jsonl, line 1: found a list: expected an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"a": ' + b"[" * 100_000, "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"7" * 5000 + b"}", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl, line 1: not UTF-8.*UTF-16"),
+        ("a.txt", "Größe".encode("utf-16"), "a.txt: not UTF-8.*UTF-16"),
+        ("a.txt", "whale".encode("utf-16-le"), r"a.txt: no text \(byte 1 is 0\)"),
+        ("a.bin", b"ELF\0", r"a.bin: no text \(byte 3 is 0\)"),
         ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl.*: not UTF-8"),
     ],
 )
@@ -139,10 +150,11 @@ def test_a_missing_column_or_a_missing_text_is_refused_with_what_is_there(kind, 
         datasets.Dataset.from_dict(columns).save_to_disk(str(path))
     with pytest.raises(ValueError, match=f"{path}: no column 'body': found id, text"):
         read(path, text_column="body")
-    with pytest.raises(ValueError, match=f"{path}, row 2: no text in column 'text': found text"):
+    with pytest.raises(ValueError, match=f"{path}, row 2: column 'text' holds null"):
         read(path)
-    with pytest.raises(ValueError, match=f"{path}, row 1: no text in column 'id'"):
+    with pytest.raises(ValueError, match=f"{path}, row 1: column 'id' holds a number"):
         read(path, text_column="id")
+    assert [text for _, text in read(path, skip_invalid=True)] == ["a"]
 
 
 def test_what_is_no_parquet_file_is_refused_by_name(tmp_path):
@@ -207,11 +219,127 @@ def test_shuffling_holds_no_more_than_its_buffer():
     assert max(abs(place - number) for place, number in enumerate(order)) > 30
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.json.gz", "a.arrow"])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.csv", "DATA.CSV", "a.json.gz", "a.arrow", "a.parquet.gz"])
 def test_files_of_a_form_that_is_not_read_are_not_taken_for_a_text(name, tmp_path):
-    (tmp_path / name).write_text('[{"text": "a"}]')
-    with pytest.raises(ValueError, match=f"{name}: .* files are not read: expected .txt, .md, .jsonl or .parquet"):
+    content = b'[{"text": "a"}]'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=f"{name}: .* files.* are not read: expected .txt, .md, .jsonl or .parquet"):
         find_sources([tmp_path / name])
+
+
+@pytest.mark.parametrize("name", ["books.tar.gz", "BOOKS.TAR", "books.tgz", "books.zip", "a.txt.xz", "a.7z"])
+def test_an_archive_is_not_taken_for_a_text(name, tmp_path, caplog):
+    (tmp_path / name).write_bytes(b"not looked at")
+    with pytest.raises(ValueError, match=f"{name}: .*unpack it"):
+        find_sources([tmp_path / name])
+    (tmp_path / "a.txt").write_text("a")
+    assert [name for name, _ in read(tmp_path)] == [f"{tmp_path}/a.txt"]
+    assert f"left out 1 files that are no text, such as {tmp_path}/{name}" in caplog.text
+
+
+def test_suffixes_mean_the_same_in_upper_case(tmp_path):
+    (tmp_path / "A.JSONL").write_text(LINES)
+    (tmp_path / "B.NdJson.GZ").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "C.TXT.Gz").write_bytes(gzip.compress(b"sea"))
+    (tmp_path / "D.TXT").write_text("whale")
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "E.Parquet")
+    texts = [json.loads(line)["text"] for line in LINES.splitlines()]
+    assert [text for _, text in read(tmp_path)] == [*texts, *texts, "sea", "whale", *TEXTS]
+    assert read(*sorted(tmp_path.iterdir())) == read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["c4.json", "c4.00000-of-01024.json.gz", "part-00000", "part-00000.zst"])
+def test_json_lines_are_found_by_the_first_line_where_the_name_leaves_it_open(name, tmp_path):
+    content = b"\xef\xbb\xbf\r\n" + LINES.replace("\n", "\r\n").encode()
+    compress = COMPRESS.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(compress(content))
+    expected = [json.loads(line)["text"] for line in LINES.splitlines()]
+    for source in (tmp_path, tmp_path / name):
+        assert [text for _, text in read(source)] == expected
+    (tmp_path / name).write_bytes(compress(json.dumps({"version": 1}).encode()))
+    (tmp_path / "a.txt").write_text("a")
+    others = [] if ".json" in name else ['{"version": 1}']
+    assert [text for _, text in read(tmp_path)] == ["a", *others]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffwhale\ufeff".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "sea"}\r\n\ufeff{"text": "ship"}\r\n'.encode())
+    assert [text for _, text in read(tmp_path)] == ["whale\ufeff", "sea", "ship"]
+
+
+def test_documents_that_are_no_text_are_left_out_and_counted_if_asked(tmp_path, caplog):
+    bad = [
+        '{"text": null}',
+        '{"text": ["a"]}',
+        "{",
+        '{"body": "b"}',
+        "7",
+        '{"text": "\\ud800"}',
+        '{"a": ' + "[" * 100_000,
+    ]
+    lines = [line for number, text in enumerate(bad) for line in (json.dumps({"text": f"good {number}"}), text)]
+    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xe9"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xe9")
+    (tmp_path / "c.txt").write_bytes(b"sea")
+    found = read(tmp_path, skip_invalid=True)
+    assert [text for _, text in found] == [*(f"good {number}" for number in range(len(bad))), "sea"]
+    assert found[1].name == f"{tmp_path}/a.jsonl:3"
+    assert "left out 9 documents that are no text, such as " in caplog.text
+    assert f"{tmp_path}/a.jsonl, line 2: column 'text' holds null" in caplog.text
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"whale")[:-9])
+    with pytest.raises(ValueError, match=r"d\.txt\.gz: cannot be read"):  # who knows how much is lost
+        read(tmp_path, skip_invalid=True)
+
+
+def test_linked_folders_are_followed_once_and_links_to_nothing_are_told(tmp_path, caplog):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("sea")
+    (tmp_path / "elsewhere" / "deep" / "b.txt").write_text("whale")
+    for name, target in (("linked", "../elsewhere"), ("loop", "."), ("gone.txt", "nowhere.txt"), ("c.txt", "a.txt")):
+        (tmp_path / "texts" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to("../texts")
+    assert [text for _, text in read(tmp_path / "texts")] == ["sea", "whale"]
+    assert f"left out 1 links to nothing, such as {tmp_path}/texts/gone.txt" in caplog.text
+    assert f"1 files are named twice or linked, and taken once, such as {tmp_path}/texts/c.txt" in caplog.text
+    with pytest.raises(ValueError, match=r"gone\.txt: a link to nowhere\.txt, which does not exist"):
+        find_sources([tmp_path / "texts" / "gone.txt"])
+
+
+def test_a_file_that_is_named_again_is_taken_once(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("sea")
+    (tmp_path / "b.txt").write_text("sea")  # another file, if the same text
+    (tmp_path / "c.txt").hardlink_to(tmp_path / "a.txt")
+    found = read(tmp_path / "b.txt", tmp_path, tmp_path / "a.txt")
+    assert [name for name, _ in found] == [f"{tmp_path}/b.txt", f"{tmp_path}/a.txt"]
+    assert "3 files are named twice" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("sea")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"closed: cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+def test_names_that_are_not_utf_8_are_shown_as_text(tmp_path):
+    folder = os.fsencode(tmp_path)
+    for name, text in ((b"caf\xe9.txt", b"sea"), (b"caf\xe9.jsonl", b'{"text": "whale"}\n{"text": 3}')):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(text)
+    found = read(tmp_path, skip_invalid=True)
+    assert found == [(f"{tmp_path}/caf\\xe9.jsonl:1", "whale"), (f"{tmp_path}/caf\\xe9.txt", "sea")]
+    with pytest.raises(ValueError, match=r"caf\\xe9\.jsonl, line 2: column 'text' holds a number"):
+        read(os.fsdecode(os.path.join(folder, b"caf\xe9.jsonl")))
 
 
 def test_what_a_folder_holds_besides_texts_is_said(tmp_path, caplog):

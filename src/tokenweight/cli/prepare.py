@@ -37,12 +37,14 @@ class Prepare:
     """Seed to shuffle the documents with; by default they are read in their own order."""
     max_rows: int | None = None
     """Largest number of sequences to write."""
+    skip_invalid: bool = False
+    """Whether documents that are no text (null, lists, broken JSON, not UTF-8) are left out and counted."""
 
     def run(self) -> None:
         """Write the sequences and print what became of the documents."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
-        sources = data.find_sources(self.texts)
+        sources = data.find_sources(self.texts, text_column=self.text_column)
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {
             **data.tokenizer_note(tokenizer, self.tokenizer),
@@ -51,10 +53,17 @@ class Prepare:
             "text_column": self.text_column,
             "subset": self.subset,
             "split": self.split,
+            "skip_invalid": self.skip_invalid,
             "seed": self.seed,
             "environment": records.environment(),
         }
-        documents = data.read_documents(sources, text_column=self.text_column, subset=self.subset, split=self.split)
+        documents = data.read_documents(
+            sources,
+            text_column=self.text_column,
+            subset=self.subset,
+            split=self.split,
+            skip_invalid=self.skip_invalid,
+        )
         if self.seed is not None:
             documents = data.shuffled(documents, self.seed)
         with progress_bar("characters") as advance:

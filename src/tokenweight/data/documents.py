@@ -1,5 +1,6 @@
 """Where texts come from: files, folders, data sets, the hub; one document at a time."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -15,18 +16,27 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenweight.records import read_json
+
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
 """Files of a folder that are read as one document each. Any text file may be named directly."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 """Files of one JSON object a line."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-"""May follow any of the suffixes above."""
-_UNREADABLE = (".json", ".csv", ".tsv", ".arrow")
+"""May follow any of the suffixes above, which may be in upper case."""
+_PERHAPS_LINES = (".json", "")
+"""Files of lines if the first one is a JSON object with a text: `.json.gz` of C4, `part-00000` of Spark."""
+_UNREADABLE = (".json", ".csv", ".tsv", ".arrow", ".ipynb")
 """Files of texts in a form that is not read; named directly, they would be taken for one text."""
-_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *COMPRESSED, *_UNREADABLE, ".parquet")
+_PACKED = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".lzma", ".lz4", ".br")
+"""Files that have to be unpacked first."""
+_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *COMPRESSED, *_UNREADABLE, *_PACKED, ".parquet")
 BUFFER_CHARACTERS = 1 << 28
 """Of the documents among which `shuffled` draws the next one."""
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LONGEST_LINE = 1 << 28
+"""Bytes of a first line, at most, that are looked at to find out whether a file holds JSON lines."""
 
 
 class Document(NamedTuple):
@@ -44,34 +54,43 @@ class Source(NamedTuple):
     """One of text, lines, parquet, dataset, hub."""
 
 
-def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """What the names stand for, folders opened, in sorted order. Nothing is read yet.
+def find_sources(names: Sequence[str | os.PathLike[str]], *, text_column: str = "text") -> list[Source]:
+    """What the names stand for, folders opened, in sorted order. Nothing is read yet but the first lines of files whose
+    names leave open whether they hold JSON lines.
+
+    A file that is named twice, or reached by several links, is taken once, with a warning; linked folders are followed.
 
     Args:
         names: text files (one document each), .jsonl and .parquet files (one document a row), each perhaps compressed
             (.gz, .zst, .bz2), folders of all these, folders that `datasets` wrote, and hub ids.
+        text_column: of JSON lines in files that are not called .jsonl.
 
     Raises:
-        ValueError: naming what does not exist, or the folder in which nothing can be read.
+        ValueError: naming what does not exist or cannot be read, or the folder in which nothing can be read.
     """
     sources = []
     for name in map(str, names):
         path = Path(name)
         if path.is_dir():
-            sources += _in_folder(path)
-        elif path.exists() and _plain(path).suffix in _UNREADABLE:
-            raise ValueError(f"{name}: {path.suffix} files are not read: expected .txt, .md, .jsonl or .parquet")
+            sources += _in_folder(path, text_column)
         elif path.exists():
-            sources.append(Source(name, _kind(path)))
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _FILES:
+            sources.append(_named_directly(path, text_column))
+        elif path.is_symlink():
+            raise ValueError(f"{_shown(name)}: a link to {_shown(os.readlink(name))}, which does not exist")
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in _FILES:
             sources.append(Source(name, "hub"))
         else:
-            raise ValueError(f"{name}: no such file or folder")
-    return sources
+            raise ValueError(f"{_shown(name)}: no such file or folder")
+    return _once(sources)
 
 
 def read_documents(
-    sources: Iterable[Source], *, text_column: str = "text", subset: str | None = None, split: str = "train"
+    sources: Iterable[Source],
+    *,
+    text_column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    skip_invalid: bool = False,
 ) -> Iterator[Document]:
     """Read the documents of each source, so that memory holds one file's buffer and one document at most.
 
@@ -79,20 +98,28 @@ def read_documents(
         text_column: of .jsonl and .parquet files and data sets.
         subset: of a data set of the hub; by default the one it names default.
         split: of a data set of the hub.
+        skip_invalid: leave out what is no document (null, a list, no JSON, not UTF-8 …), and warn of how many there
+            were. What makes the rest of a file unreadable, such as a cut archive, is an error all the same.
 
     Raises:
         ValueError: naming the file, and the line or row, that is damaged, is not UTF-8, not JSON, or lacks the text
-            column.
+            column or a text in it.
     """
-    for source in sources:
-        if source.kind == "text":
-            yield _text_file(Path(source.name))
-        elif source.kind == "lines":
-            yield from _json_lines(Path(source.name), text_column)
-        else:
-            rows = _records(source, text_column, subset, split)
-            for number, record in enumerate(rows, 1):
-                yield Document(f"{source.name}:{number}", _text_of(record, text_column, f"{source.name}, row {number}"))
+    invalid: list[ValueError] = []
+    num_invalid = 0
+    try:
+        for source in sources:
+            for found in _documents(source, text_column, subset, split):
+                if isinstance(found, Document):
+                    yield found
+                elif not skip_invalid:
+                    raise found
+                else:
+                    num_invalid += 1
+                    invalid[1:] = [found]
+    finally:
+        if num_invalid:
+            logger.warning("left out %d documents that are no text, such as %s", num_invalid, invalid[0])
 
 
 def shuffled(
@@ -118,78 +145,196 @@ def shuffled(
     yield from held
 
 
-def _plain(path: Path) -> Path:
-    """The name before compression."""
-    return path.with_suffix("") if path.suffix in COMPRESSED else path
+def _shown(name: str | os.PathLike[str]) -> str:
+    """A name of a file as text, whatever its bytes are and whatever the locale takes them for."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _kind(path: Path) -> str:
-    suffix = _plain(path).suffix
-    return "parquet" if path.suffix == ".parquet" else "lines" if suffix in LINE_SUFFIXES else "text"
+def _suffix(path: Path) -> str:
+    """The suffix before compression, in lower case."""
+    compressed = path.suffix.lower() in COMPRESSED
+    return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
-def _in_folder(folder: Path) -> list[Source]:
+def _kind(path: Path, text_column: str) -> str | None:
+    """How a file is read; None if it is not, unless it is named directly and is a text."""
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        return "parquet" if path.suffix.lower() == suffix else None
+    if suffix in LINE_SUFFIXES or (suffix in _PERHAPS_LINES and _begins_with_text(path, text_column)):
+        return "lines"
+    return "text" if suffix in TEXT_SUFFIXES else None
+
+
+def _begins_with_text(file: Path, text_column: str) -> bool:
+    """Whether the first line that is not empty is a JSON object with a text."""
+    if not file.is_file():  # a pipe could not be read again
+        return False
+    with _naming(lambda: _shown(file)), _opened(file) as opened:
+        line = next(filter(_says_something, iter(lambda: opened.readline(_LONGEST_LINE), b"")), b"")
+    return isinstance(_of_line(line, "", "", text_column), Document)
+
+
+def _says_something(line: bytes) -> bool:
+    return bool(line.removeprefix(codecs.BOM_UTF8).strip())
+
+
+def _named_directly(path: Path, text_column: str) -> Source:
+    suffix = _suffix(path)
+    if suffix in _PACKED:
+        raise ValueError(f"{_shown(path)}: {suffix} files are not read: unpack it first")
+    kind = _kind(path, text_column)
+    if kind is None and suffix in (*_UNREADABLE, ".parquet"):
+        form = " with other than a JSON object with a text on each line" if suffix == ".json" else ""
+        written = "compressed .parquet" if suffix == ".parquet" else suffix
+        raise ValueError(f"{_shown(path)}: {written} files{form} are not read: expected .txt, .md, .jsonl or .parquet")
+    return Source(str(path), kind or "text")
+
+
+def _in_folder(folder: Path, text_column: str) -> list[Source]:
     if (folder / "state.json").is_file():
         return [Source(str(folder), "dataset")]
     if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text())["splits"])
-        raise ValueError(f"{folder} holds several splits ({splits}): name one of its folders")
+        splits = ", ".join(read_json(folder / "dataset_dict.json").get("splits", ()))
+        raise ValueError(f"{_shown(folder)} holds several splits ({splits}): name one of its folders")
     found: list[Source] = []
-    left_out: list[Source] = []
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        readable = _kind(file) != "text" or _plain(file).suffix in TEXT_SUFFIXES
-        if file.is_file() and not hidden:
-            (found if readable else left_out).append(Source(str(file), _kind(file)))
+    left_out: dict[str, list[str]] = {"files that are no text": [], "links to nothing": []}
+    for file in sorted(_files(folder)):
+        if not file.exists():
+            left_out["links to nothing"].append(_shown(file))
+        elif file.is_file() and (kind := _kind(file, text_column)):
+            found.append(Source(str(file), kind))
+        else:
+            left_out["files that are no text"].append(_shown(file))
     if not found:
-        raise ValueError(f"{folder}: found no text in this folder: expected .txt, .md, .jsonl or .parquet files")
-    if left_out:
-        logger.warning("%s: left out %d files that are no text, such as %s", folder, len(left_out), left_out[0].name)
+        expected = "expected .txt, .md, .jsonl or .parquet files"
+        raise ValueError(f"{_shown(folder)}: found no text in this folder: {expected}")
+    for what, files in left_out.items():
+        if files:
+            logger.warning("%s: left out %d %s, such as %s", _shown(folder), len(files), what, files[0])
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden, and links to nothing. A folder is entered once, whatever links lead
+    to it."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{_shown(error.filename)}: cannot be read: {error.strerror}") from error
+
+    entered = set()
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        entered.add(os.path.realpath(path))
+        inner = [name for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(path, name)) not in entered]
+        yield from (Path(path, name) for name in files if not name.startswith("."))
+
+
+def _once(sources: list[Source]) -> list[Source]:
+    """Each file once, by whatever name it was found first."""
+    kept: dict[Any, Source] = {}
+    again = []
+    for source in sources:
+        stat = None if source.kind == "hub" else os.stat(source.name)
+        key = source.name if stat is None else (stat.st_dev, stat.st_ino)
+        if key in kept:
+            again.append(_shown(source.name))
+        kept.setdefault(key, source)
+    if again:
+        logger.warning("%d files are named twice or linked, and taken once, such as %s", len(again), again[0])
+    return list(kept.values())
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    with pa.input_stream(str(file), compression=COMPRESSED.get(file.suffix)) as stream:
+    # Opened here, since Arrow would take names that are not UTF-8 for errors.
+    with file.open("rb") as raw, pa.input_stream(raw, compression=COMPRESSED.get(file.suffix.lower())) as stream:
         yield io.BufferedReader(stream, buffer_size=1 << 20)
 
 
-def _text_file(file: Path) -> Document:
-    with _named(lambda: str(file)), _opened(file) as opened:
-        return Document(str(file), opened.read().decode("utf-8"))
-
-
-def _json_lines(file: Path, text_column: str) -> Iterator[Document]:
+def _documents(source: Source, text_column: str, subset: str | None, split: str) -> Iterator[Document | ValueError]:
+    """The documents of a source; for what is none, the error that says so."""
+    name = _shown(source.name)
     number = 0
-    with _named(lambda: f"{file}, line {number}"), _opened(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON ({error})") from None
-                yield Document(f"{file}:{number}", _text_of(record, text_column, where))
+    if source.kind == "text":
+        with _naming(lambda: name), _opened(Path(source.name)) as opened:
+            content = opened.read()
+        yield _of_file(content, name)
+    elif source.kind == "lines":
+        with _naming(lambda: f"{name}, line {number}"), _opened(Path(source.name)) as lines:
+            for number, line in enumerate(lines, 1):
+                if _says_something(line):
+                    yield _of_line(line, f"{name}:{number}", f"{name}, line {number}", text_column)
+    else:
+        with _naming(lambda: f"{name}, after row {number}" if number else name):
+            for number, record in enumerate(_records(source, text_column, subset, split), 1):
+                yield _of_record(record, f"{name}:{number}", f"{name}, row {number}", text_column)
+
+
+def _of_file(content: bytes, name: str) -> Document | ValueError:
+    if (place := content.find(0)) >= 0 and not content.startswith(_UTF16):
+        return ValueError(f"{name}: no text (byte {place} is 0): expected a text in UTF-8; unpack an archive first")
+    text = _decoded(content, name)
+    return Document(name, text) if isinstance(text, str) else text
+
+
+def _of_line(line: bytes, name: str, where: str, text_column: str) -> Document | ValueError:
+    text = _decoded(line, where)
+    if isinstance(text, ValueError):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+        return ValueError(f"{where}: not JSON ({error})")
+    return _of_record(record, name, where, text_column)
+
+
+def _of_record(record: Any, name: str, where: str, text_column: str) -> Document | ValueError:
+    if not isinstance(record, dict):
+        return ValueError(f"{where}: found {_type(record)}: expected an object with a text in {text_column!r}")
+    if text_column not in record:
+        return ValueError(f"{where}: no column {text_column!r}: found {', '.join(record)}")
+    text = record[text_column]
+    if not isinstance(text, str):
+        return ValueError(f"{where}: column {text_column!r} holds {_type(text)}: expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ValueError(f"{where}: half a surrogate pair at character {error.start}, which is no text")
+    return Document(name, text)
+
+
+def _decoded(content: bytes, where: str) -> str | ValueError:
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")  # the mark of some editors
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        hint = "; it looks like UTF-16: convert it to UTF-8" if content.startswith(_UTF16) else ""
+        return ValueError(f"{where}: not UTF-8 text (byte {error.start} is {byte:#04x}){hint}")
+
+
+def _type(value: Any) -> str:
+    """What JSON calls a value's type."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _records(source: Source, text_column: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
     if source.kind == "hub":
         yield from _hub(source.name, subset, split)
         return
-    with _named(lambda: source.name):
+    with contextlib.ExitStack() as files:
         if source.kind == "parquet":
-            opened = pq.ParquetFile(source.name)
-            columns = opened.schema_arrow.names
-            batches = opened.iter_batches(batch_size=16, columns=[text_column]) if text_column in columns else None
+            opened = pq.ParquetFile(files.enter_context(Path(source.name).open("rb")))
+            columns, found = opened.schema_arrow.names, lambda: opened.iter_batches(16, columns=[text_column])
         else:
             table = datasets.load_from_disk(source.name)
-            columns = table.column_names
-            batches = (
-                table.select_columns([text_column]).with_format("arrow").iter(16) if text_column in columns else None
-            )
-        if batches is None:
-            raise ValueError(f"{source.name}: no column {text_column!r}: found {', '.join(columns)}")
-        for batch in batches:
+            columns, found = table.column_names, lambda: table.select_columns(text_column).with_format("arrow").iter(16)
+        if text_column not in columns:
+            raise ValueError(f"{_shown(source.name)}: no column {text_column!r}: found {', '.join(columns)}")
+        for batch in found():
             yield from batch.to_pylist()
 
 
@@ -204,24 +349,9 @@ def _hub(name: str, subset: str | None, split: str) -> Iterable[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _named(where: Callable[[], str]) -> Iterator[None]:
+def _naming(where: Callable[[], str]) -> Iterator[None]:
     """Say in one line which file, or which line of it, could not be read."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{where()}: not UTF-8 text (byte {error.start} is {byte:#04x})") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise ValueError(f"{where()}: cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _text_of(record: Any, text_column: str, where: str) -> str:
-    text = record.get(text_column) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: no text in column {text_column!r}: found {found}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from None
-    return text

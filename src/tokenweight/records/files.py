@@ -101,7 +101,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as a JSON file that is complete or absent; what JSON has no type for is written as its string."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     with replaced(path) as part, writing_to(path.parent):
-        part.write_text(f"{text}\n", encoding="utf-8")
+        # Names of files that are not UTF-8 hold halves of surrogate pairs, which are written as JSON escapes.
+        part.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tokenweight.records.files import reached
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one line to a .jsonl file."""
     reached("append", path)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
     reached("append", path)
 
