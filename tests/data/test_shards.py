@@ -2,14 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pytest
 
 from tokenweight.data.shards import dataset_files, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.records import read_json
+from tokenweight.records.files import LEASE
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32())})
 TABLE = pa.table({"input_ids": [[1, 2, 3], [4]]}, schema=SCHEMA)
@@ -65,11 +68,11 @@ def test_a_shard_that_is_not_what_was_written_is_refused_by_name(damage, tmp_pat
 
 
 HOLDER = """
-import sys, time
+import os, socket, sys, time
 from pathlib import Path
 from tokenweight.data.shards import locked
 with locked(Path(sys.argv[1])) as alone:
-    Path(sys.argv[1]).with_name(".a.arrow.host.123").write_text("half")
+    Path(sys.argv[1]).with_name(f".a.arrow.{socket.gethostname()}.{os.getpid()}.0").write_text("half")
     print(alone, flush=True)
     time.sleep(600)
 """
@@ -81,12 +84,32 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path):
         assert holder.stdout.readline() == "True\n"
         with locked(path) as alone:
             assert not alone
-        assert (tmp_path / ".a.arrow.host.123").exists()
+        (half,) = tmp_path.glob(".a.arrow.*.0")
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
     with locked(path) as alone:
         assert alone
-        assert not (tmp_path / ".a.arrow.host.123").exists()  # what the killed process left
+        assert not half.exists()  # what the killed process left
+        assert (tmp_path / ".a.arrow.lock").exists()
+
+
+def test_a_file_that_another_process_may_be_writing_is_left_alone_by_who_has_the_lock(tmp_path):
+    # As where locks are known to one host only: another one, whose clock is an hour off, has the same lock.
+    host, other = socket.gethostname(), os.getppid()
+    now = time.time()
+    written = {
+        f".a.arrow.{host}.{other}.0": now,
+        ".a.arrow.elsewhere.net.7.0": now - 3600,
+        ".a.json.elsewhere.net.7.1": now + 3600,
+        ".ab.arrow.elsewhere.net.7.2": now - 10 * LEASE,
+    }
+    left = {".a.arrow.elsewhere.net.8.0": now - 2 * LEASE, f".a.json.{host}.{os.getpid()}.99": now}
+    for name, changed in {**written, **left}.items():
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (changed, changed))
+    with locked(tmp_path / "a.arrow") as alone:
+        assert alone
+        assert {file.name for file in tmp_path.iterdir()} == {*written, ".a.arrow.lock"}
 
 
 def test_finished_files_are_a_data_set_whose_fingerprint_is_that_of_their_contents(tmp_path):

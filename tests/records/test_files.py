@@ -9,7 +9,7 @@ from tokenweight.records import files, new_folder, read_json, replaced, write_js
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    value = {"text": "naïve — 你好", "number": 2e-5, "list": [1, None, True], "nested": {"a": {}}}
+    value = {"text": "naïve — 你好", "name": "caf\udce9", "number": 2e-5, "list": [1, None, True], "nested": {"a": {}}}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
     write_json(tmp_path / "a.json", {"path": tmp_path})  # what JSON has no type for is written as its string

@@ -12,7 +12,7 @@ import filelock
 import pyarrow as pa
 
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.records import reached, read_json, replaced, write_json, writing_to
+from tokenweight.records import reached, read_json, remove_abandoned, replaced, write_json, writing_to
 
 _CONTENTS = "contents.json"
 """The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
@@ -113,9 +113,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         return
     try:
         reached("locked", path)
-        for left in path.parent.glob(f".{path.stem}.*"):  # of a process that was killed: this file, or its note
-            if left.suffix != ".lock":
-                left.unlink(missing_ok=True)
+        for name in (path.name, _note(path).name):
+            remove_abandoned(path.parent, f".{name}.*[0-9]")
         yield True
     finally:
         lock.release()

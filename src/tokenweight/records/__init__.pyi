@@ -1,6 +1,7 @@
 from .files import new_folder as new_folder
 from .files import reached as reached
 from .files import read_json as read_json
+from .files import remove_abandoned as remove_abandoned
 from .files import rename_folder as rename_folder
 from .files import replaced as replaced
 from .files import write_json as write_json

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 hook: Callable[[str, Path], object] | None = None
 """Called by `reached`. Tests set it, to stop, kill or interrupt a process at a point of its work that has a name."""
 _NUMBERS = itertools.count()
+LEASE = 24 * 3600
+"""Seconds for which a temporary file of another host, which cannot be asked, is left alone. Clocks may differ."""
 
 
 def reached(point: str, path: Path) -> None:
@@ -95,6 +98,32 @@ def rename_folder(folder: Path, path: Path) -> None:
     """Give its name to a complete folder whose files are on the disk."""
     _sync(folder)
     _rename(folder, path)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove temporary files that were left by processes which have ended; those of other hosts when they are old.
+
+    The caller holds the lock for them. There are file systems on which a lock is known to one host only, so that it
+    alone does not show that nobody is writing.
+    """
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            if _is_abandoned(path):
+                path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    name, _, number = path.name.rpartition(".")
+    name, _, process = name.rpartition(".")
+    if os.name != "posix" or not (name.endswith(f".{socket.gethostname()}") and (process + number).isdecimal()):
+        return time.time() - path.stat().st_mtime > LEASE
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        return False
+    return int(process) == os.getpid()  # of an earlier process of that number: this one is not writing yet
 
 
 def write_json(path: Path, value: Any) -> None:
