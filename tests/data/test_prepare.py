@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from texts import BOS, EOS, of_tokens, plain_ids, some_documents, trained_tokenizer
-from tokenweight.data import Document, load_rows, prepare, prepare_rows, special_tokens
+from tokenweight.data import Document, load_rows, prepare, prepare_rows
 
 
 @pytest.fixture
@@ -121,10 +121,6 @@ def test_an_existing_folder_is_refused_and_kept(documents, tmp_path):
     with pytest.raises(ValueError, match=r"^out .*rows: exists already"):
         prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows")
     assert (tmp_path / "rows" / "notes").read_text() == "mine"
-
-
-def test_special_tokens_are_found_by_the_rule_of_the_tokenizer(framed):
-    assert special_tokens(trained_tokenizer(framed=framed)) == (([BOS], [EOS]) if framed else ([], []))
 
 
 def folder_of(columns, folder):

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from scored import CONTEXT, OTHER_BATCH, arrow_bytes, tensor_of, tiny_scorer
@@ -182,7 +183,7 @@ def test_a_folder_is_scored_with_the_model_of_that_name_and_its_provenance_is_ke
     scored, provenance = load_scores(out)
     assert (len(scored), summary.new_tokens) == (NUM_ROWS, NUM_ROWS * LENGTH)
     assert provenance["environment"]["versions"]["torch"] == torch.__version__
-    told = {"model": model, "dtype": "float64", "rows": rows, "long": True, "bos": None}
+    told = {"model": model, "dtype": "float64", "rows": rows, "long": True, "prefix": []}
     told["contexts"] = [{"size": 8, "stride": 5}]
     assert {name: provenance[name] for name in told} == told
     tokens, wide = tensor_of(some_rows(), "input_ids"), models.tiny(dtype=torch.float32).double()
@@ -237,3 +238,16 @@ def test_an_empty_row_is_refused_by_its_number(folders):
     datasets.Dataset.from_dict({"input_ids": [[5] * LENGTH, []]}).save_to_disk(str(folders / "empty"))
     with pytest.raises(ValueError, match="empty: row 1 is empty"):
         score_folder(folders / "empty", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
+
+
+def test_windows_begin_with_the_prefix_that_prepare_noted(folders):
+    rows = some_rows()
+    tokens = [[9, *row[1:].tolist()] for row in rows["input_ids"]]
+    datasets.Dataset.from_dict({"input_ids": tokens}).save_to_disk(str(folders / "begun"))
+    (folders / "begun" / "rows.json").write_text('{"prefix": [9]}')
+    score_folder(folders / "begun", str(folders / "model"), [CONTEXT], folders / "scored")
+    scored, provenance = load_scores(folders / "scored")
+    assert provenance["prefix"] == [9]
+    bare, begun = (tiny_scorer(prefix=prefix)({"input_ids": tokens}) for prefix in ([], [9]))
+    assert not np.allclose(begun["short_nll_8"], bare["short_nll_8"], atol=0.01)
+    np.testing.assert_allclose(np.stack(scored["short_nll"]), begun["short_nll_8"], atol=4e-5)

@@ -21,8 +21,6 @@ from .documents import read_documents as read_documents
 from .documents import shuffled as shuffled
 from .export import export_weights as export_weights
 from .prepare import prepare_rows as prepare_rows
-from .prepare import special_tokens as special_tokens
-from .prepare import tokenizer_note as tokenizer_note
 from .row_scorer import RowScorer as RowScorer
 from .row_scorer import row_tensors as row_tensors
 from .score import ScoreSummary as ScoreSummary
@@ -31,3 +29,7 @@ from .score import score_folder as score_folder
 from .score import score_rows as score_rows
 from .shards import checksum as checksum
 from .shards import verify as verify
+from .tokenize import special_tokens as special_tokens
+from .tokenize import text_prefix as text_prefix
+from .tokenize import text_tokens as text_tokens
+from .tokenize import tokenizer_note as tokenizer_note

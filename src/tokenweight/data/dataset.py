@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_types, translate
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import find_sources, read_documents
-from tokenweight.data.prepare import special_tokens
+from tokenweight.data.row_scorer import new_scorer
 from tokenweight.data.shards import check_sizes, dataset_files, noted_contents, verify
+from tokenweight.data.tokenize import special_tokens, text_tokens
 from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
-    Scorer,
     check_length,
     check_tokenizer,
     context_length,
@@ -282,13 +282,13 @@ def score_text(
     if length is None:
         length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
     check_length(model.config, length, f"{path}: rows")
-    text = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = special_tokens(tokenizer)[0] + text
+    prefix = special_tokens(tokenizer)[0]
+    ids = prefix + text_tokens(tokenizer, [document.text])[0]
     row = ids[number * length : (number + 1) * length] if number >= 0 else []
     if not row:
         raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
     context = ShortContext.of(len(row), size, stride)
-    scorer = Scorer(model, context, prefix=special_tokens(tokenizer)[0])
+    scorer = new_scorer(model, context, prefix)
     tokens = torch.tensor([row], device=model.device)
     with numbered_from(number):
         long_nll = scorer.long_nll(tokens)

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
 from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock
-from tokenweight.models import tokenizer_fingerprint
-from tokenweight.records import differences, read_json, rename_folder, write_json
+from tokenweight.data.tokenize import special_tokens, text_tokens
+from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
@@ -51,8 +51,9 @@ def prepare_rows(
 ) -> RowSummary:
     """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
 
-    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), and no token of a document is
-    lost between its rows. `Cutter` says what becomes of short documents and of the ends of long ones.
+    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token of a document is lost
+    between its rows, and no text becomes a control token (`text_tokens`). `Cutter` says what becomes of short documents
+    and of the ends of long ones.
 
     Until it is whole, the folder is called `out.unfinished`. An interrupted call, made again with the same documents
     and settings, goes on after the last whole shard; the rows are the same to the byte.
@@ -100,8 +101,7 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     with locked(note) as alone:
         if not alone:
             raise ValueError(f"out {out}: another process is making it")
-        for left in folder.glob(".rows-*"):  # of a process that was killed
-            left.unlink()
+        remove_abandoned(folder, ".rows-*")
         try:
             if out.exists():
                 raise ValueError(f"out {out}: exists already; name a new folder")
@@ -207,13 +207,7 @@ def _tables(
         return [_table(chosen, schema)] if chosen else []
 
     for batch in _batches(source):
-        tokens = tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        tokens = text_tokens(tokenizer, [document.text for document in batch])
         arrays = (np.array(ids, dtype=np.int32) for ids in tokens)
         yield from table(row for document, ids in zip(batch, arrays) for row in cutter.rows(document.name, ids))
         if cutter.summary.rows == max_rows:
@@ -231,18 +225,3 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         else:
             columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
-    """Which tokenizer made rows, for their provenance: the name it was loaded by, and its fingerprint."""
-    return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer, by its own rule, puts before and after a text: ([BOS] or [], [EOS] or [])."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    for start in range(len(special) - len(plain) + 1):
-        if special[start : start + len(plain)] == plain:
-            return special[:start], special[start + len(plain) :]
-    raise ValueError(f"{type(tokenizer).__name__}: cannot tell special tokens from text in {special}")

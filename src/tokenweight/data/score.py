@@ -17,6 +17,7 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import Verifier, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.data.tokenize import text_prefix
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     check_length,
@@ -95,18 +96,18 @@ def score_folder(
     check_tokens(model.config, *contents.token_range, folder)
     check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
     check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
-    bos = None if tokenizer is None else tokenizer.bos_token_id
+    prefix = text_prefix(tokenizer, made)
     provenance = {
         **identity(model, model_name),
         "config_fingerprint": config_fingerprint(model.config),
         "tokenizer": made.get("tokenizer"),
         "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
-        "bos": bos,
+        "prefix": prefix,
         "rows": str(folder),
         "rows_fingerprint": contents.fingerprint,
         "environment": environment(),
     }
-    scorer = RowScorer(model.to(own_device()), contexts, bos=bos, with_long=with_long, max_tokens=max_tokens)
+    scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
     verifier = Verifier(folder)
     return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress, check=verifier)
 

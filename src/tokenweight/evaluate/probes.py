@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data import special_tokens
+from tokenweight.data import special_tokens, text_tokens
 
 NUM_DECOYS = 3
 """Decoys of every probe, so that chance is 1/4 in each family."""
@@ -149,7 +149,7 @@ def make_probes(
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A text after what the tokenizer, by its own rule, puts before it (BOS), but without what it puts after it."""
-    return special_tokens(tokenizer)[0] + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return special_tokens(tokenizer)[0] + text_tokens(tokenizer, [text])[0]
 
 
 class _Draft(NamedTuple):
