@@ -10,7 +10,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from tokenweight.data.shards import dataset_files, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.data.shards import check_name, dataset_files, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.records import read_json
 from tokenweight.records.files import LEASE
 
@@ -126,3 +126,9 @@ def test_finished_files_are_a_data_set_whose_fingerprint_is_that_of_their_conten
         assert not list(folder.glob(".*"))
         states.append(read_json(folder / "state.json"))
     assert states[0] == states[1]
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_by_it(tmp_path):
+    check_name(tmp_path / "Größe")
+    with pytest.raises(ValueError, match=r"rows-\\xe9: expected a name in UTF-8"):
+        check_name(tmp_path / os.fsdecode(b"rows-\xe9"))

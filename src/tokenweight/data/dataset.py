@@ -18,7 +18,7 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.row_scorer import new_scorer
-from tokenweight.data.shards import check_sizes, dataset_files, noted_contents, verify
+from tokenweight.data.shards import check_name, check_sizes, dataset_files, noted_contents, verify
 from tokenweight.data.tokenize import special_tokens, text_tokens
 from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
@@ -83,6 +83,7 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
     """The rows of a folder; and what they hold, if it was noted when they were written."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
+    check_name(folder)
     check_sizes(folder)
     try:
         rows = datasets.load_from_disk(str(folder))

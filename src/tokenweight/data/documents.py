@@ -309,7 +309,7 @@ def _decoded(content: bytes, where: str) -> str | ValueError:
         return content.decode("utf-8").removeprefix("\ufeff")  # the mark of some editors
     except UnicodeDecodeError as error:
         byte = content[error.start]
-        hint = "; it looks like UTF-16: convert it to UTF-8" if content.startswith(_UTF16) else ""
+        hint = "; it looks like UTF-16 or UTF-32: convert it to UTF-8" if content.startswith(_UTF16) else ""
         return ValueError(f"{where}: not UTF-8 text (byte {error.start} is {byte:#04x}){hint}")
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
 from tokenweight.data.dataset import load_scores
-from tokenweight.data.shards import finish_dataset, new_shard, unlock, verify
+from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
 from tokenweight.method import Weighting, check_finite, prediction_mask
 from tokenweight.models import numbered_from
 from tokenweight.records import environment, new_folder, write_json
@@ -88,6 +88,7 @@ def export_weights(
     out = Path(out)
     if format not in _FORMATS:
         raise ValueError(f"format {format}: expected one of {', '.join(_FORMATS)}")
+    check_name(out)
     if out.exists():
         raise ValueError(f"out {out}: exists already; name a new folder")
     rows, provenance = load_scores(folder, size=size)

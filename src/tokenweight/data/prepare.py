@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
-from tokenweight.data.shards import finish_dataset, locked, new_shard, read_note, strip_note, unlock
+from tokenweight.data.shards import check_name, finish_dataset, locked, new_shard, read_note, strip_note, unlock
 from tokenweight.data.tokenize import special_tokens, text_tokens
 from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
 
@@ -70,6 +70,7 @@ def prepare_rows(
         ValueError: if `out` exists, an unfinished folder was begun otherwise, or there is no row.
     """
     out = Path(out)
+    check_name(out)
     prefix, suffix = special_tokens(tokenizer)
     if short not in _SCHEMAS:
         raise ValueError(f"short {short}: expected drop or pack")

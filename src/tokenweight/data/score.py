@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from tokenweight.data.columns import COLUMNS, TRANSLATED
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
-from tokenweight.data.shards import Verifier, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.data.shards import Verifier, check_name, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.data.tokenize import text_prefix
 from tokenweight.method import ShortContext
 from tokenweight.models import (
@@ -139,6 +139,7 @@ def score_rows(
         ValueError: if `out` holds scores of another provenance, naming what differs; if a loss is not finite.
     """
     out = Path(out)
+    check_name(out)
     if there := [name for name in scorer.features if name in rows.column_names]:
         raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
     _claim(out, {**provenance, "contexts": scorer.contexts, "long": scorer.with_long})

@@ -120,6 +120,15 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
+def check_name(folder: Path) -> None:
+    """Raise a ValueError unless Arrow, which takes names for UTF-8, can open files in a folder of this name."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown}: expected a name in UTF-8; in a locale without it, set PYTHONUTF8=1") from None
+
+
 def unlock(folder: Path) -> None:
     """Remove the files of locks, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
