@@ -12,7 +12,7 @@ import transformers
 
 import models
 from tokenweight import Dense, LongCE, ShortContext, Sparse, Uniform, with_weighted_loss
-from tokenweight.data import export_weights, load_scores, score_folder
+from tokenweight.data import export_weights, load_rows, load_scores, score_folder
 from tokenweight.data.export import weigh_rows
 from tokenweight.method import Custom
 
@@ -367,3 +367,10 @@ def test_settings_that_make_no_sense_are_refused(settings, message, packed, tmp_
     with pytest.raises(ValueError, match=message):
         export_weights(packed[0], weighting, out, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["scored"]
+
+
+@pytest.mark.parametrize("format", ["hf", "trl"])
+def test_weights_for_other_trainers_are_not_ignored_as_rows(format, packed, tmp_path):
+    export_weights(packed[0], Dense(), tmp_path / "out", format=format)
+    with pytest.raises(ValueError, match="out has a column loss_weights, which is not read"):
+        load_rows(tmp_path / "out")

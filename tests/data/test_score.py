@@ -240,14 +240,14 @@ def test_an_empty_row_is_refused_by_its_number(folders):
         score_folder(folders / "empty", str(folders / "model"), [CONTEXT], folders / "scored", with_long=True)
 
 
-def test_windows_begin_with_the_prefix_that_prepare_noted(folders):
-    rows = some_rows()
-    tokens = [[9, *row[1:].tolist()] for row in rows["input_ids"]]
+@pytest.mark.parametrize("prefix", [[9], [9, 10]])
+def test_windows_begin_with_the_prefix_that_prepare_noted(prefix, folders):
+    tokens = [[*prefix, *row[len(prefix) :].tolist()] for row in some_rows()["input_ids"]]
     datasets.Dataset.from_dict({"input_ids": tokens}).save_to_disk(str(folders / "begun"))
-    (folders / "begun" / "rows.json").write_text('{"prefix": [9]}')
+    (folders / "begun" / "rows.json").write_text(json.dumps({"prefix": prefix}))
     score_folder(folders / "begun", str(folders / "model"), [CONTEXT], folders / "scored")
     scored, provenance = load_scores(folders / "scored")
-    assert provenance["prefix"] == [9]
-    bare, begun = (tiny_scorer(prefix=prefix)({"input_ids": tokens}) for prefix in ([], [9]))
+    assert provenance["prefix"] == prefix
+    bare, begun = (tiny_scorer(prefix=one)({"input_ids": tokens}) for one in ([], prefix))
     assert not np.allclose(begun["short_nll_8"], bare["short_nll_8"], atol=0.01)
     np.testing.assert_allclose(np.stack(scored["short_nll"]), begun["short_nll_8"], atol=4e-5)

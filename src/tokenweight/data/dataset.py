@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_types, translate
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import find_sources, read_documents
-from tokenweight.data.row_scorer import new_scorer
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, noted_contents, verify
 from tokenweight.data.tokenize import special_tokens, text_tokens
 from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
+    Scorer,
     check_length,
     check_tokenizer,
     context_length,
@@ -289,7 +289,7 @@ def score_text(
     if not row:
         raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
     context = ShortContext.of(len(row), size, stride)
-    scorer = new_scorer(model, context, prefix)
+    scorer = Scorer(model, context, prefix=prefix)
     tokens = torch.tensor([row], device=model.device)
     with numbered_from(number):
         long_nll = scorer.long_nll(tokens)

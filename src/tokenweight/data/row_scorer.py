@@ -51,7 +51,7 @@ class RowScorer:
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens, self.with_long = max_tokens, with_long
         suffixes = [f"_{size}" for size in sizes]
-        scorer = new_scorer(model, contexts[0], prefix, max_tokens=max_tokens)
+        scorer = Scorer(model, contexts[0], prefix=prefix, max_tokens=max_tokens)
         self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
 
     @property
@@ -110,13 +110,6 @@ class RowScorer:
                     columns[f"{name}{suffix}"] += values.tolist()
                 difference = (long_nll - short_nll)[mask].abs().double()
                 totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
-
-
-def new_scorer(
-    model: PreTrainedModel, context: ShortContext, prefix: Sequence[int], *, max_tokens: int = 32768
-) -> Scorer:
-    """A scorer whose windows begin with the prefix of a text."""
-    return Scorer(model, context, bos=prefix[0] if len(prefix) == 1 else None, max_tokens=max_tokens)
 
 
 def _without_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -104,8 +104,8 @@ class Rows(NamedTuple):
     lengths: np.ndarray
     max_tokens: int = 32768
     """Tokens read in one forward pass."""
-    bos: int | None = None
-    """The token that begins a document, which windows begin with too."""
+    prefix: Sequence[int] = ()
+    """The special tokens with which a text begins, which windows begin with too."""
 
     @property
     def has_documents(self) -> bool:
@@ -203,8 +203,7 @@ def find_key_tokens(
 
 def _finder(model: PreTrainedModel, plan: EvalPlan, rows: Rows) -> Scorer:
     """The scorer whose windows determine the key tokens."""
-    prefix = () if rows.bos is None else (rows.bos,)
-    return Scorer(model, ShortContext(*plan.long_context), prefix=prefix, max_tokens=rows.max_tokens)
+    return Scorer(model, ShortContext(*plan.long_context), prefix=rows.prefix, max_tokens=rows.max_tokens)
 
 
 def _read(scorer: Scorer, batch: dict[str, Any]) -> _Batch:

@@ -12,7 +12,16 @@ import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.data import Contents, check_predicted, checksum, open_rows, row_lengths, scan_contents, verify
+from tokenweight.data import (
+    Contents,
+    check_predicted,
+    checksum,
+    open_rows,
+    row_lengths,
+    scan_contents,
+    text_prefix,
+    verify,
+)
 from tokenweight.evaluate.compare import GRID, Entry, Measure, compare
 from tokenweight.evaluate.losses import Rows, find_key_tokens, open_weights, row_measures
 from tokenweight.evaluate.probe_scoring import ProbeGrid, probe_measures, score_cells
@@ -111,7 +120,7 @@ def _open(settings: EvalSettings) -> _Task:
     evaluator = earlier["evaluator"]["model"] if earlier else settings.evaluator or names[0]
     loaded = list(dict.fromkeys(names if earlier else [evaluator, *names]))
     tokenizer = _common_tokenizer(loaded, settings)
-    rows = Rows(data, lengths, settings.max_tokens, None if tokenizer is None else tokenizer.bos_token_id)
+    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
     for name in loaded:
         _check_model(name, settings, plan, rows, contents)
     probes = _make_probes(settings, plan, tokenizer)

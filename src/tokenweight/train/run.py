@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import choose_scores, has_scores, open_rows, tokenizer_note, verify
-from tokenweight.models import Scorer, check_fit, find_tokenizer, load_config, load_model, with_weighted_loss
+from tokenweight.data import choose_scores, has_scores, open_rows, text_prefix, tokenizer_note, verify
+from tokenweight.models import Scorer, check_fit, find_tokenizer, identity, load_config, load_model, with_weighted_loss
 from tokenweight.records import read_provenance
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.collator import DataCollatorWithScores
@@ -31,6 +31,14 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     """
     run = resolve(settings)
     checkpoint = find_checkpoint(run.out, run.arguments)
+    with _folder(run.out, main=run.arguments.process_index == 0) as keep:
+        return _trained(run, checkpoint, callbacks, keep)
+
+
+def _trained(
+    run: Run, checkpoint: Path | None, callbacks: Sequence[TrainerCallback], keep: Callable[[], None]
+) -> PreTrainedModel:
+    settings = run.settings
     rows, contents = open_rows(settings.data)
     run.check_scores(has_scores(rows))
     scores: dict[str, Any] = {}
@@ -57,8 +65,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         record["model"] = identity(model, settings.model)
         record |= {} if run.scoring_model is None else {"scorer": identity(scoring, run.scoring_model)}
     scored = context is not None and run.weighting.uses_short
-    bos = getattr(tokenizer, "bos_token_id", None)
-    scorer = Scorer(scoring, context, prefix=() if bos is None else (bos,)) if scored else None
+    scorer = Scorer(scoring, context, prefix=text_prefix(tokenizer, provenance)) if scored else None
     trainer = WeightedTrainer(
         model=with_weighted_loss(model, run.weighting, scorer),
         args=run.arguments,

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from tokenweight.data import text_prefix
 from tokenweight.method import parse_weighting
 from tokenweight.models import (
     Scorer,
@@ -143,8 +144,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
             check_tokenizer(find_tokenizer(args.scorer), args.scorer, made, "train_dataset")
             scoring = load_model(args.scorer).to(args.device)
-        bos = self._tokenizer.bos_token_id
-        return Scorer(scoring, size=args.size, stride=args.stride, prefix=() if bos is None else (bos,))
+        return Scorer(scoring, size=args.size, stride=args.stride, prefix=text_prefix(self._tokenizer, {}))
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
