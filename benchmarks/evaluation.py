@@ -30,7 +30,7 @@ from bench.models import model_and_row
 from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext
 from tokenweight.data import key_tokens
-from tokenweight.evaluate import EvalPlan, EvalSettings, Rows, make_plan, open_weights, row_measures, row_sums
+from tokenweight.evaluate import EvalPlan, EvalSettings, Judging, Rows, make_plan, open_weights, row_measures, row_sums
 from tokenweight.method import prediction_mask, sliding_windows
 
 OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
@@ -51,7 +51,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("numpy")
     plan = make_plan(EvalSettings(name, Path("rows"), Path("out"), probes="none"), length)
     rows = Rows(data, np.array([length]))
-    weights = open_weights(Path(tempfile.mkdtemp()) / "weights.npy", length)
+    judging = Judging(open_weights(Path(tempfile.mkdtemp()) / "weights.npy", 1, length)[0])
     read = inputs(plan, tokens)
 
     def forward() -> None:
@@ -59,7 +59,7 @@ def native(report: Report, rounds: int, length: int, quick: bool) -> None:
             states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
             model.lm_head(states if batch is tokens else states[:, states.shape[1] // 2 :])
 
-    runs = {OURS: lambda: row_measures(model, plan, rows, weights, writes_weights=True), PASSES: forward}
+    runs = {OURS: lambda: row_measures(model, plan, rows, judging), PASSES: forward}
     with torch.no_grad():
         seconds = alternately(runs, rounds)
     contexts = ", ".join(map(str, plan.sizes))

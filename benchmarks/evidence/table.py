@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenweight.evaluate import Entry, Measure, compare, csv_text, grid_markdown, markdown
+import numpy as np
+
+from tokenweight.data import load_rows, row_lengths
+from tokenweight.evaluate import Entry, Measure, Rows, compare, csv_text, grid_markdown, markdown, pair_measures
 from tokenweight.records import read_json, write_json
 from tokenweight.view import benefit_figure, loss_figure, write_figure
 
@@ -53,9 +56,34 @@ def averaged(runs: Sequence[Sequence[dict[str, Any]]]) -> list[Measure]:
     """
     joined = []
     for same in zip(*runs, strict=True):
-        sums = {key: [statistics.fmean(own) for own in zip(*(m[key] for m in same))] for key in ("total", "num_tokens")}
+        keys = [key for key in ("total", "num_tokens", "baseline_total") if same[0][key] is not None]
+        sums = {key: [statistics.fmean(own) for own in zip(*(m[key] for m in same))] for key in keys}
         joined.append(Measure(**{**{name: same[0][name] for name in Measure._fields}, **sums}))
     return joined
+
+
+def judged(
+    out: Path, measures: dict[str, list[list[dict[str, Any]]]], runs: dict[str, list[Path]], base: str
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """The measures of each arm and seed, where its model and that of `base` with the same seed judge LongPPL alike."""
+    data = load_rows(out / "rows-held-out")
+    rows = Rows(data, row_lengths(data))
+    folders = {"none": [out / "none"], **runs}
+    weights = {
+        arm: [np.load(out / "evals" / folder.name / "token_weights.npy", mmap_mode="r")[-1] for folder in own]
+        for arm, own in folders.items()
+    }
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for arm, own in measures.items():
+        found[arm] = []
+        for seed, run in enumerate(own):
+            beside = weights[base][seed % len(weights[base])]  # `none` has one run, no seed
+            given = [Measure(*(measure[name] for name in Measure._fields)) for measure in run]
+            pair = pair_measures(given, weights[arm][seed], beside, rows)
+            if arm == base:
+                pair = [m._replace(judge="self", baseline_total=None) if m.judge == "pair" else m for m in pair]
+            found[arm].append([measure._asdict() for measure in pair])
+    return found
 
 
 def compared(models: dict[str, list[Measure]], base: str) -> list[list[Entry]]:
@@ -88,9 +116,11 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
     """
     models = {arm: [record["models"][-1] for record in own] for arm, own in records.items()}
     measures = {arm: [model["measures"] for model in own] for arm, own in models.items()}
-    joined = {arm: averaged(own) for arm, own in measures.items()}
-    tables = {base: compared(joined, base) for base in ("uniform", "none")}
-    price, seeds, rates = prices(runs), by_seed(measures), read_json(out / "rates.json")["rates"]
+    beside = {base: judged(out, measures, runs, base) for base in ("uniform", "none")}
+    tables = {
+        base: compared({arm: averaged(own) for arm, own in found.items()}, base) for base, found in beside.items()
+    }
+    price, seeds, rates = prices(runs), by_seed(beside["uniform"]), read_json(out / "rates.json")["rates"]
     first, scoring = records["none"][0], out / "scoring.json"
     result = {"settings": read_json(out / "settings.json"), "rates": rates, "price": price}
     result |= {"scoring": read_json(scoring) if scoring.is_file() else None}  # None: killed before it was written
@@ -107,7 +137,7 @@ def tabulate(out: Path, records: dict[str, list[dict[str, Any]]], runs: dict[str
         text = markdown(table, unit=first["unit"]).replace("## Every measure", f"### Every measure, beside {base}")
         parts += [f"## Beside {base}\n", text]
         (out / f"compared-with-{base}.csv").write_text(csv_text(table), encoding="utf-8")
-    forms = {measure.name: change_form(measure.unit) for measure in joined["uniform"]}
+    forms = {entry.measure: change_form(entry.unit) for entry in tables["uniform"][0]}
     changes = [[arm, name, ", ".join(map(forms[name], own[name]))] for arm, own in seeds.items() for name in own]
     parts += ["## Each seed: change from uniform weights with the same seed\n"]
     parts += [lines(["arm", "measure", "changes"], changes)]

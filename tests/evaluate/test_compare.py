@@ -89,6 +89,25 @@ def test_one_document_has_no_interval_and_no_token_no_value():
     assert "| long | far ↓ | nats | 0 | - | - |" in markdown(table)
 
 
+def test_a_benefit_that_rose_as_less_context_got_worse_is_pointed_out():
+    def model(full, short):
+        nats = [Measure(name, "long", "nats", "lower", [value * 10 for value in values], [10.0] * 3)
+                for name, values in (("context_full", full), ("context_256", short))]  # fmt: skip
+        gains = [10 * (s - f) for f, s in zip(full, short)]
+        return [*nats, Measure("benefit_256", "long", "nats", "higher", gains, [10.0] * 3)]
+
+    models = {
+        "base": model([2.0, 2.1, 2.3], [2.5, 2.6, 2.7]),
+        "worse": model([2.0, 2.2, 2.3], [2.7, 2.9, 2.9]),
+        "better": model([1.8, 1.9, 2.0], [2.5, 2.6, 2.7]),
+    }
+    table = compare(list(models.items()))
+    rows = entries(table)
+    assert all(rows[name, "benefit_256"].clear and rows[name, "benefit_256"].change > 0 for name in ("worse", "better"))
+    assert [line.partition(":")[0] for line in notes(table) if "benefit 256" in line] == ["worse"]
+    assert "benefit 256" in markdown(table).partition("## Every measure")[0]
+
+
 def test_equal_models_change_by_nothing_and_none_is_best():
     table = compare([("a", [measure("base", "far")]), ("b", [measure("base", "far")])])
     assert table[1][0][6:11] == (0.0, 0.0, 0.0, False, False)

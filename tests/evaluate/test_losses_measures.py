@@ -59,21 +59,22 @@ def slow_losses(model, data):
     return found
 
 
-def slow_measures(losses, judged, data):
-    """Total and number of tokens of each document, by the names of the measures."""
+def slow_measures(losses, judges, data):
+    """Total and number of tokens of each document, by the names of the measures; the judges have a vote each."""
     sums = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    for (row, _, t, loss), (*_, judge) in zip(losses, judged):
+    for (row, _, t, loss), *judged in zip(losses, *judges):
         document = DOCUMENTS[row] if data == "rows" else row
 
         def add(name, value, weight=1.0, document=document):
             sums[name][document][0] += weight * value
             sums[name][document][1] += weight
 
-        full, gain = loss["full"], judge["long"] - judge["full"]
-        is_key = gain > 2 and judge["full"] < 2
+        full = loss["full"]
+        gains = [judge["long"] - judge["full"] for *_, judge in judged]
+        key = [gain > 2 and judge["full"] < 2 for gain, (*_, judge) in zip(gains, judged)]
         start = 0 if t < 6 else 6 if t < 12 else 12
         for name, counts in {
-            "all": True, "short_range": t < 7, "beyond_half": t >= 12, "longppl": is_key, f"position_{start}": True,
+            "all": True, "short_range": t < 7, "beyond_half": t >= 12, f"position_{start}": True,
             "context_full": t >= 10,
         }.items():  # fmt: skip
             if counts:
@@ -82,8 +83,9 @@ def slow_measures(losses, judged, data):
             if t >= 10:
                 add(f"context_{size}", loss[size])
                 add(f"benefit_{size}", loss[size] - full)
-        add("longppl_soft", full, min(math.exp(gain), 5))
-        add("key_tokens", is_key)
+        add("longppl", full, sum(key) / len(key))
+        add("longppl_soft", full, sum(min(math.exp(gain), 5) for gain in gains) / len(gains))
+        add("key_tokens", key[-1])
     units = list(dict.fromkeys(DOCUMENTS)) if data == "rows" else range(len(TOKENS))
     return {name: [found[unit] for unit in units] for name, found in sums.items()}
 
@@ -98,20 +100,27 @@ def losses(place):
 @pytest.mark.parametrize("data", ["rows", "packed"])
 def test_every_measure_of_rows_is_that_of_one_forward_pass_for_each_token(data, evaluator, place, losses, tmp_path):
     record = evaluate(settings(place, tmp_path / "out", data=data, baseline="base", evaluator=evaluator))
-    judged = losses[evaluator or "base", data]
     for name, model in zip(["base", "trained"], record["models"]):
-        expected = slow_measures(losses[name, data], judged, data)
+        judges = [losses[judge, data] for judge in ([evaluator] if evaluator else dict.fromkeys(["base", name]))]
+        expected = slow_measures(losses[name, data], judges, data)
+        beside = slow_measures(losses["base", data], judges, data)
         assert {measure["name"] for measure in model["measures"]} == set(expected)
         for measure in model["measures"]:
             found = torch.tensor([measure["total"], measure["num_tokens"]], dtype=torch.float64).T
-            # Sums of some 100 float64 losses up to 30; the weights of soft LongPPL are stored in float32.
-            rtol = 2**-23 if measure["name"] == "longppl_soft" else 1e-11
+            # Sums of some 100 float64 losses up to 30; what judges find is stored in float32.
+            rtol = 2**-23 if measure["name"] == "longppl_soft" or measure["judge"] == "pair" else 1e-11
             wanted = torch.tensor(expected[measure["name"]], dtype=torch.float64)
             torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-9 if rtol < 1e-9 else 1e-5)
             total, number = wanted.sum(dim=0).tolist()
             value = math.exp(total / number) if measure["unit"] == "perplexity" else total / number
             assert measure["value"] == pytest.approx(value, rel=1e-6)
-    key = slow_measures(losses["base", data], judged, data)["longppl"]
+            assert (measure["baseline_total"] is not None) == (measure["judge"] == "pair")
+            if measure["judge"] == "pair":
+                assert measure["baseline_total"] == pytest.approx([sum for sum, _ in beside[measure["name"]]], rel=1e-6)
+        found = {measure["name"]: measure["judge"] for measure in model["measures"] if measure["judge"]}
+        judge = "third" if evaluator else "self" if name == "base" else "pair"
+        assert found == {"longppl": judge, "longppl_soft": judge}
+    key = slow_measures(losses["base", data], [losses[evaluator or "base", data]], data)["longppl"]
     assert 2 <= sum(number for _, number in key) <= 6  # with these seeds
     assert record["unit"] == ("document" if data == "rows" else "row")
     assert len(record["documents"]) == (3 if data == "rows" else 6)
@@ -141,17 +150,21 @@ def test_a_row_is_read_once_whole_and_once_in_the_windows_of_each_context(place,
     read = count_tokens_read(monkeypatch)
     evaluate(settings(place, tmp_path / "out", baseline="base", evaluator=evaluator))
     # Windows of 6 tokens at 6, 9, … 21; of 10 tokens at 10, 15, 20, the last of which is shorter, but padded; of 9
-    # tokens at 9, 13, 17, 21, for the evaluator alone.
+    # tokens at 9, 13, 17, 21, for those that find key tokens.
     whole, curve, long = 6 * LENGTH, 6 * (6 * 6 + 3 * 10), 6 * 4 * 9
     expected = {"base": whole + curve, "trained": whole + curve}
-    expected[evaluator or "base"] = expected.get(evaluator or "base", whole) + long
+    judges = [evaluator] if evaluator else ["base", "trained"]
+    for judge in judges:
+        expected[judge] = expected.get(judge, whole) + long
     assert {name: sum(passes) for name, passes in read.items()} == expected
     assert {name: len(passes) for name, passes in read.items()} == {
-        name: 1 + 2 * (name != "judge") + (name == (evaluator or "base")) for name in expected
+        name: 1 + 2 * (name != "judge") + (name in judges) for name in expected
     }
     read.clear()
     evaluate(settings(place, tmp_path / "again", model="copy", baseline=tmp_path / "out"))
-    assert {name: sum(passes) for name, passes in read.items()} == {"copy": whole + curve}
+    assert {name: sum(passes) for name, passes in read.items()} == {
+        "copy": whole + curve + (long if evaluator is None else 0)
+    }
 
 
 @pytest.mark.parametrize("by", ["likelihood", "generation"])

@@ -38,6 +38,31 @@ def test_a_baseline_from_a_folder_is_the_baseline_from_the_model_to_the_last_dig
     assert third["models"][:2] == whole["models"]
 
 
+def test_a_copy_of_the_evaluator_is_as_much_a_party_as_the_evaluator(place, tmp_path):
+    judges = {}
+    for name, options in {
+        "baseline": {"evaluator": "base"}, "model": {"evaluator": "trained"}, "third": {"evaluator": "judge"},
+        "copied": {"evaluator": "copy"},
+    }.items():  # fmt: skip
+        record = evaluate(settings(place, tmp_path / name, baseline="base", **options))
+        rows = [{entry["measure"]: entry for entry in row} for row in record["comparison"]]
+        judges[name] = [row["longppl_soft"]["judge"] for row in rows]
+        entry = rows[1]["longppl_soft"]
+        assert entry["change"] is not None
+        assert (entry["low"] is None) == (name != "third")
+        assert entry["clear"] <= (name == "third")
+    assert judges == {
+        "baseline": ["self", "third"], "model": ["third", "self"], "third": ["third", "third"],
+        "copied": ["self", "third"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"base found the key tokens of .*: expected the same evaluator, or none"):
+        evaluate(settings(place, tmp_path / "out", model="copy", baseline=tmp_path / "baseline", evaluator="judge"))
+    again = evaluate(settings(place, tmp_path / "again", model="copy", baseline=tmp_path / "third"))
+    assert again["evaluator"] == read_json(tmp_path / "third" / "eval.json")["evaluator"]
+    found = {entry["measure"]: entry["judge"] for entry in again["comparison"][2]}
+    assert (len(again["comparison"]), found["longppl"], found["all"]) == (3, "third", None)
+
+
 def test_a_copy_of_the_baseline_changes_by_exactly_nothing(place, tmp_path):
     record = evaluate(settings(place, tmp_path / "out", model="copy", baseline="base"))
     entries = record["comparison"][1]
@@ -90,7 +115,7 @@ def refusal(place, tmp_path, monkeypatch, **options):
         ({"data": "packed"}, "rows_fingerprint is "),
         ({"data": "labeled"}, "(rows_fingerprint is "),
         ({"data": "renamed"}, "(documents_fingerprint is "),
-        ({"evaluator": "judge"}, "base found the key tokens of "),
+        ({"evaluator": "judge"}, "each model itself found the key tokens of "),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from benchmark import BENCHMARKS, load
 import models
 from texts import TEXT, trained_tokenizer
 from tokenweight.data import load_rows
-from tokenweight.evaluate import EvalSettings, Measure, paired_difference
+from tokenweight.evaluate import EvalSettings, Measure, open_weights, paired_difference
 from tokenweight.evaluate.intervals import Sums
 from tokenweight.evaluate.settings import make_plan
 from tokenweight.method import parse_weighting
@@ -140,6 +141,45 @@ def test_of_a_seed_the_change_of_a_perplexity_is_a_ratio(evidence):
     measures = {arm: [[record("longppl", own, [2.0, 1.0], "perplexity")] for own in runs] for arm, runs in nats.items()}
     changes = sys.modules["table"].by_seed(measures)
     assert changes == {"sparse": {"longppl": [pytest.approx(math.exp(-1), rel=1e-12)]}}
+
+
+def test_two_models_judge_alike_whichever_is_the_base(evidence, place, tmp_path):
+    table = sys.modules["table"]
+    datasets.Dataset.from_dict({"input_ids": [[3, 4], [5, 6]], "document": ["a", "b"]}).save_to_disk(
+        str(tmp_path / "rows-held-out")
+    )
+    nll = {"none": [1.0, 2, 3, 4], "uniform-0": [1.5, 2, 3, 5], "uniform-1": [1, 1, 1, 1], "sparse-0": [2, 1, 3, 4],
+           "sparse-1": [5, 1, 2, 2]}  # fmt: skip
+    key = {"none": [1, 0, 0, 1], "uniform-0": [0, 1, 0, 1], "uniform-1": [1, 1, 0, 1], "sparse-0": [0, 0, 1, 1],
+           "sparse-1": [0, 0, 1, 1]}  # fmt: skip
+    for name in nll:
+        weights = open_weights_of(tmp_path / "evals" / name, 2)
+        weights[1] = [(chosen, 1.0, loss) for chosen, loss in zip(key[name], nll[name])]
+        weights.flush()
+    runs = {arm: [tmp_path / f"{arm}-{seed}" for seed in range(2)] for arm in ("uniform", "sparse")}
+    measures = {arm: [[record("longppl", [9.0, 9.0], [1.0, 1.0], "perplexity")]] * 2 for arm in runs}
+    measures["none"] = measures["uniform"][:1]
+    for base in ("uniform", "none"):
+        found = table.judged(tmp_path, measures, runs, base)
+        for arm in measures:
+            for seed, ((own,),) in enumerate(zip(found[arm], strict=True)):
+                me, other = (which if which == "none" else f"{which}-{seed}" for which in (arm, base))
+                weight = [(a + b) / 2 for a, b in zip(key[me], key[other])]
+                assert own["num_tokens"] == [sum(weight[:2]), sum(weight[2:])]
+                for total, name in (("total", me), ("baseline_total", other)):
+                    if own[total] is not None:
+                        wanted = [w * loss for w, loss in zip(weight, nll[name])]
+                        assert own[total] == [sum(wanted[:2]), sum(wanted[2:])]
+                assert (own["judge"], own["baseline_total"] is None) == (
+                    ("self", True) if arm == base else ("pair", False)
+                )
+    (uniform,) = table.averaged(table.judged(tmp_path, measures, runs, "none")["uniform"])
+    assert uniform.baseline_total == pytest.approx([(1 * 0.5 + 2 * 0.5 + 1 * 1 + 2 * 0.5) / 2, 4.0])
+
+
+def open_weights_of(folder, num_models):
+    folder.mkdir(parents=True)
+    return open_weights(folder / "token_weights.npy", num_models, 4)
 
 
 def test_prices_are_means_over_steps_and_seeds_and_medians_of_the_speed(evidence, tmp_path):

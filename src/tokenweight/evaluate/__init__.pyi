@@ -4,8 +4,10 @@ from .compare import compare as compare
 from .compare import short_names as short_names
 from .intervals import paired_difference as paired_difference
 from .intervals import row_sums as row_sums
+from .losses import Judging as Judging
 from .losses import Rows as Rows
 from .losses import open_weights as open_weights
+from .losses import pair_measures as pair_measures
 from .losses import position_edges as position_edges
 from .losses import row_measures as row_measures
 from .losses import sums_by_position as sums_by_position

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -11,6 +11,11 @@ from tokenweight.evaluate.intervals import Sums, paired_difference
 
 GRID = ("family", "length", "depth", "accuracy", "margin")
 """The fields of a `ProbeRecord` that an evaluation keeps."""
+
+
+Judge = Literal["self", "pair", "third"]
+"""Whose losses chose the tokens of a measure, or their weights: those of the model, of the model and the baseline
+alike, or of neither."""
 
 
 class Measure(NamedTuple):
@@ -38,6 +43,10 @@ class Measure(NamedTuple):
     """Number of these tokens, or the sum of their weights."""
     summary: bool = False
     """Whether the terminal shows it."""
+    judge: Judge | None = None
+    """None where all tokens with a property count, whatever any model makes of them."""
+    baseline_total: list[float] | None = None
+    """The baseline's sum over the same tokens, where these depend on the pair: else it is the baseline's `total`."""
 
     @property
     def sums(self) -> Sums:
@@ -63,15 +72,18 @@ class Entry(NamedTuple):
     change: float | None
     """The value minus that of the baseline, or their ratio for a perplexity; None for the baseline."""
     low: float | None
-    """Lower and upper limit of the 95 % interval of the change; None where there are too few documents for one."""
+    """Lower and upper limit of the 95 % interval of the change; None where there are too few documents for one, and
+    where one of the two models chose the tokens: those that it happened to predict well, which flatters it."""
     high: float | None
     clear: bool
     """Whether the interval excludes no change."""
     best: bool
-    """Whether no model has a better value, and at least one has a worse."""
+    """Whether no model has a better value, and at least one has a worse; of a measure whose tokens differ, none is."""
     num_documents: int
     """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
     summary: bool
+    judge: Judge | None
+    """As of the `Measure`."""
 
 
 def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -> list[list[Entry]]:
@@ -83,7 +95,7 @@ def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -
     """
     names = list(dict.fromkeys(measure.name for _, measures in models for measure in measures))
     known = [{measure.name: measure for measure in measures} for _, measures in models]
-    columns = {name: [measures[name].value for measures in known if name in measures] for name in names}
+    columns = {name: [measures[name] for measures in known if name in measures] for name in names}
     table = []
     for (model, _), measures in zip(models, known):
         first = known[0] if measures is not known[0] else {}
@@ -93,21 +105,31 @@ def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -
     return table
 
 
-def _entry(model: str, measure: Measure, baseline: Measure | None, values: list[float | None], seed: int) -> Entry:
-    numbers = [value for value in values if value is not None]
-    best = {"lower": min, "higher": max}.get(measure.better or "")
+def is_flattered(judge: Judge | None, baseline_judge: Judge | None) -> bool:
+    """Whether a change compares a model with another on tokens that one of the two chose."""
+    return judge != "pair" and "self" in (judge, baseline_judge)
+
+
+def _entry(model: str, measure: Measure, baseline: Measure | None, column: list[Measure], seed: int) -> Entry:
+    numbers = [other.value for other in column if other.value is not None]
+    best = None
+    if all(other.judge != "self" for other in column):
+        best = {"lower": min, "higher": max}.get(measure.better or "")
     is_best = best is not None and len(set(numbers)) > 1 and measure.value == best(numbers)
     change = low = high = None
     clear = False
+    if baseline is not None and measure.baseline_total is not None:
+        baseline = measure._replace(total=measure.baseline_total)
     if baseline is not None and None not in (measure.value, baseline.value):
         change, interval, _ = paired_difference(measure.sums, baseline.sums, seed=seed)
+        interval = None if is_flattered(measure.judge, baseline.judge) else interval
         low, high = (None, None) if interval is None else interval
         clear = interval is not None and not interval[0] <= 0 <= interval[1]
         if measure.unit == "perplexity":
             change, low, high = (None if number is None else math.exp(number) for number in (change, low, high))
     num_documents = int((measure.sums.num_tokens > 0).sum())
     head = (model, measure.name, measure.group, measure.unit, measure.better, measure.value)
-    return Entry(*head, change, low, high, clear, is_best, num_documents, measure.summary)
+    return Entry(*head, change, low, high, clear, is_best, num_documents, measure.summary, measure.judge)
 
 
 def short_names(table: Sequence[Sequence[Entry]]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.data import key_tokens, row_tensors
-from tokenweight.evaluate.compare import Measure
+from tokenweight.evaluate.compare import Judge, Measure
 from tokenweight.evaluate.intervals import Sums, document_sums, row_sums
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import LongCE, ShortContext, document_positions
@@ -26,8 +26,12 @@ PAPER_CONTEXT = ShortContext(size=4096 + 1024, stride=1024)
 Their package begins to score at position 4096, not 5120, which changes nothing: the first window holds all that
 precedes these tokens, so that their two losses are equal, and none of them is a key token."""
 
-TOKEN_WEIGHTS = np.dtype([("key", "?"), ("soft", "<f4")])
-"""What the evaluator of LongPPL finds for each token: whether it is key, and its weight min(p_long / p_short, 5)."""
+TOKEN_WEIGHTS = np.dtype([("key", "?"), ("soft", "<f4"), ("nll", "<f4")])
+"""What a judge of LongPPL finds for each token: whether it is key, its weight min(p_long / p_short, 5), and its loss
+with the whole context."""
+
+_WEIGHTED = {"longppl": "key", "longppl_soft": "soft"}
+"""The measures whose tokens are weighted by a judge, and by which of its weights."""
 
 
 def position_edges(length: int, *, first: int = 256) -> list[int]:
@@ -139,9 +143,22 @@ class Rows(NamedTuple):
                 first, token, left = first + num, token + num * length, left - num
 
 
-def open_weights(path: Path, num_tokens: int) -> np.memmap:
-    """Create a file of `TOKEN_WEIGHTS` and map it into memory, to be filled in."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=TOKEN_WEIGHTS, shape=(num_tokens,))
+def open_weights(path: Path, num_judges: int, num_tokens: int) -> np.memmap:
+    """Create a file with a row of `TOKEN_WEIGHTS` for each judge and map it into memory, to be filled in."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=TOKEN_WEIGHTS, shape=(num_judges, num_tokens))
+
+
+class Judging(NamedTuple):
+    """Whose weights the tokens of LongPPL have when a model is measured."""
+
+    weights: np.ndarray
+    """`TOKEN_WEIGHTS` of all tokens of all rows, one after the other."""
+    judge: Judge = "self"
+    """Whether the model that is measured found them, or a third; both, where there is a `baseline`."""
+    writes: bool = True
+    """Whether the model that is measured fills `weights` in before they are used."""
+    baseline: np.ndarray | None = None
+    """Those that the model to compare with found."""
 
 
 class _Batch(NamedTuple):
@@ -157,16 +174,14 @@ def row_measures(
     model: PreTrainedModel,
     plan: EvalPlan,
     rows: Rows,
-    weights: np.ndarray,
+    judging: Judging,
     *,
-    writes_weights: bool = False,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Measure]:
     """Compute every measure that follows from the model's losses on the rows.
 
     Args:
-        weights: `TOKEN_WEIGHTS` of all tokens of all rows, one after the other.
-        writes_weights: whether this model is the evaluator of LongPPL, and fills `weights` in before they are used.
+        judging: whose key tokens LongPPL counts.
         progress: called with the number of tokens of each batch.
     """
     finder = _finder(model, plan, rows)
@@ -175,14 +190,55 @@ def row_measures(
     for numbers, place in rows.batches():
         with numbered_from(numbers.start):
             batch = _read(finder, rows.data[numbers])
-            if writes_weights:
-                weights[place] = _token_weights(finder, batch)
-            for key, sums in _batch_sums(batch, plan, scorers, weights[place]).items():
+            if judging.writes:
+                judging.weights[place] = _token_weights(finder, batch)
+            for key, sums in _batch_sums(batch, plan, scorers, judging.weights[place]).items():
                 found.setdefault(key, []).append(sums)
         progress(place.stop - place.start)
     names = rows.documents
     documents = {key: document_sums(Sums(*map(torch.cat, zip(*sums))), names) for key, sums in found.items()}
-    return _named_measures(documents, plan)
+    measures = [
+        measure._replace(judge=judging.judge) if measure.name in _WEIGHTED else measure
+        for measure in _named_measures(documents, plan)
+    ]
+    return measures if judging.baseline is None else pair_measures(measures, judging.weights, judging.baseline, rows)
+
+
+def pair_measures(measures: Sequence[Measure], weights: np.ndarray, baseline: np.ndarray, rows: Rows) -> list[Measure]:
+    """Let two models judge alike: a token has the mean of the weights that each of them gives it.
+
+    Tokens that one model chose are those that it happened to predict well, so its mean over them is too low. Here what
+    favors either model favors the other as much: of two equally good models, the expected change is none.
+
+    Args:
+        measures: of one model.
+        weights: the `TOKEN_WEIGHTS` that this model found.
+        baseline: those that the model to compare with found.
+        rows: which both read.
+
+    Returns:
+        The measures, LongPPL with these weights and with the sums of both models.
+    """
+    names, ends = rows.documents, rows.lengths.cumsum()
+    sums: dict[str, list[list[float]]] = {name: [] for name in _WEIGHTED}
+    for start, end in zip(ends - rows.lengths, ends):
+        own, other = weights[start:end], baseline[start:end]
+        for name, field in _WEIGHTED.items():
+            mean = (own[field].astype(np.float64) + other[field]) / 2
+            used = mean > 0
+            losses = (judge["nll"][used].astype(np.float64) for judge in (own, other))
+            sums[name].append([float(mean[used] @ nll) for nll in losses] + [float(mean.sum())])
+    found = []
+    for measure in measures:
+        if measure.name in _WEIGHTED:
+            own_total, other_total, number = torch.tensor(sums[measure.name], dtype=torch.float64).T
+            total, num_tokens = document_sums(Sums(own_total, number), names)
+            beside, _ = document_sums(Sums(other_total, number), names)
+            measure = measure._replace(
+                total=total.tolist(), num_tokens=num_tokens.tolist(), judge="pair", baseline_total=beside.tolist()
+            )
+        found.append(measure)
+    return found
 
 
 def find_key_tokens(
@@ -193,7 +249,7 @@ def find_key_tokens(
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Let a model that is not measured itself find the key tokens, and fill in `weights`."""
+    """Let a model that is not measured itself find the key tokens, and fill in `weights`, its `TOKEN_WEIGHTS`."""
     finder = _finder(model, plan, rows)
     for numbers, place in rows.batches():
         with numbered_from(numbers.start):
@@ -218,6 +274,7 @@ def _token_weights(finder: Scorer, batch: _Batch) -> np.ndarray:
     weights = np.empty(tokens.numel(), dtype=TOKEN_WEIGHTS)
     weights["key"] = key_tokens(long_nll, short_nll, mask).flatten().cpu().numpy()
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
+    weights["nll"] = long_nll.flatten().float().cpu().numpy()
     return weights
 
 
@@ -253,10 +310,10 @@ def _named_measures(found: dict[str, Sums], plan: EvalPlan) -> list[Measure]:
         *,
         unit: str = "nats",
         better: str | None = "lower",
-        **more: bool,
+        summary: bool = False,
     ) -> Measure:
         total, num_tokens = found[name] if sums is None else sums
-        return Measure(name, group, unit, better, total.tolist(), num_tokens.tolist(), **more)
+        return Measure(name, group, unit, better, total.tolist(), num_tokens.tolist(), summary)
 
     full, smallest = found["context_full"], plan.sizes[0]
     benefits = {size: Sums(found[f"context_{size}"].total - full.total, full.num_tokens) for size in plan.sizes}

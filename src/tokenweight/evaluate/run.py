@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,18 +11,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.data import (
-    Contents,
-    check_predicted,
-    checksum,
-    open_rows,
-    row_lengths,
-    scan_contents,
-    text_prefix,
-    verify,
-)
-from tokenweight.evaluate.compare import GRID, Entry, Measure, compare
-from tokenweight.evaluate.losses import Rows, find_key_tokens, open_weights, row_measures
+from tokenweight.data import Contents, checksum, load_rows, read_contents, row_lengths, scan_contents, verify
+from tokenweight.evaluate.compare import GRID, Entry, Judge, Measure, compare
+from tokenweight.evaluate.losses import Judging, Rows, find_key_tokens, open_weights, row_measures
 from tokenweight.evaluate.probe_scoring import ProbeGrid, probe_measures, score_cells
 from tokenweight.evaluate.probes import Probe
 from tokenweight.evaluate.settings import EvalPlan, EvalSettings, make_plan
@@ -54,7 +44,8 @@ class _Task(NamedTuple):
     """The models to measure now."""
     loaded: list[str]
     """The models that read all rows, the evaluator first; if there is an earlier evaluation, it need not run again."""
-    evaluator: str
+    evaluator: str | None
+    """The one model that finds the key tokens for all; None where each model and the first do."""
     plan: EvalPlan
     rows: Rows
     tokenizer: PreTrainedTokenizerBase | None
@@ -72,7 +63,7 @@ def evaluate(
     """Measure the model, and its baseline if that is not measured yet, and write the folder `settings.out`.
 
     The folder appears when it is complete, with `eval.json`, `table.md`, `table.csv` and `token_weights.npy` (those of
-    LongPPL, so that its evaluator need not run again). Models are loaded one after another, the evaluator first.
+    LongPPL, so that no model need run again). Models are loaded one after another, the evaluator first.
 
     Args:
         progress: called after each batch of sequences with its number of tokens, and that of all sequences and models.
@@ -92,8 +83,6 @@ def evaluate(
     task = _open(settings)
     total = task.rows.num_tokens * len(task.loaded)
     with new_folder(settings.out) as folder:
-        if task.earlier:
-            shutil.copyfile(Path(str(settings.baseline)) / _WEIGHTS, folder / _WEIGHTS)
         record = _record(task, settings, folder / _WEIGHTS, lambda done: progress(done, total))
         write_json(folder / "eval.json", record)
         table = read_table(record)
@@ -117,8 +106,8 @@ def _open(settings: EvalSettings) -> _Task:
     plan = make_plan(settings, int(lengths.max()))
     earlier = _earlier(settings)
     names = [settings.model] if earlier or not settings.baseline else [settings.baseline, settings.model]
-    evaluator = earlier["evaluator"]["model"] if earlier else settings.evaluator or names[0]
-    loaded = list(dict.fromkeys(names if earlier else [evaluator, *names]))
+    evaluator = earlier["evaluator"]["model"] if earlier else settings.evaluator
+    loaded = list(dict.fromkeys(names if earlier or evaluator is None else [evaluator, *names]))
     tokenizer = _common_tokenizer(loaded, settings)
     rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
     for name in loaded:
@@ -153,8 +142,9 @@ def _earlier(settings: EvalSettings) -> dict[str, Any] | None:
     if not weights.is_file() or checksum(weights) != judge.get("weights_sha256"):
         raise ValueError(f"baseline {settings.baseline}: {_WEIGHTS} is missing or damaged; evaluate it again")
     if settings.evaluator not in (None, judge["model"]):
+        found = judge["model"] or "each model itself"
         raise ValueError(
-            f"evaluator {settings.evaluator}: {judge['model']} found the key tokens of {settings.baseline}: "
+            f"evaluator {settings.evaluator}: {found} found the key tokens of {settings.baseline}: "
             "expected the same evaluator, or none"
         )
     return record
@@ -220,11 +210,11 @@ def _fingerprints(rows: Rows, contents: Contents, tokenizer: PreTrainedTokenizer
 
 def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[[int], object]) -> dict[str, Any]:
     """Measure the models, and compare them."""
-    models, judge = _measured(task, path, progress)
-    if task.earlier:
-        models, judge = task.earlier["models"] + models, task.earlier["evaluator"]
-    else:
-        judge["weights_sha256"] = checksum(path)
+    weights = _open_weights(task, settings, path)
+    models, judge = _measured(task, weights, progress)
+    weights.flush()
+    models = (task.earlier["models"] if task.earlier else []) + models
+    judge = {**judge, "weights_sha256": checksum(path)}
     _check_samples(models)
     table = compare([(model["model"], _measures(model)) for model in models], seed=settings.seed)
     return {
@@ -252,43 +242,59 @@ def _check_samples(models: list[dict[str, Any]]) -> None:
             raise ValueError(f"suites: {models[0]['model']} and {model['model']} saw different samples ({found})")
 
 
+def _open_weights(task: _Task, settings: EvalSettings, path: Path) -> np.memmap:
+    """A row of weights for each model, or one for the evaluator; those of an earlier evaluation are filled in."""
+    num_earlier = len(task.earlier["models"]) if task.earlier else 0
+    num_judges = num_earlier + len(task.names) if task.evaluator is None else 1
+    weights = open_weights(path, num_judges, task.rows.num_tokens)
+    if task.earlier:
+        before = np.load(Path(str(settings.baseline)) / _WEIGHTS, mmap_mode="r")
+        weights[: len(before)] = before
+    return weights
+
+
 def _measured(
-    task: _Task, path: Path, progress: Callable[[int], object]
+    task: _Task, weights: np.memmap, progress: Callable[[int], object]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of the models; and who the evaluator is, if it runs: then it comes first."""
-    weights: np.memmap = np.load(path, mmap_mode="r") if task.earlier else open_weights(path, task.rows.num_tokens)
-    records, judge = {}, {}
+    """The records of the models; and who the evaluator is, if there is one: then it comes first."""
+    records, judge = {}, task.earlier["evaluator"] if task.earlier else {"model": None}
     for name in task.loaded:
         finds = not task.earlier and name == task.evaluator
         model = load_model(name, dtype=task.plan.dtype).to(own_device())
         found = identity(model, name)
         if finds:
-            judge = dict(found)
+            judge = found
         if name in task.names:
-            measured = measure_model(name, model, task, weights, writes_weights=finds, progress=progress)
-            records[name] = {**found, **measured}
+            judging = _judging(task, weights, name, found["weights_fingerprint"], judge)
+            records[name] = {**found, **measure_model(name, model, task, judging, progress=progress)}
         else:
-            find_key_tokens(model, task.plan, task.rows, weights, progress=progress)
+            find_key_tokens(model, task.plan, task.rows, weights[0], progress=progress)
         del model  # before the next one is loaded
-    if not task.earlier:
-        weights.flush()
     return [records[name] for name in task.names], judge
+
+
+def _judging(task: _Task, weights: np.memmap, name: str, fingerprint: str, judge: dict[str, Any]) -> Judging:
+    """Whose key tokens are counted when a model is measured: its own and the first model's, or the evaluator's."""
+    if task.evaluator is None:
+        number = len(weights) - len(task.names) + task.names.index(name)
+        return Judging(weights[number], baseline=weights[0] if number else None)
+    # A copy of the evaluator judges as it does.
+    judged_by: Judge = "self" if fingerprint == judge["weights_fingerprint"] else "third"
+    return Judging(weights[0], judged_by, writes=not task.earlier and name == task.evaluator)
 
 
 def measure_model(
     name: str,
     model: PreTrainedModel,
     task: _Task,
-    weights: np.ndarray,
+    judging: Judging,
     *,
-    writes_weights: bool = False,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """Run every measure of one model.
 
     Args:
-        weights: `TOKEN_WEIGHTS` of all tokens of all rows, one after the other.
-        writes_weights: whether this model is the evaluator of LongPPL, and fills `weights` in before they are used.
+        judging: whose key tokens LongPPL counts.
         progress: called with the number of tokens of each batch of sequences.
 
     Returns:
@@ -299,7 +305,7 @@ def measure_model(
     """
     plan = task.plan
     asked, samples = suite_measures(model, task.tokenizer, plan)  # first: before it fails, no sequence need be read
-    read = row_measures(model, plan, task.rows, weights, writes_weights=writes_weights, progress=progress)
+    read = row_measures(model, plan, task.rows, judging, progress=progress)
     grid = []
     if task.probes:
         assert task.tokenizer is not None

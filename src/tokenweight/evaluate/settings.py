@@ -32,7 +32,7 @@ class EvalSettings:
     short: int | None = None
     """Tokens of the short range; by default 1024, or a quarter of sequences of less than 4096 tokens."""
     evaluator: str | None = None
-    """Model that finds the key tokens of LongPPL for all models; by default the baseline, else the model itself."""
+    """A third model that finds the key tokens of LongPPL for all; by default each model and its baseline do, alike."""
     long_size: int | None = None
     """Window of LongPPL; by default that of its authors (5120) for longer sequences, else a quarter of a sequence."""
     long_stride: int | None = None

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tokenweight.evaluate.compare import Entry, short_names
+from tokenweight.evaluate.compare import Entry, Judge, is_flattered, short_names
 from tokenweight.records import CARD_NAME, edit_card, section_marks, with_section
 
 _NAME, _COLUMN = 12, 11
@@ -72,10 +72,37 @@ def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[s
             f"Changes are from the first model, with 95 % intervals from resampled {unit}s (for probes: facts)."
         )
         lines.append("* the interval excludes no change. Changes of % are in points; those of LongPPL are ratios (x).")
-    if any(entry.change is not None and entry.low is None for entry in entries):
+    first = {entry.measure: entry.judge for entry in table[0]}
+    without = [entry for entry in entries if entry.change is not None and entry.low is None]
+    flattered = [entry for entry in without if is_flattered(entry.judge, first.get(entry.measure))]
+    if len(without) > len(flattered):
         lines.append(f"- for an interval: too few {unit}s have such a token.")
     if any(entry.value is None for entry in entries):
         lines.append("- for a value: there is no such token.")
+    return [*lines, *_judge_notes({entry.judge for entry in entries}, bool(flattered)), *_benefit_notes(table)]
+
+
+def _judge_notes(judges: set[Judge | None], is_flattered: bool) -> list[str]:
+    if is_flattered:
+        return ["No interval for LongPPL where one of the two models found the key tokens: that flatters it."]
+    if "pair" in judges:
+        return [
+            "LongPPL: over the key tokens of the model and of the first, half a weight each; of the first, its own."
+        ]
+    if "self" in judges:
+        return ["LongPPL: the model found its own key tokens, which flatters it."]
+    return []
+
+
+def _benefit_notes(table: Sequence[Sequence[Entry]]) -> list[str]:
+    """Gains of context that say nothing good: the model has become worse with less of it."""
+    lines = []
+    for name, row in zip(short_names(table)[1:], table[1:]):
+        rises = {entry.measure for entry in row if entry.clear and entry.change is not None and entry.change > 0}
+        sizes = [measure.removeprefix("benefit_") for measure in rises if measure.startswith("benefit_")]
+        if worse := [size for size in sorted(sizes, key=int) if f"context_{size}" in rises]:
+            listed = ", ".join(f"benefit {size}" for size in worse)
+            lines.append(f"{name}: {listed} rose as the loss with that little context rose, which is no gain.")
     return lines
 
 
@@ -198,16 +225,18 @@ def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bo
 
 
 def _evaluation(record: dict[str, Any], table: list[list[Entry]]) -> str:
-    notes, _, measures = markdown(table, unit=record["unit"]).partition("\n\n## Every measure\n\n")
-    notes = notes[notes.index("\n\n- ") :].strip()  # the summary above has a row per model and is too wide for a page
-    made = record.get("environment", {})
+    # The summary has a row per model and is too wide for a page. Notes speak of measures beyond it.
+    measures = markdown(table).partition("\n\n## Every measure\n\n")[2]
+    whole = [[Entry(**entry) for entry in row] for row in record["comparison"]]
+    listed = "\n".join(f"- {line}" for line in notes(whole, unit=record["unit"]))
+    made, judge = record.get("environment", {}), record["evaluator"]["model"]
     version = made.get("versions", {}).get("tokenweight")
     facts = {
         "rows": f"`{record['data']}`, fingerprint {record['settings']['rows_fingerprint']}",
-        "key tokens of LongPPL found by": f"`{record['evaluator']['model']}`",
+        "key tokens of LongPPL found by": f"`{judge}`" if judge else None,
         "tokenweight": version,
         "commit": made.get("commit"),
         "date": made.get("date"),
     }
     said = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
-    return f"## Evaluation\n\n{measures.strip()}\n\n{notes}\n- {said}."
+    return f"## Evaluation\n\n{measures.strip()}\n\n{listed}\n- {said}."
