@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,6 +130,9 @@ def test_the_phase_that_holds_most_is_found():
     assert peak(fixed, held._replace(scoring=71), scoring=True) == Peak("scoring", 100, 5, 200, 0, 0, 71)
     assert peak(fixed._replace(after=76), held, scoring=True) == Peak("update", 100, 76, 200, 0, 0, 0)
     assert peak(fixed, held, scoring=True).total == 375
+    passing = fixed._replace(passing=7, last=66)
+    assert peak(passing, held, scoring=False) == Peak("backward", 100, 22, 200, 60, 0, 0)
+    assert peak(passing._replace(last=80), held, scoring=False) == Peak("reduction", 100, 85, 200, 0, 0, 0)
 
 
 def arguments(tmp_path, **settings):
@@ -155,7 +159,8 @@ def test_fsdp_slices_all_but_what_is_gathered(tmp_path):
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     sharded = arguments(tmp_path, fsdp=True, bf16=True)
     # Embeddings, head, last norm and two of three layers are gathered in 2 bytes; a quarter of each is stored in 4.
-    assert fixed_bytes(config, sharded, torch.float32, 4) == Fixed(whole + 2 * (whole - layer), 2 * whole, whole, whole)
+    found = fixed_bytes(config, sharded, torch.float32, 4)
+    assert found[:4] == (whole + 2 * (whole - layer), 2 * whole, whole, whole)
     with pytest.raises(ValueError, match="offload"):
         fixed_bytes(config, arguments(tmp_path, fsdp=True, fsdp_config={"cpu_offload": True}), torch.float32, 4)
 
@@ -190,6 +195,42 @@ def test_gradients_that_wait_under_fsdp_are_those_that_torch_keeps(dtype, bf16, 
         fixed_bytes(config, arguments(tmp_path, **steps, gradient_accumulation_steps=num), dtype, 1) for num in (1, 2)
     )
     assert more.before - one.before == more.after - one.after == waiting > 0
+
+
+@pytest.mark.parametrize(("num_steps", "bf16"), [(1, True), (1, False), (2, True)])
+def test_gradients_on_their_way_under_fsdp_are_those_that_torch_holds(
+    num_steps, bf16, world_of_one, tmp_path, monkeypatch
+):
+    config = config_of("llama", vocab_size=50)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=world_of_one, mp_policy=policy)
+    rest, held = model._get_fsdp_state()._fsdp_param_group.fsdp_params, []
+    copy_in = _fsdp_collectives.foreach_reduce_scatter_copy_in
+
+    def recorded(gradients, buffer, world_size):
+        whole = [p.unsharded_param.grad for p in rest]  # those that wait for what is in no block: here, of the head
+        # Torch has let go of those that it reduces now, in their parameters.
+        held.append([buffer.nbytes, *(sum(t.nbytes for t in some if t is not None) for some in (gradients, whole))])
+        copy_in(gradients, buffer, world_size)
+
+    monkeypatch.setattr(_fsdp_collectives, "foreach_reduce_scatter_copy_in", recorded)
+    tokens = torch.randint(3, 50, (1, 8))
+    for step in range(num_steps):
+        model.set_requires_gradient_sync(step == num_steps - 1)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    steps = {"fsdp": True, "bf16": bf16, "gradient_accumulation_steps": num_steps}
+    fixed = fixed_bytes(config, arguments(tmp_path, **steps), torch.float32, 1)
+    *blocks, (buffer, gradients, _) = held
+    assert len(blocks) == len(model.model.layers)
+    waiting = fixed.before - fixed_bytes(config, arguments(tmp_path, fsdp=True, bf16=bf16), torch.float32, 1).before
+    if waiting:  # what is reduced is among them
+        assert {buffer for buffer, *_ in blocks} == {fixed.passing}
+        assert buffer == fixed.last
+    else:
+        assert {sum(block) for block in blocks} == {fixed.passing}
+        assert buffer + gradients == fixed.last
 
 
 def test_an_optimizer_that_cannot_be_counted_is_refused(tmp_path):

@@ -58,7 +58,7 @@ class Peak(NamedTuple):
     """Bytes on one GPU in the phase of a step that holds most."""
 
     phase: str
-    """forward, scoring, loss, backward or update."""
+    """forward, scoring, loss, backward, reduction or update."""
     weights: float
     gradients: float
     optimizer: float
@@ -82,6 +82,11 @@ class Fixed(NamedTuple):
     """Gradients that exist throughout a step."""
     after: float
     """Gradients when the weights are updated."""
+    passing: float = 0.0
+    """Beside the activations of a backward pass: gradients on their way to the shards, and the buffer that takes them
+    there."""
+    last: float = 0.0
+    """The same when no activation is left, and what belongs to no block is reduced."""
 
 
 def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
@@ -90,11 +95,13 @@ def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
     Args:
         scoring: whether the model scores itself.
     """
-    weights, optimizer, before, after = fixed
+    weights, optimizer, before, after, passing, last = fixed
+    gradients = before + held.gradients + passing
     phases = [
         Peak("forward", weights, before, optimizer, held.forward, 0, 0),
         Peak("loss", weights, before, optimizer, held.kept, held.loss, 0),
-        Peak("backward", weights, before + held.gradients, optimizer, held.backward - held.gradients, 0, 0),
+        Peak("backward", weights, gradients, optimizer, held.backward - held.gradients, 0, 0),
+        Peak("reduction", weights, before + last, optimizer, 0, 0, 0),
         Peak("update", weights, after, optimizer, 0, 0, 0),
     ]
     if scoring:
@@ -112,6 +119,9 @@ def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: t
       computation: embeddings, head and whatever else is in no block, and two blocks (one computes, the next is on its
       way), or all if `reshard_after_forward` is false. And accumulated gradients, which wait for the last micro-step in
       the dtype that they will be reduced in: float32 under autocast (`train.prepare_engine`), 4 bytes per parameter.
+      Where none wait, those of a block exist whole in the dtype of the computation, and so do, from the beginning of
+      the backward pass to its end, those of head and norm, and at last of the embeddings. What is reduced at once, a
+      block or all that is in none, exists once more in the dtype of the reduction.
 
     Args:
         dtype: of the weights.
@@ -126,6 +136,8 @@ def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: t
         kinds = set(getattr(model, "_no_split_modules", None) or ())
         blocks = [module for module in model.modules() if type(module).__name__ in kinds]
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        embedding, head = (module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+        untied = 0 if embedding is head else embedding.numel()
         shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     num = sum(map(math.prod, shapes))
     every, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
@@ -136,10 +148,15 @@ def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: t
     if settings.get("cpu_offload"):
         raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
     resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
-    gathered = num - sum(sizes) + 2 * max(sizes, default=0) if resharded else num
-    waiting = num * (torch.float32 if autocast else dtype).itemsize if accumulating else 0
+    computed, reduced = (autocast or dtype).itemsize, (torch.float32 if autocast else dtype).itemsize
+    block, rest = max(sizes, default=0), num - sum(sizes)
+    gathered = rest + 2 * block if resharded else num
+    waiting, made = (num * reduced, 0) if accumulating else (0, computed)
     own = every / num_gpus
-    return Fixed(own + gathered * (autocast or dtype).itemsize, states / num_gpus, own + waiting, own + waiting)
+    passing, last = block * (made + reduced) + (rest - untied) * made, rest * (made + reduced)
+    return Fixed(
+        own + gathered * computed, states / num_gpus, own + waiting, own + waiting, float(passing), float(last)
+    )
 
 
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
