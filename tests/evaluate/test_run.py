@@ -127,7 +127,8 @@ def test_an_earlier_evaluation_with_other_settings_is_refused_by_name(
         save(place / "renamed", document=list("aabbcc"))
     found = refusal(place, tmp_path, monkeypatch, baseline=earlier, **options)
     assert message in found
-    assert "earlier: " in found or found.startswith("evaluator ")
+    named = f"evaluator {place / 'judge'}: " if "evaluator" in options else f"baseline {earlier}: "
+    assert found.startswith(named)
 
 
 def test_a_damaged_earlier_evaluation_is_refused(place, earlier, tmp_path, monkeypatch):

@@ -19,8 +19,24 @@ def plan(length, **options):
         (300, [0, 75, 150, 300], [75, 150], 75, [75, 56], "a quarter", [75, 150, 300]),
         (512, [0, 256, 512], [256], 128, [128, 96], "a quarter", [128, 256, 512]),
         (1000, [0, 256, 512, 1000], [256], 250, [250, 187], "a quarter", [250, 500, 1000]),
-        (5120, [0, 256, 512, 1024, 2048, 4096, 5120], [256, 512, 1024, 2048], 1024, [1280, 960], "a quarter", None),
-        (5121, [0, 256, 512, 1024, 2048, 4096, 5121], [256, 512, 1024, 2048], 1024, [5120, 1024], "the authors", None),
+        (
+            5120,
+            [0, 256, 512, 1024, 2048, 4096, 5120],
+            [256, 512, 1024, 2048],
+            1024,
+            [1280, 960],
+            "a quarter",
+            [1280, 2560, 5120],
+        ),
+        (
+            5121,
+            [0, 256, 512, 1024, 2048, 4096, 5121],
+            [256, 512, 1024, 2048],
+            1024,
+            [5120, 1024],
+            "the authors",
+            [1280, 2560, 5121],
+        ),
     ],
 )
 def test_defaults_follow_from_the_length_of_the_rows(length, edges, sizes, short, long_context, whose, probe_lengths):
@@ -28,8 +44,8 @@ def test_defaults_follow_from_the_length_of_the_rows(length, edges, sizes, short
     assert (found.length, found.edges, found.sizes, found.short) == (length, edges, sizes, short)
     assert found.long_context == long_context
     assert whose in found.long_context_is
-    assert found.half == length // 2
-    assert found.probe_lengths == (probe_lengths or [length // 4, length // 2, length])
+    assert found.half == probe_lengths[1]
+    assert found.probe_lengths == probe_lengths
     assert (found.families, found.depths) == (["single", "multi_key", "variable_tracking"], [0.1, 0.5, 0.9])
 
 

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy, softplus
 
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform
 from tokenweight.method import Custom, Head, NonFinite, ShortLosses, weighted_loss
+from tokenweight.method.alignment import aligned_with_states, aligned_with_tokens
 
 ROWS, LENGTH, DIM, VOCABULARY = 2, 13, 6, 17
 HEADS = {"plain": {}, "biased": {"bias": True}, "scaled and capped": {"scale": 0.3, "softcap": 2.0}}
@@ -57,17 +58,17 @@ def test_what_ranks_hold_of_sequences_has_the_loss_of_whole_ones():
     hidden, head, targets, mask, short, same = some_batch()
     order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(1))
 
+    # What stands at the state that predicts a token, whose last state predicts none; in another order of columns.
     def own(of_tokens, fill=0):
-        return of_tokens[:, order]
+        return aligned_with_states(of_tokens, fill)[:, order]
 
     def whole(of_states):
-        return of_states[:, order.argsort()]
+        return aligned_with_tokens(of_states[:, order.argsort()])
 
-    for weighting in (Dense(), LongCE()):
+    for weighting in (Uniform(), Dense(), LongCE()):
         expected = weighted_loss(hidden, head, targets, mask, weighting, ShortLosses(short, same))
-        found = weighted_loss(
-            hidden[:, order], head, targets, mask, weighting, ShortLosses(short, same), own=own, whole=whole
-        )
+        states = hidden.roll(-1, dims=1)[:, order]
+        found = weighted_loss(states, head, targets, mask, weighting, ShortLosses(short, same), own=own, whole=whole)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
