@@ -10,8 +10,9 @@ import time
 import pyarrow as pa
 import pytest
 
-from tokenweight.data.shards import dataset_files, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.data.shards import check_name, dataset_files, finish_dataset, locked, new_shard, read_note, unlock
 from tokenweight.records import files, read_json
+from tokenweight.records.files import LEASE
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32())})
 TABLE = pa.table({"input_ids": [[1, 2, 3], [4]]}, schema=SCHEMA)

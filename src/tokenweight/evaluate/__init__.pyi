@@ -1,7 +1,7 @@
-from .compare import Entry as Entry
-from .compare import Measure as Measure
-from .compare import compare as compare
-from .compare import short_names as short_names
+from .comparison import Entry as Entry
+from .comparison import Measure as Measure
+from .comparison import compare as compare
+from .comparison import short_names as short_names
 from .intervals import paired_difference as paired_difference
 from .intervals import row_sums as row_sums
 from .losses import Judging as Judging

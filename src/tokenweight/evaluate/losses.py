@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.data import key_tokens, row_tensors
-from tokenweight.evaluate.compare import Judge, Measure
+from tokenweight.evaluate.comparison import Judge, Measure
 from tokenweight.evaluate.intervals import Sums, document_sums, row_sums
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import LongCE, ShortContext, document_positions

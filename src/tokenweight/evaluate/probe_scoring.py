@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.evaluate.compare import Measure
+from tokenweight.evaluate.comparison import Measure
 from tokenweight.evaluate.probes import FAMILIES, NUM_DECOYS, Family, Probe, make_probes, prompt_tokens
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import linear_nll

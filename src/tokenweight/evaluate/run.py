@@ -11,8 +11,17 @@ import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.data import Contents, checksum, load_rows, read_contents, row_lengths, scan_contents, verify
-from tokenweight.evaluate.compare import GRID, Entry, Judge, Measure, compare
+from tokenweight.data import (
+    Contents,
+    check_predicted,
+    checksum,
+    open_rows,
+    row_lengths,
+    scan_contents,
+    text_prefix,
+    verify,
+)
+from tokenweight.evaluate.comparison import GRID, Entry, Judge, Measure, compare
 from tokenweight.evaluate.losses import Judging, Rows, find_key_tokens, open_weights, row_measures
 from tokenweight.evaluate.probe_scoring import ProbeGrid, probe_measures, score_cells
 from tokenweight.evaluate.probes import Probe

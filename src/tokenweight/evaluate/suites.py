@@ -17,7 +17,7 @@ import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.evaluate.compare import Measure
+from tokenweight.evaluate.comparison import Measure
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.evaluate.sized_suites import RULER, SIZED, load_sized, one_line, task_folder
 from tokenweight.models import check_length, context_length, evaluating

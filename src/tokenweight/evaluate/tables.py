@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from tokenweight.evaluate.compare import Entry, Judge, is_flattered, short_names
+from tokenweight.evaluate.comparison import Entry, Judge, is_flattered, short_names
 from tokenweight.records import CARD_NAME, edit_card, section_marks, with_section
 
 _NAME, _COLUMN = 12, 11
