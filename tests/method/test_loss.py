@@ -81,6 +81,16 @@ def test_the_weighted_loss_and_all_gradients_equal_plain_autograd(options, chunk
     assert_equal_in_float64(results(ours, *inputs), results(plain, *inputs))
 
 
+@pytest.mark.parametrize("size", [23.0, 44.0])
+def test_large_logits_take_no_digit_from_the_loss(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = size - 3 * torch.rand(200, 64, generator=generator)
+    targets = torch.randint(64, (200,), generator=generator)
+    expected, stock = (cross_entropy(one, targets, reduction="none").double() for one in (logits.double(), logits))
+    error = (linear_nll(logits, torch.eye(64), targets).double() - expected).abs().max()
+    assert error <= 1.5 * (stock - expected).abs().max()  # it would be 4 times that, were logits added before they cancel
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_large_logits_do_not_overflow(dtype):
     *inputs, targets, weights = problem(dtype=dtype)
