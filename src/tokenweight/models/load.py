@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ from transformers import (
 
 from tokenweight.models.causal import causal_parts
 from tokenweight.models.checks import weights_fingerprint
+from tokenweight.models.folder import (
+    adapter_base,
+    broken_file,
+    check_loaded,
+    has_tokenizer_files,
+    is_pointer,
+    merged,
+    one_line,
+)
 from tokenweight.models.rope import extend_context
 from tokenweight.models.rope_check import verify_rope
 
@@ -58,19 +67,29 @@ def load_model(
 
     Args:
         name: a folder, a hub id, or a `.gguf` file. A `.gguf` file is de-quantized once and kept as an ordinary folder
-            in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second.
+            in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second. An adapter (of
+            PEFT) is added to the weights of its base, in their dtype, and all of them can be trained.
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
         revision: of a hub model.
         extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; verified after loading.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`. Code that comes
+            with a model runs only with `trust_remote_code=True`.
 
     Raises:
-        ValueError: one line that says what was not found or could not be read.
+        ValueError: one line that says what was not found or could not be read, or which weights the files lack.
     """
+    trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    base = adapter_base(str(name), revision)
+    if base is not None:
+        try:
+            model = load_model(base, dtype=dtype, extend=extend, **kwargs, **trusted)
+        except ValueError as error:
+            raise ValueError(f"the base of the adapter {str(name)!r}: {error}") from error
+        return _reported("model", name, lambda path: merged(model, path, revision))
     if extend:
-        kwargs["config"] = extend_context(load_config(name, revision=revision), **extend)
-    model = _load(AutoModelForCausalLM, "model", name, dtype=dtype, revision=revision, **kwargs)
+        kwargs["config"] = extend_context(_load(AutoConfig, "model", name, revision=revision, **trusted), **extend)
+    model = _load(_Model, "model", name, dtype=dtype, revision=revision, **kwargs, **trusted)
     if extend:
         verify_rope(model, kwargs["config"])
     return model
@@ -78,7 +97,8 @@ def load_model(
 
 def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
     """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
-    return _load(AutoConfig, "model", name, revision=revision)
+    base = adapter_base(str(name), revision)
+    return _load(AutoConfig, "model", name, revision=revision) if base is None else load_config(base)
 
 
 def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -98,13 +118,24 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
     Raises:
         ValueError: one line that says what was not found or could not be read.
     """
-    return _load(AutoTokenizer, "tokenizer", name, revision=revision)
+    tokenizer = _load(AutoTokenizer, "tokenizer", name, revision=revision)
+    # Without its files, transformers makes some tokenizers of nothing but special tokens.
+    if tokenizer.get_vocab().keys() <= {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        raise ValueError(f"tokenizer {str(name)!r}: found only special tokens: expected files of a vocabulary")
+    return tokenizer
 
 
 def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None if it is a folder that holds no tokenizer."""
-    has_none = Path(name).is_dir() and not any(Path(name).glob("*token*"))
-    return None if has_none else load_tokenizer(name, revision=revision)
+    """The tokenizer of a model; None if it is a folder that holds no tokenizer. Of an adapter without one, its base's.
+
+    Raises:
+        ValueError: if there are files of a tokenizer that cannot be loaded.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not has_tokenizer_files(folder):
+        base = adapter_base(str(name))
+        return None if base is None else find_tokenizer(base)
+    return load_tokenizer(name, revision=revision)
 
 
 def own_device() -> torch.device:
@@ -114,22 +145,53 @@ def own_device() -> torch.device:
 
 
 def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> Any:
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{what} {str(name)!r}: no such file")
-        path = _converted(path)
-    elif path.exists() and not path.is_dir():
-        raise ValueError(f"{what} {str(name)!r} is a file: expected a folder, a hub id or a .gguf file")
     dtype = kwargs.get("dtype", "auto")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r}: expected auto, float32, bfloat16, float16 or float64")
+    kwargs.setdefault("trust_remote_code", False)  # rather than a question on standard output
+    return _reported(what, name, lambda path: kind.from_pretrained(path, **kwargs))
+
+
+def _reported(what: str, name: str | os.PathLike[str], load: Callable[[str], Any]) -> Any:
+    """What `load` makes of a folder or hub id; whatever it raises, as one line that names the file at fault.
+
+    Loaders raise what the packages under them do: SafetensorError, UnpicklingError, EOFError, Exception itself.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ValueError(f"{what} {str(name)!r}: no such file")
+    if path.suffix != ".gguf" and path.exists() and not path.is_dir():
+        raise ValueError(f"{what} {str(name)!r} is a file: expected a folder, a hub id or a .gguf file")
     try:
-        return kind.from_pretrained(str(path), **kwargs)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        where = "its folder" if path.is_dir() else "the hub, and there is no such folder"
+        for text in ("vocab.txt", "merges.txt"):  # as which a pointer would be read without an error
+            if what == "tokenizer" and (path / text).is_file() and is_pointer(path / text):
+                raise ValueError(f"{text} is a Git LFS pointer")
+        return load(str(_converted(path) if path.suffix == ".gguf" else path))
+    except Exception as error:
+        reason = broken_file(path) or one_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it needs code that comes with it: read that code, then load the model in Python, with "
+                "trust_remote_code=True, and give it to with_weighted_loss and Scorer"
+            )
+        where = (
+            "its folder" if path.is_dir() else "its file" if path.exists() else "the hub, and there is no such folder"
+        )
         raise ValueError(f"{what} {str(name)!r} cannot be loaded from {where}: {reason}") from error
+
+
+class _Model:
+    """As `AutoModelForCausalLM`, but refuses weights that are missing, of other shapes or left over."""
+
+    @staticmethod
+    def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
+        """The model of a folder or hub id."""
+        allowed = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        check_loaded(model, info, allowed)
+        return model
 
 
 def _converted(path: Path) -> Path:

@@ -1,0 +1,154 @@
+"""What a folder of a model holds besides the model that was asked for: adapters, broken files, foreign weights."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+_WEIGHTS = (".safetensors", ".bin")
+_TOKENIZERS = ("token", "vocab", "merges", "spm", "bpe", "spiece", "tiktoken", "tekken", ".model")
+"""Parts of the names of files that tokenizers are made from."""
+_OLD_BUFFERS = ("bias", "masked_bias", "causal_mask")
+"""Masks that attention kept among its weights in earlier versions; a module that has a bias has a weight too."""
+
+
+def adapter_base(name: str, revision: str | None = None) -> str | None:
+    """The model that an adapter (a folder or hub id with adapter_config.json) was made for; None for a model.
+
+    Raises:
+        ValueError: if the base is not named, or if there is a model beside the adapter.
+    """
+    try:
+        found = find_adapter_config_file(name, revision=revision)
+    except Exception:  # not an adapter; whoever loads it says what else is wrong
+        return None
+    if found is None:
+        return None
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{found}: base_model_name_or_path is {base!r}: expected the model that the adapter is for")
+    weights = [path.name for path in _files(Path(name)) if path.suffix in _WEIGHTS and "adapter" not in path.name]
+    if any(one.startswith(("model", "pytorch_model")) for one in weights):
+        raise ValueError(f"{name} holds {weights[0]} beside adapter_config.json: expected a model or an adapter")
+    return base
+
+
+def merged(base: PreTrainedModel, name: str, revision: str | None = None) -> PreTrainedModel:
+    """The base with the adapter of a folder or hub id added to its weights, all of which can be trained."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{name} is an adapter, which needs a package that is missing: pip install peft") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        model: Any = PeftModel.from_pretrained(base, name, revision=revision)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"its adapter ({model.active_peft_config.peft_type}) cannot be merged into the weights")
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool = False) -> None:
+    """Raise a ValueError if weights of a model are not those of its files: missing, of other shapes, or left over.
+
+    What is left over is refused inside of layers that the model has, where it would have computed something (a bias, a
+    norm, an adapter). Whole modules that the model does not have, such as a vision tower or layers that predict several
+    tokens, are left out, as transformers warns.
+
+    Args:
+        model: as loaded.
+        info: what `from_pretrained` returns for `output_loading_info=True`.
+        allow_mismatched: whether weights of other shapes may be made anew, as was asked for.
+    """
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the files lack {_listed(info['missing_keys'])}, which the model would begin with at random: "
+            "expected all weights of a causal language model"
+        )
+    if info["mismatched_keys"] and not allow_mismatched:
+        name, found, expected = min(info["mismatched_keys"])
+        more = len(info["mismatched_keys"]) - 1
+        raise ValueError(
+            f"{name} has shape {list(found)} in the files{f', and {more} more have others' if more else ''}: the "
+            f"config expects {list(expected)}"
+        )
+    foreign = [key for key in info["unexpected_keys"] if _is_foreign(model, key)]
+    if foreign:
+        raise ValueError(
+            f"the files hold {_listed(foreign)}, which a {type(model).__name__} does not have and would leave out: "
+            "expected weights and config of one model"
+        )
+
+
+def _is_foreign(model: nn.Module, key: str) -> bool:
+    """Whether a weight belongs into a module with weights of its own, or into a layer, that the model has."""
+    *path, last = key.split(".")
+    module, depth = model, 0
+    for name in path:
+        inner = module._modules.get(name)
+        if inner is None:
+            break
+        module, depth = inner, depth + 1
+    holds = next(module.parameters(recurse=False), None) is not None
+    if not holds and depth == len(path) and last in _OLD_BUFFERS:
+        return False
+    return holds or any(name.isdigit() for name in path[:depth])
+
+
+def _listed(keys: Any) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a folder holds a file from which some tokenizer could be made."""
+    return any(part in path.name for path in _files(folder) for part in _TOKENIZERS if path.suffix != ".py")
+
+
+def broken_file(folder: Path) -> str | None:
+    """Of a folder that could not be loaded: the file that cannot be read, and why; None if each can."""
+    for path in _files(folder):
+        if is_pointer(path):
+            return f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull`"
+        try:
+            _read(path)
+        except Exception as error:
+            return f"{path.name} cannot be read, it may be cut off: {one_line(error)}"
+    return None
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one when git-lfs is not installed."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
+def _read(path: Path) -> None:
+    """Read a file as the loaders of transformers do, without keeping what it holds."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as weights:
+            weights.keys()
+    elif path.suffix == ".bin" and path.stem.startswith(("pytorch_model", "adapter_model")):
+        torch.load(path, map_location="meta", weights_only=True)
+    elif path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            Tokenizer.from_file(str(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, or the one file that was named."""
+    return (
+        sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else [folder][: folder.is_file()]
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters; its type, if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
