@@ -118,13 +118,13 @@ def test_a_model_that_is_extended_already_is_scaled_from_its_original_positions_
 )
 def test_one_line_describes_what_a_config_says(method, settings, line):
     assert describe_rope(extend_context(config_of(), 512, method, **settings)) == line
-    assert describe_rope(models.tiny("gpt2").config) == "no rotary embeddings, 128 positions"
+    assert describe_rope(models.tiny("gpt2").config) == "no rotary frequencies, 128 positions"
 
 
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ((512, "ntk"), {}, "method 'ntk': expected one of base, linear, dynamic, yarn, longrope, llama3"),
+        ((512, "ntk"), {}, "method 'ntk': expected one of base, linear, dynamic, yarn, longrope, llama3, none"),
         ((128,), {}, "length 128: the model reads 128 tokens already: expected more"),
         ((512, "linear"), {"theta": 1e6}, "method 'linear' has no setting 'theta': it has none"),
         ((512, "yarn"), {"beta": 1}, "method 'yarn' has no setting 'beta': it has attention_factor, beta_fast"),
@@ -171,7 +171,7 @@ def test_settings_that_transformers_would_ignore_are_refused(changes, message):
 
 def test_models_without_rotary_embeddings_are_refused():
     model = models.tiny("gpt2")
-    with pytest.raises(ValueError, match="gpt2 has no rope_parameters"):
+    with pytest.raises(ValueError, match="gpt2 has no rotary frequencies to change"):
         extend_context(model.config, 512)
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no module with rotary frequencies"):
         verify_rope(model, config_of())

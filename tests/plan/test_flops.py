@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import picture_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -132,6 +133,11 @@ def test_what_cannot_be_counted_is_refused(kind, changes):
     with pytest.raises(ValueError, match=f"model: {kind} ") as refusal:
         count_forward(AutoConfig.for_model(kind, **changes))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_model_whose_work_depends_on_its_inputs_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"gemma3 cannot be counted from its config: .* depends on the values"):
+        count_forward(picture_config())
 
 
 def test_a_config_is_left_as_it_is_and_angles_by_length_do_not_matter():

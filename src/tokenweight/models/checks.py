@@ -100,10 +100,11 @@ def check_length(config: Any, length: int, what: str) -> None:
 
 def check_tokens(config: Any, smallest: int, largest: int, folder: str | os.PathLike[str]) -> None:
     """Raise a ValueError if rows hold a token id that a model's vocabulary does not have."""
-    if smallest < 0 or largest >= config.vocab_size:
+    known = config.get_text_config().vocab_size
+    if smallest < 0 or largest >= known:
         token = smallest if smallest < 0 else largest
         raise ValueError(
-            f"{folder}: token {token} is not in the vocabulary of the model, which has {config.vocab_size} tokens: "
+            f"{folder}: token {token} is not in the vocabulary of the model, which has {known} tokens: "
             "expected rows made with its tokenizer"
         )
 

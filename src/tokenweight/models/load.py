@@ -108,7 +108,7 @@ def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "weights_fingerprint": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "rope_parameters": getattr(model.config, "rope_parameters", None),
+        "rope_parameters": getattr(model.config.get_text_config(), "rope_parameters", None),
     }
 
 

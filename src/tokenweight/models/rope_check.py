@@ -5,10 +5,17 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokenweight.models.rope import _describe, _layers, _rotary_dim, context_length
+from tokenweight.models.rope import (
+    _describe,
+    _layers,
+    _rotary_dim,
+    context_length,
+    describe_rope,
+    has_rotary,
+    is_rotary,
+)
 
 
 def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: int) -> tuple[list[float], float]:
@@ -18,7 +25,7 @@ def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: in
 
     Args:
         parameters: those of one layer type, in the names of transformers (`rope_parameters`).
-        dim: dimensions of a head that are turned.
+        dim: dimensions of a head that are turned; with "proportional", all of them.
         positions: `max_position_embeddings`; only "dynamic", and a scaling that records no factor, depend on it.
         length: tokens of the input; only "dynamic" and "longrope" depend on it.
 
@@ -36,6 +43,9 @@ def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: in
         return plain, 1.0
     if rope_type == "linear":
         return [f / factor for f in plain], 1.0
+    if rope_type == "proportional":
+        turned = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+        return [f / (factor or 1.0) if i < turned else 0.0 for i, f in enumerate(plain)], 1.0
     original = parameters["original_max_position_embeddings"]
     factor = positions / original if factor is None else factor
     if rope_type == "longrope":
@@ -46,7 +56,9 @@ def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: in
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         return _blend(plain, [(original * f / math.tau - low) / (high - low) for f in plain], factor), 1.0
     shares = _yarn_shares(parameters, dim, original)
-    scaling = 0.1 * math.log(max(factor, 1)) + 1
+    grown = 0.1 * math.log(max(factor, 1))
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    scaling = (mscale * grown + 1) / (all_dim * grown + 1) if mscale and all_dim else grown + 1
     return _blend(plain, shares, factor), _given(parameters, "attention_factor", scaling)
 
 
@@ -100,7 +112,11 @@ def verify_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     Raises:
         ValueError: naming the module, what was found and what was expected.
     """
-    modules = {name: module for name, module in model.named_modules() if _is_rotary(module)}
+    modules = {name: module for name, module in model.named_modules() if is_rotary(module)}
+    if not modules and not has_rotary(config):
+        if context_length(model.config) != context_length(config):
+            raise ValueError(f"model.config says {describe_rope(model.config)}: expected {describe_rope(config)}")
+        return
     longest = max(context_length(config), context_length(model.config) or 0)
     for origin, asked in {"config": config, "model.config": model.config}.items():
         for layer_type, parameters in _layers(asked).items():
@@ -109,11 +125,7 @@ def verify_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             wanted = f"{origin} asks for {_describe(asked, parameters)}"
             for name, module in modules.items():
                 # A copy, because reading a long input may change it.
-                _verify(name, copy.deepcopy(module), layer_type, asked, parameters, longest, wanted)
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+                _verify(name, copy.deepcopy(module), layer_type, asked.get_text_config(), parameters, longest, wanted)
 
 
 def _verify(
@@ -133,7 +145,7 @@ def _verify(
         raise ValueError(
             f"{name} was rounded to {buffer.dtype}: load the model with dtype=..., and do not cast it after"
         )
-    dim = _rotary_dim(config, parameters)
+    dim = _rotary_dim(config, parameters, layer_type)
     for length in (1, longest, 1):
         positions = torch.tensor([[0, length - 1]], device=buffer.device)
         module(positions.float(), positions, **({"layer_type": layer_type} if layer_type else {}))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
@@ -117,9 +117,10 @@ def count_forward(config: PreTrainedConfig) -> Forward:
         with torch.no_grad(), FlopCounterMode(display=False) as counter, explained(config):
             parts_of(model).states(torch.zeros(1, tokens, dtype=torch.long))
         head = model.get_output_embeddings().weight
-        if len(found) != config.num_hidden_layers:
+        num_layers = config.get_text_config().num_hidden_layers
+        if len(found) != num_layers:
             raise ValueError(
-                f"model: {config.model_type} has {config.num_hidden_layers} layers, {len(found)} with the attention of "
+                f"model: {config.model_type} has {num_layers} layers, {len(found)} with the attention of "
                 "transformers: what the others compute cannot be counted"
             )
         return Forward(counter.get_total_flops() / tokens, 2.0 * head.numel(), tuple(found))
@@ -128,7 +129,7 @@ def count_forward(config: PreTrainedConfig) -> Forward:
 def parts_of(model: PreTrainedModel) -> CausalParts:
     """Decoder and head of a model of fake tensors: without values they cannot be verified, and `train` will."""
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return CausalParts(decoder, model.get_output_embeddings(), 1.0, softcap, 0.0)
 
 
@@ -165,12 +166,14 @@ def explained(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, DataDependentOutputException):  # which names an operation only
+            reason = "what it computes depends on the values of its inputs"
         raise ValueError(f"model: {config.model_type} cannot be counted from its config: {reason}") from error
 
 
 def _straighten(config: PreTrainedConfig) -> None:
     """Take out rotary frequencies that depend on the input's length: they need values, and cost next to nothing."""
-    found = getattr(config, "rope_parameters", None) or {}
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
     for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
             parameters["rope_type"] = "default"

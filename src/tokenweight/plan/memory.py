@@ -133,7 +133,8 @@ def hold(
         with _Live(model) as live:
             live.beside = done
             with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                parts, capped = parts_of(model), getattr(config, "final_logit_softcapping", None) is not None
+                parts = parts_of(model)
+                capped = parts.softcap is not None
                 if context is not None:
                     _score(model, batch, length, context)
                 scoring = live.restart()

@@ -133,7 +133,7 @@ def describe(
         },
         "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
         "rope": {"before": _rope(before), "after": _rope(config)},
-        "rope_parameters": getattr(config, "rope_parameters", None),
+        "rope_parameters": getattr(config.get_text_config(), "rope_parameters", None),
         "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
     }
 
