@@ -69,7 +69,7 @@ DENSE = {
     "cohere2": SLIDING,
     "ctrl": {**GPT, "dff": 48},
     "cwm": {**SMOOTHED, **SLIDING},
-    "diffllama": {},
+    "diffllama": {"num_key_value_heads": 2},
     "doge": {},
     "ernie4_5": {},
     "exaone4": SLIDING,

@@ -32,4 +32,5 @@ from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
 from .rope import rope_depends_on_length as rope_depends_on_length
 from .rope_check import verify_rope as verify_rope
+from .rope_file import add_older_rope as add_older_rope
 from .scorer import Scorer as Scorer

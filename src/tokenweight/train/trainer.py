@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
-from tokenweight.models import any_process, context_mesh, with_weighted_loss
-from tokenweight.train.arguments import check_processes
+from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.engines import prepare_engine, save_whole
@@ -157,6 +156,11 @@ class WeightedTrainer(Trainer):
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
             raise
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            add_older_rope(output_dir or self.out, self.model.config)
 
     def _check_weights_finite(self) -> None:
         # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.
