@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
@@ -244,6 +244,57 @@ def test_tokenizers_have_one_fingerprint_if_and_only_if_they_give_a_text_the_sam
     first = tokenizer_fingerprint(framed(words, bos_token="<s>"))
     assert first == tokenizer_fingerprint(framed(words, bos_token="<s>", eos_token="</s>"))
     assert first != tokenizer_fingerprint(tokenizer(words, bos_token="<s>"))  # puts nothing before a text
+
+
+def of_bytes(pairs, *, digits=False, normalizer=None, special=("<s>", "<reserved_1>"), lower=("l", "o", "w", "1", "2")):
+    """A tokenizer of pairs of characters, all of whose variants have one vocabulary."""
+    names = [*lower, "lo", "ow", "low", "12"]
+    inner = Tokenizer(BPE({name: token for token, name in enumerate(names)}, pairs))
+    inner.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True) if digits else None
+    inner.normalizer = normalizer
+    made = PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return made
+
+
+LOW = [("l", "o"), ("lo", "w"), ("o", "w"), ("1", "2")]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"pairs": [("o", "w"), ("l", "ow"), ("l", "o"), ("1", "2")]},  # merges in another order
+        {"pairs": LOW[:3]},
+        {"pairs": LOW, "digits": True},
+        {"pairs": LOW, "normalizer": normalizers.Lowercase()},
+        {"pairs": LOW, "normalizer": normalizers.NFKC()},
+    ],
+)
+def test_tokenizers_of_one_vocabulary_but_other_rules_have_other_fingerprints(other, tmp_path):
+    first, second = of_bytes(LOW), of_bytes(**other)
+    assert first.get_vocab() == second.get_vocab()
+    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(second)
+    second.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(second)
+
+
+def test_tokenizers_with_other_names_of_reserved_tokens_have_one_fingerprint():
+    fingerprint = tokenizer_fingerprint(of_bytes(LOW))
+    assert tokenizer_fingerprint(of_bytes(LOW, special=("<s>", "<eom>"))) == fingerprint
+    longer = of_bytes(LOW)
+    longer.backend_tokenizer.enable_truncation(4)
+    longer.padding_side = "left"
+    assert tokenizer_fingerprint(longer) == fingerprint
+
+
+@pytest.mark.parametrize("change", [0.5, None])
+def test_scores_of_pieces_are_part_of_the_fingerprint(change):
+    def made(score):
+        inner = Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("ab", score)], 0, False))
+        return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+    same = tokenizer_fingerprint(made(-1.5)) == tokenizer_fingerprint(made(-1.5 - (change or 0)))
+    assert same == (change is None)
 
 
 def test_fingerprints_of_weights_and_configs_tell_what_changes_losses():

@@ -13,18 +13,49 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.method import NonFinite
 from tokenweight.models.rope import context_length
 
+_PROBES = (
+    "The quick brown fox's 3.14159, 1234567890 -- and  two   spaces\tand a tab.\n\n\n  Indented\r\n",
+    "def f(x_1: int) -> str:\n    return f'{x_1!r}' if x_1 != 0x1F else \"\\n\"  # TODO\n\n\n}});",
+    " leading and trailing ",
+    "Stra\u00dfe na\u00efve \u0130\u0131 \ufb01 caf\u00e9 cafe\u0301 \u2460 \uff21 \u00bd \u201cquoted\u201d\u2026",
+    "\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587 \ud55c\uad6d\uc5b4 \u0420\u0443\u0441\u0441\u043a\u0438\u0439 "
+    "\u03b5\u03bb\u03bb \u05e2\u05d1\u05e8 \u0639\u0631\u0628\u064a \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\u0e44\u0e17\u0e22",
+    "\U0001f600\U0001f469\u200d\U0001f52c\U0001f1e9\U0001f1ea \u2211\u222b\u2260 \x00\x07\xa0\u200b\ufeff",
+    "",
+)
+"""Texts in which tokenizers with one vocabulary differ: digits, spaces, code, letters to normalize, other scripts."""
+_WITHOUT_EFFECT = ("version", "truncation", "padding", "added_tokens", "post_processor", "decoder")
+"""Parts of a serialized tokenizer that change no id of a text, or that the probes show better."""
+
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if they give every token of a text the same id.
 
-    Of special tokens those count that it puts around a text by its own rule. Others have different names among the
+    They are those of the vocabulary, of the rules (normalizer, splits, merges or scores) and of some texts. Of special
+    tokens those count that the tokenizer puts around a text by its own rule. Others have different names among the
     models of one family (Llama 3 reserves what Llama 3.2 uses), which nevertheless score each other's texts.
     """
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special -= set(tokenizer("")["input_ids"])
+    added = tokenizer.added_tokens_decoder
+    special = {token for token, one in added.items() if one.special} - set(tokenizer("")["input_ids"])
     tokens = ((token, name) for name, token in tokenizer.get_vocab().items() if token not in special)
     vocabulary = [(name, token) for token, name in sorted(tokens)]
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+    told = [(token, repr(one)) for token, one in sorted(added.items()) if not one.special]
+    ids = [tokenizer(text)["input_ids"] for text in _PROBES]
+    found = json.dumps([vocabulary, _rules(tokenizer, special), told, ids], sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> dict[str, Any]:
+    """How a tokenizer makes tokens of its vocabulary, as far as it says; without the names of special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # of Python; the probes show what it does
+        return {}
+    rules = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _WITHOUT_EFFECT}
+    known = rules["model"].pop("vocab")
+    if isinstance(known, list):  # with scores
+        rules["model"]["vocab"] = [piece for token, piece in enumerate(known) if token not in special]
+    return rules
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
