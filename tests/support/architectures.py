@@ -33,7 +33,14 @@ EXPERTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 MSCALE = {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -77,6 +84,7 @@ DENSE = {
     "falcon alibi": {"alibi": True},
     "gemma": {},
     "gemma2": {**SLIDING, "query_pre_attn_scalar": 8},
+    "gemma3 of text and pictures": {},
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
     "gemma3n_text": {**SLIDING, **EMBEDDED, "laurel_rank": 4},
     "gemma4_text": {**SLIDING, **EMBEDDED, "global_head_dim": 16},
@@ -183,6 +191,8 @@ KINDS = {**DENSE, **OF_EXPERTS, **RECURRENT}
 
 def tiny_config(kind: str, **changes) -> PreTrainedConfig:
     """The config of a kind, which is a model type and, after a space, what is special about it."""
+    if kind == "gemma3 of text and pictures":
+        return picture_config()
     model_type = kind.split()[0]
     config_class = type(AutoConfig.for_model(model_type))
     fields = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}

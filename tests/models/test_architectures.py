@@ -1,0 +1,36 @@
+"""Every kind of causal language model that transformers trains works, or is rejected, as docs/architectures.md says."""
+
+import pytest
+from architecture_table import HEAD, PAGE, row
+from architectures import KINDS
+from transformers import CONFIG_MAPPING
+
+QUICK = [
+    "llama",
+    "opt",
+    "gemma3 of text and pictures",
+    "gemma3_text",
+    "ministral3",
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "mamba",
+    "granitemoehybrid nope",
+    "qwen3_5_text",
+]
+"""One for each way in which they differ; the others are tried among the slow tests."""
+ROWS = dict(line.removeprefix("| ").split(" | ", 1) for line in PAGE.read_text().removeprefix(HEAD).splitlines())
+
+
+def test_the_page_has_a_row_for_each_kind():
+    assert PAGE.read_text().startswith(HEAD)
+    assert [*ROWS] == sorted(KINDS)
+    assert len({kind.split()[0] for kind in KINDS}) >= 40
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
+def test_an_architecture_works_or_is_rejected_as_its_page_says(kind):
+    if kind.split()[0] not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know it")
+    # Each part compares with a computation by hand before it says "equal": `architecture_table`.
+    assert row(kind) == f"| {kind} | {ROWS[kind]}"
