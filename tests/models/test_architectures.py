@@ -14,6 +14,8 @@ QUICK = [
     "mixtral",
     "deepseek_v3",
     "gpt_oss",
+    "minicpm3",
+    "llama4_text",
     "mamba",
     "granitemoehybrid nope",
     "qwen3_5_text",

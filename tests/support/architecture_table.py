@@ -71,8 +71,6 @@ REASONS = {
     "llama_4_scaling_beta": "its queries are scaled by position, counted from the original length",
     "cannot extend proportional": "it turns a part of its pairs",
     "does not suit": "transformers allows no others",
-    "the last state of its decoder": "its head does not read the last state of its decoder",
-    "not its output head times": "its logits are not its head times its states, scaled or capped as known",
 }
 """The words of this page for what a refusal says."""
 

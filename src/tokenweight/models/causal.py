@@ -184,15 +184,21 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
 def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     """Find the parts, and verify on eight tokens that nothing is missing, and that no token is read ahead."""
     name, config = type(model).__name__, model.config.get_text_config()
-    candidates = [part for part in (model.base_model, model.get_decoder()) if part is not model]  # they differ in OPT
-    softcap = getattr(config, "final_logit_softcapping", None)
+    # They differ in OPT; Llama 4 names one that it does not have.
+    named = (model.base_model, model.get_decoder(), *model.children())
+    candidates = [part for part in named if part is not model and isinstance(part, PreTrainedModel)]
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    softcap = next((cap for cap in caps if cap is not None), None)
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
     seen: dict[Any, Any] = {}
+    plain: dict[Any, Tensor] = {}
 
     def at_head(head: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
         # Here rather than later: under the autocast of a trained model, if it has one.
-        plain = nn.functional.linear(arguments[0], head.weight, getattr(head, "bias", None))
-        seen.update(read=arguments[0], plain=plain)
+        for part, decoded in seen.items():
+            state = getattr(decoded, "last_hidden_state", None)
+            if state is not None and state.shape == arguments[0].shape:
+                plain[part] = nn.functional.linear(state, head.weight, getattr(head, "bias", None))
 
     hooks = [part.register_forward_hook(lambda part, given, result: seen.update({part: result})) for part in candidates]
     hooks.append(output.register_forward_hook(at_head))
@@ -202,13 +208,11 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     finally:
         for hook in hooks:
             hook.remove()
-    states = ((part, getattr(seen.get(part), "last_hidden_state", None)) for part in candidates)
-    given = ((part, state) for part, state in states if state is not None and "read" in seen)
-    decoder = next((part for part, state in given if torch.equal(state, seen["read"])), None)
-    if decoder is None:
+    if not plain:
         raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
-    scale = _find_scale(config, seen["plain"], expected, softcap)
-    if scale is None:
+    scales = ((part, _find_scale(config, logits, expected, softcap)) for part, logits in plain.items())
+    decoder, scale = next(((part, scale) for part, scale in scales if scale is not None), (None, None))
+    if decoder is None or scale is None:
         raise ValueError(
             f"{name} is not supported: its logits are not its output head times its decoder's states, nor that scaled "
             "or soft-capped as its configuration says"
