@@ -178,5 +178,5 @@ def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContex
     model.eval()
     states = parts.states(torch.zeros(num, context.size, dtype=torch.long)).flatten(0, 1)[: num * context.stride]
     model.train()
-    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
     _logits(states, parts.head.weight, len(states), capped)
