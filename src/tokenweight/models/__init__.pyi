@@ -14,6 +14,7 @@ from .checks import tokenizer_fingerprint as tokenizer_fingerprint
 from .checks import weights_fingerprint as weights_fingerprint
 from .context_parallel import context_mesh as context_mesh
 from .context_parallel import sequence_shard as sequence_shard
+from .folder import add_older_rope as add_older_rope
 from .inputs import pack_bits as pack_bits
 from .inputs import unpack_bits as unpack_bits
 from .load import find_tokenizer as find_tokenizer
@@ -32,5 +33,4 @@ from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
 from .rope import rope_depends_on_length as rope_depends_on_length
 from .rope_check import verify_rope as verify_rope
-from .rope_file import add_older_rope as add_older_rope
 from .scorer import Scorer as Scorer

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from tokenweight.method import NonFinite
 from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
+from tokenweight.train.arguments import check_processes
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.engines import prepare_engine, save_whole
@@ -138,8 +139,9 @@ class WeightedTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write ours; `push_to_hub` calls this before it uploads."""
+        """Write ours, and what transformers 4 reads; `push_to_hub` calls this after it saved and before it uploads."""
         if self.is_world_process_zero():
+            add_older_rope(self.out, self.model.config)  # not of checkpoints: Trainer could not resume from them
             write_card(self.out)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -156,11 +158,6 @@ class WeightedTrainer(Trainer):
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
             raise
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            add_older_rope(output_dir or self.out, self.model.config)
 
     def _check_weights_finite(self) -> None:
         # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.

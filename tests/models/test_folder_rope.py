@@ -80,12 +80,15 @@ def test_a_model_without_rotary_settings_is_left_as_it_is(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_trained_folder_and_its_checkpoints_have_both_names(folders):
-    trainer = {"max_steps": 1, "save_steps": 1, "save_strategy": "steps", "disable_tqdm": True}
+def test_a_trained_folder_has_both_names_and_its_run_is_resumed(folders):
     model, rows, out = (str(folders / name) for name in ("model", "rows", "out"))
-    train(TrainSettings(model, rows, out, "uniform", extend={"length": 256, "method": "yarn"}, trainer=trainer))
-    for folder in (folders / "out", folders / "out" / "checkpoint-1"):
-        found = read_json(folder / "config.json")
+
+    extend = {"length": 256, "method": "yarn"}
+    for steps in (1, 2):
+        trainer = {"max_steps": steps, "save_steps": 1, "save_strategy": "steps", "disable_tqdm": True}
+        resumed = {"resume_from_checkpoint": True} if steps > 1 else {}
+        train(TrainSettings(model, rows, out, "uniform", extend=extend, trainer={**trainer, **resumed}))
+        found = read_json(folders / "out" / "config.json")
         assert found["rope_theta"] == 1e4
         assert found["rope_scaling"] == {k: v for k, v in found["rope_parameters"].items() if k != "rope_theta"}
 
