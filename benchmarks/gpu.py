@@ -109,7 +109,7 @@ class Steps:
 
     def prepare(self, name: str) -> None:
         """Gradients of 0, so that they are there and do not grow, and the weighting."""
-        gc.collect()  # a bound model is a cycle of references, and holds what it was bound to before
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for parameter in self.model.parameters():

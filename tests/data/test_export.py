@@ -66,11 +66,12 @@ def references(columns, weighting):
             name: torch.tensor([columns[name][number]]) for name in ("short_nll", "position_ids") if name in columns
         }
         labels = torch.tensor([columns.get("labels", columns["input_ids"])[number]])
+        mask = (labels[0] != -100).numpy() & (np.array(positions_of(documents(columns, number))) > 0)
+        labels = labels.where(torch.from_numpy(mask), -100)
         with torch.no_grad():
             output = weighted_model(torch.tensor([tokens]), labels=labels, num_items_in_batch=1, **batch)
-        mask = (labels[0] != -100).numpy() & (np.array(positions_of(documents(columns, number))) > 0)
         weighted = (output.weights * output.long_nll)[0].numpy()
-        assert output.loss.item() == pytest.approx(weighted.sum(), rel=1e-12)
+        assert output.weighted_loss.item() == pytest.approx(weighted.sum(), rel=1e-12)
         yield output.weights[0].numpy(), weighted, mask
 
 

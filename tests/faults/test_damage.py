@@ -8,10 +8,11 @@ import datasets
 import pytest
 import torch
 from faulty import COMMANDS, contents, copied, refused, run, small_disk, told, whole
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from texts import trained_tokenizer
 from tokenweight.data.shards import read_note
+from tokenweight.train import TrainSettings, train
 
 LADDER = COMMANDS["ladder"]
 SHOW = ["show", "out", "--row", "20", "--size", "16"]
@@ -112,12 +113,15 @@ def test_rows_of_other_shards_are_shown_beside_a_damaged_one(scored):
     assert run(scored.parent, "show", "out", "--row", "0", "--size", "16").status == 0
 
 
-def test_only_the_first_process_of_a_job_reads_what_it_will_train_on(scored):
+@pytest.mark.parametrize("process", [0, 1])
+def test_only_the_first_process_of_a_job_reads_what_it_will_train_on(process, scored, monkeypatch):
     """The others would read the same files: their own checks are those of sizes."""
     flip(scored / SHARD)
-    done = run(scored.parent, *TRAIN, "--trainer.max_steps", "1", RANK="1")
-    assert done.status == 0, done.errors
-    refused(run(scored.parent, *TRAIN, "--out", "other", RANK="0"), SHARD, "is damaged")
+    monkeypatch.chdir(scored.parent)
+    monkeypatch.setattr(TrainingArguments, "process_index", property(lambda arguments: process))
+    settings = TrainSettings("no model", scored.name, "run", size=16)  # the model is opened next
+    with pytest.raises(ValueError, match="is damaged" if process == 0 else "no model"):
+        train(settings)
 
 
 @pytest.mark.parametrize(

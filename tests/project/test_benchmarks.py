@@ -142,7 +142,7 @@ def test_a_step_as_published_has_the_weights_the_loss_and_the_gradients_of_ours(
     losses, weights, gradients = {}, {}, {}
     losses["published"], weights["published"] = reference.published_loss(model, tokens, kind, context)
     reference.prepare(model, context, f"{kind}, {reference.OURS}")
-    output = model(tokens, tokens)
+    output = model(tokens, labels=tokens)
     losses["ours"], weights["ours"] = output.loss, output.weights[:, 1:]
     for name, loss in losses.items():
         model.zero_grad()

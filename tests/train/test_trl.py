@@ -215,7 +215,7 @@ def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*is deprecated.*v2:FutureWarning")  # TRL's own word about these
 def test_another_loss_is_an_error(change, tmp_path):
     trainer = sft(tmp_path, some_rows(), given=change, **change.pop("settings", {}))
-    with pytest.raises(ValueError, match=r"labels are missing.*label_smoothing_factor or compute_loss_func"):
+    with pytest.raises(ValueError, match=r"labels are missing.*label_smoothing_factor nor compute_loss_func"):
         trainer.train()
 
 
