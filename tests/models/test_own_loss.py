@@ -21,7 +21,7 @@ from tokenweight.models import causal_parts
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1}
 EXPERTS |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "topk_group": 1}
 EXPERTS |= {"router_aux_loss_coef": 0.5, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe"]  # granitemoe cannot in old versions
 
 
 def mixture(kind, **changes):

@@ -249,7 +249,8 @@ def _unread(config: PreTrainedConfig, parameters: dict[str, Any]) -> list[str]:
 
 
 def _rotary_dim(config: PreTrainedConfig, parameters: dict[str, Any], layer_type: str | None) -> int:
-    with contextlib.suppress(ValueError):  # of a model whose layers are all alike
+    # A ValueError if layers are all alike; older versions of transformers know no layers that differ.
+    with contextlib.suppress(ValueError, AttributeError):
         config = config if layer_type is None else config.per_layer_config[layer_type]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # "proportional" turns a part of the pairs, by the frequencies of all.
