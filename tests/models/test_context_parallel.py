@@ -132,7 +132,9 @@ def test_a_model_has_the_loss_and_the_gradients_of_one_process(two_ranks, name, 
     loss = sum(output.loss for output in outputs)
     loss.backward()
     expected = {"loss": loss.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
-    expected["mean"] = model(**batches[0]).loss.detach()
+    with torch.no_grad():
+        output = model(**batches[0])
+    expected |= {"mean": output.weighted_loss, "unweighted": output.loss}
     for key in ("weights", "long_nll", "short_nll"):
         expected |= {f"{key} {number}": output[key] for number, output in enumerate(outputs)}
     for found in two_ranks[1]:

@@ -152,8 +152,10 @@ def weigh_a_model(mesh, weighting, *, whole_scores: bool) -> dict:
         dist.all_reduce(tensor)
     batch = shifted(micro_batches()[0])
     with torch.no_grad(), split(mesh, batch):
-        results["mean"] = model(**batch).loss / 2
-        dist.all_reduce(results["mean"])
+        output = model(**batch)
+        results |= {"mean": output.weighted_loss / 2, "unweighted": output.loss / 2}
+        for name in ("mean", "unweighted"):
+            dist.all_reduce(results[name])
     for name in ("weights", "long_nll", "short_nll"):
         results |= {f"{name} {number}": output[name] for number, output in enumerate(outputs)}
     return results
