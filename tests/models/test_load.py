@@ -1,6 +1,7 @@
 """Losses of tokens against the model's own logits, for each way in which an architecture makes them."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ from transformers import (
 import models
 from tokenweight import load_model, load_tokenizer, token_nll
 from tokenweight.method import prediction_mask
-from tokenweight.models import causal_parts, config_fingerprint, evaluating, tokenizer_fingerprint, weights_fingerprint
+from tokenweight.models import (
+    causal_parts,
+    config_fingerprint,
+    evaluating,
+    load_config,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 
 LENGTHS = [5, 1, 8]
 PACKED = torch.tensor([[t for length in LENGTHS for t in range(length)]] * 2)
@@ -335,3 +343,11 @@ def test_a_fingerprint_of_weights_tells_names_shapes_and_types_apart():
     ]
     assert len(set(found)) == len(found)
     assert found[0] == weights_fingerprint(holder(a=one.clone(), b=other.clone()))
+
+
+def test_the_config_of_an_adapter_is_that_of_its_base(tmp_path):
+    models.tiny().save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    note = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(note)
+    assert load_config(tmp_path / "adapter").to_dict() == load_config(tmp_path / "base").to_dict()
