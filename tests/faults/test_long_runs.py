@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tokenweight.records import read_json
 from tokenweight.train import DataCollatorWithScores, TrainSettings, train
 from tokenweight.train.checkpoints import MARK, is_whole, last_whole
-from tokenweight.train.trainer import name_row
+from tokenweight.train.sequences import name_row
 
 NUM_STEPS = 6
 TRAIN = ["train", "--model", "model", "--data", "scored", "--out", "out", "--trainer.learning_rate", "1e-2"]

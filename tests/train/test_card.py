@@ -15,13 +15,14 @@ from huggingface_hub import ModelCard
 import models
 from texts import trained_tokenizer
 from tokenweight import ShortContext, cli, load_model, parse_weighting
-from tokenweight.data import Contents, read_contents, score_folder
+from tokenweight.data import Contents, load_rows, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
 from tokenweight.models import weights_fingerprint
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, resolve, train
 from tokenweight.train.card import FORMULAS, write_card
 from tokenweight.train.records import describe
+from tokenweight.train.sequences import Sequences, Source
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +107,8 @@ def test_a_trained_folder_has_a_card_that_says_what_its_records_say(place):
 def test_what_is_not_known_is_left_out(folder):
     (folder / "metrics.jsonl").unlink()
     full = set(lines(folder))
-    gone = dict.fromkeys(
-        ["model", "rope", "texts", "rows", "arguments", "versions", "device", "commit", "date", "command"]
-    )
+    gone = dict.fromkeys(["model", "rope", "texts", "rows", "arguments", "versions", "device", "commit", "date"])
+    gone |= dict.fromkeys(["command", "attn_implementation"])
     found = changed(folder, data={}, **gone)
     assert set(found) == {"Base model", "Weighting", "Short losses", "Weights", "Again"} < full
     assert found["Short losses"] == "stored"
@@ -118,11 +118,16 @@ def test_what_is_not_known_is_left_out(folder):
 def test_texts_of_other_rows_and_rotary_settings_that_nobody_can_name_are_left_out(place):
     model, provenance = models.tiny(), {"rows": str(place / "rows")}
     run = resolve(dataclasses.replace(settings(place, "none"), extend={}, trainer={}))
-    facts = describe(run, provenance, read_contents(place / "rows"), None, model.config, model.config)
+
+    def read(contents):
+        source = Source(str(place / "scored"), load_rows(place / "scored"), contents, provenance)
+        return describe(run, Sequences([source], [1.0], None), None, model.config, model.config)
+
+    facts = read(read_contents(place / "rows"))
     assert facts["texts"]["documents"] == 5
     assert facts["rope"] == dict.fromkeys(("before", "after"), "default, 128 positions, theta 10000")
     model.config.rope_parameters = {"some_attention": {"rope_type": "default"}}
-    facts = describe(run, provenance, Contents(7, 7 * 40, 40, 40), None, model.config, model.config)
+    facts = read(Contents(7, 7 * 40, 40, 40))
     assert facts["texts"] == {}
     assert facts["rope"] == {"before": None, "after": None}
 

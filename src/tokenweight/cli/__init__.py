@@ -23,7 +23,7 @@ from tokenweight.cli.prepare import Prepare
 from tokenweight.cli.report import Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
-from tokenweight.cli.train import Train, read_config, with_groups
+from tokenweight.cli.train import GROUPS, Train, read_config, with_groups
 from tokenweight.train import TrainSettings, trainer_field
 
 COMMANDS: dict[str, Any] = {
@@ -143,7 +143,7 @@ def parse(words: Sequence[str]) -> Any:
             if field.default is field.default_factory is dataclasses.MISSING
         }
         # Without the groups of the recipe: tyro would make options of them, and read them by the types found there.
-        command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, "trainer": {}, "extend": {}}))
+        command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, **{name: {} for name in GROUPS}}))
         command, unknown = with_groups(command, recipe, unknown)
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown option: {_meant(unknown[0].partition('=')[0], name)}")
@@ -154,7 +154,7 @@ def _meant(option: str, command: str) -> str:
     """What may have been meant by an option that a command does not have."""
     kind, word = COMMANDS[command], option.removeprefix("--").replace("-", "_")
     trained = issubclass(kind, TrainSettings)
-    if trained and word in ("trainer", "extend"):
+    if trained and word in GROUPS:
         return f"expected --{word}.NAME VALUE"
     close = difflib.get_close_matches(option, [f"--{field.name}" for field in dataclasses.fields(kind)], n=1)
     if trained and option.startswith("--") and (field := trainer_field(word, close=not close)):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenweight import plan, records, view
 from tokenweight.cli.common import drawing, progress_bar, token_counts
+from tokenweight.cli.train import Data
 from tokenweight.train import TrainSettings
 
 
@@ -15,8 +16,8 @@ class Plan(TrainSettings):
     Takes the options of `train`: --config, and any setting.
     """
 
-    data: str = ""
-    """Folder of sequences; if it exists, it gives their number and their length."""
+    data: Data = ""
+    """Folder of sequences, or a mixture of some as in `train`; if they exist, they give their number and length."""
     out: str = ""
     """Ignored: nothing is trained."""
     length: int | None = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -10,6 +10,32 @@ from tokenweight import train
 from tokenweight.train import TrainSettings
 
 Settings = TypeVar("Settings", bound=TrainSettings)
+GROUPS = ("trainer", "extend", "lora")
+"""Settings with fields of their own, each an option `--GROUP.NAME VALUE`."""
+
+
+def _folders(words: list[str]) -> str | list[dict[str, Any]]:
+    """What `--data` says: a folder; or several, each with its share of the tokens after a colon."""
+    if len(words) == 1:
+        return words[0]
+    parts = [(word, *word.rpartition(":")) for word in words]
+    return [{"path": path, "share": share} if path else {"path": word} for word, path, _, share in parts]
+
+
+def _words(data: Any) -> list[str]:
+    return [data] if isinstance(data, str) else [f"{part.get('path')}:{part.get('share')}" for part in data]
+
+
+Data = Annotated[
+    str | list[dict[str, Any]],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FOLDER | FOLDER:SHARE …",
+        instance_from_str=_folders,
+        is_instance=lambda value: isinstance(value, str | list),
+        str_from_instance=_words,
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +46,23 @@ class Train(TrainSettings):
     weighting that such a file names is imported if its package is installed, otherwise only with `--allow_code`. To
     extend the context of the model, set `--extend.length N` (docs/models.md). Any field of
     transformers.TrainingArguments can be set as `--trainer.NAME VALUE`; docs/train.md lists those whose default
-    differs from that of transformers.
+    differs from that of transformers. `--lora.NAME VALUE` sets a field of peft.LoraConfig and trains an adapter.
     """
 
-    def run(self) -> None:
-        """Train, and say where the model is."""
-        from torch import distributed
+    data: Data
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    each folder with its share of the tokens, as in books:0.6 code:0.4; in YAML a list of {path, share}."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Do everything up to the first step, show what would be run, and leave nothing."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the settings as a recipe that --config reads, and do nothing else."""
 
-        train.train(self)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            print(f"{self.out}: the trained model, run.json and metrics.jsonl")
+    def run(self) -> None:
+        """Train, which prints what it does."""
+        if self.print_config:
+            print(train.config_text(self), end="")
+        else:
+            train.train(self, dry_run=self.dry_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +83,17 @@ def read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def with_groups(command: Settings, recipe: dict[str, Any], words: list[str]) -> tuple[Settings, list[str]]:
-    """A command with its groups of options, `--trainer.NAME VALUE` and `--extend.NAME VALUE`, over those of a recipe.
+    """A command with its groups of options, as `--trainer.NAME VALUE`, over those of a recipe.
+
+    Several values after an option are a list.
 
     Returns:
-        The command, and the words that belong to neither group.
+        The command, and the words that belong to no group.
 
     Raises:
         ValueError: for an option without a value that is no flag.
     """
-    groups: dict[str, Any] = {name: dict(recipe.get(name, {})) for name in ("trainer", "extend")}
+    groups: dict[str, Any] = {name: dict(recipe.get(name, {})) for name in GROUPS}
     left = []
     while words:
         option, *words = words
@@ -67,9 +102,13 @@ def with_groups(command: Settings, recipe: dict[str, Any], words: list[str]) -> 
         if not (option.startswith("--") and dot and group in groups):
             left.append(option)
             continue
-        field, given = field.replace("-", "_"), value if equals else None
-        if given is None and words and not words[0].startswith("--"):
-            given, *words = words
+        field = field.replace("-", "_")
+        given: str | list[str] | None = value if equals else None
+        values: list[str] = []
+        while given is None and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if values:
+            given = values[0] if len(values) == 1 else values
         if given is None and not (group == "trainer" and train.is_flag(field)):
             raise ValueError(f"{name}: expected a value, as in {name} VALUE")
         groups[group][field] = True if given is None else given

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import read_contents
+from tokenweight.data import Contents, read_contents
 from tokenweight.method import (
     ShortContext,
     Uniform,
@@ -23,7 +23,7 @@ from tokenweight.models import check_length, extend_context, load_config, rope_d
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.memory import hold
-from tokenweight.train import TrainSettings, extension_arguments, training_arguments
+from tokenweight.train import TrainSettings, extension_arguments, shares_of, training_arguments
 
 MODES = ("uniform", "precomputed", "self-scored")
 """Plain cross-entropy; the recipe's weighting with stored scores; and with the model that is trained as its scorer."""
@@ -137,17 +137,20 @@ class _Recipe:
         weighting = parse_weighting(settings.weighting)
         if settings.scorer not in ("stored", "self"):
             raise ValueError(f"scorer {settings.scorer!r}: expected stored or self, as only these can be planned")
+        if settings.lora:
+            raise ValueError("lora: the cost of an adapter cannot be planned: leave it out to plan that of all weights")
         dtype = getattr(torch, settings.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
         with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
-            arguments = training_arguments(settings.trainer, folder)
+            arguments = training_arguments(settings.trainer, folder, held_out=settings.eval_data is not None)
         config, length, num_sequences = load_config(settings.model, revision=settings.revision), None, None
         if settings.extend:
             extension = extension_arguments(settings.extend)
             config, length = extend_context(config, **extension), extension["length"]
-        if settings.data and Path(settings.data).exists():
-            contents = read_contents(settings.data)
+        folders = shares_of(settings)
+        if all(folder and Path(folder).exists() for folder in folders):
+            contents = sum(map(read_contents, folders), Contents())
             length, num_sequences = contents.longest, contents.rows
         fixed = fixed_bytes(config, arguments, dtype, num_gpus)
         forward = count_forward(config)

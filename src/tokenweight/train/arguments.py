@@ -17,6 +17,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 to train for num_train_epochs"),
     "num_train_epochs": _POSITIVE,
     "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
     "gradient_accumulation_steps": _ONE_OR_MORE,
     "learning_rate": _FINITE,
     "warmup_steps": _FINITE,
@@ -30,8 +31,8 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataloader_num_workers": (lambda value: value >= 0, "at least 0"),
     "average_tokens_across_devices": (lambda value: value, "true: the loss is divided by the tokens of all processes"),
 }
-_STEPS = ("logging", "save")
-_HELD_OUT = {
+_STEPS = ("logging", "save", "eval")
+_HELD_OUT: dict[str, tuple[Any, ...]] = {
     "eval_strategy": ("steps", "epoch"),
     "eval_on_start": (True,),
     "load_best_model_at_end": (True,),
@@ -65,8 +66,29 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer.{name} would put another loss in place of the weighted one: expected it unset")
 
 
-def check_run(arguments: "TrainingArguments") -> None:
+MEASURES = ("loss", "loss_beyond_half", "loss_short", "weighted_loss")
+"""What is logged of held-out sequences, each with `eval_` before it (`tokenweight.train.statistics.HeldOutLosses`)."""
+
+
+def held_out_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the trainer where there are held-out sequences: ten evaluations a run, and the best is the lowest."""
+    every = {"eval_strategy": "steps", "eval_steps": 0.1}
+    every |= {name: given[name] for name in every if given.get(name) is not None}
+    found = {**every, "per_device_eval_batch_size": given.get("per_device_train_batch_size", 1)}
+    best = str(given.get("load_best_model_at_end", False)).lower() in ("true", "yes", "on", "1")
+    if best and "save_strategy" not in given:  # a model can only be loaded again if it was saved
+        found |= {"save_strategy": every["eval_strategy"], "save_steps": given.get("save_steps", every["eval_steps"])}
+    if best or given.get("metric_for_best_model") is not None:
+        found["greater_is_better"] = False  # the Trainer takes whatever does not end with "loss" for a score
+    return found
+
+
+def check_run(arguments: "TrainingArguments", eval_data: str | None = None) -> None:
     """Refuse what cannot run here, before any work: trackers that are missing, several GPUs in one process.
+
+    Args:
+        arguments: of the run.
+        eval_data: the folder of held-out sequences, if there are any.
 
     Raises:
         ValueError: naming the field.
@@ -79,13 +101,22 @@ def check_run(arguments: "TrainingArguments") -> None:
         )
     for name, held_out in _HELD_OUT.items():
         found = getattr(getattr(arguments, name), "value", getattr(arguments, name))
-        if found in held_out:
-            raise ValueError(
-                f"trainer.{name} {found}: needs held-out sequences, which train does not read: leave it unset, and "
-                "evaluate the checkpoints by `tokenweight eval`"
-            )
+        if eval_data is None and found in held_out:
+            raise ValueError(f"trainer.{name} {found}: needs held-out sequences: expected their folder as eval_data")
+    if eval_data is not None:
+        _check_held_out(arguments, eval_data)
     for name in arguments.report_to:
         _check_tracker(name)
+
+
+def _check_held_out(arguments: "TrainingArguments", eval_data: str) -> None:
+    if getattr(arguments.eval_strategy, "value", arguments.eval_strategy) == "no":
+        raise ValueError(f"trainer.eval_strategy no: eval_data {eval_data} would not be read: leave out one of them")
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in MEASURES:
+        raise ValueError(f"trainer.metric_for_best_model {metric!r}: expected one of {', '.join(MEASURES)}")
+    if metric is not None and arguments.greater_is_better:
+        raise ValueError(f"trainer.greater_is_better true: {metric} is a loss: expected it unset, or false")
 
 
 def _check_tracker(name: str) -> None:

@@ -59,9 +59,10 @@ def write_card(folder: str | os.PathLike[str]) -> bool:
         name = run["settings"]["model"]
         if not Path(name).exists():  # then it came from the hub
             card.data.base_model = name
-        card.data.library_name = "transformers"
+        card.data.library_name = "peft" if run["settings"].get("lora") else "transformers"
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
-        if hub := run.get("texts", {}).get("hub"):
+        parts = [run, *run.get("mixture", {}).values()]
+        if hub := list(dict.fromkeys(name for part in parts for name in part.get("texts", {}).get("hub", ()))):
             card.data.datasets = hub
         if not card.text.strip():
             card.text = f"\n# {Path(folder).resolve().name}\n"
@@ -91,9 +92,13 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Short losses": _scorer(settings, run.get("data", {}), run.get("scorer", {})),
         "Texts": _texts(run.get("texts", {})),
         "Rows": _rows(rows, run.get("data", {})),
+        "Mixture": "; ".join(_part(name, part) for name, part in run.get("mixture", {}).items()),
         "Trained": _trained(rows, metrics),
+        "Held out": _held_out(run.get("held_out", {}), metrics),
+        "Adapter": ", ".join(f"{name} {value}" for name, value in settings.get("lora", {}).items()),
         "Trainer": ", ".join(given),
         "Weights": settings["dtype"],
+        "Attention": run.get("attn_implementation"),
         "Versions": ", ".join(f"{name} {number}" for name, number in run.get("versions", {}).items()),
         "Resumed": "; ".join(f"{Path(part['checkpoint']).name}, {part.get('date')}" for part in run.get("resumed", [])),
         "Device": run.get("device"),
@@ -167,10 +172,28 @@ def _rows(rows: dict[str, int], data: dict[str, Any]) -> str:
     return ", ".join([*given, *(f"{label} {data[key]}" for key, label in labels.items() if data.get(key))])
 
 
+def _part(name: str, part: dict[str, Any]) -> str:
+    """One folder of a mixture: its share of the tokens, and what it holds."""
+    texts = _texts(part.get("texts", {}))
+    return f"{part['share']:.1%} of the tokens from {name}: " + ", ".join(filter(None, [_held(part), texts]))
+
+
+def _held_out(part: dict[str, Any], metrics: dict[str, Any]) -> str:
+    if not part:
+        return ""
+    losses = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_") and "loss" in name]
+    return ", ".join([f"`{part['path']}`", _held(part), *(["last measured: " + ", ".join(losses)] if losses else [])])
+
+
+def _held(part: dict[str, Any]) -> str:
+    return _rows(part.get("rows", {}), part.get("data", {}))
+
+
 def _trained(rows: dict[str, int], metrics: dict[str, Any]) -> str:
     given = [f"{metrics['step']:,} steps"] if "step" in metrics else []
     if epochs := metrics.get("epoch"):
         given.append(f"{epochs:.4g} epoch{'s' * (epochs != 1)}")
-        given += [f"{rows['num'] * epochs:,.0f} rows", f"{rows['tokens'] * epochs:,.0f} tokens"] if rows else []
+        num = rows.get("epoch", rows.get("num", 0))
+        given += [f"{num * epochs:,.0f} rows", f"{rows['tokens'] * epochs:,.0f} tokens"] if rows else []
     given += [f"last weighted loss logged {metrics['loss']:.4f} nats"] if "loss" in metrics else []
     return ", ".join(given)

@@ -120,12 +120,12 @@ def unmark_after(out: Path, step: int) -> None:
             (folder / MARK).unlink(missing_ok=True)
 
 
-def rotate(out: Path, limit: int | None) -> None:
-    """Keep the `limit` latest complete checkpoints, and remove what is before the first of them."""
+def rotate(out: Path, limit: int | None, best: str | None = None) -> None:
+    """Keep the `limit` latest complete checkpoints and the best, and remove the others before the first of them."""
     whole = [folder for folder in _checkpoints(out) if is_whole(folder)]
     if limit is not None and 0 < limit < len(whole):
         for folder in _checkpoints(out):
-            if step_of(folder) < step_of(whole[limit - 1]):
+            if step_of(folder) < step_of(whole[limit - 1]) and (best is None or folder.name != Path(best).name):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,7 +16,8 @@ from tokenweight.models import describe_rope
 from tokenweight.records import append_line, differences, environment, read_json, read_provenance, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
-from tokenweight.train.settings import Run
+from tokenweight.train.sequences import Sequences, Source
+from tokenweight.train.settings import Run, as_settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ def _take_back(path: Path, state: TrainerState) -> None:
 
 def describe(
     run: Run,
-    provenance: dict[str, Any],
-    contents: Contents,
+    sequences: Sequences,
     context: ShortContext | None,
     before: PreTrainedConfig,
     config: PreTrainedConfig,
@@ -107,35 +107,54 @@ def describe(
 
     Args:
         run: the resolved settings.
-        provenance: of the data. Of scored data, what `prepare` noted is looked up in the folder that was scored.
-        contents: of the data.
+        sequences: what it reads.
         context: the windows of the scorer, if there is one.
         before, config: of the model, before and after the extension of its context.
     """
-    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
-    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
-        prepared = {}  # the folder holds other sequences by now
-    noted = ("texts", "hub", "subset", "split", "seed", "documents")
     windows = {} if context is None else dataclasses.asdict(context)
     fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
     named = before.name_or_path == run.settings.model  # the base of an adapter has commits of its own
     revision = (getattr(before, "_commit_hash", None) if named else None) or run.settings.revision
     resolved = {"weighting": str(run.weighting), "revision": revision, **windows}
+    sources, held_out = sequences.sources, sequences.held_out
+    mixture = {
+        name: {"share": share, **_source(source)}
+        for name, share, source in zip(sequences.names, sequences.shares, sources)
+    }
     return {
-        "settings": {**dataclasses.asdict(run.settings), **resolved},
-        "data": provenance,
+        "settings": {**as_settings(run.settings), **resolved},
+        "data": sequences.provenance,
         **environment(),
-        "rows": {
-            "num": contents.rows,
-            "tokens": contents.tokens,
-            "shortest": contents.shortest,
-            "longest": contents.longest,
-        },
-        "texts": {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])},
+        "rows": _numbers(sequences.contents),
+        "texts": _texts(sources[0]) if len(sources) == 1 else {},
+        **({"mixture": mixture} if len(sources) > 1 else {}),
+        **({} if held_out is None else {"held_out": _source(held_out)}),
         "rope": {"before": _rope(before), "after": _rope(config)},
-        "rope_parameters": getattr(config.get_text_config(), "rope_parameters", None),
+        "rope_parameters": getattr(config, "rope_parameters", None),
+        "attn_implementation": config._attn_implementation,
         "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
     }
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """What is recorded of one folder of several."""
+    numbers = _numbers(source.contents)
+    return {"path": source.folder, "rows": numbers, "texts": _texts(source), "data": source.provenance}
+
+
+def _numbers(contents: Contents) -> dict[str, Any]:
+    names = {"num": "rows", "tokens": "tokens", "shortest": "shortest", "longest": "longest"}
+    return {name: getattr(contents, attribute) for name, attribute in names.items()}
+
+
+def _texts(source: Source) -> dict[str, Any]:
+    """What `prepare` noted of the texts: of scored data, in the folder that was scored."""
+    provenance, contents = source.provenance, source.contents
+    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
+    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
+        return {}  # the folder holds other sequences by now
+    noted = ("texts", "hub", "subset", "split", "seed", "documents")
+    return {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])}
 
 
 def _rope(config: PreTrainedConfig) -> str | None:

@@ -1,28 +1,41 @@
 """A training run, from its settings to a model folder."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import choose_scores, has_scores, open_rows, text_prefix, tokenizer_note, verify
+from tokenweight.data import tokenizer_note
+from tokenweight.method import ShortContext
 from tokenweight.models import Scorer, check_fit, find_tokenizer, identity, load_config, load_model, with_weighted_loss
-from tokenweight.records import read_provenance
 from tokenweight.train.checkpoints import find_checkpoint
-from tokenweight.train.collator import DataCollatorWithScores
+from tokenweight.train.display import Display, header
 from tokenweight.train.records import Records, describe
+from tokenweight.train.sequences import DataCollatorWithScores, HeldOut, Sequences, open_sequences
 from tokenweight.train.settings import Run, TrainSettings, resolve
 from tokenweight.train.trainer import WeightedTrainer
 
 
-def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) -> PreTrainedModel:
+def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), *, dry_run: bool = False) -> Any:
     """Run a recipe: `settings.out` becomes a model folder with `run.json`, `metrics.jsonl` and a model card.
+
+    Prints what the run is, a row for each line that it logs, and what comes next (`Display`).
+
+    Args:
+        settings: what to train, on what, and how.
+        callbacks: more of them for the Trainer, such as `transformers.EarlyStoppingCallback(3)`.
+        dry_run: whether to end before the first step: everything is checked, and nothing is left.
+
+    Returns:
+        The trained model; with `settings.lora`, a `peft.PeftModel` around it.
 
     Raises:
         ValueError: if settings, data and models do not fit, before any work; for a loss, gradient or weight that is not
@@ -31,64 +44,110 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     """
     run = resolve(settings)
     checkpoint = find_checkpoint(run.out, run.arguments)
+    if dry_run:  # no tracker begins a run, and no repository is made on the hub
+        without = {**settings.trainer, "report_to": "none", "push_to_hub": False}
+        run = resolve(dataclasses.replace(settings, trainer=without))
     with _folder(run.out, main=run.arguments.process_index == 0) as keep:
-        return _trained(run, checkpoint, callbacks, keep)
+        return _trained(run, checkpoint, callbacks, keep, dry_run)
 
 
 def _trained(
-    run: Run, checkpoint: Path | None, callbacks: Sequence[TrainerCallback], keep: Callable[[], None]
-) -> PreTrainedModel:
-    settings = run.settings
-    rows, contents = open_rows(settings.data)
-    run.check_scores(has_scores(rows))
-    scores: dict[str, Any] = {}
-    if run.reads_scores:
-        rows, scores = choose_scores(rows, settings.data, size=settings.size, stride=settings.stride)
-    if run.arguments.process_index == 0:  # the others would read and compare the same files
-        verify(settings.data)
-    provenance = {**read_provenance(settings.data), **scores}
+    run: Run, checkpoint: Path | None, callbacks: Sequence[TrainerCallback], keep: Callable[[], None], dry_run: bool
+) -> Any:
+    sequences, arguments = open_sequences(run), run.arguments
+    contents, held_out = sequences.contents, sequences.held_out
     context = run.short_context(contents.longest or 0)
     # Or ZeRO-3 would load models in parts, which cannot be verified. The Trainer shards the model later.
     unset_hf_deepspeed_config()
-    before, tokenizer, model = _opened(run)
-    scoring = model
-    if run.scoring_model is not None:
-        scoring, theirs = load_model(run.scoring_model), find_tokenizer(run.scoring_model)
-    sequences: dict[str, Any] = {"folder": settings.data, "token_range": contents.token_range}
-    check_fit(model.config, tokenizer, settings.model, **sequences, longest=contents.longest, provenance=provenance)
-    if run.scoring_model is not None and context is not None:
-        sequences["provenance"] = {} if tokenizer is None else tokenizer_note(tokenizer, model.name_or_path)
-        check_fit(scoring.config, theirs, run.scoring_model, **sequences, longest=context.size, what="size: windows")
-        scoring.to(run.arguments.device)
-    record = describe(run, provenance, contents, context, before, model.config)
-    if run.arguments.process_index == 0:  # hashing takes a while, and one process writes the record
-        record["model"] = identity(model, settings.model)
-        record |= {} if run.scoring_model is None else {"scorer": identity(scoring, run.scoring_model)}
-    scored = context is not None and run.weighting.uses_short
-    scorer = Scorer(scoring, context, prefix=text_prefix(tokenizer, provenance)) if scored else None
+    opened = _opened(run, sequences, context)
+    model, scoring = opened.model, opened.scoring
+    rows = sequences.dataset(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    record = describe(run, sequences, context, opened.before, model.config)
+    record["rows"]["epoch"] = len(rows)
+    if arguments.process_index == 0:  # hashing takes a while, and one process writes the record
+        record["model"] = identity(model, run.settings.model)
+        record |= {} if scoring is None else {"scorer": identity(scoring, run.settings.scorer)}
+    trained = _adapted(model, run.lora)
+    scorer = None
+    if context is not None and run.weighting.uses_short:
+        bos = getattr(opened.tokenizer, "bos_token_id", None)
+        scorer = Scorer(model if scoring is None else scoring, context, prefix=() if bos is None else (bos,))
+    with_weighted_loss(model, run.weighting, scorer)
+    at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
-        model=with_weighted_loss(model, run.weighting, scorer),
-        args=run.arguments,
+        model=trained,
+        args=arguments,
         train_dataset=rows,
+        eval_dataset=None if held_out is None else HeldOut(held_out.rows, held_out.contents.longest or 0, at_once),
         data_collator=DataCollatorWithScores(),
-        processing_class=tokenizer,
-        callbacks=[Records(record, checkpoint, keep), *callbacks],
-        size=scores.get("context", {}).get("size"),
+        processing_class=opened.tokenizer,
+        callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
+        size=sequences.sources[0].context.get("size") if run.reads_scores else None,
+        sources=sequences.names if len(sequences.sources) > 1 else (),
     )
-    trainer.fit(checkpoint)
-    return model
+    lines = header(run, sequences, context, opened.before, trained)
+    display = Display(run, lines, sequences, batch=trainer.get_total_train_batch_size(arguments), dry=dry_run)
+    trainer.remove_callback(PrinterCallback)  # rows of the display stand in place of its dicts
+    trainer.add_callback(display)
+    with display.ends():
+        trainer.fit(checkpoint, saves=not dry_run)
+    return trained
 
 
-def _opened(run: Run) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, PreTrainedModel]:
-    """The config of the model that is trained, before its context is extended; its tokenizer, and itself."""
-    name, revision = run.settings.model, run.settings.revision
+class _Opened(NamedTuple):
+    """The models of a run, and what reads text for them."""
+
+    before: PreTrainedConfig
+    """Of the model that is trained, before its context is extended."""
+    tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel
+    scoring: PreTrainedModel | None
+    """The model that scores, if it is another than the one that is trained."""
+
+
+def _opened(run: Run, sequences: Sequences, context: ShortContext | None) -> _Opened:
+    """Load the models of a run, and check that they can read its sequences."""
+    name, revision, kernel = run.settings.model, run.settings.revision, run.settings.attn_implementation
     if revision is not None and Path(name).exists():
         raise ValueError(f"revision {revision}: {name} is no model of the hub, and has none: leave it out")
-    config, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
-    model = load_model(name, dtype=run.settings.dtype, revision=revision, extend=run.extension)
+    before, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
+    attention: dict[str, Any] = {} if kernel is None else {"attn_implementation": kernel}
+    model = load_model(name, dtype=run.settings.dtype, revision=revision, extend=run.extension, **attention)
     if run.extension and tokenizer is not None:  # or whoever truncates by the saved tokenizer cuts at the old length
         tokenizer.model_max_length = max(tokenizer.model_max_length, run.extension["length"])
-    return config, tokenizer, model
+    scoring = theirs = None
+    if run.scoring_model is not None:
+        scoring, theirs = load_model(run.scoring_model, **attention), find_tokenizer(run.scoring_model)
+    read = [*sequences.sources, *([] if sequences.held_out is None else [sequences.held_out])]
+    for source in read:
+        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
+        longest = source.contents.longest
+        check_fit(model.config, tokenizer, name, **fits, longest=longest, provenance=source.provenance)
+        if scoring is not None and context is not None:
+            note = {} if tokenizer is None else tokenizer_note(tokenizer, model.name_or_path)
+            fits |= {"longest": context.size, "what": "size: windows", "provenance": note}
+            check_fit(scoring.config, theirs, run.settings.scorer, **fits)
+    if scoring is not None:
+        scoring.to(run.arguments.device)
+    return _Opened(before, tokenizer, model, scoring)
+
+
+def _adapted(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
+    """The model, within a `PeftModel` if an adapter is to be trained in place of its weights.
+
+    Raises:
+        ValueError: for settings that no adapter of this model can have.
+    """
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            return get_peft_model(model, LoraConfig(**lora))
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"lora: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

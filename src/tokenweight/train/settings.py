@@ -6,6 +6,7 @@ import difflib
 import enum
 import importlib.util
 import inspect
+import math
 import os
 import site
 import sysconfig
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tokenweight import method, models
-from tokenweight.train.arguments import check_run, check_values
+from tokenweight.train.arguments import check_run, check_values, held_out_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,8 +42,9 @@ class TrainSettings:
 
     model: str
     """Folder, hub id or .gguf file of the model to train."""
-    data: str
-    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores."""
+    data: str | list[dict[str, Any]]
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    each folder with its share of the tokens: A:0.6 B:0.4, in YAML a list of {path, share}."""
     out: str
     """New folder for checkpoints, the trained model, run.json and metrics.jsonl."""
     weighting: str = "dense"
@@ -53,12 +55,18 @@ class TrainSettings:
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: int | None = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
+    eval_data: str | None = None
+    """Folder of held-out sequences, with or without scores, whose loss is measured while training (docs/train.md)."""
     revision: str | None = None
     """Revision of a hub model to train: a branch, a tag or a commit."""
     extend: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Context extension: length, method and its settings, also as `--extend.length N` (docs/models.md)."""
     dtype: str = "float32"
     """Dtype of the weights. In bfloat16, small updates are rounded away; prefer --trainer.bf16 true."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of peft.LoraConfig, also as `--lora.r N`: train an adapter in place of the weights (docs/train.md)."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of transformers.TrainingArguments, by their own names."""
 
@@ -72,6 +80,10 @@ class Run:
     arguments: "TrainingArguments"
     extension: dict[str, Any]
     """Arguments of `extend_context`, or nothing."""
+    lora: dict[str, Any]
+    """Fields of LoraConfig, or nothing."""
+    shares: dict[str, float]
+    """The folders of the data, each with its share of the tokens that are trained on; the shares add up to 1."""
 
     @property
     def out(self) -> Path:
@@ -89,11 +101,11 @@ class Run:
         named = self.settings.scorer not in ("stored", "self") and self.weighting.uses_short
         return self.settings.scorer if named else None
 
-    def check_scores(self, stored: bool) -> None:
-        """Raise a ValueError if the data has stored scores, `stored`, but the short losses are to come from a model."""
+    def check_scores(self, stored: bool, folder: str) -> None:
+        """Raise a ValueError if a folder has stored scores, `stored`, but the short losses are to come from a model."""
         if stored and self.settings.scorer != "stored":
             raise ValueError(
-                f"scorer {self.settings.scorer!r}: {self.settings.data} holds stored scores (short_nll), which would "
+                f"scorer {self.settings.scorer!r}: {folder} holds stored scores (short_nll), which would "
                 "be used: set scorer to stored, or data to the sequences before scoring"
             )
 
@@ -115,10 +127,74 @@ def resolve(settings: TrainSettings) -> Run:
         ValueError: for an unknown weighting, field of TrainingArguments or argument of `extend_context`, and for values
             that they cannot have, here or on this machine.
     """
-    arguments = training_arguments(settings.trainer, settings.out)
-    check_run(arguments)
-    extension = extension_arguments(settings.extend)
-    return Run(settings, method.parse_weighting(settings.weighting), arguments, extension)
+    arguments = training_arguments(settings.trainer, settings.out, held_out=settings.eval_data is not None)
+    check_run(arguments, settings.eval_data)
+    extension, lora, shares = extension_arguments(settings.extend), lora_arguments(settings.lora), shares_of(settings)
+    if extension and lora:
+        raise ValueError(
+            "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
+            f"context: expected a base that is extended already, as load_model({settings.model!r}, extend=…) saves it"
+        )
+    if len(shares) > 1 and arguments.train_sampling_strategy != "random":
+        raise ValueError(
+            f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: a mixture has an order of its own, "
+            "in which the shares of its folders hold: leave it out"
+        )
+    return Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
+
+
+def as_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings as `read_recipe` reads them, without what a command adds to them."""
+    given = dataclasses.asdict(settings)
+    return {field.name: given[field.name] for field in dataclasses.fields(TrainSettings)}
+
+
+def config_text(settings: TrainSettings) -> str:
+    """The settings as YAML that `read_recipe` reads back, with the defaults of ours: the same run, written out.
+
+    Raises:
+        ValueError: as `resolve` does.
+    """
+    run, hints = resolve(settings), _hints()
+    given = {**PAPER_ARGUMENTS, **settings.trainer}
+    trainer = {name: None if value is None else _typed(name, value, hints[name]) for name, value in given.items()}
+    found = {
+        **as_settings(settings),
+        "weighting": str(run.weighting),
+        "extend": run.extension,
+        "lora": run.lora,
+        "trainer": trainer,
+    }
+    found = {name: value for name, value in found.items() if value not in (None, {})}
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def shares_of(settings: TrainSettings) -> dict[str, float]:
+    """The folders of the data, each with its share of the tokens; the shares add up to 1.
+
+    Raises:
+        ValueError: for data without a folder, a folder that is named twice, or a share that is not above 0.
+    """
+    if isinstance(settings.data, str):
+        return {settings.data: 1.0}
+    shares: dict[str, float] = {}
+    for part in settings.data:
+        if not isinstance(part, dict) or part.keys() != {"path", "share"}:
+            found = part["path"] if isinstance(part, dict) and part.keys() == {"path"} else part
+            raise ValueError(
+                f"data {found!r}: has no share of the tokens: expected FOLDER:SHARE, in YAML {{path: …, share: …}}, "
+                "for each folder of a mixture"
+            )
+        path, share = str(part["path"]), _numbers(part["share"])
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+            raise ValueError(f"data {path}: share {share!r}: expected a number above 0")
+        if path in shares:
+            raise ValueError(f"data {path}: named twice: expected each folder once, with its share")
+        shares[path] = share
+    if not shares:
+        raise ValueError("data []: expected at least one folder")
+    total = sum(shares.values())
+    return {path: share / total for path, share in shares.items()}
 
 
 def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> dict[str, Any]:
@@ -148,9 +224,14 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         except ValueError as error:
             field = trainer_field(str(key))
             raise ValueError(f"{error}; {field} is a field of trainer" if field else str(error)) from None
-    number, fields = ((int, type(None)), "a whole number"), ((dict,), "fields of TrainingArguments")
-    arguments, text = ((dict,), "length, method and its settings"), ((str, type(None)), "text")
-    expected = {"size": number, "stride": number, "trainer": fields, "extend": arguments, "revision": text}
+    number, text = ((int, type(None)), "a whole number"), ((str, type(None)), "text")
+    expected: dict[str, tuple[tuple[type, ...], str]] = {
+        "data": ((str, list), "a folder, or a list of path and share"),
+        "trainer": ((dict,), "fields of TrainingArguments"),
+        "extend": ((dict,), "length, method and its settings"),
+        "lora": ((dict,), "fields of LoraConfig"),
+        **{"size": number, "stride": number, "eval_data": text, "revision": text, "attn_implementation": text},
+    }
     for key, value in settings.items():
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -215,11 +296,18 @@ _RENAMED = {
 """Fields with the name they have had since transformers 5.23; either name is taken, whichever version is installed."""
 
 
-def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "TrainingArguments":
+def training_arguments(
+    given: dict[str, Any], out: str | os.PathLike[str], *, held_out: bool = False
+) -> "TrainingArguments":
     """`PAPER_ARGUMENTS` overridden by `given`, as the TrainingArguments of a run into the folder `out`.
 
     A text is read by the type of its field: an option of a command line has no other type, and YAML takes 1e-5 for
     text. Fields that are None keep the default of transformers.
+
+    Args:
+        given: fields of TrainingArguments, by name.
+        out: the folder of the run, whose name is that of the run for its trackers.
+        held_out: whether there are held-out sequences: then they are evaluated, by default ten times.
 
     Raises:
         ValueError: for a field that TrainingArguments does not have, or a value it cannot have.
@@ -227,7 +315,7 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
     import torch
     from transformers import TrainingArguments
 
-    hints, installed = typing.get_type_hints(TrainingArguments), _fields()
+    hints, installed = _hints(), _fields()
     for key in given:
         check_known(key, list(installed), "trainer")
     if "output_dir" in given:
@@ -237,6 +325,9 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
     # The Trainer refuses bf16 without an accelerator, unless told that a CPU is meant; and to replace losses that are
     # not finite, which are to stop a run, it would synchronize with the device in every batch.
     defaults = {"use_cpu": not torch.accelerator.is_available(), "logging_nan_inf_filter": False, **PAPER_ARGUMENTS}
+    # The rows of `Display` stand in place of a bar; DDP would look for unused parameters, of which a decoder has none.
+    defaults |= {"run_name": Path(out).resolve().name, "disable_tqdm": True, "ddp_find_unused_parameters": False}
+    defaults |= held_out_arguments(given) if held_out else {}
     named = {installed[name]: value for name, value in {**defaults, **given}.items()}
     values = {name: _typed(name, value, hints[name]) for name, value in named.items() if value is not None}
     for field in dataclasses.fields(TrainingArguments):
@@ -253,6 +344,14 @@ def training_arguments(given: dict[str, Any], out: str | os.PathLike[str]) -> "T
     if values.get("fsdp_config") and not arguments.fsdp:
         raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
     return arguments
+
+
+def _hints() -> dict[str, Any]:
+    """The types of the fields of TrainingArguments, by every name by which a field can be set."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return hints | {name: hints[installed] for name, installed in _fields().items()}
 
 
 def _fields() -> dict[str, str]:
@@ -389,6 +488,51 @@ def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
     if given and "length" not in given:
         raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
     return _numbers(given)
+
+
+def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of peft.LoraConfig, whose values may be text of a command line; `lora_` before a name may be left out.
+
+    Raises:
+        ValueError: without PEFT, for a field that LoraConfig does not have, or a value of another type.
+    """
+    if not given:
+        return {}
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"lora: PEFT is missing ({error}): pip install 'tokenweight[lora]'") from error
+    fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    names = {**{name: name for name in fields}, **{name.removeprefix("lora_"): name for name in fields}}
+    hints, found = typing.get_type_hints(LoraConfig), {}
+    for key, value in given.items():
+        check_known(key, list(names), "lora")
+        name = names[key]
+        if isinstance(value, str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+        value = _numbers(value)
+        if not _has_type(value, hints[name]):
+            hint = hints[name]
+            raise ValueError(f"lora.{key} {value!r}: expected {getattr(hint, '__name__', hint)}")
+        found[name] = value
+    return {"task_type": "CAUSAL_LM", **found}
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value that YAML can hold is of a type of an annotation; of an enumeration, a text is."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_has_type(value, one) for one in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    number = int | float if kind is float else kind
+    return (isinstance(value, number) and (kind is bool or not isinstance(value, bool))) or (
+        issubclass(kind, enum.Enum) and isinstance(value, str)
+    )
 
 
 def check_known(key: str, known: list[str], where: str) -> None:

@@ -1,11 +1,13 @@
-"""Weight statistics, logged during training."""
+"""What is logged during training: statistics of the weights, losses by source, and losses of held-out sequences."""
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenweight.method import document_positions
 
@@ -17,15 +19,23 @@ class WeightStatistics(TrainerCallback):
     before `flush`. What counts are forward passes with labels in training mode, not those of an evaluation.
 
     Args:
-        model: bound by `with_weighted_loss`; the model itself, not what DDP or FSDP wrap around it.
+        model: bound by `with_weighted_loss`; the model itself (or a `PeftModel` around it), not what DDP or FSDP wrap
+            around it.
         size: tokens of the short context: the first `size` tokens of a document have the same context in both losses.
             By default that of the model's scorer; without either, `first_window_share` is left out.
         copies: how many processes read the same rows: those over which the tokens of a row are split.
+        sources: names of the folders of a mixture. Before each forward pass, `source` is to say from which each
+            sequence of the batch comes.
     """
 
-    def __init__(self, model: PreTrainedModel, *, size: int | None = None, copies: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, size: int | None = None, copies: int = 1, sources: Sequence[str] = ()
+    ) -> None:
         scorer = getattr(getattr(model, "_token_weighting", None), "scorer", None)
         self.size, self.copies = scorer.context.size if size is None and scorer is not None else size, copies
+        self.sources = list(sources)
+        self.source: Tensor | None = None
+        """The number of the source of each sequence in the batch, `[batch]`."""
         self._steps: list[Tensor] = []  # sums of the optimizer steps since the last flush
         self._open: Tensor | None = None  # of the step that is not done
         self._since = time.perf_counter()
@@ -45,7 +55,8 @@ class WeightStatistics(TrainerCallback):
             total weight) of all predicted tokens; `effective_tokens`, the number of tokens of equal weight that would
             spread a total like that, (sum of w)² / (sum of w²) for each optimizer step, as a mean over steps;
             `effective_share`, the same as a share of the predicted tokens; and `tokens_per_second`, predicted tokens by
-            the time since the last flush (or since this object was made), whatever it was spent on.
+            the time since the last flush (or since this object was made), whatever it was spent on. Of a mixture,
+            `tokens/NAME` and `loss/NAME`: predicted tokens of each source, and their mean long loss.
         """
         self.step()
         if not self._steps:
@@ -57,7 +68,7 @@ class WeightStatistics(TrainerCallback):
         steps = sums.tolist()
         now, since = time.perf_counter(), self._since
         self._since = now
-        num_tokens, total, squares, first, losses = map(sum, zip(*steps))
+        num_tokens, total, squares, first, losses, *by_source = map(sum, zip(*steps))
         if not num_tokens:
             return {}
         mean = total / num_tokens
@@ -73,6 +84,8 @@ class WeightStatistics(TrainerCallback):
         }
         if self.size is None:
             del found["first_window_share"]
+        for name, number, nll in zip(self.sources, by_source, by_source[len(self.sources) :]):
+            found |= {f"tokens/{name}": number} | ({f"loss/{name}": nll / number} if number else {})
         return found
 
     def remove(self) -> None:
@@ -90,7 +103,7 @@ class WeightStatistics(TrainerCallback):
         self.step()
 
     @torch.no_grad()
-    def _add(self, model: PreTrainedModel, arguments: tuple, output: Any) -> None:
+    def _add(self, model: nn.Module, arguments: tuple, output: Any) -> None:
         if not model.training or "mask" not in output:
             return
         mask, positions = output["mask"], output.get("position_ids")
@@ -100,4 +113,65 @@ class WeightStatistics(TrainerCallback):
         early = document_positions(mask.long(), positions) < (self.size or 0)
         sums = (mask, weights, weights**2, weights * early, output["long_nll"])
         added = torch.stack([values.sum(dtype=dtype) for values in sums])
+        if self.sources and self.source is not None:
+            rows = torch.stack([values.sum(dim=1, dtype=dtype) for values in (mask, output["long_nll"])])
+            parts = rows.new_zeros(2, len(self.sources))
+            added = torch.cat([added, parts.index_add(1, self.source.to(rows.device), rows).flatten()])
         self._open = added if self._open is None else self._open + added
+
+
+class HeldOutLosses:
+    """Losses of all predicted tokens of held-out sequences, over all processes: sums divided by counts, once.
+
+    Args:
+        half: tokens before the second half of the longest sequence.
+        short: tokens of the short range.
+        copies: how many processes read the same sequences: those over which the tokens of one are split.
+    """
+
+    def __init__(self, *, half: int, short: int, copies: int = 1) -> None:
+        self.half, self.short, self.copies = half, short, copies
+        self._sums: Tensor | None = None
+
+    @contextlib.contextmanager
+    def measuring(self, model: nn.Module) -> Iterator[None]:
+        """Count the forward passes with labels of a bound model in evaluation mode."""
+        hook = model.register_forward_hook(self._add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def losses(self) -> dict[str, float]:
+        """The mean losses in nats; each process has to call it.
+
+        Returns:
+            `loss` of all predicted tokens, unweighted; `loss_beyond_half` and `loss_short` of those after `half` tokens
+            of their document, and within the first `short`, if there are any; and `weighted_loss`, if there are weights
+            of all sequences.
+        """
+        if self._sums is None:
+            return {}
+        sums = self._sums
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            sums /= self.copies
+        (total, late, early, weighted), (num, num_late, num_early, num_weighted) = sums.tolist()
+        found = {"loss": (total, num), "loss_beyond_half": (late, num_late), "loss_short": (early, num_early)}
+        if num_weighted == num:
+            found["weighted_loss"] = (weighted, num)
+        return {name: nll / number for name, (nll, number) in found.items() if number}
+
+    @torch.no_grad()
+    def _add(self, model: nn.Module, arguments: tuple, output: Any) -> None:
+        if model.training or "mask" not in output:
+            return
+        mask, nll, weights = output["mask"], output["long_nll"], output.get("weights")
+        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+        places = document_positions(mask.long(), output.get("position_ids"))
+        masks = [mask, mask & (places >= self.half), mask & (places < self.short)]
+        totals = [(nll.to(dtype) * one).sum() for one in masks]
+        totals.append((nll.to(dtype) * weights).sum() if weights is not None else nll.new_zeros((), dtype=dtype))
+        masks.append(mask if weights is not None else torch.zeros_like(mask))
+        sums = torch.stack([torch.stack(totals), torch.stack([one.sum(dtype=dtype) for one in masks])])
+        self._sums = sums if self._sums is None else self._sums + sums

@@ -2,39 +2,44 @@
 complete checkpoints."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
+import accelerate
 import torch
+import transformers
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
-from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
-from tokenweight.train.arguments import check_processes
+from tokenweight.models import any_process, context_mesh, with_weighted_loss
+from tokenweight.train.arguments import check_one_gpu, check_processes
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
-from tokenweight.train.engines import prepare_engine, save_whole
 from tokenweight.train.records import FinishedRun
-from tokenweight.train.statistics import WeightStatistics
+from tokenweight.train.sequences import SOURCE, HeldOut, InOrder, Mixture, name_row
+from tokenweight.train.statistics import HeldOutLosses, WeightStatistics
 
 logger = logging.getLogger(__name__)
 
 
 class WeightedTrainer(Trainer):
-    """Trains a model that `with_weighted_loss` has bound, on the sequences of a `datasets.Dataset`.
+    """Trains a model that `with_weighted_loss` has bound, on the sequences of a `datasets.Dataset` or a `Mixture`.
 
-    Statistics of the weights are logged beside the loss. Sharded backends are prepared (`prepare_engine`), and where
-    the tokens of a sequence are split over processes (context parallelism), weights are computed over whole sequences.
+    Statistics of the weights are logged beside the loss. Held-out sequences that come as `HeldOut` are evaluated
+    exactly (`HeldOutLosses`). Sharded backends are prepared (`prepare_engine`), and where the tokens of a sequence are
+    split over processes (context parallelism), weights are computed over whole sequences.
 
     Args:
         *args: as for `transformers.Trainer`.
         size: tokens of the short context, for `first_window_share` of `WeightStatistics`; None leaves that out.
+        sources: names of the folders of a mixture, for statistics of each.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -52,7 +57,7 @@ class WeightedTrainer(Trainer):
         >>> trainer.fit()  # doctest: +SKIP
     """
 
-    def __init__(self, *args: Any, size: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, size: int | None = None, sources: Sequence[str] = (), **kwargs: Any) -> None:
         try:
             super().__init__(*args, **kwargs)
         except torch.OutOfMemoryError:
@@ -80,7 +85,8 @@ class WeightedTrainer(Trainer):
         if (ranks := context_mesh(self.accelerator)) is not None:
             bound = self.model._token_weighting
             with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks)
-        self.statistics = WeightStatistics(self.model, size=size, copies=1 if ranks is None else ranks.size())
+        self._copies = 1 if ranks is None else ranks.size()
+        self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
         self.add_callback(self.statistics)
         # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
@@ -91,7 +97,8 @@ class WeightedTrainer(Trainer):
 
         With float16, gradients overflow now and then and their step is skipped.
         """
-        for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        losses = {key: key for key in logs if key.startswith("eval_")}
+        for key, name in {"loss": "loss", "grad_norm": "gradient norm", **losses}.items():
             scaled = key == "grad_norm" and self.accelerator.scaler is not None
             if not math.isfinite(logs.get(key, 0.0)) and not scaled:
                 raise self._stop(f"the {name} is {logs[key]}: expected a finite number")
@@ -100,6 +107,7 @@ class WeightedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; what the loss says of a row of the batch is said of a row of the data."""
+        self.statistics.source = inputs.pop(SOURCE, None)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         except NonFinite as error:
@@ -107,6 +115,30 @@ class WeightedTrainer(Trainer):
             named = name_row(self.train_dataset, tokens, labels, error.position)
             told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
             raise self._stop(told, self.state.global_step + 1) from error
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the Trainer does; of `HeldOut`, losses over all tokens in place of means of the means of batches."""
+        rows = dataloader.dataset
+        if not isinstance(rows, HeldOut):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        measured = HeldOutLosses(half=rows.half, short=rows.short, copies=self._copies)
+        # A loader draws a number when it begins: without a fork, dropout in the steps after would be another.
+        with torch.random.fork_rng(devices=[]), measured.measuring(self.model):
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in measured.losses().items()})
+        return output
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As the Trainer does; a mixture has an order of its own."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, Mixture):
+            return InOrder(rows, lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SOURCE not in self._signature_columns:
+            self._signature_columns.append(SOURCE)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does; what it cannot make is named by its fields."""
@@ -119,12 +151,21 @@ class WeightedTrainer(Trainer):
         with _named(*schedule, "lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
             return super().create_scheduler(*args, **kwargs)
 
-    def fit(self, checkpoint: Path | None = None) -> None:
-        """Train, from a checkpoint if one is given, and write the trained model into the folder of the run."""
+    def fit(self, checkpoint: Path | None = None, *, saves: bool = True) -> None:
+        """Train, from a checkpoint if one is given, and write the trained model into the folder of the run.
+
+        Args:
+            checkpoint: to resume from.
+            saves: whether the trained model is written.
+        """
         try:
-            with contextlib.suppress(FinishedRun):
+            try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            self.save_trained()
+            except FinishedRun:
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None and saves:
+                    self._load_best_model()
+            if saves:
+                self.save_trained()
         finally:
             self.statistics.remove()
 
@@ -154,7 +195,7 @@ class WeightedTrainer(Trainer):
                 self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
                 if self.args.should_save:
                     mark_whole(folder)
-                    rotate(self.out, self._limit)
+                    rotate(self.out, self._limit, self.state.best_model_checkpoint)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
             raise
@@ -184,22 +225,44 @@ def _named(field: str, value: Any, settings: str, given: Any) -> Iterator[None]:
         raise ValueError(f"{named}: {' '.join(str(error).split())}") from error
 
 
-def name_row(rows: datasets.Dataset, tokens: Tensor, labels: Tensor, position: int) -> str:
-    """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
-    tokens, predicted = tokens.cpu(), (labels != -100).cpu()
+def prepare_engine(trainer: Trainer) -> None:
+    """Keep in float32 what Accelerate's FSDP2 would round to 16 bits: the loss, and sums of gradients.
 
-    def same(row: dict[str, Any]) -> bool:
-        found = torch.as_tensor(row["input_ids"])
-        return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
+    Raises:
+        ValueError: for engines that do not train or save what they should, before any work starts.
+    """
+    steps = trainer.accelerator.gradient_accumulation_steps
+    if steps > 1 and not trainer.is_deepspeed_enabled:  # the loss has divided them already (docs/log.md)
+        raise ValueError(
+            f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
+            "second time: expected transformers 5.8 or newer"
+        )
+    check_one_gpu(trainer.args)
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "
+            "a GPU or another accelerator for each process"
+        )
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"trainer: fsdp_config has version {plugin.fsdp_version}: expected 2, which is the default"
+            )
+        policy = plugin.mixed_precision_policy
+        if policy is not None:
+            float32 = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = float32
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
+                "no model: expected true under zero_optimization"
+            )
 
-    candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
-    number = next((number for number, row in candidates if same(row)), None)
-    if number is None:
-        return "a row that is not in the data"
-    row = rows.with_format(None)[number]
-    told = {name: row[name] for name in ("document", "offset") if name in row}
-    if "documents" in row and "position_ids" in row:  # packed
-        which = row["position_ids"][: position + 1].count(0) - 1
-        told = {"document": row["documents"][which], "offset": row["offsets"][which]}
-    named = ", ".join(f"{name} {value}" for name, value in told.items())
-    return f"row {number} of the data" + (f" ({named})" if named else "")
+
+def save_whole(trainer: Trainer) -> None:
+    """Let the Trainer save the whole model from now on, even if its checkpoints hold a part per process."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

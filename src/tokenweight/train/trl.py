@@ -19,7 +19,7 @@ from tokenweight.models import (
     with_weighted_loss,
 )
 from tokenweight.train.arguments import check_processes
-from tokenweight.train.collator import DataCollatorWithScores
+from tokenweight.train.sequences import DataCollatorWithScores
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""

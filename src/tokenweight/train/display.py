@@ -1,0 +1,270 @@
+"""What a run shows: what it is before its first step, a row of numbers as it goes, and what to do after it."""
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tokenweight.data import Contents
+from tokenweight.method import ShortContext
+from tokenweight.models import context_length, describe_rope
+from tokenweight.records import device_name
+from tokenweight.train.checkpoints import last_whole
+from tokenweight.train.records import FinishedRun
+from tokenweight.train.sequences import Mixture, Sequences, Source
+from tokenweight.train.settings import Run
+
+_HEADS = ("step", "loss", "unweighted", "lr", "effective", "tokens/s", "left")
+_WIDTHS = (8, 10, 11, 10, 10, 10, 10)
+_LOGGED = {
+    "loss": ".4f",
+    "unweighted_loss": ".4f",
+    "learning_rate": ".2e",
+    "effective_share": ".1%",
+    "tokens_per_second": ",.0f",
+}
+"""What stands in a row of numbers, between the step and the time that is left."""
+_HELD_OUT = {
+    "loss": "held-out loss",
+    "loss_beyond_half": "beyond half",
+    "loss_short": "short range",
+    "weighted_loss": "weighted",
+}
+_EVERY = {"logging": "a row", "eval": "an evaluation", "save": "a checkpoint"}
+
+
+class Display(TrainerCallback):
+    """Prints the header, a row for each line that is logged, and the end of a run, in its main process.
+
+    Args:
+        run: the resolved settings.
+        lines: of the header: what each is about, and its text.
+        sequences: what the run reads.
+        batch: sequences of an optimizer step.
+        dry: whether the run ends before its first step.
+    """
+
+    def __init__(
+        self, run: Run, lines: list[tuple[str, str]], sequences: Sequences, *, batch: int, dry: bool = False
+    ) -> None:
+        self.run, self.lines, self.sequences, self.batch, self.dry = run, lines, sequences, batch, dry
+        self.main, self.rows = run.arguments.process_index == 0, run.arguments.disable_tqdm
+        self.state: TrainerState | None = None
+        self.first = 0  # the step that the run began at
+        self.last: dict[str, float] = {}  # what was logged last
+        self._since = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the header; end a dry run."""
+        self.state, self.first, self._since = state, state.global_step, time.perf_counter()
+        for label, text in (*self.lines, *self._planned(args, state, kwargs["train_dataloader"])):
+            self._print(f"{label:<11}{text}")
+        if self.dry:
+            raise FinishedRun
+        if self.rows:
+            self._print("\n" + _row(_HEADS))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print a row of a table, or the losses of held-out sequences."""
+        logs = logs or {}
+        losses = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if "loss" in logs:
+            self.last = logs
+            done = state.global_step - self.first
+            left = (time.perf_counter() - self._since) / max(done, 1) * (state.max_steps - state.global_step)
+            cells = [f"{logs[name]:{form}}" if name in logs else "-" for name, form in _LOGGED.items()]
+            if self.rows:
+                self._print(_row((str(state.global_step), *cells, _duration(left))))
+        elif "loss" in losses and self.rows:
+            told = ", ".join(f"{label} {losses[name]:.4f}" for name, label in _HELD_OUT.items() if name in losses)
+            self._print(f"{state.global_step:>{_WIDTHS[0]}}  {told}")
+
+    @contextlib.contextmanager
+    def ends(self) -> Iterator[None]:
+        """Say at the end of a run what it came to and what comes next, and after an error how to resume it."""
+        try:
+            yield
+        except BaseException:
+            if self.state is not None and self.state.global_step > 0:
+                with contextlib.suppress(OSError):  # nobody reads it
+                    self._print("\n" + "\n".join(self._stopped(self.state)))
+            raise
+        if not self.dry and self.state is not None:
+            self._print("\n" + "\n".join(self._finished(self.state)))
+
+    def _planned(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[tuple[str, str]]:
+        """What is known only when the Trainer has made its plan."""
+        contents, rows, batch = self.sequences.contents, loader.dataset, self.batch
+        about = "" if contents.shortest == contents.longest else "about "
+        tokens = round(contents.tokens / len(rows) * batch)
+        passes = f"{args.per_device_train_batch_size} a pass"
+        split = {"passes": args.gradient_accumulation_steps, "processes": args.world_size}
+        passes += "".join(f", {number} {name}" for name, number in split.items() if number > 1)
+        yield "step", f"{_some(batch, 'sequence')}, {about}{_some(tokens, 'token')} ({passes})"
+        epochs = state.max_steps * batch / len(rows)
+        whole = round(epochs) if abs(epochs - round(epochs)) < batch / len(rows) else epochs
+        began = f", {_some(state.max_steps - self.first, 'step')} left" * (self.first > 0)
+        run = f"{_some(state.max_steps, 'step')} = {_some(whole, 'epoch')} of {_some(len(rows), 'sequence')}{began}"
+        yield "run", run
+        if isinstance(rows, Mixture):
+            read = zip(self.sequences.names, rows.passes(epochs))
+            yield "mixture", ", ".join(f"{name} read {passes:.2f} times" for name, passes in read)
+        trackers = "".join(f", {name}" for name in args.report_to)
+        every = {name: _every(getattr(args, f"{name}_strategy"), getattr(state, f"{name}_steps")) for name in _EVERY}
+        told = ", ".join(f"{label} {every[name]}" for name, label in _EVERY.items() if every[name])
+        yield "logs", f"{self.run.out / 'metrics.jsonl'}{trackers}; {told}"
+
+    def _finished(self, state: TrainerState) -> Iterator[str]:
+        settings, out = self.run.settings, self.run.out
+        steps = state.global_step - self.first
+        took = f"{_some(steps, 'step')} in {_duration(time.perf_counter() - self._since)}" if steps else "no step left"
+        losses = {"loss": "last loss", "unweighted_loss": "unweighted"}
+        yield ", ".join(
+            [took, *(f"{label} {self.last[name]:.4f}" for name, label in losses.items() if name in self.last)]
+        )
+        if self.run.arguments.load_best_model_at_end and state.best_model_checkpoint:
+            name = self.run.arguments.metric_for_best_model.removeprefix("eval_")
+            yield f"best: {Path(state.best_model_checkpoint).name}, eval_{name} {state.best_metric:.4f}"
+        yield f"{out}: the trained {'adapter' if self.run.lora else 'model'}, run.json and metrics.jsonl"
+        data = settings.eval_data or "HELD_OUT"
+        words = ["tokenweight", "eval", settings.out, "--baseline", settings.model, "--data", data]
+        yield f"next: {shlex.join([*words, '--out', settings.out.rstrip('/') + '-eval'])}"
+
+    def _stopped(self, state: TrainerState) -> Iterator[str]:
+        settings, found = self.run.settings, last_whole(self.run.out)
+        yield f"stopped after {_some(state.global_step, 'step')} of {state.max_steps:,}"
+        words = [*_launcher(self.run.arguments), "train", "--config", str(self.run.out / "run.json")]
+        words += ["--allow_code"] * ("--allow_code" in sys.argv)
+        if found is not None:
+            command = shlex.join([*words, "--out", settings.out, "--trainer.resume_from_checkpoint", found.name])
+            yield f"to resume from {found.name}: {command}"
+        else:
+            command = shlex.join([*words, "--out", f"{settings.out.rstrip('/')}-2"])
+            yield f"no checkpoint is complete (trainer.save_steps); to start again: {command}"
+
+    def _print(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+def header(
+    run: Run,
+    sequences: Sequences,
+    context: ShortContext | None,
+    before: PreTrainedConfig,
+    model: Any,
+) -> list[tuple[str, str]]:
+    """What is known of a run before the Trainer makes its plan: labels and texts of lines.
+
+    Args:
+        run: the resolved settings.
+        sequences: what it reads.
+        context: the windows of a scorer, if there is one.
+        before: the config of the model before the extension of its context.
+        model: as it is trained: a PreTrainedModel, or a PeftModel around it.
+    """
+    settings, arguments, config = run.settings, run.arguments, model.config
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(number for number, _ in numbers), sum(number for number, trains in numbers if trains)
+    share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
+    lines = [("model", f"{settings.model}: {total:,} parameters, {share}")]
+    mixed = len(sequences.sources) > 1
+    for part, source in zip(sequences.shares, sequences.sources):
+        lines.append(("data", f"{part:.1%} of tokens from " * mixed + _held(source)))
+    lines += [("held out", _held(sequences.held_out))] if sequences.held_out is not None else []
+    lines.append(("weighting", str(run.weighting)))
+    lines.append(("scorer", _scorer(run, sequences, context)))
+    lines.append(("context", _context(before, config, sequences.contents)))
+    autocast = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "no"
+    on = arguments.device.type
+    on = device_name() if on == "cuda" or not torch.cuda.is_available() else on
+    kinds = f"weights in {str(model.dtype).removeprefix('torch.')}, {autocast} autocast"
+    lines.append(("device", f"{on}; {kinds}, {config._attn_implementation} attention"))
+    return lines
+
+
+def _held(source: Source) -> str:
+    contents = source.contents
+    lengths = " to ".join(f"{length:,}" for length in dict.fromkeys([contents.shortest, contents.longest]))
+    held = f"{_some(contents.rows, 'sequence')} of {lengths} tokens, {contents.tokens:,} in all"
+    return f"{source.folder}: {held}"
+
+
+def _scorer(run: Run, sequences: Sequences, context: ShortContext | None) -> str:
+    """Where short losses come from, and with which windows."""
+    if not run.weighting.uses_short:
+        return "none: the weights need no short losses"
+    name = {"self": "the model itself, as it is trained"}.get(run.settings.scorer, run.settings.scorer)
+    windows: dict[str, Any] = {} if context is None else {"size": context.size, "stride": context.stride}
+    if run.reads_scores:
+        by, windows = sequences.provenance.get("model"), sequences.sources[0].context
+        name = "stored" + (f", by {by}" if by else "")
+    size, stride = windows.get("size"), windows.get("stride")
+    told = [f"windows of {size:,} tokens"] if size else []
+    return ", ".join([name, *told, *([f"stride {stride:,}"] if stride else [])])
+
+
+def _context(before: PreTrainedConfig, config: PreTrainedConfig, contents: Contents) -> str:
+    """What became of the rotary embeddings, and whether the sequences need it."""
+    try:
+        old, new = describe_rope(before), describe_rope(config)
+    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
+        return f"{context_length(config)} positions"
+    if old == new:
+        return new
+    positions, longest = context_length(before), contents.longest or 0
+    needless = positions is not None and longest <= positions
+    note = f"; no sequence is longer than the {positions:,} positions of before" if needless else ""
+    return f"{new}, before: {old}{note}"
+
+
+def _launcher(arguments: TrainingArguments) -> list[str]:
+    """The words that start the processes that there are, up to the name of a command."""
+    if arguments.world_size == 1:
+        return ["tokenweight"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.world_size))
+    nodes = ["--nnodes", str(arguments.world_size // local)] if local < arguments.world_size else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(local), "-m", "tokenweight"]
+
+
+def _every(strategy: Any, steps: int | float) -> str:
+    """How often something is done; empty if it is not."""
+    name = getattr(strategy, "value", strategy)
+    if name == "steps":
+        return "every step" if steps == 1 else f"every {steps:,g} steps"
+    return {"no": "", "epoch": "every epoch", "best": "of the best"}[name]
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS))
+
+
+def _some(number: int | float, noun: str) -> str:
+    return f"{number:,d} {noun}{'s' * (number != 1)}" if isinstance(number, int) else f"{number:,.3g} {noun}s"
+
+
+def _duration(seconds: int | float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,311 @@
+"""What is trained on: folders of sequences, mixtures of them, what is held out, and batches of all these."""
+
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset, Sampler
+
+from tokenweight.data import Contents, choose_scores, has_scores, load_rows, read_contents, row_lengths, verify
+from tokenweight.models import pack_bits
+from tokenweight.records import read_provenance
+from tokenweight.train.settings import Run
+
+logger = logging.getLogger(__name__)
+SOURCE = "tokenweight_source"
+"""The column that says from which folder of a mixture a sequence comes. No model reads it."""
+_COLUMNS = ("input_ids", "labels", "position_ids", "short_nll")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of sequences that was opened."""
+
+    folder: str
+    rows: datasets.Dataset
+    contents: Contents
+    provenance: dict[str, Any]
+    """What was written with it; of the scores that were chosen, the windows are `context`."""
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """Size and stride of the stored short losses, as far as they are known."""
+        return self.provenance.get("context", {})
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All that a run reads: its folders, and what is held out."""
+
+    sources: list[Source]
+    shares: list[float]
+    """Of the tokens, one for each source."""
+    held_out: Source | None
+
+    @property
+    def contents(self) -> Contents:
+        """What all sources hold together."""
+        return sum((source.contents for source in self.sources), Contents())
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was written with the data; of a mixture, what was written with each of its folders alike."""
+        first, *others = (source.provenance for source in self.sources)
+        return {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
+
+    @property
+    def names(self) -> list[str]:
+        """Short names of the sources: the names of their folders, unless two of them are alike."""
+        folders = [source.folder for source in self.sources]
+        names = [Path(folder).resolve().name for folder in folders]
+        return names if len(set(names)) == len(names) else folders
+
+    def dataset(self, seed: int) -> "datasets.Dataset | Mixture":
+        """The sequences that are trained on."""
+        rows = [source.rows for source in self.sources]
+        return rows[0] if len(rows) == 1 else Mixture(rows, self.shares, seed)
+
+
+def open_sequences(run: Run) -> Sequences:
+    """Open the data of a run and what it holds out; contents are verified by one process of several.
+
+    Raises:
+        ValueError: if a folder is none, is damaged, or has no scores where they are needed; if the folders of a mixture
+            were scored with different short contexts.
+    """
+    settings, sources = run.settings, []
+    for folder in run.shares:
+        rows, scores = load_rows(folder), dict[str, Any]()
+        run.check_scores(has_scores(rows), folder)
+        if run.reads_scores:
+            rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride)
+        sources.append(Source(folder, rows, read_contents(folder), {**read_provenance(folder), **scores}))
+    first = sources[0]
+    for source in sources[1:] if run.reads_scores else ():
+        if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
+            raise ValueError(
+                f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
+                "expected one short context in all folders of a mixture"
+            )
+    held_out = None if settings.eval_data is None else _held_out(run, settings.eval_data, first.context)
+    if run.arguments.process_index == 0:  # the others would read and compare the same files
+        for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
+            verify(folder)
+    return Sequences(sources, list(run.shares.values()), held_out)
+
+
+def _windows(source: Source) -> str:
+    return ", ".join(f"{name} {value}" for name, value in source.context.items())
+
+
+def _held_out(run: Run, folder: str, context: dict[str, Any]) -> Source:
+    """Held-out sequences, with the short losses of the same windows as those of the data, if they have them."""
+    rows, scores = load_rows(folder), dict[str, Any]()
+    if run.reads_scores and has_scores(rows):
+        try:
+            rows, scores = choose_scores(rows, folder, **context)
+        except ValueError as error:
+            logger.warning("eval_data: %s; its weighted loss is not measured", error)
+    rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
+    rows = rows if scores or "short_nll" not in rows.column_names else rows.remove_columns("short_nll")
+    return Source(folder, rows, read_contents(folder), {**read_provenance(folder), **scores})
+
+
+class Mixture(Dataset):
+    """Sequences of several folders in an order in which the shares of their tokens hold throughout.
+
+    The next sequence is that of the folder that lags most behind its share. Within a folder none comes twice before all
+    have come once, each time in an order of its own. The sequences have no end: after the first `len(self)`, which hold
+    as many tokens as all folders together, those of the next epoch follow.
+
+    Args:
+        rows: of each folder.
+        shares: of the tokens, one for each folder, which add up to 1.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: Sequence[datasets.Dataset], shares: Sequence[float], seed: int) -> None:
+        self.rows, self.shares, self.seed = list(rows), list(shares), seed
+        self._lengths = [row_lengths(part) for part in rows]
+        self.tokens = [int(lengths.sum()) for lengths in self._lengths]
+        self._drawn = [0] * len(rows)  # tokens
+        self._orders: list[np.ndarray] = [np.zeros(0, dtype=np.int64) for _ in rows]  # of those that are still to come
+        self._passes = [0] * len(rows)
+        self._places = array("q")  # row number * sources + source
+        self._columns = [name for name in _COLUMNS if any(name in part.column_names for part in rows)]
+        while sum(self._drawn) < sum(self.tokens):
+            self._draw()
+        self._length = len(self._places)
+
+    def __len__(self) -> int:
+        """Sequences of an epoch."""
+        return self._length
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A sequence, and the number of its folder; columns that only other folders have are filled in."""
+        source, row_number = self.place(number)
+        row = self.rows[source][row_number]
+        tokens = row["input_ids"]
+        filled = {"labels": tokens, "position_ids": np.arange(len(tokens)), **row}
+        return {**{name: filled[name] for name in self._columns}, SOURCE: source}
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The folder of a sequence, and its row there."""
+        while len(self._places) <= number:
+            self._draw()
+        row, source = divmod(self._places[number], len(self.rows))
+        return source, row
+
+    def passes(self, num: int | float) -> list[float]:
+        """How often each folder is read in `num` epochs."""
+        total = sum(self.tokens)
+        return [num * total * share / tokens for share, tokens in zip(self.shares, self.tokens)]
+
+    def _draw(self) -> None:
+        source = min(range(len(self.rows)), key=lambda one: self._drawn[one] / self.shares[one])
+        if not len(self._orders[source]):
+            order = np.random.default_rng([self.seed, source, self._passes[source]])
+            self._orders[source] = order.permutation(len(self.rows[source]))
+            self._passes[source] += 1
+        row, self._orders[source] = int(self._orders[source][0]), self._orders[source][1:]
+        self._drawn[source] += int(self._lengths[source][row])
+        self._places.append(row * len(self.rows) + source)
+
+
+class InOrder(Sampler[int]):
+    """The sequences of a mixture one after the other, in each epoch those that follow. `epoch` tells its number."""
+
+    def __init__(self, mixture: Mixture, epoch: Callable[[], int]) -> None:
+        self.mixture, self.epoch = mixture, epoch
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch() * len(self)
+        return iter(range(first, first + len(self)))
+
+
+class HeldOut(Dataset):
+    """Held-out sequences, filled up to a multiple of what all processes read at once by some in which nothing counts.
+
+    Otherwise a distributed sampler would fill up with sequences that were counted before.
+
+    Args:
+        rows: the sequences.
+        longest: tokens of the longest.
+        multiple: sequences that all processes read at once.
+    """
+
+    def __init__(self, rows: datasets.Dataset, longest: int, multiple: int = 1) -> None:
+        self.rows, self.multiple = rows, multiple
+        self.half = longest // 2
+        """Tokens before the second half of the longest sequence, as in `tokenweight.evaluate`."""
+        self.short = min(1024, longest // 4)
+        """Tokens of the short range, as in `tokenweight.evaluate`."""
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.multiple) * self.multiple
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        counts = number < len(self.rows)
+        row = self.rows[number if counts else 0]
+        labels = row.get("labels", row["input_ids"])
+        return {**row, "labels": labels if counts else np.full_like(labels, -100)}
+
+
+def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor, position: int) -> str:
+    """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
+    tokens, predicted = tokens.cpu(), (labels != -100).cpu()
+
+    def same(row: dict[str, Any]) -> bool:
+        found = torch.as_tensor(row["input_ids"])
+        return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
+
+    parts = data.rows if isinstance(data, Mixture) else [data]
+    for part, rows in enumerate(parts):
+        candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
+        number = next((number for number, row in candidates if same(row)), None)
+        if number is None:
+            continue
+        row = rows.with_format(None)[number]
+        told = {name: row[name] for name in ("document", "offset") if name in row}
+        if "documents" in row and "position_ids" in row:  # packed
+            which = row["position_ids"][: position + 1].count(0) - 1
+            told = {"document": row["documents"][which], "offset": row["offsets"][which]}
+        named = ", ".join(f"{name} {value}" for name, value in told.items())
+        place = f"folder {part + 1} of the data" if len(parts) > 1 else "the data"
+        return f"row {number} of {place}" + (f" ({named})" if named else "")
+    return "a row that is not in the data"
+
+
+@dataclass
+class DataCollatorWithScores:
+    """Pads sequences on the right into a batch that carries `short_nll` and packed documents.
+
+    `labels` are the tokens (or the sequences' own labels), with -100 where nothing is predicted: padding, and the first
+    token of a sequence or document. So every Trainer counts the same tokens as the loss. `short_nll`, whose float32
+    bits travel as int32 (`tokenweight.models.pack_bits`), is padded with NaN, at which the loss raises wherever a token
+    counts. Padding of packed sequences is a document of its own: an attention mask would switch off the separation of
+    documents. Where no sequence is packed, padding stays at the last position: beside skipped positions, a new document
+    would raise.
+
+    Example:
+        >>> collator = DataCollatorWithScores()
+        >>> batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+        >>> batch["labels"].tolist()
+        [[-100, 6, 7], [-100, 9, -100]]
+        >>> trainer = transformers.Trainer(model, args, data_collator=collator, train_dataset=rows)  # doctest: +SKIP
+    """
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Args:
+            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and `short_nll`.
+
+        Raises:
+            ValueError: if some have a column that others lack, or columns of one sequence differ in length.
+        """
+        columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in features)]
+        length = max(len(row["input_ids"]) for row in features)
+        padded = any(len(row["input_ids"]) < length for row in features)
+        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in features if "position_ids" in row)
+        batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
+        for number, row in enumerate(features):
+            _check_columns(number, row, columns)
+            tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
+            fill = length - len(tokens)
+            labels = torch.as_tensor(row.get("labels", tokens), dtype=torch.long).clone()
+            labels[:1] = -100
+            if "position_ids" in columns:
+                positions = torch.as_tensor(row["position_ids"], dtype=torch.long)
+                labels[positions == 0] = -100
+                padding = torch.arange(fill) if packed else positions[-1:].clamp(min=1).expand(fill)
+                batch["position_ids"].append(torch.cat([positions, padding]))
+            if "short_nll" in columns:
+                short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
+                batch["short_nll"].append(pack_bits(pad(short_nll, (0, fill), value=torch.nan)))
+            batch["input_ids"].append(pad(tokens, (0, fill)))
+            batch["labels"].append(pad(labels, (0, fill), value=-100))
+        if all(SOURCE in row for row in features):
+            batch[SOURCE] = [torch.as_tensor(row[SOURCE]) for row in features]
+        if padded and "position_ids" not in columns:
+            batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in features]
+        return {name: torch.stack(values) for name, values in batch.items()}
+
+
+def _check_columns(number: int, row: Mapping[str, Any], columns: list[str]) -> None:
+    for name in columns:
+        if name not in row or len(row[name]) != len(row["input_ids"]):
+            found = f"{len(row[name])} values" if name in row else "no column"
+            raise ValueError(f"row {number} of the batch has {len(row['input_ids'])} tokens and {found} {name}")

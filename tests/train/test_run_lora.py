@@ -1,0 +1,104 @@
+"""Adapters: trained by the weighted loss, saved as PEFT saves them, resumed, and refused where they cannot be made."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokenweight import load_model
+from tokenweight.models import load_config
+from tokenweight.records import read_json
+from tokenweight.train import resolve, train
+
+peft = pytest.importorskip("peft")
+# PEFT asks transformers by an older name whether activations are recomputed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+LORA = {"r": 2, "alpha": "4", "target_modules": ["q_proj", "down_proj"], "dropout": 0.1}
+
+
+@pytest.fixture
+def adapted(short_run):
+    return dataclasses.replace(short_run, lora=LORA)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_an_adapter_is_trained_and_saved_in_place_of_the_model(adapted, short_run, capsys):
+    base = {name: weight.clone() for name, weight in load_model(adapted.model).state_dict().items()}
+    trained = train(adapted)
+    printed = capsys.readouterr().out
+    trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    assert f"{trains:,} trained (" in printed
+    assert "the trained adapter" in printed
+    files = {path.name for path in Path(adapted.out).iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json", "README.md"} <= files
+    assert "model.safetensors" not in files
+    assert all("lora_" in name for name in load_file(Path(adapted.out) / "adapter_model.safetensors"))
+    config = peft.PeftConfig.from_pretrained(adapted.out)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (2, 4, 0.1, "CAUSAL_LM")
+    assert read_json(Path(adapted.out) / "run.json")["settings"]["lora"] == LORA
+    assert "lora" in (Path(adapted.out) / "README.md").read_text()
+    found = load_model(adapted.out)
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, trained.eval()(tokens).logits)
+        assert not torch.equal(found(tokens).logits, load_model(adapted.model)(tokens).logits)
+    after = trained.unload().state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in base.items())
+    assert load_config(adapted.out).to_dict() == load_config(adapted.model).to_dict()
+
+
+def test_a_resumed_adapter_ends_as_if_undisturbed(adapted):
+    train(adapted)
+    first, whole = losses(adapted.out), load_file(Path(adapted.out) / "adapter_model.safetensors")
+    again = {**adapted.trainer, "resume_from_checkpoint": "checkpoint-2"}
+    train(dataclasses.replace(adapted, trainer=again))
+    assert losses(adapted.out) == first
+    for name, weight in load_file(Path(adapted.out) / "adapter_model.safetensors").items():
+        assert torch.equal(weight, whole[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"scorer": "self", "data": "long"}])
+def test_the_best_adapter_is_loaded_at_the_end(changes, adapted, corpus):
+    changes = {name: str(corpus / value) if name == "data" else value for name, value in changes.items()}
+    given = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "load_best_model_at_end": True, "max_steps": 5}
+    train(dataclasses.replace(adapted, eval_data=str(corpus / "mixed"), trainer={**given, "eval_steps": 1}, **changes))
+    lines = [json.loads(line) for line in (Path(adapted.out) / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = load_file(Path(adapted.out) / f"checkpoint-{min(found, key=found.get)}" / "adapter_model.safetensors")
+    for name, weight in load_file(Path(adapted.out) / "adapter_model.safetensors").items():
+        assert torch.equal(weight, best[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora": {"alhpa": 3}}, r"lora: unknown setting 'alhpa': did you mean 'alpha'"),
+        ({"lora": {"r": "many"}}, r"lora\.r 'many': expected int"),
+        ({"lora": {"bias": "some"}}, r"lora\.bias 'some': expected "),
+        ({"lora": {"r": 2}, "extend": {"length": 512}}, r"extend: an adapter is saved without the config of its base"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_adapter_that_cannot_be_meant_are_refused(changes, told, short_run):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        resolve(dataclasses.replace(short_run, **changes))
+
+
+def test_modules_that_a_model_does_not_have_are_refused(short_run):
+    with pytest.raises(ValueError, match=r"^lora: Target modules"):
+        train(dataclasses.replace(short_run, lora={"target_modules": ["nowhere"]}))
+    assert not Path(short_run.out).exists()
+
+
+def test_without_peft_the_command_that_installs_it_is_named(short_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"^lora: PEFT is missing .*: pip install 'tokenweight\[lora\]'$"):
+        resolve(dataclasses.replace(short_run, lora=LORA))
