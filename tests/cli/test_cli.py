@@ -99,7 +99,8 @@ def test_show_prints_text_and_draws_a_picture(scored, run, place):
 
 def test_show_scores_a_text_at_once(run, place):
     options = ["--model", "model", "--length", "100", "--row", "1", "--size", "20", "--stride", "10"]
-    status, printed, errors = run("show", "book.txt", *options, "--weighting", "sparse:keep=0.2")
+    kernel = ["--attn_implementation", "eager"]
+    status, printed, errors = run("show", "book.txt", *options, *kernel, "--weighting", "sparse:keep=0.2")
     assert (status, errors) == (0, "")
     assert "effective tokens 19.0 of 99" in printed
 

@@ -191,6 +191,15 @@ def test_a_folder_is_scored_with_the_model_of_that_name_and_its_provenance_is_ke
     assert torch.equal(tensor_of(scored, "short_nll"), expected.float())
 
 
+def test_the_attention_that_scored_is_recorded(folders):
+    names = str(folders / "rows"), str(folders / "model")
+    for kernel in ("eager", "sdpa"):
+        score_folder(*names, [CONTEXT], folders / kernel, attn_implementation=kernel)
+        assert load_scores(folders / kernel)[1]["attn_implementation"] == kernel
+    with pytest.raises(ValueError, match="attn_implementation is 'eager' there, 'sdpa' now"):
+        score_folder(*names, [CONTEXT], folders / "eager", attn_implementation="sdpa")
+
+
 @pytest.mark.parametrize(
     ("context", "length", "with_long", "message"),
     [

@@ -63,6 +63,12 @@ def test_a_copy_of_the_evaluator_is_as_much_a_party_as_the_evaluator(place, tmp_
     assert (len(again["comparison"]), found["longppl"], found["all"]) == (3, "third", None)
 
 
+def test_the_attention_of_both_models_is_recorded(place, tmp_path):
+    record = evaluate(settings(place, tmp_path / "out", baseline="base", attn_implementation="eager"))
+    assert [model["attn_implementation"] for model in record["models"]] == ["eager", "eager"]
+    assert record["settings"]["attn_implementation"] == "eager"
+
+
 def test_a_copy_of_the_baseline_changes_by_exactly_nothing(place, tmp_path):
     record = evaluate(settings(place, tmp_path / "out", model="copy", baseline="base"))
     entries = record["comparison"][1]

@@ -512,3 +512,14 @@ def test_a_trainer_that_divides_gradients_twice_is_refused(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="divides gradients by the 4 accumulation steps a second time"):
         train(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_attention_of_both_models_is_the_one_that_was_asked_for_and_recorded(settings, folders):
+    fresh = {"data": str(folders / "rows"), "scorer": settings.model, "attn_implementation": "eager"}
+    trained = train(dataclasses.replace(settings, **fresh))
+    assert trained.config._attn_implementation == "eager"
+    record = read_json(Path(settings.out) / "run.json")
+    assert [record[name]["attn_implementation"] for name in ("model", "scorer")] == ["eager", "eager"]
+    assert record["attn_implementation"] == record["settings"]["attn_implementation"] == "eager"
+    with pytest.raises(ValueError, match="sdpaa"):
+        train(dataclasses.replace(settings, out=f"{settings.out}-b", attn_implementation="sdpaa"))

@@ -32,6 +32,8 @@ class Score:
     """Revision of a hub model."""
     dtype: str = "auto"
     """Dtype the scoring model is loaded in."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
     max_tokens: int = 32768
     """Most tokens in one forward pass; halved whenever memory runs out."""
     shard: str | None = None
@@ -49,6 +51,7 @@ class Score:
                 self.out,
                 revision=self.revision,
                 dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
                 with_long=self.long or len(contexts) > 1,
                 max_tokens=self.max_tokens,
                 share=share,

@@ -33,6 +33,8 @@ class Show:
     """Tokens per sequence of a text: the long context. By default 4096, or what the model reads if that is less."""
     model: str | None = None
     """Folder, hub id or .gguf file of the model that scores a text, or that computes the long losses anew."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
     svg: Path | None = None
     """SVG file to write the picture to as well."""
 
@@ -57,9 +59,16 @@ class Show:
         if not self.source.is_file():
             if self.stride is not None or self.length is not None:
                 raise ValueError(f"--length and --stride apply to a text: {self.source} is a folder, which has its own")
-            return data.read_row(self.source, self.row, self.model, size=self.size)
+            kernel = self.attn_implementation
+            return data.read_row(self.source, self.row, self.model, size=self.size, attn_implementation=kernel)
         if self.model is None:
             raise ValueError(f"--model: {self.source} is a text: name the model that scores it")
         return data.score_text(
-            self.source, self.model, number=self.row, length=self.length, size=self.size, stride=self.stride
+            self.source,
+            self.model,
+            number=self.row,
+            length=self.length,
+            size=self.size,
+            stride=self.stride,
+            attn_implementation=self.attn_implementation,
         )

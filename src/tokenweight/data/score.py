@@ -77,6 +77,7 @@ def score_folder(
     *,
     revision: str | None = None,
     dtype: str = "auto",
+    attn_implementation: str | None = None,
     with_long: bool = False,
     max_tokens: int = 32768,
     share: tuple[int, int] = (0, 1),
@@ -92,7 +93,7 @@ def score_folder(
     ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
-    model = load_model(model_name, dtype=dtype, revision=revision)
+    model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
     check_tokens(model.config, *contents.token_range, folder)
     check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
     check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])

@@ -269,7 +269,9 @@ def _measured(
     records, judge = {}, task.earlier["evaluator"] if task.earlier else {"model": None}
     for name in task.loaded:
         finds = not task.earlier and name == task.evaluator
-        model = load_model(name, dtype=task.plan.dtype).to(own_device())
+        model = load_model(name, dtype=task.plan.dtype, attn_implementation=task.plan.attn_implementation).to(
+            own_device()
+        )
         found = identity(model, name)
         if finds:
             judge = found

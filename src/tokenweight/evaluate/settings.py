@@ -61,6 +61,8 @@ class EvalSettings:
     """Seed of the probes, the samples of suites, and the bootstrap over documents behind each interval."""
     dtype: str = "auto"
     """Dtype the models are loaded in."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
     max_tokens: int = 32768
     """Tokens read in one forward pass; halved when memory runs out."""
 
@@ -93,6 +95,7 @@ class EvalPlan:
     num_rows: int | None
     seed: int
     dtype: str
+    attn_implementation: str | None
 
     @property
     def half(self) -> int:
@@ -141,6 +144,7 @@ def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
         num_rows=settings.num_rows,
         seed=settings.seed,
         dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
     )
 
 

@@ -105,12 +105,13 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
 
 
 def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, rotary parameters."""
+    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, attention, rotary base."""
     return {
         "model": name,
         "revision": getattr(model.config, "_commit_hash", None),
         "weights_fingerprint": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "rope_parameters": getattr(model.config.get_text_config(), "rope_parameters", None),
     }
 

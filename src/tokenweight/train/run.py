@@ -111,13 +111,13 @@ def _opened(run: Run, sequences: Sequences, context: ShortContext | None) -> _Op
     if revision is not None and Path(name).exists():
         raise ValueError(f"revision {revision}: {name} is no model of the hub, and has none: leave it out")
     before, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
-    attention: dict[str, Any] = {} if kernel is None else {"attn_implementation": kernel}
-    model = load_model(name, dtype=run.settings.dtype, revision=revision, extend=run.extension, **attention)
+    dtype, extension = run.settings.dtype, run.extension
+    model = load_model(name, dtype=dtype, revision=revision, extend=extension, attn_implementation=kernel)
     if run.extension and tokenizer is not None:  # or whoever truncates by the saved tokenizer cuts at the old length
         tokenizer.model_max_length = max(tokenizer.model_max_length, run.extension["length"])
     scoring = theirs = None
     if run.scoring_model is not None:
-        scoring, theirs = load_model(run.scoring_model, **attention), find_tokenizer(run.scoring_model)
+        scoring, theirs = load_model(run.scoring_model, attn_implementation=kernel), find_tokenizer(run.scoring_model)
     read = [*sequences.sources, *([] if sequences.held_out is None else [sequences.held_out])]
     for source in read:
         fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
