@@ -125,11 +125,14 @@ def test_texts_of_other_rows_and_rotary_settings_that_nobody_can_name_are_left_o
 
     facts = read(read_contents(place / "rows"))
     assert facts["texts"]["documents"] == 5
-    assert facts["rope"] == dict.fromkeys(("before", "after"), "default, 128 positions, theta 10000")
+    assert facts["rope"] == {
+        **dict.fromkeys(("before", "after"), "default, 128 positions, theta 10000"),
+        "positions": 128,
+    }
     model.config.rope_parameters = {"some_attention": {"rope_type": "default"}}
     facts = read(Contents(7, 7 * 40, 40, 40))
     assert facts["texts"] == {}
-    assert facts["rope"] == {"before": None, "after": None}
+    assert facts["rope"] == {"before": None, "after": None, "positions": 128}
 
 
 def test_names_of_the_hub_are_in_the_front_matter_and_those_of_files_are_not(folder):

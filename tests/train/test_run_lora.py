@@ -98,6 +98,12 @@ def test_modules_that_a_model_does_not_have_are_refused(short_run):
     assert not Path(short_run.out).exists()
 
 
+def test_an_adapter_of_an_adapter_is_refused(adapted, tmp_path):
+    train(adapted)
+    with pytest.raises(ValueError, match=r"^lora: .*out is an adapter itself"):
+        train(dataclasses.replace(adapted, model=adapted.out, out=str(tmp_path / "second")))
+
+
 def test_without_peft_the_command_that_installs_it_is_named(short_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"^lora: PEFT is missing .*: pip install 'tokenweight\[lora\]'$"):

@@ -14,6 +14,7 @@ from .checks import tokenizer_fingerprint as tokenizer_fingerprint
 from .checks import weights_fingerprint as weights_fingerprint
 from .context_parallel import context_mesh as context_mesh
 from .context_parallel import sequence_shard as sequence_shard
+from .folder import adapter_base as adapter_base
 from .folder import add_older_rope as add_older_rope
 from .inputs import pack_bits as pack_bits
 from .inputs import unpack_bits as unpack_bits

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +10,16 @@ from typing import Any
 
 import torch
 from transformers import (
-    PreTrainedConfig,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from tokenweight.data import Contents
-from tokenweight.method import ShortContext
-from tokenweight.models import context_length, describe_rope
 from tokenweight.records import device_name
 from tokenweight.train.checkpoints import last_whole
 from tokenweight.train.records import FinishedRun
-from tokenweight.train.sequences import Mixture, Sequences, Source
-from tokenweight.train.settings import Run
+from tokenweight.train.sequences import Mixture
 
 _HEADS = ("step", "loss", "unweighted", "lr", "effective", "tokens/s", "left")
 _WIDTHS = (8, 10, 11, 10, 10, 10, 10)
@@ -50,18 +44,20 @@ class Display(TrainerCallback):
     """Prints the header, a row for each line that is logged, and the end of a run, in its main process.
 
     Args:
-        run: the resolved settings.
-        lines: of the header: what each is about, and its text.
-        sequences: what the run reads.
+        record: of the run, as in `run.json`.
+        model: as it is trained: a PreTrainedModel, or a PeftModel around it.
+        arguments: of the Trainer.
         batch: sequences of an optimizer step.
         dry: whether the run ends before its first step.
     """
 
     def __init__(
-        self, run: Run, lines: list[tuple[str, str]], sequences: Sequences, *, batch: int, dry: bool = False
+        self, record: dict[str, Any], model: Any, arguments: TrainingArguments, *, batch: int, dry: bool = False
     ) -> None:
-        self.run, self.lines, self.sequences, self.batch, self.dry = run, lines, sequences, batch, dry
-        self.main, self.rows = run.arguments.process_index == 0, run.arguments.disable_tqdm
+        self.record, self.arguments, self.batch, self.dry = record, arguments, batch, dry
+        self.lines = _header(record, model)
+        self.main, self.rows = arguments.process_index == 0, arguments.disable_tqdm
+        self.out = Path(record["settings"]["out"])
         self.state: TrainerState | None = None
         self.first = 0  # the step that the run began at
         self.last: dict[str, float] = {}  # what was logged last
@@ -116,12 +112,17 @@ class Display(TrainerCallback):
 
     def _planned(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[tuple[str, str]]:
         """What is known only when the Trainer has made its plan."""
-        contents, rows, batch = self.sequences.contents, loader.dataset, self.batch
-        about = "" if contents.shortest == contents.longest else "about "
-        tokens = round(contents.tokens / len(rows) * batch)
+        held, rows, batch = self.record["rows"], loader.dataset, self.batch
+        autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
+        on = args.device.type
+        on = device_name() if on == "cuda" or not torch.cuda.is_available() else on
+        kernel, dtype = self.record["attn_implementation"], self.record["settings"]["dtype"]
+        yield "device", f"{on}; weights in {dtype}, {autocast} autocast, {kernel} attention"
+        about = "" if held["shortest"] == held["longest"] else "about "
         passes = f"{args.per_device_train_batch_size} a pass"
         split = {"passes": args.gradient_accumulation_steps, "processes": args.world_size}
         passes += "".join(f", {number} {name}" for name, number in split.items() if number > 1)
+        tokens = round(held["tokens"] / len(rows) * batch)
         yield "step", f"{_some(batch, 'sequence')}, {about}{_some(tokens, 'token')} ({passes})"
         epochs = state.max_steps * batch / len(rows)
         whole = round(epochs) if abs(epochs - round(epochs)) < batch / len(rows) else epochs
@@ -129,39 +130,37 @@ class Display(TrainerCallback):
         run = f"{_some(state.max_steps, 'step')} = {_some(whole, 'epoch')} of {_some(len(rows), 'sequence')}{began}"
         yield "run", run
         if isinstance(rows, Mixture):
-            read = zip(self.sequences.names, rows.passes(epochs))
-            yield "mixture", ", ".join(f"{name} read {passes:.2f} times" for name, passes in read)
+            read = zip(self.record["mixture"], rows.passes(epochs))
+            yield "mixture", ", ".join(f"{name} read {times:.2f} times" for name, times in read)
         trackers = "".join(f", {name}" for name in args.report_to)
         every = {name: _every(getattr(args, f"{name}_strategy"), getattr(state, f"{name}_steps")) for name in _EVERY}
         told = ", ".join(f"{label} {every[name]}" for name, label in _EVERY.items() if every[name])
-        yield "logs", f"{self.run.out / 'metrics.jsonl'}{trackers}; {told}"
+        yield "logs", f"{self.out / 'metrics.jsonl'}{trackers}; {told}"
 
     def _finished(self, state: TrainerState) -> Iterator[str]:
-        settings, out = self.run.settings, self.run.out
-        steps = state.global_step - self.first
+        settings, steps = self.record["settings"], state.global_step - self.first
         took = f"{_some(steps, 'step')} in {_duration(time.perf_counter() - self._since)}" if steps else "no step left"
         losses = {"loss": "last loss", "unweighted_loss": "unweighted"}
-        yield ", ".join(
-            [took, *(f"{label} {self.last[name]:.4f}" for name, label in losses.items() if name in self.last)]
-        )
-        if self.run.arguments.load_best_model_at_end and state.best_model_checkpoint:
-            name = self.run.arguments.metric_for_best_model.removeprefix("eval_")
+        told = [f"{label} {self.last[name]:.4f}" for name, label in losses.items() if name in self.last]
+        yield ", ".join([took, *told])
+        if self.arguments.load_best_model_at_end and state.best_model_checkpoint:
+            name = self.arguments.metric_for_best_model.removeprefix("eval_")
             yield f"best: {Path(state.best_model_checkpoint).name}, eval_{name} {state.best_metric:.4f}"
-        yield f"{out}: the trained {'adapter' if self.run.lora else 'model'}, run.json and metrics.jsonl"
-        data = settings.eval_data or "HELD_OUT"
-        words = ["tokenweight", "eval", settings.out, "--baseline", settings.model, "--data", data]
-        yield f"next: {shlex.join([*words, '--out', settings.out.rstrip('/') + '-eval'])}"
+        yield f"{self.out}: the trained {'adapter' if settings['lora'] else 'model'}, run.json and metrics.jsonl"
+        data = settings["eval_data"] or "HELD_OUT"
+        words = ["tokenweight", "eval", str(self.out), "--baseline", settings["model"], "--data", data]
+        yield f"next: {shlex.join([*words, '--out', f'{self.out}-eval'])}"
 
     def _stopped(self, state: TrainerState) -> Iterator[str]:
-        settings, found = self.run.settings, last_whole(self.run.out)
+        found = last_whole(self.out)
         yield f"stopped after {_some(state.global_step, 'step')} of {state.max_steps:,}"
-        words = [*_launcher(self.run.arguments), "train", "--config", str(self.run.out / "run.json")]
-        words += ["--allow_code"] * ("--allow_code" in sys.argv)
+        words = [*_launcher(self.arguments), "train", "--config", str(self.out / "run.json")]
+        words += ["--allow_code"] * ("." in self.record["settings"]["weighting"].partition(":")[0])  # of the user
         if found is not None:
-            command = shlex.join([*words, "--out", settings.out, "--trainer.resume_from_checkpoint", found.name])
+            command = shlex.join([*words, "--out", str(self.out), "--trainer.resume_from_checkpoint", found.name])
             yield f"to resume from {found.name}: {command}"
         else:
-            command = shlex.join([*words, "--out", f"{settings.out.rstrip('/')}-2"])
+            command = shlex.join([*words, "--out", f"{self.out}-2"])
             yield f"no checkpoint is complete (trainer.save_steps); to start again: {command}"
 
     def _print(self, text: str) -> None:
@@ -169,75 +168,52 @@ class Display(TrainerCallback):
             print(text, flush=True)
 
 
-def header(
-    run: Run,
-    sequences: Sequences,
-    context: ShortContext | None,
-    before: PreTrainedConfig,
-    model: Any,
-) -> list[tuple[str, str]]:
-    """What is known of a run before the Trainer makes its plan: labels and texts of lines.
-
-    Args:
-        run: the resolved settings.
-        sequences: what it reads.
-        context: the windows of a scorer, if there is one.
-        before: the config of the model before the extension of its context.
-        model: as it is trained: a PreTrainedModel, or a PeftModel around it.
-    """
-    settings, arguments, config = run.settings, run.arguments, model.config
+def _header(record: dict[str, Any], model: Any) -> list[tuple[str, str]]:
+    """What is known of a run before the Trainer makes its plan: labels and texts of lines."""
+    settings, mixture = record["settings"], record.get("mixture", {})
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(number for number, _ in numbers), sum(number for number, trains in numbers if trains)
     share = "all trained" if trained == total else f"{trained:,} trained ({trained / total:.2%})"
-    lines = [("model", f"{settings.model}: {total:,} parameters, {share}")]
-    mixed = len(sequences.sources) > 1
-    for part, source in zip(sequences.shares, sequences.sources):
-        lines.append(("data", f"{part:.1%} of tokens from " * mixed + _held(source)))
-    lines += [("held out", _held(sequences.held_out))] if sequences.held_out is not None else []
-    lines.append(("weighting", str(run.weighting)))
-    lines.append(("scorer", _scorer(run, sequences, context)))
-    lines.append(("context", _context(before, config, sequences.contents)))
-    autocast = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "no"
-    on = arguments.device.type
-    on = device_name() if on == "cuda" or not torch.cuda.is_available() else on
-    kinds = f"weights in {str(model.dtype).removeprefix('torch.')}, {autocast} autocast"
-    lines.append(("device", f"{on}; {kinds}, {config._attn_implementation} attention"))
-    return lines
+    lines = [("model", f"{settings['model']}: {total:,} parameters, {share}")]
+    lines += [
+        ("data", f"{part['share']:.1%} of tokens from {part['path']}: {_held(part)}") for part in mixture.values()
+    ]
+    if not mixture:
+        (folder,) = (
+            [settings["data"]] if isinstance(settings["data"], str) else [one["path"] for one in settings["data"]]
+        )
+        lines.append(("data", f"{folder}: {_held(record)}"))
+    if "held_out" in record:
+        lines.append(("held out", f"{record['held_out']['path']}: {_held(record['held_out'])}"))
+    lines.append(("weighting", settings["weighting"]))
+    lines.append(("scorer", _scorer(settings, record["data"], record["scores"])))
+    rope, longest = record["rope"], record["rows"]["longest"]
+    context = rope["after"] or "not known"
+    if rope["before"] != rope["after"]:
+        needless = rope["positions"] is not None and longest <= rope["positions"]
+        note = f"; no sequence is longer than the {rope['positions']:,} positions of before"
+        context += f", before: {rope['before']}" + note * needless
+    return [*lines, ("context", context)]
 
 
-def _held(source: Source) -> str:
-    contents = source.contents
-    lengths = " to ".join(f"{length:,}" for length in dict.fromkeys([contents.shortest, contents.longest]))
-    held = f"{_some(contents.rows, 'sequence')} of {lengths} tokens, {contents.tokens:,} in all"
-    return f"{source.folder}: {held}"
+def _held(part: dict[str, Any]) -> str:
+    rows = part["rows"]
+    lengths = " to ".join(f"{length:,}" for length in dict.fromkeys([rows["shortest"], rows["longest"]]))
+    return f"{_some(rows['num'], 'sequence')} of {lengths} tokens, {rows['tokens']:,} in all"
 
 
-def _scorer(run: Run, sequences: Sequences, context: ShortContext | None) -> str:
+def _scorer(settings: dict[str, Any], data: dict[str, Any], scores: str | None) -> str:
     """Where short losses come from, and with which windows."""
-    if not run.weighting.uses_short:
+    if scores is None:
         return "none: the weights need no short losses"
-    name = {"self": "the model itself, as it is trained"}.get(run.settings.scorer, run.settings.scorer)
-    windows: dict[str, Any] = {} if context is None else {"size": context.size, "stride": context.stride}
-    if run.reads_scores:
-        by, windows = sequences.provenance.get("model"), sequences.sources[0].context
-        name = "stored" + (f", by {by}" if by else "")
+    name = {"self": "the model itself, as it is trained"}.get(scores, scores)
+    windows = settings
+    if scores == "stored":
+        windows, by = data.get("context", {}), data.get("model")
+        name = f"stored, by {by}" if by else name
     size, stride = windows.get("size"), windows.get("stride")
     told = [f"windows of {size:,} tokens"] if size else []
     return ", ".join([name, *told, *([f"stride {stride:,}"] if stride else [])])
-
-
-def _context(before: PreTrainedConfig, config: PreTrainedConfig, contents: Contents) -> str:
-    """What became of the rotary embeddings, and whether the sequences need it."""
-    try:
-        old, new = describe_rope(before), describe_rope(config)
-    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
-        return f"{context_length(config)} positions"
-    if old == new:
-        return new
-    positions, longest = context_length(before), contents.longest or 0
-    needless = positions is not None and longest <= positions
-    note = f"; no sequence is longer than the {positions:,} positions of before" if needless else ""
-    return f"{new}, before: {old}{note}"
 
 
 def _launcher(arguments: TrainingArguments) -> list[str]:

@@ -8,11 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tokenweight.data import Contents
 from tokenweight.method import ShortContext
-from tokenweight.models import describe_rope
+from tokenweight.models import context_length, describe_rope, identity
 from tokenweight.records import append_line, differences, environment, read_json, read_provenance, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
@@ -129,11 +136,18 @@ def describe(
         "texts": _texts(sources[0]) if len(sources) == 1 else {},
         **({"mixture": mixture} if len(sources) > 1 else {}),
         **({} if held_out is None else {"held_out": _source(held_out)}),
-        "rope": {"before": _rope(before), "after": _rope(config)},
-        "rope_parameters": getattr(config, "rope_parameters", None),
+        "scores": run.settings.scorer if run.weighting.uses_short else None,
+        "rope": {"before": _rope(before), "after": _rope(config), "positions": context_length(before)},
+        "rope_parameters": getattr(config.get_text_config(), "rope_parameters", None),
         "attn_implementation": config._attn_implementation,
         "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
     }
+
+
+def identities(run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None) -> dict[str, Any]:
+    """What names the weights that a run begins from, and those of another model that scores."""
+    found = {"model": identity(model, run.settings.model)}
+    return found if scoring is None else {**found, "scorer": identity(scoring, run.settings.scorer)}
 
 
 def _source(source: Source) -> dict[str, Any]:

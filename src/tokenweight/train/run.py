@@ -8,17 +8,25 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tokenweight.data import tokenizer_note
 from tokenweight.method import ShortContext
-from tokenweight.models import Scorer, check_fit, find_tokenizer, identity, load_config, load_model, with_weighted_loss
+from tokenweight.models import (
+    Scorer,
+    adapter_base,
+    check_fit,
+    find_tokenizer,
+    load_config,
+    load_model,
+    with_weighted_loss,
+)
 from tokenweight.train.checkpoints import find_checkpoint
-from tokenweight.train.display import Display, header
-from tokenweight.train.records import Records, describe
+from tokenweight.train.display import Display
+from tokenweight.train.records import Records, describe, identities
 from tokenweight.train.sequences import DataCollatorWithScores, HeldOut, Sequences, open_sequences
 from tokenweight.train.settings import Run, TrainSettings, resolve
 from tokenweight.train.trainer import WeightedTrainer
@@ -59,19 +67,17 @@ def _trained(
     context = run.short_context(contents.longest or 0)
     # Or ZeRO-3 would load models in parts, which cannot be verified. The Trainer shards the model later.
     unset_hf_deepspeed_config()
-    opened = _opened(run, sequences, context)
-    model, scoring = opened.model, opened.scoring
+    before, tokenizer, model, scoring = _opened(run, sequences, context)
     rows = sequences.dataset(arguments.seed if arguments.data_seed is None else arguments.data_seed)
-    record = describe(run, sequences, context, opened.before, model.config)
+    record = describe(run, sequences, context, before, model.config)
     record["rows"]["epoch"] = len(rows)
-    if arguments.process_index == 0:  # hashing takes a while, and one process writes the record
-        record["model"] = identity(model, run.settings.model)
-        record |= {} if scoring is None else {"scorer": identity(scoring, run.settings.scorer)}
+    if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
+        record.update(identities(run, model, scoring))
     trained = _adapted(model, run.lora)
     scorer = None
     if context is not None and run.weighting.uses_short:
-        bos = getattr(opened.tokenizer, "bos_token_id", None)
-        scorer = Scorer(model if scoring is None else scoring, context, prefix=() if bos is None else (bos,))
+        prefix = text_prefix(tokenizer, sequences.provenance)
+        scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix)
     with_weighted_loss(model, run.weighting, scorer)
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
@@ -80,13 +86,13 @@ def _trained(
         train_dataset=rows,
         eval_dataset=None if held_out is None else HeldOut(held_out.rows, held_out.contents.longest or 0, at_once),
         data_collator=DataCollatorWithScores(),
-        processing_class=opened.tokenizer,
+        processing_class=tokenizer,
         callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
         size=sequences.sources[0].context.get("size") if run.reads_scores else None,
         sources=sequences.names if len(sequences.sources) > 1 else (),
     )
-    lines = header(run, sequences, context, opened.before, trained)
-    display = Display(run, lines, sequences, batch=trainer.get_total_train_batch_size(arguments), dry=dry_run)
+    batch = trainer.get_total_train_batch_size(arguments)
+    display = Display(record, trained, arguments, batch=batch, dry=dry_run)
     trainer.remove_callback(PrinterCallback)  # rows of the display stand in place of its dicts
     trainer.add_callback(display)
     with display.ends():
@@ -94,22 +100,23 @@ def _trained(
     return trained
 
 
-class _Opened(NamedTuple):
-    """The models of a run, and what reads text for them."""
+def _opened(
+    run: Run, sequences: Sequences, context: ShortContext | None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, PreTrainedModel, PreTrainedModel | None]:
+    """Load the models of a run, and check that they can read its sequences.
 
-    before: PreTrainedConfig
-    """Of the model that is trained, before its context is extended."""
-    tokenizer: PreTrainedTokenizerBase | None
-    model: PreTrainedModel
-    scoring: PreTrainedModel | None
-    """The model that scores, if it is another than the one that is trained."""
-
-
-def _opened(run: Run, sequences: Sequences, context: ShortContext | None) -> _Opened:
-    """Load the models of a run, and check that they can read its sequences."""
+    Returns:
+        The config of the model that is trained, before its context is extended; its tokenizer, and itself; and the
+        model that scores, if it is another.
+    """
     name, revision, kernel = run.settings.model, run.settings.revision, run.settings.attn_implementation
     if revision is not None and Path(name).exists():
         raise ValueError(f"revision {revision}: {name} is no model of the hub, and has none: leave it out")
+    if run.lora and adapter_base(name, revision) is not None:
+        raise ValueError(
+            f"lora: {name} is an adapter itself, and a second one would be loaded without it: expected a model, as "
+            "load_model(…).save_pretrained(…) makes of it"
+        )
     before, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
     dtype, extension = run.settings.dtype, run.extension
     model = load_model(name, dtype=dtype, revision=revision, extend=extension, attn_implementation=kernel)
@@ -129,7 +136,7 @@ def _opened(run: Run, sequences: Sequences, context: ShortContext | None) -> _Op
             check_fit(scoring.config, theirs, run.settings.scorer, **fits)
     if scoring is not None:
         scoring.to(run.arguments.device)
-    return _Opened(before, tokenizer, model, scoring)
+    return before, tokenizer, model, scoring
 
 
 def _adapted(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
