@@ -88,11 +88,11 @@ def load_model(
         except ValueError as error:
             raise ValueError(f"the base of the adapter {str(name)!r}: {error}") from error
         return _reported("model", name, lambda path: merged(model, path, revision))
-    if extend:
-        kwargs["config"] = extend_context(_load(AutoConfig, "model", name, revision=revision, **trusted), **extend)
-    model = _load(_Model, "model", name, dtype=dtype, revision=revision, **kwargs, **trusted)
-    if extend:
-        verify_rope(model, kwargs["config"])
+    if not extend:
+        return _load(_Model, "model", name, dtype=dtype, revision=revision, **kwargs, **trusted)
+    config = extend_context(_load(AutoConfig, "model", name, revision=revision, **trusted), **extend)
+    model = _load(_Model, "model", name, dtype=dtype, revision=revision, **{**kwargs, "config": config}, **trusted)
+    verify_rope(model, config)
     return model
 
 
