@@ -48,8 +48,9 @@ def test_an_adapter_is_trained_and_saved_in_place_of_the_model(adapted, short_ru
     found = load_model(adapted.out)
     tokens = torch.arange(3, 23)[None]
     with torch.no_grad():
-        assert torch.equal(found(tokens).logits, trained.eval()(tokens).logits)
-        assert not torch.equal(found(tokens).logits, load_model(adapted.model)(tokens).logits)
+        # The adapter is added to the weights when it is loaded: some roundings of logits up to 8.
+        torch.testing.assert_close(found(tokens).logits, trained.eval()(tokens).logits, rtol=0, atol=1e-5)
+        assert (found(tokens).logits - load_model(adapted.model)(tokens).logits).abs().max() > 1e-2
     after = trained.unload().state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in base.items())
     assert load_config(adapted.out).to_dict() == load_config(adapted.model).to_dict()

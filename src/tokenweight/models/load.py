@@ -35,7 +35,6 @@ from tokenweight.models.folder import (
 )
 from tokenweight.models.rope import extend_context
 from tokenweight.models.rope_check import verify_rope
-from tokenweight.records import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +96,9 @@ def load_model(
 
 
 def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
-    """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does; of an adapter, its base's."""
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not adapter.with_name("config.json").is_file():
-        return load_config(read_json(adapter)["base_model_name_or_path"], revision=revision)
-    return _load(AutoConfig, "model", name, revision=revision)
+    """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
+    base = adapter_base(str(name), revision)
+    return _load(AutoConfig, "model", name, revision=revision) if base is None else load_config(base)
 
 
 def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:

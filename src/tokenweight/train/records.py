@@ -17,13 +17,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from tokenweight.data import Contents
 from tokenweight.method import ShortContext
 from tokenweight.models import context_length, describe_rope, identity
-from tokenweight.records import append_line, differences, environment, read_json, read_provenance, replaced, write_json
+from tokenweight.records import append_line, differences, environment, read_json, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
-from tokenweight.train.sequences import Sequences, Source
+from tokenweight.train.sequences import Sequences, numbers
 from tokenweight.train.settings import Run, as_settings
 
 logger = logging.getLogger(__name__)
@@ -125,17 +124,17 @@ def describe(
     resolved = {"weighting": str(run.weighting), "revision": revision, **windows}
     sources, held_out = sequences.sources, sequences.held_out
     mixture = {
-        name: {"share": share, **_source(source)}
+        name: {"share": share, **source.record}
         for name, share, source in zip(sequences.names, sequences.shares, sources)
     }
     return {
         "settings": {**as_settings(run.settings), **resolved},
         "data": sequences.provenance,
         **environment(),
-        "rows": _numbers(sequences.contents),
-        "texts": _texts(sources[0]) if len(sources) == 1 else {},
+        "rows": numbers(sequences.contents),
+        "texts": sources[0].texts if len(sources) == 1 else {},
         **({"mixture": mixture} if len(sources) > 1 else {}),
-        **({} if held_out is None else {"held_out": _source(held_out)}),
+        **({} if held_out is None else {"held_out": held_out.record}),
         "scores": run.settings.scorer if run.weighting.uses_short else None,
         "rope": {"before": _rope(before), "after": _rope(config), "positions": context_length(before)},
         "rope_parameters": getattr(config.get_text_config(), "rope_parameters", None),
@@ -148,27 +147,6 @@ def identities(run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None
     """What names the weights that a run begins from, and those of another model that scores."""
     found = {"model": identity(model, run.settings.model)}
     return found if scoring is None else {**found, "scorer": identity(scoring, run.settings.scorer)}
-
-
-def _source(source: Source) -> dict[str, Any]:
-    """What is recorded of one folder of several."""
-    numbers = _numbers(source.contents)
-    return {"path": source.folder, "rows": numbers, "texts": _texts(source), "data": source.provenance}
-
-
-def _numbers(contents: Contents) -> dict[str, Any]:
-    names = {"num": "rows", "tokens": "tokens", "shortest": "shortest", "longest": "longest"}
-    return {name: getattr(contents, attribute) for name, attribute in names.items()}
-
-
-def _texts(source: Source) -> dict[str, Any]:
-    """What `prepare` noted of the texts: of scored data, in the folder that was scored."""
-    provenance, contents = source.provenance, source.contents
-    prepared = read_provenance(provenance["rows"]) if isinstance(provenance.get("rows"), str) else provenance
-    if (prepared.get("rows"), prepared.get("tokens")) != (contents.rows, contents.tokens):
-        return {}  # the folder holds other sequences by now
-    noted = ("texts", "hub", "subset", "split", "seed", "documents")
-    return {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])}
 
 
 def _rope(config: PreTrainedConfig) -> str | None:

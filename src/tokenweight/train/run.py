@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import tokenizer_note
+from tokenweight.data import text_prefix, tokenizer_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     Scorer,

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset, Sampler
 
-from tokenweight.data import Contents, choose_scores, has_scores, load_rows, read_contents, row_lengths, verify
+from tokenweight.data import (
+    TRANSLATED,
+    Contents,
+    choose_scores,
+    has_scores,
+    open_rows,
+    row_lengths,
+    translated,
+    verify,
+)
 from tokenweight.models import pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
@@ -40,6 +49,26 @@ class Source:
     def context(self) -> dict[str, Any]:
         """Size and stride of the stored short losses, as far as they are known."""
         return self.provenance.get("context", {})
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What `prepare` noted of the texts: of scored data, in the folder that was scored."""
+        made = self.provenance
+        prepared = read_provenance(made["rows"]) if isinstance(made.get("rows"), str) else made
+        if (prepared.get("rows"), prepared.get("tokens")) != (self.contents.rows, self.contents.tokens):
+            return {}  # the folder holds other sequences by now
+        noted = ("texts", "hub", "subset", "split", "seed", "documents")
+        return {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says of it, where it is one of several."""
+        return {"path": self.folder, "rows": numbers(self.contents), "texts": self.texts, "data": self.provenance}
+
+
+def numbers(contents: Contents) -> dict[str, Any]:
+    """How many sequences there are, of how many tokens, as in `run.json`."""
+    return {"num": contents.rows, **{name: getattr(contents, name) for name in ("tokens", "shortest", "longest")}}
 
 
 @dataclass(frozen=True)
@@ -84,11 +113,11 @@ def open_sequences(run: Run) -> Sequences:
     """
     settings, sources = run.settings, []
     for folder in run.shares:
-        rows, scores = load_rows(folder), dict[str, Any]()
+        (rows, contents), scores = open_rows(folder), dict[str, Any]()
         run.check_scores(has_scores(rows), folder)
         if run.reads_scores:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride)
-        sources.append(Source(folder, rows, read_contents(folder), {**read_provenance(folder), **scores}))
+        sources.append(Source(folder, rows, contents, {**read_provenance(folder), **scores}))
     first = sources[0]
     for source in sources[1:] if run.reads_scores else ():
         if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
@@ -109,7 +138,7 @@ def _windows(source: Source) -> str:
 
 def _held_out(run: Run, folder: str, context: dict[str, Any]) -> Source:
     """Held-out sequences, with the short losses of the same windows as those of the data, if they have them."""
-    rows, scores = load_rows(folder), dict[str, Any]()
+    (rows, contents), scores = open_rows(folder), dict[str, Any]()
     if run.reads_scores and has_scores(rows):
         try:
             rows, scores = choose_scores(rows, folder, **context)
@@ -117,7 +146,7 @@ def _held_out(run: Run, folder: str, context: dict[str, Any]) -> Source:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)
     rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
     rows = rows if scores or "short_nll" not in rows.column_names else rows.remove_columns("short_nll")
-    return Source(folder, rows, read_contents(folder), {**read_provenance(folder), **scores})
+    return Source(folder, rows, contents, {**read_provenance(folder), **scores})
 
 
 class Mixture(Dataset):
@@ -272,10 +301,13 @@ class DataCollatorWithScores:
 
         Args:
             features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and `short_nll`.
+                Masks of other tools are heard as by `tokenweight.data.load_rows`.
 
         Raises:
-            ValueError: if some have a column that others lack, or columns of one sequence differ in length.
+            ValueError: if some have a column that others lack, or columns of one sequence differ in length or
+                contradict each other.
         """
+        features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
         columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in features)]
         length = max(len(row["input_ids"]) for row in features)
         padded = any(len(row["input_ids"]) < length for row in features)

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
-from tokenweight.models import any_process, context_mesh, with_weighted_loss
+from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
 from tokenweight.train.arguments import check_one_gpu, check_processes
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
