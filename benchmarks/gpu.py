@@ -16,6 +16,7 @@ over the peak of the GPU. Memory is that of all tensors at the peak of a step, w
 steps take turns in one process. What does not fit has no row.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -32,7 +33,7 @@ from bench.measure import GIB, alternately
 from bench.models import plain_loss
 from bench.report import Bench, Report
 from tokenweight import Scorer, ShortContext, with_weighted_loss
-from tokenweight.plan import PEAK_FLOPS
+from tokenweight.plan import Hardware
 from training import STEPS, UNIFORM, flops_of, run_step
 
 SIZES = (
@@ -43,8 +44,6 @@ SHAPES = {
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (32, 64, 2, 4, 2, 256),
 }
-GPUS = {"H100 80GB HBM3": "H100", "A100": "A100", "RTX 4090": "4090"}
-"""Part of the device name -> key of its peak. H100s other than SXM have a lower one."""
 OURS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 
 
@@ -144,8 +143,9 @@ class Steps:
 
 def peak_flops() -> float | None:
     """Peak FLOP/s of the GPU, by its name; None if it is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((PEAK_FLOPS[key] for known, key in GPUS.items() if known in name), None)
+    with contextlib.suppress(ValueError):
+        return Hardware(torch.cuda.get_device_name()).peak_flops if torch.cuda.is_available() else None
+    return None
 
 
 def report_length(report: Report, steps: Steps, shape: str, length: int, names: list[str], rounds: int) -> None:

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
-from tokenweight.plan import Speed
 from tokenweight.plan.gpus import Fixed, Peak, fixed_bytes, peak
 from tokenweight.plan.memory import Held, hold
 from tokenweight.train import training_arguments
@@ -236,10 +235,3 @@ def test_gradients_on_their_way_under_fsdp_are_those_that_torch_holds(
 def test_an_optimizer_that_cannot_be_counted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="states of optim adamw_bnb_8bit cannot be counted"):
         fixed_bytes(config_of("llama"), arguments(tmp_path, optim="adamw_bnb_8bit"), torch.float32, 1)
-
-
-def test_speed_is_a_share_of_a_peak_or_what_was_measured():
-    assert Speed().flops_per_s(8, 100.0) is None
-    assert Speed("A100", 0.5).flops_per_s(8, 100.0) == 8 * 312e12 / 2
-    assert Speed("H100").flops_per_s(1, 100.0) == 0.4 * 989.4e12
-    assert Speed(tokens_per_s=7.0).flops_per_s(8, 100.0) == 700

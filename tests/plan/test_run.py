@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shlex
+import tempfile
 
 import huggingface_hub
 import pytest
@@ -10,9 +12,10 @@ import torch
 import models
 from tokenweight import cli
 from tokenweight.method import parse_weighting, sliding_windows
-from tokenweight.plan import plan
+from tokenweight.plan import Hardware, plan
+from tokenweight.plan.alternatives import alternatives
 from tokenweight.plan.flops import count_forward, step_flops
-from tokenweight.train import TrainSettings
+from tokenweight.train import TrainSettings, training_arguments
 
 RECIPE = """
 model: blank
@@ -91,7 +94,8 @@ def settings(**changes):
 @pytest.mark.parametrize("by", [{"gradient_checkpointing": True}, {"fsdp_config": {"activation_checkpointing": True}}])
 def test_recomputation_is_counted_whoever_makes_it(by, place):
     kept, recomputed = (
-        plan(settings(trainer={"fsdp": True, **given}), length=64, num_gpus=2).run[0] for given in ({}, by)
+        plan(settings(trainer={"fsdp": True, **given}), length=64, hardware=Hardware(num_gpus=2)).run[0]
+        for given in ({}, by)
     )
     decoder = count_forward(models.tiny().config).decoder(64)
     assert recomputed.flops.recompute == pytest.approx(2 * decoder)  # a sequence on each GPU
@@ -129,20 +133,131 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
     assert found["run"][1]["hours"] > found["run"][0]["hours"]
 
 
+def test_without_data_or_extension_a_sequence_is_as_long_as_the_model_reads(place, monkeypatch):
+    budget = plan(settings())
+    assert (budget.length, budget.length_from) == (
+        models.tiny().config.max_position_embeddings,
+        "the model's context length",
+    )
+    assert plan(settings(extend={"length": 512, "theta": 2e5})).length == 512
+    monkeypatch.setattr("tokenweight.plan.run.context_length", lambda config: None)
+    with pytest.raises(ValueError, match=r"^length: neither data, extend.length nor the model"):
+        plan(settings())
+
+
+SCORED = {"size": 32, "weighting": "longce", "scorer": "self"}
+FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+SMALL = {"gradient_checkpointing": True, "bf16": True, **ONE}
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": True}, "bf16": True}
+
+
+def total(trainer, num_gpus=1):
+    """Bytes on one GPU."""
+    return plan(settings(**SCORED, trainer=trainer), length=64, hardware=Hardware(num_gpus=num_gpus)).run[2].peak.total
+
+
+@pytest.mark.parametrize(
+    ("change", "num_gpus"),
+    [
+        ({"gradient_checkpointing": True}, 1),
+        (SMALL, 1),
+        ({**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8),
+    ],
+    ids=["checkpointing", "all", "FSDP"],
+)
+def test_what_does_not_fit_is_said_with_the_first_change_that_does(change, num_gpus, place, capsys):
+    changed = total({**FOUR, **change}, num_gpus)
+    hardware = Hardware(gpu_memory=changed * 1.1000001 / 1e9)
+    budget = plan(settings(**SCORED, trainer=FOUR), length=64, hardware=hardware)
+    assert budget.run[2].fits is False
+    (advice,) = budget.advice
+    assert (advice.length, advice.needed, advice.peak.total) == (64, total(FOUR), changed)
+    assert (advice.change.trainer, advice.change.num_gpus) == (change, num_gpus)
+    # The options as they are printed are a recipe that fits.
+    words = ["--model", "blank", "--length", "64", "--lengths", "none", "--gpu_memory", str(hardware.gpu_memory)]
+    words += [word for name, value in SCORED.items() for word in (f"--{name}", str(value))]
+    left = {name: value for name, value in FOUR.items() if name not in change}
+    words += [word for name, value in left.items() for word in (f"--trainer.{name}", str(value))]
+    assert run(*words, "--num_gpus", str(num_gpus), *shlex.split(advice.change.options)) == 0
+    assert "Fits: " in capsys.readouterr().out
+
+
+def test_an_answer_is_given_for_every_length_and_for_none_where_nothing_helps(place, capsys):
+    words = ["--model", "blank", "--length", "64", "--lengths", "128", "--num_gpus", "8"]
+    assert run(*words, "--gpu_memory", "0.00001", "--json", "plan.json") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for length in (64, 128):
+        assert f"{length} tokens do not fit" in printed
+    assert printed.count("Nor do they") == 2
+    found = json.loads((place / "plan.json").read_text())
+    assert {cost["fits"] for cost in [*found["run"], *found["growth"]]} == {False}
+    assert [advice["change"] for advice in found["advice"]] == [None, None]
+
+
+def test_an_alternative_keeps_what_the_recipe_says_of_fsdp_and_the_sequences_of_a_step(place):
+    given = {
+        "fsdp": True,
+        "fsdp_config": {"reshard_after_forward": True},
+        "gradient_accumulation_steps": 8,
+        "fp16": True,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(given, folder)
+    here, sharded = alternatives(given, arguments, torch.float32, 2, bfloat16=True)
+    own = {"reshard_after_forward": True, "activation_checkpointing": True}
+    assert [change.trainer for change in here] == [{"fsdp_config": own}]
+    found = [(change.num_gpus, change.trainer) for change in sharded]
+    assert [num for num, _ in found] == [4, 8, 16, 32, 64]  # with 2 it is the recipe itself
+    assert [trainer["gradient_accumulation_steps"] for _, trainer in found] == [4, 2, 1, 1, 1]
+    assert all(trainer["fsdp_config"] == {"version": 2, **own} for _, trainer in found)
+
+
+def test_time_and_money_are_those_of_the_flops(place):
+    hardware = Hardware("L4", num_gpus=2, mfu=0.5, price=0.25)
+    steps = {"max_steps": 10, "per_device_train_batch_size": 3}
+    uniform, stored, _ = plan(settings(size=32, trainer=steps), length=64, hardware=hardware).run
+    assert uniform.step_seconds == pytest.approx(uniform.flops.total / (2 * 0.5 * 121e12))
+    assert uniform.hours == pytest.approx(10 * uniform.step_seconds / 3600)
+    for cost in (uniform, stored):
+        assert cost.gpu_hours == pytest.approx(2 * cost.hours)
+        assert cost.dollars == pytest.approx(0.25 * cost.gpu_hours)
+        assert cost.dollars_per_million_tokens == pytest.approx(cost.dollars / (10 * 6 * 64 / 1e6))
+    endless = plan(settings(size=32, trainer={"per_device_train_batch_size": 3}), length=64, hardware=hardware)
+    assert endless.num_steps is None
+    for cost, known in zip(endless.run, (uniform, stored)):
+        assert (cost.hours, cost.gpu_hours, cost.dollars) == (None, None, None)
+        assert cost.step_seconds == known.step_seconds
+        assert cost.dollars_per_million_tokens == pytest.approx(known.dollars_per_million_tokens)
+    assert any("max_steps" in note for note in endless.notes)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "trainer", "said"), [("H100", {}, "trainer.bf16"), ("V100", {"bf16": True}, "trainer.fp16")]
+)
+def test_a_speed_that_the_recipe_cannot_have_is_said(gpu, trainer, said, place):
+    notes = plan(settings(trainer=trainer), length=64, hardware=Hardware(gpu)).notes
+    assert any(said in note for note in notes)
+    assert not any(
+        "set trainer" in note
+        for note in plan(settings(trainer={"bf16": True}), length=64, hardware=Hardware("H100")).notes
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "blank"], "length: neither data nor extend.length"),
         (["--model", "blank", "--length", "1"], "length 1: expected at least 2"),
         (["--model", "blank", "--length", "999"], "999"),
         (["--model", "blank", "--length", "64", "--size", "64"], "--size 64: sequences hold 64 tokens"),
         (["--model", "blank", "--length", "64", "--size", "32", "--lengths", "32"], "--size 32: sequences hold"),
         (["--model", "blank", "--length", "64", "--lengths", "32k,long"], "--lengths 32k,long: expected"),
-        (["--model", "blank", "--length", "64", "--gpu", "H1000"], "gpu H1000: expected one of H100, A100, 4090"),
-        (["--model", "blank", "--length", "64", "--gpu", "H100"], "trainer: max_steps is not set"),
+        (["--model", "blank", "--length", "64", "--gpu", "H1000"], "--gpu H1000: did you mean H100? Expected one of"),
+        (["--model", "blank", "--length", "64", "--price", "2"], "--price 2: needs a speed"),
+        (["--model", "blank", "--length", "64", "--gpu_memory", "0"], "--gpu_memory 0: expected a number above 0"),
         (["--model", "blank", "--length", "64", "--mfu", "0.5"], "mfu 0.5: expected"),
         (["--model", "blank", "--length", "64", "--gpu", "H100", "--mfu", "1.5"], "mfu 1.5: expected"),
-        (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0.0: expected a number"),
+        (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0: expected a number"),
         (["--model", "blank", "--length", "64", "--num_gpus", "0"], "num_gpus 0: expected at least 1"),
         (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored or self"),
         (["--model", "blank", "--length", "64", "--weighting", "dens"], "unknown weighting 'dens'"),

@@ -15,13 +15,14 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 import models
 from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
 from tokenweight.method import parse_weighting
-from tokenweight.train import read_recipe, training_arguments
+from tokenweight.plan import Hardware, plan
+from tokenweight.train import TrainSettings, read_recipe, training_arguments
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -178,6 +179,44 @@ MODELS = {
     ),
     "Qwen/Qwen2.5-0.5B": ("qwen2", 64, {"rope_theta": 1e6}, {"tie_word_embeddings": True}),
 }
+SHAPES = {
+    "meta-llama/Meta-Llama-3-8B": ("llama", 32, 8192, (4096, 14336, 32, 8, 128256)),
+    "meta-llama/Llama-2-7b-hf": ("llama", 32, 4096, (4096, 11008, 32, 32, 32000)),
+    "microsoft/phi-2": ("phi", 32, 2048, (2560, 10240, 32, 32, 51200)),
+    "Qwen/Qwen2.5-0.5B": ("qwen2", 24, 32768, (896, 4864, 14, 2, 151936)),
+}
+"""Architecture, layers, context length and sizes in the config.json of each model."""
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def planned(recipe, folder, monkeypatch, *, num_layers=None, **hardware):
+    """The plan of a recipe as it stands, from the config of its model alone."""
+    settings = TrainSettings(**read_recipe(FOLDER / f"{recipe}.yaml"))
+    kind, layers, positions, sizes = SHAPES[settings.model]
+    shape = {**dict(zip(SIZES, sizes, strict=True)), "num_hidden_layers": num_layers or layers}
+    shape |= {"max_position_embeddings": positions, "tie_word_embeddings": kind == "qwen2"}
+    AutoConfig.for_model(kind, **shape).save_pretrained(folder / settings.model)
+    monkeypatch.chdir(folder)
+    return plan(settings, hardware=Hardware(**hardware))
+
+
+@every_recipe
+def test_a_recipe_is_planned_without_further_options(recipe, tmp_path, monkeypatch):
+    budget = planned(recipe, tmp_path, monkeypatch, num_layers=2, gpu="H100")
+    prepare = next(run.commands[0] for run in RUNS.values() if run.recipe == recipe)
+    assert budget.length == int(options_of(prepare)["length"])
+    assert budget.run[0].hours > 0
+
+
+@pytest.mark.slow  # of all layers
+@every_recipe
+def test_a_recipe_fits_the_gpus_that_it_names(recipe, tmp_path, monkeypatch):
+    gpus = {"gpu": "4090"} if recipe.startswith("qwen") else {"gpu": "H100", "num_gpus": 8}
+    budget = planned(recipe, tmp_path, monkeypatch, **gpus)
+    assert budget.advice == []
+    assert all(cost.fits for cost in budget.run)
+
+
 LENGTH = 64
 """Tokens of a sequence here: all lengths, sizes and strides are divided by the same number."""
 

@@ -11,7 +11,7 @@ from tokenweight.train import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class Plan(TrainSettings):
-    """Estimate what a recipe costs in FLOPs, memory and hours, without weights, data or a GPU.
+    """Estimate what a recipe costs and whether it fits a GPU, without weights, data or a GPU.
 
     Takes the options of `train`: --config, and any setting.
     """
@@ -21,17 +21,23 @@ class Plan(TrainSettings):
     out: str = ""
     """Ignored: nothing is trained."""
     length: int | None = None
-    """Tokens per sequence; by default those of the data, else extend.length."""
+    """Tokens per sequence; by default those of the data, else extend.length, else the model's context length."""
     lengths: str = "32k,64k,128k,256k,512k,1M"
     """Further lengths to estimate for, where k is 1024 tokens; "none" for none."""
     gpu: str | None = None
-    """GPU whose bfloat16 peak gives the hours: H100, A100 or 4090."""
+    """GPU, in any case: H100, H200, A100-40GB, L40S, 4090, MI300X, … (docs/plan.md has the table)."""
+    gpu_memory: float | None = None
+    """GB of memory of one GPU, for one that is not in the table."""
+    gpu_tflops: float | None = None
+    """Peak of one GPU in TFLOP/s, dense products in bfloat16, for one that is not in the table."""
     mfu: float | None = None
-    """Assumed fraction of that peak that a step reaches; by default 0.4."""
+    """Assumed fraction of the peak that a step reaches; by default 0.4."""
     tokens_per_s: float | None = None
-    """Measured throughput of a uniform run of this recipe on all GPUs together, in place of --gpu."""
+    """Measured throughput of a uniform run of this recipe on all GPUs together, in place of the peak."""
     num_gpus: int = 1
     """Number of training GPUs."""
+    price: float | None = None
+    """Dollars for an hour of one GPU."""
     json: Path | None = None
     """JSON file to write the numbers to as well."""
     figure: Path | None = None
@@ -49,12 +55,11 @@ class Plan(TrainSettings):
         if self.figure is not None:
             with drawing():
                 draw, write = view.cost_figure, view.write_figure
-        speed = plan.Speed(self.gpu, self.mfu, self.tokens_per_s)
+        names = ("gpu", "num_gpus", "gpu_memory", "gpu_tflops", "mfu", "tokens_per_s", "price")
+        hardware = plan.Hardware(**{name: getattr(self, name) for name in names})
         lengths = [] if self.lengths == "none" else token_counts("lengths", self.lengths)
         with progress_bar("lengths") as advance:
-            budget = plan.plan(
-                self, length=self.length, lengths=lengths, speed=speed, num_gpus=self.num_gpus, progress=advance
-            )
+            budget = plan.plan(self, length=self.length, lengths=lengths, hardware=hardware, progress=advance)
         Console().print(*plan.plan_tables(budget), sep="\n\n")
         if self.json is not None:
             records.write_json(self.json, budget.as_json())

@@ -1,10 +1,15 @@
+from .alternatives import Advice as Advice
+from .alternatives import Alternative as Alternative
 from .flops import Forward as Forward
 from .flops import Step as Step
 from .flops import count_forward as count_forward
 from .flops import step_flops as step_flops
-from .gpus import PEAK_FLOPS as PEAK_FLOPS
 from .gpus import Peak as Peak
-from .gpus import Speed as Speed
+from .hardware import GPUS as GPUS
+from .hardware import Gpu as Gpu
+from .hardware import Hardware as Hardware
+from .hardware import find_gpu as find_gpu
+from .run import Budget as Budget
 from .run import Cost as Cost
 from .run import plan as plan
 from .tables import plan_tables as plan_tables

@@ -1,7 +1,6 @@
-"""What each GPU holds and computes: weights, gradients, optimizer states, a step's peak memory; and its speed."""
+"""What each GPU holds: weights, gradients, optimizer states, a step's peak memory."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,49 +8,6 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from tokenweight.plan.flops import blank_model
 from tokenweight.plan.memory import Held
-
-PEAK_FLOPS = {"H100": 989.4e12, "A100": 312e12, "4090": 165.2e12}
-"""FLOP/s of dense bfloat16 matrix products summed in float32, by NVIDIA's data sheets: H100 SXM (1,979 teraFLOPS with
-sparsity, half of that without), A100 (312), and the Ada GPU architecture whitepaper's table of the RTX 4090 (165.2)."""
-DEFAULT_MFU = 0.4
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast the GPUs are: a fraction of the peak of one by name; or tokens/s of all, measured in a uniform run."""
-
-    gpu: str | None = None
-    mfu: float | None = None
-    tokens_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpu is not None and self.gpu not in PEAK_FLOPS:
-            raise ValueError(f"gpu {self.gpu}: expected one of {', '.join(PEAK_FLOPS)}, or tokens_per_s")
-        if self.tokens_per_s is not None and (self.gpu or not 0 < self.tokens_per_s < math.inf):
-            raise ValueError(f"tokens_per_s {self.tokens_per_s}: expected a number above 0, and no gpu beside it")
-        if self.mfu is not None and (self.gpu is None or not 0 < self.mfu <= 1):
-            raise ValueError(f"mfu {self.mfu}: expected a fraction of the peak of a gpu, above 0 and up to 1")
-
-    def flops_per_s(self, num_gpus: int, flops_per_token: float) -> float | None:
-        """FLOP/s of all GPUs; None if nothing is known.
-
-        Args:
-            flops_per_token: FLOPs of the uniform run per token.
-        """
-        if self.gpu is not None:
-            return PEAK_FLOPS[self.gpu] * (self.mfu or DEFAULT_MFU) * num_gpus
-        return None if self.tokens_per_s is None else self.tokens_per_s * flops_per_token
-
-    def __str__(self) -> str:
-        if self.gpu is not None:
-            peak_flops, mfu = PEAK_FLOPS[self.gpu] / 1e12, self.mfu or DEFAULT_MFU
-            return f"{self.gpu}, {peak_flops:g} TFLOP/s in bfloat16, mfu {mfu:g} assumed"
-        return (
-            "unknown" if self.tokens_per_s is None else f"{self.tokens_per_s:,g} tokens/s measured in the uniform run"
-        )
-
-
-UNKNOWN = Speed()
 
 
 class Peak(NamedTuple):

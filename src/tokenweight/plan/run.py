@@ -19,10 +19,12 @@ from tokenweight.method import (
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import check_length, extend_context, load_config, rope_depends_on_length
+from tokenweight.models import check_length, context_length, extend_context, load_config, rope_depends_on_length
+from tokenweight.plan.alternatives import Advice, Alternative, alternatives, recomputes
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
-from tokenweight.plan.gpus import UNKNOWN, Fixed, Peak, Speed, autocast_dtype, fixed_bytes, peak
-from tokenweight.plan.memory import hold
+from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
+from tokenweight.plan.hardware import UNKNOWN, Hardware
+from tokenweight.plan.memory import Held, hold
 from tokenweight.train import TrainSettings, extension_arguments, shares_of, training_arguments
 
 MODES = ("uniform", "precomputed", "self-scored")
@@ -38,8 +40,18 @@ class Cost(NamedTuple):
     """FLOPs of one optimizer step on all GPUs."""
     peak: Peak
     """Memory of one GPU."""
-    hours: float | None
-    """All steps and, with precomputed scores, scoring the data once; None if no speed is known."""
+    hours: float | None = None
+    """All steps and, with precomputed scores, scoring the data once; None if no speed or number of steps is known."""
+    fits: bool | None = None
+    """Whether one GPU holds `peak`, with a tenth to spare; None if its memory is not known."""
+    step_seconds: float | None = None
+    """One optimizer step; None if no speed is known."""
+    gpu_hours: float | None = None
+    """`hours` times the number of GPUs."""
+    dollars: float | None = None
+    """Of all `gpu_hours`; None if no price is known."""
+    dollars_per_million_tokens: float | None = None
+    """Of tokens trained on; with precomputed scores, scoring them included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +60,23 @@ class Budget:
 
     model: str
     weighting: str
+    mode: str
+    """That of the recipe, of `MODES`."""
     length: int
+    length_from: str
+    """Where the length was read."""
     context: ShortContext
     sequences_per_step: int
     """On all GPUs."""
     num_steps: int | None
     """Optimizer steps, if the recipe or the data says."""
-    speed: str
-    """What hours are computed from."""
+    hardware: Hardware
     run: list[Cost]
     """At `length`, by mode."""
     growth: list[Cost]
     """At the other lengths."""
+    advice: list[Advice]
+    """For each length at which the recipe's mode does not fit the GPU: the first change that does."""
     notes: list[str]
     """What the numbers leave out, in this recipe."""
 
@@ -73,48 +90,50 @@ def plan(
     *,
     length: int | None = None,
     lengths: Sequence[int] = (),
-    speed: Speed = UNKNOWN,
-    num_gpus: int = 1,
+    hardware: Hardware = UNKNOWN,
     progress: Callable[..., None] = lambda done, total=None: None,
 ) -> Budget:
-    """What training by a recipe costs, and how that grows with the length of its sequences.
+    """What training by a recipe costs, whether it fits, and how both change with the length of its sequences.
 
     Args:
         settings: the recipe; its `model` may be a folder with nothing but config.json.
-        length: tokens of a sequence; by default those of the data, else `extend.length`.
+        length: tokens of a sequence; by default those of the data, else `extend.length`, else the model's context.
         lengths: further lengths, for the growth.
-        speed: how fast the GPUs are; gives hours.
-        num_gpus: number of GPUs that train.
+        hardware: the GPUs that train; their memory says what fits, their speed gives hours.
         progress: called for each length that is done, with the number of all.
 
     Raises:
         ValueError: for settings that `train` would refuse, and where something needed is not known.
     """
-    for name, number, least in [("num_gpus", num_gpus, 1), *(("length", n, 2) for n in (length, *lengths))]:
-        if number is not None and number < least:
-            raise ValueError(f"{name} {number}: expected at least {least}")
-    recipe = _Recipe.read(settings, num_gpus)
-    length = length or recipe.length
+    for number in (length, *lengths):
+        if number is not None and number < 2:
+            raise ValueError(f"length {number}: expected at least 2")
+    recipe = _Recipe.read(settings, hardware)
+    length, length_from = (length, "length") if length else recipe.length
     if length is None:
-        raise ValueError("length: neither data nor extend.length says how many tokens a sequence has: name it")
+        raise ValueError("length: neither data, extend.length nor the model says how long a sequence is: name it")
     check_length(recipe.config, length, "sequences")
-    every, costs = {length, *lengths}, {}
-    recipe.context(min(every))
-    flops_per_s = recipe.flops_per_s(speed, length)
+    every, costs, advice = sorted({length, *lengths}), {}, []  # one that is too short raises first
+    flops_per_s = recipe.flops_per_s(length)
     for number in every:
         costs[number] = recipe.costs(number, flops_per_s)
+        mine = costs[number][MODES.index(recipe.mode)]
+        advice += [recipe.advise(number, mine.peak.total)] if mine.fits is False else []
         progress(1, len(every))
     return Budget(
         model=settings.model,
         weighting=str(recipe.weighting),
+        mode=recipe.mode,
         length=length,
+        length_from=length_from,
         context=recipe.context(length),
         sequences_per_step=recipe.sequences_per_step,
         num_steps=recipe.num_steps,
-        speed=str(speed),
+        hardware=hardware,
         run=costs[length],
         growth=[cost for number in lengths for cost in costs[number]],
-        notes=recipe.notes(max(every), recipe.scoring_hours(length, flops_per_s)),
+        advice=advice,
+        notes=recipe.notes(every[-1], length, flops_per_s),
     )
 
 
@@ -126,14 +145,17 @@ class _Recipe:
     config: PreTrainedConfig
     weighting: Weighting
     arguments: TrainingArguments
-    num_gpus: int
-    length: int | None
+    hardware: Hardware
+    length: tuple[int | None, str]
+    """Tokens of a sequence, and where that was read."""
     num_sequences: int | None
     forward: Forward
     fixed: Fixed
+    held: dict[tuple[Any, ...], Held]
+    """What was counted already, by what it depends on."""
 
     @classmethod
-    def read(cls, settings: TrainSettings, num_gpus: int) -> "_Recipe":
+    def read(cls, settings: TrainSettings, hardware: Hardware) -> "_Recipe":
         weighting = parse_weighting(settings.weighting)
         if settings.scorer not in ("stored", "self"):
             raise ValueError(f"scorer {settings.scorer!r}: expected stored or self, as only these can be planned")
@@ -142,19 +164,30 @@ class _Recipe:
         dtype = getattr(torch, settings.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
-        with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
-            arguments = training_arguments(settings.trainer, folder, held_out=settings.eval_data is not None)
-        config, length, num_sequences = load_config(settings.model, revision=settings.revision), None, None
+        arguments, num_sequences = _arguments(settings), None
+        config = load_config(settings.model, revision=settings.revision)
+        length = (context_length(config), "the model's context length")
         if settings.extend:
             extension = extension_arguments(settings.extend)
-            config, length = extend_context(config, **extension), extension["length"]
+            config, length = extend_context(config, **extension), (extension["length"], "extend.length")
         folders = shares_of(settings)
         if all(folder and Path(folder).exists() for folder in folders):
             contents = sum(map(read_contents, folders), Contents())
-            length, num_sequences = contents.longest, contents.rows
-        fixed = fixed_bytes(config, arguments, dtype, num_gpus)
+            length, num_sequences = (contents.longest, "data"), contents.rows
+        fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus)
         forward = count_forward(config)
-        return cls(settings, config, weighting, arguments, num_gpus, length, num_sequences, forward, fixed)
+        return cls(settings, config, weighting, arguments, hardware, length, num_sequences, forward, fixed, {})
+
+    @property
+    def num_gpus(self) -> int:
+        return self.hardware.num_gpus
+
+    @property
+    def mode(self) -> str:
+        """What the recipe does, of `MODES`."""
+        if not self.weighting.uses_short:
+            return "uniform"
+        return "self-scored" if self.settings.scorer == "self" else "precomputed"
 
     @property
     def sequences_per_step(self) -> int:
@@ -173,8 +206,7 @@ class _Recipe:
     def checkpointing(self) -> dict[str, Any] | None:
         """Arguments of activation checkpointing, the Trainer's or FSDP's; None if activations are kept."""
         arguments = self.arguments
-        by_fsdp = arguments.fsdp and (arguments.fsdp_config or {}).get("activation_checkpointing")
-        if not arguments.gradient_checkpointing and str(by_fsdp).lower() != "true":
+        if not recomputes(arguments):
             return None
         return dict(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
@@ -193,50 +225,102 @@ class _Recipe:
         checkpointing, num = self.checkpointing is not None, self.sequences_per_step
         return step_flops(self.forward, length, weighting, scored, checkpointing=checkpointing, num_sequences=num)
 
-    def flops_per_s(self, speed: Speed, length: int) -> float | None:
-        """What all GPUs compute in a second; None if hours are not asked for."""
-        per_token = self.step("uniform", length).total / (length * self.sequences_per_step)
-        found = speed.flops_per_s(self.num_gpus, per_token)
-        if found is not None and self.num_steps is None:
-            raise ValueError("trainer: max_steps is not set, and there is no data to count: hours need one of them")
-        return found
+    def flops_per_s(self, length: int) -> float | None:
+        """What all GPUs compute in a second; None if no speed is known."""
+        return self.hardware.flops_per_s(self.step("uniform", length).total / (length * self.sequences_per_step))
 
-    def scoring_hours(self, length: int, flops_per_s: float | None) -> float:
-        """Scoring each sequence of the data once, or as many as are trained on; 0 if no hours are asked for."""
-        if flops_per_s is None or self.num_steps is None:
-            return 0.0
-        num = self.num_sequences or self.num_steps * self.sequences_per_step
-        return num * window_flops(self.forward, self.scored(length, first=True)) / flops_per_s / 3600
+    def scoring_flops(self, length: int) -> float:
+        """Scoring in advance, for one step: each sequence of the data once, or as many as are trained on."""
+        num: float = self.sequences_per_step
+        if self.num_sequences is not None and self.num_steps is not None:
+            num = self.num_sequences / self.num_steps
+        return num * window_flops(self.forward, self.scored(length, first=True))
+
+    def hold(self, length: int) -> Held:
+        """What a forward and backward pass holds on one GPU, counted once for each length."""
+        sharded, accumulating = bool(self.arguments.fsdp), self.arguments.gradient_accumulation_steps > 1
+        dtype, autocast = getattr(torch, self.settings.dtype), autocast_dtype(self.arguments)
+        asked = {
+            # FSDP gathers weights in the dtype of the computation: autocast holds no copies of them.
+            "dtype": (autocast or dtype) if sharded else dtype,
+            "autocast": None if sharded else autocast,
+            "checkpointing": self.checkpointing,
+            "batch": self.arguments.per_device_train_batch_size,
+            "context": self.context(length),
+            "new_gradients": not sharded and not accumulating,
+        }
+        key = (length, *map(str, asked.values()))
+        if key not in self.held:
+            self.held[key] = hold(self.config, length, **asked)
+        return self.held[key]
+
+    def peak(self, length: int, mode: str) -> Peak:
+        return peak(self.fixed, self.hold(length), scoring=mode == "self-scored")
 
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
         """A run of the recipe on sequences of that length, by mode."""
-        sharded, accumulating = bool(self.arguments.fsdp), self.arguments.gradient_accumulation_steps > 1
-        dtype, autocast = getattr(torch, self.settings.dtype), autocast_dtype(self.arguments)
-        held = hold(
-            self.config,
-            length,
-            # FSDP gathers weights in the dtype of the computation: autocast holds no copies of them.
-            dtype=(autocast or dtype) if sharded else dtype,
-            autocast=None if sharded else autocast,
-            checkpointing=self.checkpointing,
-            batch=self.arguments.per_device_train_batch_size,
-            context=self.context(length),
-            new_gradients=not sharded and not accumulating,
-        )
         costs = []
         for mode in MODES:
-            step, hours = self.step(mode, length), None
-            if flops_per_s is not None and self.num_steps is not None:
-                hours = self.num_steps * step.total / flops_per_s / 3600
-                hours += self.scoring_hours(length, flops_per_s) if mode == "precomputed" else 0
-            costs.append(Cost(length, mode, step, peak(self.fixed, held, scoring=mode == "self-scored"), hours))
+            step, held = self.step(mode, length), self.peak(length, mode)
+            cost = Cost(length, mode, step, held, fits=self.hardware.fits(held.total))
+            if flops_per_s is not None:
+                before = self.scoring_flops(length) if mode == "precomputed" else 0.0
+                cost = self.priced(cost, step.total / flops_per_s, before / flops_per_s)
+            costs.append(cost)
         return costs
 
-    def notes(self, longest: int, scoring_hours: float) -> list[str]:
+    def priced(self, cost: Cost, seconds: float, before: float) -> Cost:
+        """Time and money of a cost, by the seconds of a step and of what is scored for it in advance."""
+        gpu_hours, price = (seconds + before) * self.num_gpus / 3600, self.hardware.price
+        cost = cost._replace(step_seconds=seconds)
+        if price is not None:
+            million = 1e6 / (self.sequences_per_step * cost.length)
+            cost = cost._replace(dollars_per_million_tokens=gpu_hours * price * million)
+        if self.num_steps is None:
+            return cost
+        total = self.num_steps * gpu_hours
+        return cost._replace(
+            hours=total / self.num_gpus, gpu_hours=total, dollars=None if price is None else total * price
+        )
+
+    def advise(self, length: int, needed: float) -> Advice:
+        """The first change with which sequences of that length fit."""
+        dtype, given = getattr(torch, self.settings.dtype), self.settings.trainer
+        here, sharded = alternatives(given, self.arguments, dtype, self.num_gpus, bfloat16=self.hardware.has_bfloat16)
+        # The last one holds least: where it does not fit, none of the others does.
+        tried = here if here and self._peak_with(here[-1], length)[0] else []
+        for change in (*tried, *sharded):
+            fits, held = self._peak_with(change, length)
+            if fits:
+                return Advice(length, needed, change, held)
+        return Advice(length, needed, None, None)
+
+    def _peak_with(self, change: Alternative, length: int) -> tuple[bool, Peak]:
+        settings = dataclasses.replace(self.settings, trainer={**self.settings.trainer, **change.trainer})
+        arguments = _arguments(settings)
+        hardware = dataclasses.replace(self.hardware, num_gpus=change.num_gpus)
+        fixed = fixed_bytes(self.config, arguments, getattr(torch, settings.dtype), change.num_gpus)
+        changed = dataclasses.replace(self, settings=settings, arguments=arguments, hardware=hardware, fixed=fixed)
+        held = changed.peak(length, self.mode)
+        return bool(hardware.fits(held.total)), held
+
+    def notes(self, longest: int, length: int, flops_per_s: float | None) -> list[str]:
         """What holds for this recipe and is not in the numbers."""
         notes = []
-        if scoring_hours:
-            notes.append(f"of the hours with precomputed scores, {scoring_hours:,.3g} are for scoring the data once")
+        if flops_per_s is not None and self.num_steps is not None:
+            hours = self.num_steps * self.scoring_flops(length) / flops_per_s / 3600
+            notes.append(f"of the hours with precomputed scores, {hours:,.3g} are for scoring the data once")
+        if flops_per_s is not None and self.num_steps is None:
+            notes.append("no hours of the whole run: neither trainer.max_steps nor data says how many steps it has")
+        computed = autocast_dtype(self.arguments) or getattr(torch, self.settings.dtype)
+        if self.hardware.peak_flops is not None and self.hardware.tokens_per_s is None:
+            if computed.itemsize > 2:
+                notes.append(
+                    "the peak is that of 16-bit products, and this recipe computes in float32: it takes several "
+                    "times as long; set trainer.bf16"
+                )
+            elif computed == torch.bfloat16 and not self.hardware.has_bfloat16:
+                notes.append(f"{self.hardware.name} has no bfloat16: set trainer.fp16 in place of trainer.bf16")
         if self.settings.scorer == "stored" and self.weighting.uses_short:
             notes.append("precomputed scores are taken to be those of the trained model; a smaller scorer costs less")
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
@@ -244,6 +328,11 @@ class _Recipe:
         if self.arguments.fsdp or self.num_gpus > 1:
             notes.append("memory of several GPUs is not measured, and communication is taken to cost nothing")
         return notes
+
+
+def _arguments(settings: TrainSettings) -> TrainingArguments:
+    with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
+        return training_arguments(settings.trainer, folder, held_out=settings.eval_data is not None)
 
 
 def _plain(value: Any) -> Any:
