@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import re
 import select
@@ -15,6 +16,7 @@ from typing import Any
 import tyro
 
 from tokenweight.cli.demo import Demo
+from tokenweight.cli.doctor import Doctor
 from tokenweight.cli.eval import Eval
 from tokenweight.cli.export import Export
 from tokenweight.cli.figures import Figures
@@ -37,6 +39,7 @@ COMMANDS: dict[str, Any] = {
     "eval": Eval,
     "report": Report,
     "demo": Demo,
+    "doctor": Doctor,
 }
 
 
@@ -87,6 +90,8 @@ def _run(words: list[str]) -> None:
         print(_overview())
     elif words[0] == "--version":
         print(_versions())
+    elif words[0] == "--print-completion":
+        print(_completion(" ".join(words[1:])))
     else:
         command = parse(words)
         _without_bars_of_others()
@@ -199,8 +204,20 @@ def _overview() -> str:
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<9}{(command.__doc__ or '').splitlines()[0]}")
     lines += ["", "tokenweight COMMAND --help lists the options of a command."]
-    lines += ["tokenweight --version prints the versions and the device that a bug report needs."]
+    lines += ["tokenweight --version prints versions and the device; tokenweight doctor all that a bug report needs."]
+    lines += ["tokenweight --print-completion bash, zsh or fish prints a script that completes commands and options."]
     return "\n".join([*lines, "TOKENWEIGHT_DEBUG=1 in the environment shows the traceback of an error."])
+
+
+def _completion(shell: str) -> str:
+    """The script with which a shell completes commands and their options, and names of files where it has none."""
+    if shell not in ("bash", "zsh", "fish"):
+        raise ValueError(f"{shell or 'no shell'}: expected bash, zsh or fish")
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        words = ["--tyro-print-completion", shell]
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="tokenweight", args=words, use_underscores=True)
+    return script.getvalue().replace("complete -F ", "complete -o default -F ")
 
 
 def _versions() -> str:
