@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "method.md").read_text(), flags=re.DOTALL)
 LOOP, TRAINER, FUNCTION, DATACLASS = BLOCKS
 SITE = runpy.run_path(str(ROOT / "tools/docs_site.py"))
-PAGES = sorted([*(f"docs/{path.name}" for path in DOCS.glob("*.md")), *SITE["PAGES"]])
+PAGES = sorted([*(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md")), *SITE["PAGES"]])
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["loop", "trainer", "function", "dataclass"])

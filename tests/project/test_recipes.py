@@ -217,6 +217,20 @@ def test_a_recipe_fits_the_gpus_that_it_names(recipe, tmp_path, monkeypatch):
     assert all(cost.fits for cost in budget.run)
 
 
+@pytest.mark.slow  # of all layers
+def test_the_hours_of_the_protocol_are_those_of_the_plan(tmp_path, monkeypatch):
+    page = " ".join((FOLDER.parent / "docs/howto/choosing.md").read_text().split())
+    uniform, dense, _ = planned("qwen2.5-0.5b-32k", tmp_path, monkeypatch, gpu="4090").run
+    step = dense.step_seconds * 240 / 3600
+    scoring = dense.hours - step
+    assert (
+        f"a uniform run {uniform.hours:.1f} hours, a dense one {step:.1f}, scoring the data once {scoring:.1f}" in page
+    )
+    rest = uniform.hours + 4 * step
+    assert f"three rates are {3 * uniform.hours:.0f} hours, one more uniform and four weighted runs {rest:.0f}," in page
+    assert f"all four steps {3 * uniform.hours + rest + scoring:.0f}." in page
+
+
 LENGTH = 64
 """Tokens of a sequence here: all lengths, sizes and strides are divided by the same number."""
 
