@@ -17,7 +17,7 @@ _PROBES = (
     "The quick brown fox's 3.14159, 1234567890 -- and  two   spaces\tand a tab.\n\n\n  Indented\r\n",
     "def f(x_1: int) -> str:\n    return f'{x_1!r}' if x_1 != 0x1F else \"\\n\"  # TODO\n\n\n}});",
     " leading and trailing ",
-    "Stra\u00dfe na\u00efve \u0130\u0131 \ufb01 caf\u00e9 cafe\u0301 \u2460 \uff21 \u00bd \u201cquoted\u201d\u2026",
+    "Stra\u00dfe na\u00efve \u0130\u0131 \ufb01 \u00e9t\u00e9 e\u0301 \u2460 \uff21 \u00bd \u201cquoted\u201d\u2026",
     "\u6f22\u5b57\u304b\u306a\u4ea4\u3058\u308a\u6587 \ud55c\uad6d\uc5b4 \u0420\u0443\u0441\u0441\u043a\u0438\u0439 "
     "\u03b5\u03bb\u03bb \u05e2\u05d1\u05e8 \u0639\u0631\u0628\u064a \u0939\u093f\u0928\u094d\u0926\u0940 "
     "\u0e44\u0e17\u0e22",
