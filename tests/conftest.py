@@ -25,6 +25,12 @@ def unchecked(monkeypatch):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The cache of `datasets` is in `tmp_path`."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
 def folders(tmp_path):
     """Rows, and a model without a tokenizer, in `tmp_path`."""
     models.some_rows().save_to_disk(str(tmp_path / "rows"))

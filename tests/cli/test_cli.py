@@ -80,6 +80,35 @@ def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
     assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
 
 
+def test_prepare_given_again_says_that_it_is_complete(rows, run, place):
+    before = (place / "rows" / "rows.json").read_bytes()
+    status, printed, errors = run("prepare", "book.txt", *PREPARE, "--out", "rows")
+    assert (status, errors) == (0, "")
+    assert printed == rows.replace("rows: ", "rows: complete already, ", 1)
+    assert (place / "rows" / "rows.json").read_bytes() == before
+    (place / "more").mkdir(exist_ok=True)
+    (place / "more" / "a.txt").write_text("a" * 3000)
+    assert run("prepare", "more", *PREPARE, "--out", "of-more")[0] == 0
+    (place / "more" / "b.txt").write_text("a")
+    status, _, errors = run("prepare", "more", *PREPARE, "--out", "of-more")
+    assert status == 2
+    assert "sources is {'files': 1, 'bytes': 3000} there, {'files': 2, 'bytes': 3001} now" in errors
+
+
+def test_numbers_of_tokens_are_typed_with_units_and_sequences_are_kept_in_parquet(run, place, own_cache):
+    options = ["--tokenizer", "model", "--length", "0_064", "--format", "parquet"]
+    status, _, errors = run("prepare", "book.txt", *options, "--out", "rows-parquet")
+    assert (status, errors) == (0, "")
+    options = ["--model", "model", "--format", "parquet", "--shard_tokens", "1k", "--max_tokens", "32K"]
+    status, printed, errors = run("score", "rows-parquet", *options, "--out", "parquet", "--shard", "0/1")
+    assert (status, errors) == (0, "")
+    assert printed.startswith("parquet: size 16, a quarter of the longest sequence, and stride 12\n")
+    assert read_json(place / "parquet" / "scores.json")["shard_tokens"] == 1024
+    assert run("export", "parquet", "--out", "lines", "--format", "jsonl")[0] == 0
+    trained = run("train", "--model", "model", "--data", "parquet", "--out", "of-parquet", "--trainer.max_steps", "1")
+    assert (trained[0], run("show", "parquet", "--row", "1")[0]) == (0, 0)
+
+
 def test_score_scores_once(scored, run, place):
     num = 64 * len(datasets.load_from_disk(str(place / "rows")))
     assert re.search(rf"{num:,} tokens, {num:,} of them scored now in [\d,]+ s, [\d,]+ tokens/s", scored)
@@ -151,7 +180,10 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["prepare", "empty.txt", *PREPARE, "--out", "out"], "the text is empty"),
         (["prepare", "book.txt", "binary.txt", *PREPARE, "--out", "out"], "binary.txt: not UTF-8 text (byte 0"),
         (["prepare", "bad.jsonl", *PREPARE, "--out", "out"], "bad.jsonl, line 2: no column 'text': found body"),
-        (["prepare", "book.txt", *PREPARE, "--out", "rows"], "--out rows: exists already"),
+        (["prepare", "book.txt", *PREPARE, "--out", "notes"], "--out notes: exists already"),
+        (["prepare", "book.txt", *PREPARE, "--out", "rows", "--short", "pack"], "short is 'drop' there, 'pack' now"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--glob", "*.txt"], "--glob *.txt: applies to folders"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--num_proc", "0"], "--num_proc 0: expected at least 1"),
         (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or set short to pack"),
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
         (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
@@ -161,6 +193,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size small: expected a number of tokens"),
         ([*SCORE[:4], "--size", "8,16", "--stride", "8", "--out", "out"], "--stride 8: expected one number for each"),
         ([*SCORE[:4], "--size", "8,8", "--out", "out"], "size: expected different sizes, found 8, 8"),
+        ([*SCORE[:4], "--stride", "8", "--out", "out"], "--stride 8: belongs to --size, which is not given"),
         ([*SCORE, "--shard", "2/2", "--out", "out"], "--shard 2/2: expected i/n, from 0/n to n-1/n"),
         ([*SCORE, "--shard", "1", "--out", "out"], "--shard 1: expected i/n"),
         ([*SCORE[:-1], "11", "--out", "scored"], "contexts is [{'size': 16, 'stride': 12}] there"),
@@ -209,6 +242,10 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["train", "--config", "typo.yaml"], "unknown setting 'wieghting': did you mean 'weighting'?"),
         (["train", "--config", "mistyped.yaml"], "size"),
         (["train", "--config", "number.yaml"], "weighting"),
+        (["export", "scored", "--out", "out", "--size", "17"], "--size 17: scored holds scores with short contexts"),
+        (["export", "scored", "--out", "out", "--format", "parquet", "--size", "16"], "--size 16: --format parquet"),
+        (["show", "scored", "--size", "17"], "--size 17: scored holds scores with short contexts of 16 tokens"),
+        ([*TRAIN, "--size", "17"], "--size 17: scored holds scores with short contexts of 16 tokens"),
         (["show", "rows"], "rows has no column short_nll"),
         (["show", "scored", "--row", "999"], "--row 999: scored has rows 0 to"),
         (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),

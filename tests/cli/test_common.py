@@ -6,7 +6,7 @@ from tokenweight.cli.common import token_counts
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("512", [512]), ("1,2k,1M", [1, 2048, 1048576]), ("4096,32k", [4096, 32768])]
+    ("text", "expected"), [("512", [512]), ("1,2k,1M", [1, 2048, 1048576]), ("4_096,32K", [4096, 32768])]
 )
 def test_numbers_of_tokens(text, expected):
     assert token_counts("size", text) == expected

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, load_model, token_nll
-from tokenweight.data import dataset, load_rows, load_scores, read_row, score_folder, score_text, verify
+from tokenweight.data import load_rows, load_scores, read_row, score_folder, score_text, scored_row, verify
 from tokenweight.records import read_provenance
 
 
@@ -52,9 +52,9 @@ def test_the_scoring_model_is_loaded_in_the_revision_that_scored(named, folders,
     score_folder(folders / "rows", name, [CONTEXT], folders / "scored")
     note = folders / "scored" / "scores.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "revision": "v2"}))  # as of a hub model
-    load_model = dataset.load_model
+    load_model = scored_row.load_model
     monkeypatch.setattr(
-        dataset, "load_model", lambda *names, **settings: loaded.append(settings) or load_model(*names, **settings)
+        scored_row, "load_model", lambda *names, **settings: loaded.append(settings) or load_model(*names, **settings)
     )
     read_row(folders / "scored", 0, name if named else None)
     assert [settings["revision"] for settings in loaded] == ["v2"]
@@ -110,12 +110,18 @@ def test_the_only_context_needs_no_name_and_another_one_is_refused(folders):
         load_scores(scored, size=9)
 
 
-def test_a_plain_column_that_others_wrote_is_taken_as_it_is(folders, caplog):
-    some_rows(short_nll=[[0.5] * LENGTH] * NUM_ROWS).save_to_disk(str(folders / "foreign"))
-    rows, provenance = load_scores(folders / "foreign", size=8)
-    assert (rows["short_nll"][0].tolist(), provenance) == ([0.5] * LENGTH, {"context": {"size": 8}})
-    assert load_scores(folders / "foreign")[1] == {}
+def test_a_plain_column_that_others_wrote_is_taken_as_it_is_but_not_for_a_size(folders, caplog):
+    plain, sized = [[0.5] * LENGTH] * NUM_ROWS, [[0.25] * LENGTH] * NUM_ROWS
+    some_rows(short_nll=plain).save_to_disk(str(folders / "foreign"))
+    rows, provenance = load_scores(folders / "foreign")
+    assert (rows["short_nll"][0].tolist(), provenance) == ([0.5] * LENGTH, {})
     assert "foreign does not say who scored it" in caplog.text
+    with pytest.raises(ValueError, match=r"^size 8: .*foreign has a column short_nll, which does not say its size"):
+        load_scores(folders / "foreign", size=8)
+    some_rows(short_nll=plain, short_nll_8=sized).save_to_disk(str(folders / "both"))
+    assert load_scores(folders / "both", size=8)[0]["short_nll"][0].tolist() == [0.25] * LENGTH
+    with pytest.raises(ValueError, match=r"^size 4: .*both has a column short_nll, which does not"):
+        load_scores(folders / "both", size=4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Documents from every kind of source, and what cannot be read, by its place."""
 
 import bz2
+import csv
 import errno
 import gzip
 import json
@@ -14,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenweight.data import Document, find_sources, read_documents, shuffled
+from tokenweight.data import Document, find_sources, read_documents, shuffled, sources_note
 
 
-def read(*names, **settings):
+def read(*names, glob=(), **settings):
     text_column = settings.get("text_column", "text")
-    return list(read_documents(find_sources(names, text_column=text_column), **settings))
+    return list(read_documents(find_sources(names, text_column=text_column, glob=glob), **settings))
 
 
 def test_texts_are_read_in_sorted_order_with_names_that_tell_file_and_line(tmp_path):
@@ -219,12 +220,119 @@ def test_shuffling_holds_no_more_than_its_buffer():
     assert max(abs(place - number) for place, number in enumerate(order)) > 30
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.csv", "DATA.CSV", "a.json.gz", "a.arrow", "a.parquet.gz"])
-def test_files_of_a_form_that_is_not_read_are_not_taken_for_a_text(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.json", r"jq -c '.\[\]' a.json > a.jsonl"),
+        ("a.JSON", "jq"),
+        ("a.json.gz", "jq"),
+        ("a.html", "pandoc -t plain a.html -o a.html.txt"),
+        ("a.HTM", "pandoc"),
+        ("a.pdf", "pdftotext a.pdf a.pdf.txt"),
+        ("a.ipynb", "pandoc"),
+        ("a.arrow", "folder of the data set"),
+        ("a.parquet.gz", "unpack it first"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["named", "matched"])
+def test_files_of_a_form_that_is_not_read_are_refused_with_what_mends_it(name, remedy, chosen, tmp_path):
     content = b'[{"text": "a"}]'
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(ValueError, match=f"{name}: .* files.* are not read: expected .txt, .md, .jsonl or .parquet"):
-        find_sources([tmp_path / name])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("json.gz") else content)
+    with pytest.raises(ValueError, match=f"{name}: such files are not read: .*{remedy}"):
+        read(tmp_path / name) if chosen == "named" else read(tmp_path, glob=["*"])
+
+
+def test_a_json_file_with_other_columns_is_refused_by_them(tmp_path):
+    (tmp_path / "a.json").write_text('{"body": "a"}\n')
+    with pytest.raises(ValueError, match=r"a\.json: no column 'text': found body; set text_column"):
+        read(tmp_path / "a.json")
+
+
+CHATS = [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "completion": "b"}]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_chat_is_refused_with_where_chats_are_trained(chat, kind, tmp_path):
+    path, column = tmp_path / f"a.{kind}", next(iter(chat))
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([chat]), path)
+    else:
+        path.write_text(json.dumps(chat))
+    with pytest.raises(ValueError, match=rf"a\.{kind}.*: column '{column}' holds a chat.* docs/train.md"):
+        read(path)
+    if column == "messages":
+        with pytest.raises(ValueError, match=r"row 1|line 1") as refusal:
+            read(path, text_column="messages") if kind != "json" else read(path.rename(path.with_suffix(".jsonl")))
+        assert "holds a chat" in str(refusal.value)
+
+
+ROWS = [("1", "one, two"), ("2", 'three\n"four"'), ("3", "x" * 200_000), ("4", "fünf")]
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("CSV", ","), ("tsv", "\t")])
+def test_tables_are_read_row_by_row(suffix, separator, tmp_path):
+    with open(tmp_path / f"a.{suffix}", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows([("id", "body"), *ROWS])
+    (tmp_path / f"meta.{suffix}").write_text(f"id{separator}title\n1{separator}Sea\n")  # what a folder may hold besides
+    expected = [(f"{tmp_path}/a.{suffix}:{number}", text) for number, text in ROWS]
+    assert [(name, text) for name, text in read(tmp_path, text_column="body")] == [
+        (name, text) for name, text in expected
+    ]
+    assert read(tmp_path / f"a.{suffix}", text_column="body") == expected
+    with pytest.raises(ValueError, match=rf"meta\.{suffix}: no column 'body': found id, title"):
+        read(tmp_path / f"meta.{suffix}", text_column="body")
+
+
+def test_rows_of_a_table_that_are_no_rows_are_refused_or_left_out(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("id,text\n1,sea\n2,a ship, a whale\n3\n4,wind\n")
+    with pytest.raises(ValueError, match=r"a\.csv, row 2: expected 2 values, as in the first line, found 3"):
+        read(tmp_path)
+    assert [text for _, text in read(tmp_path, skip_invalid=True)] == ["sea", "wind"]
+    (tmp_path / "a.csv").write_text('id,text\n1,sea\n2,"a ship\n3,wind\n')
+    with pytest.raises(ValueError, match=r"a\.csv, after row 1: cannot be read"):
+        read(tmp_path)
+
+
+GLOBS = {
+    "*.py": ["a.py", "b/c.py", "b/d/e.py"],
+    "**/*.py": ["a.py", "b/c.py", "b/d/e.py"],
+    "b/*.py": ["b/c.py"],
+    "b/**": ["b/c.py", "b/d/e.py", "b/x.rs"],
+    "[!a].py": ["b/c.py", "b/d/e.py"],
+    "?.[pr][ys]": ["a.py", "b/c.py", "b/d/e.py", "b/x.rs"],
+    "notes.txt": ["notes.txt"],
+}
+
+
+@pytest.mark.parametrize("glob", GLOBS)
+def test_files_of_a_folder_are_chosen_by_a_pattern(glob, tmp_path):
+    (tmp_path / "b" / "d").mkdir(parents=True)
+    for name in ("a.py", "b/c.py", "b/d/e.py", "b/x.rs", "notes.txt", "apy", ".hidden.py"):
+        (tmp_path / name).write_text(name)
+    assert [text for _, text in read(tmp_path, glob=[glob])] == GLOBS[glob]
+    assert [text for _, text in read(tmp_path, glob=["*.rs", glob])] == sorted({"b/x.rs", *GLOBS[glob]})
+    assert [text for _, text in read(tmp_path)] == ["apy", "notes.txt"]
+
+
+def test_a_pattern_that_nothing_matches_or_that_has_no_folder_is_refused(tmp_path, caplog):
+    (tmp_path / "a.py").write_text("a")
+    with pytest.raises(ValueError, match=r"found no text in this folder: .*set glob to choose '\*\.py'"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"found no text in this folder: nothing matches \*\.rs"):
+        read(tmp_path, glob=["*.rs"])
+    with pytest.raises(ValueError, match=r"^glob \*\.py: applies to folders"):
+        read(tmp_path / "a.py", glob=["*.py"])
+    with pytest.raises(ValueError, match=r"\*\.py: no such file or folder; .*set glob"):
+        read(tmp_path / "*.py")
+    assert read(tmp_path / "a.py") == read(tmp_path, glob=["*.py"])  # what is chosen is read alike
+
+
+def test_the_note_of_sources_changes_with_their_number_and_size(tmp_path):
+    (tmp_path / "a.txt").write_text("sea")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "rows"))
+    assert sources_note(find_sources([tmp_path / "a.txt"])) == {"files": 1, "bytes": 3}
+    assert sources_note(find_sources([tmp_path / "rows", tmp_path / "a.txt"]))["files"] == 2
 
 
 @pytest.mark.parametrize("name", ["books.tar.gz", "BOOKS.TAR", "books.tgz", "books.zip", "a.txt.xz", "a.7z"])

@@ -1,19 +1,35 @@
-"""Rows against the tokens of their documents, for tokenizers that frame a text with BOS and EOS and that do not."""
+"""Rows against the tokens of their documents, for tokenizers that frame a text with BOS and EOS and that do not; going
+on after an interruption; packed rows are scored as their documents alone."""
 
 import json
+import os
 import shutil
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import datasets
 import pytest
+import torch
 
-from texts import BOS, EOS, of_tokens, plain_ids, some_documents, trained_tokenizer
-from tokenweight.data import Document, load_rows, prepare, prepare_rows
+import models
+from texts import BOS, EOS, TEXT, of_tokens, plain_ids, some_documents, trained_tokenizer
+from tokenweight import token_nll
+from tokenweight.data import Document, load_rows, prepare, prepare_rows, tokenize
 
 
 @pytest.fixture
 def documents():
     return some_documents()
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of few rows, from batches of one document."""
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 100)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def expected_tokens(documents, framed):
@@ -59,7 +75,7 @@ def test_summary_counts_every_document_and_token(documents, framed, tmp_path):
     assert summary.longest_document == max(lengths)
     note = json.loads((tmp_path / "rows" / "rows.json").read_text())
     framing = {"prefix": [BOS] * framed, "suffix": [EOS] * framed}
-    assert note == {**vars(summary), "length": length, "short": "drop", "max_rows": None, **framing}
+    assert note == {**vars(summary), "length": length, "short": "drop", "max_rows": None, "format": "arrow", **framing}
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 1000])
@@ -115,6 +131,73 @@ def test_a_failure_in_the_first_shard_leaves_nothing_behind(documents, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["arrow", "parquet"])
+def test_a_complete_folder_is_not_made_again_and_other_settings_are_named(format, documents, tmp_path):
+    settings = {"tokenizer": trained_tokenizer(), "out": tmp_path / "rows", "format": format}
+    made = prepare_rows(documents, length=16, provenance={"texts": ["a"]}, **settings)
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()}
+    unread = (pytest.fail("a document was read") for _ in range(1))
+    assert prepare_rows(unread, length=16, provenance={"texts": ["a"], "environment": 1}, **settings) == made
+    with pytest.raises(ValueError, match=r"^out .*rows: already holds rows .*length is 16 there, 17 now"):
+        prepare_rows(unread, length=17, provenance={"texts": ["a"]}, **settings)
+    with pytest.raises(ValueError, match=r"texts is \['a'\] there, \['b'\] now"):
+        prepare_rows(unread, length=16, provenance={"texts": ["b"]}, **settings)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()} == kept
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that need not import everything again."""
+    monkeypatch.setattr(tokenize, "START_METHOD", "fork")
+
+
+@pytest.mark.parametrize("settings", [{}, {"short": "pack"}, {"max_rows": 5}, {"format": "parquet"}], ids=str)
+def test_rows_are_the_same_bytes_however_many_processes_tokenize(settings, documents, small_shards, forked, tmp_path):
+    for name, num_proc in (("one", 1), ("three", 3)):
+        prepare_rows(documents * 2, trained_tokenizer(framed=True), 16, tmp_path / name, num_proc=num_proc, **settings)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert len(contents(tmp_path / "one")) > 4 or "max_rows" in settings
+
+
+def test_with_several_processes_an_interrupted_call_goes_on_after_what_was_written(
+    documents, small_shards, forked, tmp_path
+):
+    tokenizer = trained_tokenizer()
+    prepare_rows(documents * 2, tokenizer, 16, tmp_path / "whole")
+
+    def broken():
+        yield from documents[:7]
+        raise ValueError("file:7: no text")
+
+    with pytest.raises(ValueError, match="file:7"):
+        prepare_rows(broken(), tokenizer, 16, tmp_path / "rows", num_proc=2)
+    kept = set(contents(tmp_path / "rows.unfinished"))
+    with pytest.raises(ValueError, match="file:7"):
+        prepare_rows(broken(), tokenizer, 16, tmp_path / "alone")
+    assert kept == set(contents(tmp_path / "alone.unfinished")) >= {"rows-00000.arrow"}
+    prepare_rows(documents * 2, tokenizer, 16, tmp_path / "rows", num_proc=2)
+    assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_document_that_cannot_be_tokenized_is_named(num_proc, documents, forked, tmp_path, monkeypatch):
+    def text_tokens(tokenizer, texts):
+        if "short" in texts:
+            raise RuntimeError("no such\nword")
+        return [[5]] * len(texts)
+
+    monkeypatch.setattr(tokenize, "text_tokens", text_tokens)
+    with pytest.raises(ValueError, match=r"^file:2: cannot be tokenized: no such word"):
+        prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows", num_proc=num_proc)
+
+
+def test_a_killed_process_is_said_and_leaves_nothing(documents, forked, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "text_tokens", lambda tokenizer, texts: os._exit(9))
+    with pytest.raises(ValueError, match=r"^num_proc 2: a process was killed at file:0"):
+        prepare_rows(documents, trained_tokenizer(), 16, tmp_path / "rows", num_proc=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_folder_is_refused_and_kept(documents, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "notes").write_text("mine")
@@ -155,3 +238,58 @@ def test_rows_are_opened_where_they_were_moved(documents, tmp_path):
     before = load_rows(tmp_path / "rows").to_dict()
     shutil.move(tmp_path / "rows", tmp_path / "moved")
     assert load_rows(tmp_path / "moved").to_dict() == before
+
+
+def interrupted(documents, num):
+    yield from documents[:num]
+    raise KeyboardInterrupt
+
+
+def test_what_is_written_is_not_tokenized_again(documents, small_shards, tmp_path, monkeypatch):
+    tokenizer, seen = trained_tokenizer(), []
+    with pytest.raises(KeyboardInterrupt):
+        prepare_rows(interrupted(documents * 2, 9), tokenizer, 16, tmp_path / "rows")
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text, **k: seen.append(text) or call(self, text, **k))
+    prepare_rows(documents * 2, tokenizer, 16, tmp_path / "rows")
+    assert [TEXT[:2000]] not in seen[:3]
+    assert len(seen) < 3 + 2 * len(documents) - 6  # special_tokens asks twice
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"documents": [Document("file:0", TEXT[:1999])]}, "the texts have changed since .*rows.unfinished was begun"),
+        ({"documents": [Document("other", TEXT[:2000])]}, "the texts have changed"),
+        ({"documents": []}, "the texts have changed"),
+        (
+            {"length": 17},
+            "rows.unfinished was begun otherwise .length is 16 there, 17 now.; go on with that, or remove",
+        ),
+        ({"short": "pack"}, "short is 'drop' there, 'pack' now"),
+        ({"provenance": {"tokenizer_fingerprint": "b"}}, "tokenizer_fingerprint is 'a' there, 'b' now"),
+    ],
+)
+def test_going_on_with_something_else_is_refused_by_name(change, message, documents, small_shards, tmp_path):
+    settings = {"tokenizer": trained_tokenizer(), "length": 16, "provenance": {"tokenizer_fingerprint": "a"}}
+    with pytest.raises(KeyboardInterrupt):
+        prepare_rows(interrupted(documents, 8), out=tmp_path / "rows", **settings)
+    kept = contents(tmp_path / "rows.unfinished")
+    with pytest.raises(ValueError, match=message):
+        prepare_rows(**{"documents": documents, **settings, **change}, out=tmp_path / "rows")
+    assert contents(tmp_path / "rows.unfinished") == kept
+
+
+def test_short_documents_share_rows_and_are_scored_as_if_alone(tmp_path):
+    documents = [Document(str(number), TEXT[100 * number : 100 * number + 40 + number]) for number in range(40)]
+    tokenizer = trained_tokenizer(framed=True)
+    summary = prepare_rows(documents, tokenizer, 64, tmp_path / "rows", short="pack")
+    assert summary.short_documents == 40
+    model = models.tiny(vocab_size=300)
+    for row in load_rows(tmp_path / "rows"):
+        tokens, positions = (torch.tensor(row[name])[None].long() for name in ("input_ids", "position_ids"))
+        together = token_nll(model, tokens, positions)[0]
+        starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), 64]
+        for start, stop in pairwise(starts):
+            alone = token_nll(model, tokens[:, start:stop])[0]
+            torch.testing.assert_close(together[start:stop], alone, rtol=0, atol=1e-12)  # float64, losses up to 16

@@ -1,15 +1,19 @@
 """The columns of scored rows against the scorer, the model and the context gain of each row."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, token_nll
 from tokenweight.data import RowScorer
-from tokenweight.data.context_gain import gains_of_rows
+from tokenweight.data.row_scorer import gains_of_rows
 from tokenweight.method import document_positions, prediction_mask
 
 LADDER = [ShortContext(4, 2), ShortContext(8, 5), ShortContext(16, 4)]
@@ -98,3 +102,21 @@ def test_a_bad_loss_is_refused_by_the_number_of_its_row():
     for with_long, name in ((False, "short"), (True, "long")):
         with pytest.raises(ValueError, match=rf"the {name} loss of row 3, position \d+ is nan"):
             RowScorer(model, LADDER, with_long=with_long).score({"input_ids": tokens.numpy()})
+
+
+LOSSES = st.floats(0, 8, width=32)
+
+
+@given(st.lists(st.tuples(LOSSES, LOSSES, st.booleans()), min_size=1, max_size=30))
+def test_the_gain_of_a_row_is_that_of_its_tokens_under_the_mask(rows):
+    long, short, mask = (torch.tensor(column)[None] for column in zip(*rows))
+    found = gains_of_rows(long.double(), short.double(), mask)
+    gains = [short - long for long, short, counts in rows if counts]
+    if not gains:
+        assert all(math.isnan(value.item()) for value in found)
+        return
+    num_keys = sum(short - long > 2 and long < 2 for long, short, counts in rows if counts)
+    assert found.gain_mean.item() == pytest.approx(np.mean(gains), abs=1e-12)
+    assert found.gain_positive.item() == sum(b > 0 for b in gains) / len(gains)
+    assert found.gain_p90.item() == pytest.approx(np.percentile(gains, 90), abs=1e-12)
+    assert found.key_token_ratio.item() == num_keys / len(gains)

@@ -12,7 +12,7 @@ import models
 from models import LENGTH, NUM_ROWS, some_rows
 from texts import trained_tokenizer
 from tokenweight import Scorer, ShortContext, load_tokenizer, token_nll
-from tokenweight.data import RowScorer, load_rows, load_scores, score_folder, score_rows
+from tokenweight.data import RowScorer, load_rows, load_scores, process_share, score, score_folder, score_rows
 from tokenweight.models import tokenizer_fingerprint
 
 
@@ -260,3 +260,89 @@ def test_windows_begin_with_the_prefix_that_prepare_noted(prefix, folders):
     bare, begun = (tiny_scorer(prefix=one)({"input_ids": tokens}) for one in ([], prefix))
     assert not np.allclose(begun["short_nll_8"], bare["short_nll_8"], atol=0.01)
     np.testing.assert_allclose(np.stack(scored["short_nll"]), begun["short_nll_8"], atol=4e-5)
+
+
+def test_processes_share_the_shards_and_the_last_one_finishes(shards_of_two, tmp_path, monkeypatch):
+    rows = some_rows()
+    score_rows(rows, tiny_scorer(with_long=True), tmp_path / "alone", provenance={})
+    for index, num_left in ((2, 3), (0, 1), (1, 0)):
+        assert not (tmp_path / "shared" / "state.json").exists()
+        summary = score_rows(rows, tiny_scorer(with_long=True), tmp_path / "shared", provenance={}, share=(index, 3))
+        assert summary.missing_shards == num_left
+        assert (f"{num_left} of 4 shards are not there yet" in str(summary)) == (num_left > 0)
+    assert arrow_bytes(tmp_path / "shared") == arrow_bytes(tmp_path / "alone")
+    assert (tmp_path / "shared" / "state.json").read_bytes() == (tmp_path / "alone" / "state.json").read_bytes()
+
+
+def test_the_summary_of_all_shards_does_not_depend_on_who_made_them(shards_of_two, tmp_path):
+    rows, settings = some_rows(), {"provenance": {}}
+    alone = score_rows(rows, tiny_scorer(with_long=True), tmp_path / "alone", **settings)
+    score_rows(rows, tiny_scorer(with_long=True), tmp_path / "shared", **settings, share=(0, 2))
+    shared = score_rows(rows, tiny_scorer(with_long=True), tmp_path / "shared", **settings, share=(1, 2))
+    assert (shared.rows, shared.tokens, shared.differences) == (alone.rows, alone.tokens, alone.differences)
+    scored = load_rows(tmp_path / "alone")
+    difference = (tensor_of(scored, "long_nll") - tensor_of(scored, "short_nll_8"))[:, 8:].abs().double()
+    expected = f"mean |difference| {difference.mean():.3f} nats, {(difference > 2).double().mean():.2%} above 2"
+    assert expected in str(shared)
+
+
+@pytest.mark.parametrize(
+    ("shard", "environment", "expected"),
+    [
+        (None, {}, (0, 1)),
+        ("2/5", {}, (2, 5)),
+        (None, {"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ("1/2", {"RANK": "3", "WORLD_SIZE": "4"}, (7, 8)),
+    ],
+)
+def test_a_process_has_the_share_of_its_job_and_rank(shard, environment, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert process_share(shard) == expected
+
+
+@pytest.mark.parametrize("shard", ["2/2", "0", "-1/2", "a/b", "0/0", "1.0/2", "/"])
+def test_a_share_that_is_none_is_refused(shard):
+    with pytest.raises(ValueError, match=f"^shard {shard}: expected i/n"):
+        process_share(shard)
+
+
+def test_a_process_says_which_shards_are_its_own_and_warns_if_some_have_none(tmp_path, caplog):
+    said = []
+    settings = {"provenance": {}, "shard_tokens": 2 * LENGTH + 1, "announce": said.append}
+    score_rows(some_rows(), tiny_scorer(), tmp_path / "scored", share=(1, 3), **settings)
+    assert said == ["share 1 of 3: 1 of 4 shards (1)"]
+    assert caplog.text == ""
+    score_rows(some_rows(), tiny_scorer(), tmp_path / "scored", share=(4, 5), **settings)
+    assert said[1:] == ["share 4 of 5: 0 of 4 shards (none)"]
+    assert "5 processes share 4 shards: some have nothing to do" in caplog.text
+    score_rows(some_rows(), tiny_scorer(), tmp_path / "scored", share=(0, 1), **settings)
+    assert len(said) == 2
+
+
+def test_the_size_of_shards_can_be_chosen_and_is_recorded(tmp_path, monkeypatch):
+    for number, shard_tokens in ((7, 1), (4, 2 * LENGTH), (1, 1 << 20), (1, None)):
+        folder = tmp_path / str(shard_tokens)
+        score_rows(some_rows(), tiny_scorer(), folder, provenance={}, shard_tokens=shard_tokens)
+        assert len(list(folder.glob("*.arrow"))) == number
+        assert json.loads((folder / "scores.json").read_text())["shard_tokens"] == (shard_tokens or 1 << 20)
+    with pytest.raises(ValueError, match="shard_tokens is 1 there, 1048576 now"):
+        score_rows(some_rows(), tiny_scorer(), tmp_path / "1", provenance={})
+
+
+def test_without_a_size_the_context_is_a_quarter_of_the_longest_row(folders):
+    said = []
+    some_rows(input_ids=[*[[5] * LENGTH] * (NUM_ROWS - 1), [5] * 44]).save_to_disk(str(folders / "longer"))
+    score_folder(folders / "longer", str(folders / "model"), None, folders / "scored", announce=said.append)
+    assert json.loads((folders / "scored" / "scores.json").read_text())["contexts"] == [{"size": 11, "stride": 8}]
+    assert said == ["size 11, a quarter of the longest sequence, and stride 8"]
+
+
+@pytest.mark.parametrize("num_rows", [1, 999, 5000])
+def test_there_are_few_shards_however_many_rows(num_rows, monkeypatch):
+    monkeypatch.setattr(score, "SHARD_TOKENS", 24)
+    shards = score._shards(np.full(num_rows, 24), score._shard_tokens(np.full(num_rows, 24)))
+    assert np.concatenate(shards).tolist() == list(range(num_rows))
+    assert len(shards) <= score.MAX_SHARDS + 1

@@ -3,6 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+from tokenweight import records
+from tokenweight.records import OptionalTokens as OptionalTokens
+from tokenweight.records import Tokens as Tokens
+
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
@@ -43,9 +47,7 @@ def token_counts(option: str, text: str) -> list[int]:
     Raises:
         ValueError: if one is not a number of at least 1, naming the option.
     """
-    units = {"k": 2**10, "M": 2**20}
-    words = [(word[:-1], units[word[-1]]) if word[-1:] in units else (word, 1) for word in text.split(",")]
-    numbers = [int(digits) * unit if digits.isdecimal() else 0 for digits, unit in words]
-    if min(numbers) < 1:
-        raise ValueError(f"--{option} {text}: expected a number of tokens, or several as in 512,4096,32k")
-    return numbers
+    try:
+        return [records.token_count(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option} {text}: expected a number of tokens, or several as in 512,4096,32k") from None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tokenweight import data, models, records
-from tokenweight.cli.common import progress_bar
+from tokenweight.cli.common import Tokens, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +18,19 @@ class Prepare:
     texts: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXTS …", help_behavior_hint="(required)")
     ]
-    """Text files (a document each), .jsonl and .parquet files (a document per row), folders of these, or data sets."""
+    """Text files (a document each), .jsonl, .csv and .parquet files (a document a row), folders of these, data sets."""
     tokenizer: str
     """Folder, hub id or .gguf file of the model whose tokenizer to use."""
-    length: int
+    length: Tokens
     """Tokens per sequence: the long context."""
     out: Path
     """New folder for the sequences."""
     short: Literal["drop", "pack"] = "drop"
     """Whether documents, and rests of documents, that are shorter than a sequence are dropped or packed together."""
     text_column: str = "text"
-    """Column that holds the text, in .jsonl and .parquet files and data sets."""
+    """Column that holds the text, in .jsonl, .csv and .parquet files and data sets."""
+    glob: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Files to read in folders, as in '**/*.py', whatever their suffix; several times for several patterns."""
     subset: str | None = None
     """Subset of a data set of the hub."""
     split: str = "train"
@@ -39,17 +41,24 @@ class Prepare:
     """Largest number of sequences to write."""
     skip_invalid: bool = False
     """Whether documents that are no text (null, lists, broken JSON, not UTF-8) are left out and counted."""
+    num_proc: int = 1
+    """Processes that tokenize; the sequences are the same, whatever their number."""
+    format: Literal["arrow", "parquet"] = "arrow"
+    """Format of the shards. Commands read both; Parquet is for other tools."""
 
     def run(self) -> None:
         """Write the sequences and print what became of the documents."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
-        sources = data.find_sources(self.texts, text_column=self.text_column)
+        sources = data.find_sources(self.texts, text_column=self.text_column, glob=self.glob)
+        complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {
             **data.tokenizer_note(tokenizer, self.tokenizer),
             "texts": list(self.texts),
             "hub": [source.name for source in sources if source.kind == "hub"],
+            "glob": list(self.glob),
+            "sources": data.sources_note(sources),
             "text_column": self.text_column,
             "subset": self.subset,
             "split": self.split,
@@ -80,6 +89,8 @@ class Prepare:
                 self.out,
                 short=self.short,
                 max_rows=self.max_rows,
+                num_proc=self.num_proc,
+                format=self.format,
                 provenance=provenance,
             )
-        print(f"{self.out}: {summary}")
+        print(f"{self.out}: {'complete already, ' if complete else ''}{summary}")

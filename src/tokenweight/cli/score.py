@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from tokenweight import data, method
-from tokenweight.cli.common import progress_bar, token_counts
+from tokenweight.cli.common import OptionalTokens, Tokens, progress_bar, token_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,14 @@ class Score:
     """
 
     rows: tyro.conf.Positional[Path]
-    """Folder of sequences that `prepare` has written."""
+    """Folder of sequences: of `prepare`, of `datasets`, or of Parquet files with a column input_ids."""
     model: str
     """Folder, hub id or .gguf file of the scoring model."""
-    size: str
-    """Tokens of the short context. Several sizes, as in 512,4096,32k, are scored in one run."""
     out: Path
     """Folder for the scored sequences."""
+    size: str | None = None
+    """Tokens of the short context, by default a quarter of the longest sequence. Several sizes, as in 512,4096,32k, are
+    scored in one run."""
     stride: str | None = None
     """Tokens that each window scores, one number per size; by default three quarters of the size."""
     long: bool = False
@@ -32,12 +34,14 @@ class Score:
     """Revision of a hub model."""
     dtype: str = "auto"
     """Dtype the scoring model is loaded in."""
-    attn_implementation: str | None = None
-    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
-    max_tokens: int = 32768
+    max_tokens: Tokens = 32768
     """Most tokens in one forward pass; halved whenever memory runs out."""
     shard: str | None = None
     """Score only slice i of n of the shards, as one of n jobs: i/n, from 0/n to n-1/n."""
+    shard_tokens: OptionalTokens = None
+    """Tokens of a shard; n jobs need at least n shards. By default 1M, or a thousandth of all, if that is more."""
+    format: Literal["arrow", "parquet"] = "arrow"
+    """Format of the shards. Commands read both; Parquet is for other tools."""
 
     def run(self) -> None:
         """Write the scores and print a summary."""
@@ -51,16 +55,22 @@ class Score:
                 self.out,
                 revision=self.revision,
                 dtype=self.dtype,
-                attn_implementation=self.attn_implementation,
-                with_long=self.long or len(contexts) > 1,
+                with_long=self.long or len(contexts or ()) > 1,
                 max_tokens=self.max_tokens,
+                shard_tokens=self.shard_tokens,
+                format=self.format,
                 share=share,
                 progress=advance,
+                announce=lambda line: print(f"{self.out}: {line}", flush=True),
             )
         print(f"{self.out}: {summary}")
 
 
-def _contexts(size: str, stride: str | None) -> list["method.ShortContext"]:
+def _contexts(size: str | None, stride: str | None) -> list["method.ShortContext"] | None:
+    if size is None:
+        if stride is not None:
+            raise ValueError(f"--stride {stride}: belongs to --size, which is not given")
+        return None
     sizes = token_counts("size", size)
     strides: list[int | None] = [None] * len(sizes) if stride is None else [*token_counts("stride", stride)]
     if len(strides) != len(sizes):

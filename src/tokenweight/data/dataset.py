@@ -1,48 +1,32 @@
-"""Open rows and scores: what a folder holds, one of its short contexts, and single rows with their losses."""
+"""Open rows and scores: what a folder holds, and one of its short contexts."""
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import pyarrow.parquet as pq
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_types, translate
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.data.documents import find_sources, read_documents
-from tokenweight.data.shards import check_name, check_sizes, dataset_files, noted_contents, verify
-from tokenweight.data.tokenize import special_tokens, text_tokens
-from tokenweight.method import ShortContext, prediction_mask
-from tokenweight.models import (
-    Scorer,
-    check_length,
-    check_tokenizer,
-    context_length,
-    find_tokenizer,
-    load_model,
-    load_tokenizer,
-    numbered_from,
-    own_device,
-    token_nll,
-)
-from tokenweight.records import read_json
+from tokenweight.data.documents import naming
+from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
+from tokenweight.records import read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
 _ROWS_READ = 64  # at a time, when all rows are looked at
-TEXT_LENGTH = 4096
-"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
-_NUMBERS = (*COLUMNS, "short_nll", "long_nll")
 
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
-    """Open a folder of rows, mapped into memory, with its columns as numpy arrays.
+    """Open a folder of rows, mapped into memory, with its columns as numpy arrays: one that `datasets` wrote, or one of
+    Parquet files with lists of tokens, whoever wrote them. Their rows are kept in the cache of `datasets`.
 
     Of a folder that `tokenweight` wrote, the sizes of shards are compared with those that were written, so that a file
     that was cut off is found. Contents are not read: `verify` does that. Of any other, the lengths of all columns are
@@ -51,7 +35,7 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     Rows that differ by this are written once, to the cache of `datasets`.
 
     Raises:
-        ValueError: if it is not a `datasets` folder; naming a shard that is missing or has another size than was
+        ValueError: if it is neither; naming a shard that is missing or has another size than was
             written, a column that is missing, of another type, or would change what a row means but is not read, or a
             row whose columns do not fit each other.
     """
@@ -85,14 +69,8 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
     check_name(folder)
     check_sizes(folder)
-    try:
-        rows = datasets.load_from_disk(str(folder))
-    except IndexError:  # so `datasets` says that there are none
-        raise ValueError(f"{folder} holds no rows") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not a finished `datasets` folder: {' '.join(str(error).split())}") from error
-    if isinstance(rows, datasets.DatasetDict):
-        raise ValueError(f"{folder} holds several splits ({', '.join(rows)}): name one of its folders")
+    files = [] if (folder / "state.json").is_file() else dataset_files(folder)
+    rows = _of_parquet(folder, files) if files else _of_arrow(folder)
     if "input_ids" not in rows.column_names:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
     if not len(rows):
@@ -105,11 +83,73 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
     return rows.with_format("numpy"), noted
 
 
-def _cache(folder: Path) -> Path:
+def _of_arrow(folder: Path) -> datasets.Dataset:
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except IndexError:  # so `datasets` says that there are none
+        raise ValueError(f"{folder} holds no rows") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished `datasets` folder: {' '.join(str(error).split())}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        raise ValueError(f"{folder} holds several splits ({', '.join(rows)}): name one of its folders")
+    return rows
+
+
+def _cache(folder: Path, *, kind: str = "") -> Path:
     """The file for rows that differ from those in the folder, in the cache of `datasets`."""
     stats = [((folder / name).resolve(), (folder / name).stat()) for name in dataset_files(folder)]
     known = hashlib.sha256(repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]).encode())
-    return Path(datasets.config.HF_DATASETS_CACHE) / "tokenweight" / f"{known.hexdigest()[:32]}.arrow"
+    return Path(datasets.config.HF_DATASETS_CACHE) / "tokenweight" / f"{known.hexdigest()[:32]}{kind}.arrow"
+
+
+def _of_parquet(folder: Path, files: Sequence[str]) -> datasets.Dataset:
+    """The rows of Parquet files, one file after the other, from a file in the cache that is mapped into memory."""
+    path = _cache(folder, kind="-parquet")
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=True):
+        if not path.is_file():
+            _write_arrow([folder / name for name in files], path)
+    return datasets.Dataset.from_file(str(path))
+
+
+def _write_arrow(files: Sequence[Path], path: Path) -> None:
+    """Write the rows of Parquet files to an Arrow file, with the columns and types of the first of them."""
+    schema: pa.Schema | None = None
+    with replaced(path) as part, contextlib.ExitStack() as stack, writing_to(path.parent):
+        for file in files:
+            for columns in _parquet_columns(file):
+                if schema is None:
+                    schema = pa.schema([(name, column.type) for name, column in columns.items()])
+                    writer = stack.enter_context(pa.ipc.new_stream(str(part), schema))
+                if differ := {*columns} ^ {*schema.names}:
+                    raise ValueError(
+                        f"{file}: expected the columns of {files[0].name}, {min(differ)} is in one of them"
+                    )
+                try:
+                    values = [columns[field.name].cast(field.type) for field in schema]
+                except pa.ArrowException as error:
+                    raise ValueError(f"{file}: expected the types of {files[0].name}: {error}") from error
+                writer.write_batch(pa.record_batch(values, schema=schema))
+        if schema is None:
+            raise ValueError(f"{files[0].parent} holds no rows")
+
+
+def _parquet_columns(file: Path) -> Iterator[dict[str, pa.Array]]:
+    with naming(lambda: str(file)), pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(_ROWS_READ):
+            yield {name: _plain(column) for name, column in zip(batch.schema.names, batch.columns)}
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """A column as lists and values: of a tensor (Ray) its values, of a category (pandas) its name."""
+    while isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        return column.dictionary_decode()
+    if pa.types.is_struct(column.type) and {field.name for field in column.type} == {"data", "shape"}:
+        return column.field("data")
+    return column
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
@@ -158,15 +198,22 @@ def choose_scores(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """`load_scores` of rows that `load_rows` has opened."""
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
-    if provenance:
+    if provenance and (Path(folder) / "state.json").is_file():
         _check_not_resaved(Path(folder))
     if not has_scores(rows):
         raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
     if not provenance:
         logger.warning("%s does not say who scored it: its scores are used as they are", folder)
-    if "short_nll" in rows.column_names:  # `score` did not write it, so that only the caller can know its context
-        return rows, provenance if size is None else {**provenance, "context": {"size": size}}
     sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
+    if "short_nll" in rows.column_names:  # `score` did not write it, and nothing says its context
+        if size is None:
+            return rows, provenance
+        if size not in sizes:
+            raise ValueError(
+                f"size {size}: {folder} has a column short_nll, which does not say its size: call it short_nll_{size}, "
+                "or leave size out"
+            )
+        rows = rows.remove_columns("short_nll")
     if size is None and len(sizes) == 1:
         size = sizes[0]
     if size not in sizes:
@@ -187,129 +234,3 @@ def _check_not_resaved(folder: Path) -> None:
     for name in dataset_files(folder):
         if not name.startswith("scores-"):
             raise ValueError(f"{folder} was changed after it was scored: its rows are in {name}; score them again")
-
-
-class ScoredRow(NamedTuple):
-    """One scored row, as a batch of one, with what reads it."""
-
-    tokens: Int[Tensor, "1 seq"]
-    long_nll: Float[Tensor, "1 seq"]
-    short_nll: Float[Tensor, "1 seq"]
-    mask: Bool[Tensor, "1 seq"]
-    tokenizer: PreTrainedTokenizerBase | None
-    position_ids: Int[Tensor, "1 seq"] | None = None
-    """Where they restart at 0, a packed document begins; without them the row is one document."""
-    size: int | None = None
-    """Tokens of the short context, if they are known."""
-
-
-def read_row(
-    folder: str | os.PathLike[str],
-    number: int,
-    model_name: str | None = None,
-    *,
-    size: int | None = None,
-    attn_implementation: str | None = None,
-) -> ScoredRow:
-    """The row of that number; see `read_rows`."""
-    return read_rows(folder, number, 1, model_name, size=size, attn_implementation=attn_implementation)[0]
-
-
-def read_rows(
-    folder: str | os.PathLike[str],
-    first: int,
-    num: int,
-    model_name: str | None = None,
-    *,
-    size: int | None = None,
-    attn_implementation: str | None = None,
-) -> list[ScoredRow]:
-    """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
-
-    Args:
-        first: number of the first row, from 0.
-        num: of rows; fewer, where the folder ends.
-        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
-            those that are not stored.
-        size: of the short context; by default the only one that is stored.
-        attn_implementation: attention kernel of the model; by default the choice of transformers.
-
-    Raises:
-        ValueError: if there is no such row, one of their shards is damaged, or no model is named where one is needed.
-    """
-    rows, provenance = load_scores(folder, size=size)
-    if not 0 <= first < len(rows):
-        raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
-    verify(folder, range(first, first + num))
-    name = model_name or provenance.get("model")
-    revision = provenance.get("revision") if name == provenance.get("model") else None
-    tokenizer = None if name is None else find_tokenizer(name, revision=revision)
-    check_tokenizer(tokenizer, str(name), provenance, folder)
-    model = None
-    if model_name or "long_nll" not in rows.column_names:
-        if name is None:
-            raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
-        dtype = provenance.get("dtype", "auto")
-        model = load_model(name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-        model = model.to(own_device())
-    found = []
-    for row in rows.select(range(first, min(first + num, len(rows)))):
-        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
-        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
-        if model is None:
-            long_nll = columns["long_nll"]
-        else:
-            check_length(model.config, tokens.shape[1], f"{folder}: rows")
-            places = None if positions is None else positions.to(model.device)
-            long_nll = token_nll(model, tokens.to(model.device), places)
-        mask = prediction_mask(columns.get("labels", tokens), positions)
-        losses = long_nll.float().cpu(), columns["short_nll"].float()
-        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, provenance.get("context", {}).get("size")))
-    return found
-
-
-def score_text(
-    path: str | os.PathLike[str],
-    model_name: str,
-    *,
-    number: int = 0,
-    length: int | None = None,
-    size: int | None = None,
-    stride: int | None = None,
-    attn_implementation: str | None = None,
-) -> ScoredRow:
-    """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
-
-    Args:
-        path: of a file that `prepare` reads.
-        model_name: gives tokenizer and losses.
-        number: of the row, from 0.
-        length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
-        size: of the short context; by default a quarter of the row.
-        stride: of the short context; by default three quarters of its size.
-        attn_implementation: attention kernel of the model; by default the choice of transformers.
-
-    Raises:
-        ValueError: if there is no such row, or no token of it would have a shorter context.
-    """
-    document = next(read_documents(find_sources([path])), None)
-    if document is None or not document.text.strip():
-        raise ValueError(f"{path} holds no text")
-    tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name, attn_implementation=attn_implementation).to(own_device())
-    if length is None:
-        length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
-    check_length(model.config, length, f"{path}: rows")
-    prefix = special_tokens(tokenizer)[0]
-    ids = prefix + text_tokens(tokenizer, [document.text])[0]
-    row = ids[number * length : (number + 1) * length] if number >= 0 else []
-    if not row:
-        raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
-    context = ShortContext.of(len(row), size, stride)
-    scorer = Scorer(model, context, prefix=prefix)
-    tokens = torch.tensor([row], device=model.device)
-    with numbered_from(number):
-        long_nll = scorer.long_nll(tokens)
-        short_nll = scorer(tokens, long_nll=long_nll)
-    mask = prediction_mask(tokens).cpu()
-    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), mask, tokenizer, size=context.size)

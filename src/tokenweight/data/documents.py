@@ -1,7 +1,9 @@
 """Where texts come from: files, folders, data sets, the hub; one document at a time."""
 
 import codecs
+import collections
 import contextlib
+import csv
 import io
 import json
 import logging
@@ -10,7 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -20,18 +22,31 @@ from tokenweight.records import read_json
 
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
-"""Files of a folder that are read as one document each. Any text file may be named directly."""
+"""Files that are read as one document each. Other files of text, such as sources of programs, are as well if they are
+chosen: by their own name, or by a pattern for the files of a folder."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 """Files of one JSON object a line."""
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+"""Files of one document a row, by what separates their columns, if the first line names one of texts."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """May follow any of the suffixes above, which may be in upper case."""
 _PERHAPS_LINES = (".json", "")
 """Files of lines if the first one is a JSON object with a text: `.json.gz` of C4, `part-00000` of Spark."""
-_UNREADABLE = (".json", ".csv", ".tsv", ".arrow", ".ipynb")
-"""Files of texts in a form that is not read; named directly, they would be taken for one text."""
-_PACKED = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".xz", ".lzma", ".lz4", ".br")
-"""Files that have to be unpacked first."""
-_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *COMPRESSED, *_UNREADABLE, *_PACKED, ".parquet")
+_PANDOC, _UNPACK = "extract its text first, as by `pandoc -t plain {0} -o {0}.txt`", "unpack it first"
+_REMEDIES = {
+    **dict.fromkeys([".html", ".htm", ".xhtml", ".docx", ".odt", ".epub", ".ipynb"], _PANDOC),
+    ".pdf": "extract its text first, as by `pdftotext {0} {0}.txt`",
+    ".json": "expected an object on each line, as `jq -c '.[]' {0} > {0}l` writes the values of an array",
+    ".arrow": "name the folder of the data set",
+    ".parquet": "unpack it first, as Parquet compresses by itself",
+    **dict.fromkeys([".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar"], _UNPACK),
+    **dict.fromkeys([".xz", ".lzma", ".lz4", ".br"], _UNPACK),
+}
+"""Files of texts in a form that is not read, and what makes of them one that is."""
+_CHATS = ("messages", "conversations", "prompt")
+"""Columns of conversations: tokens of instructions and answers, which a template makes of them."""
+_CHAT = "column {0!r} holds a chat, whose tokens a chat template makes: see TRL's SFTTrainer in docs/train.md"
+_FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *TABLE_SUFFIXES, *COMPRESSED, *_REMEDIES)
 BUFFER_CHARACTERS = 1 << 28
 """Of the documents among which `shuffled` draws the next one."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -51,37 +66,54 @@ class Source(NamedTuple):
 
     name: str
     kind: str
-    """One of text, lines, parquet, dataset, hub."""
+    """One of text, lines, table, parquet, dataset, hub."""
 
 
-def find_sources(names: Sequence[str | os.PathLike[str]], *, text_column: str = "text") -> list[Source]:
+def find_sources(
+    names: Sequence[str | os.PathLike[str]], *, text_column: str = "text", glob: Sequence[str] = ()
+) -> list[Source]:
     """What the names stand for, folders opened, in sorted order. Nothing is read yet but the first lines of files whose
     names leave open whether they hold JSON lines.
 
     A file that is named twice, or reached by several links, is taken once, with a warning; linked folders are followed.
 
     Args:
-        names: text files (one document each), .jsonl and .parquet files (one document a row), each perhaps compressed
-            (.gz, .zst, .bz2), folders of all these, folders that `datasets` wrote, and hub ids.
+        names: text files (one document each), .jsonl, .csv and .parquet files (one document a row), each perhaps
+            compressed (.gz, .zst, .bz2), folders of all these, folders that `datasets` wrote, and hub ids.
         text_column: of JSON lines in files that are not called .jsonl.
+        glob: patterns for the files of folders, as in `**/*.py`; one without a slash is for files at any depth. Files
+            of text that match one are read, whatever their suffix, and no others. By default those of `TEXT_SUFFIXES`,
+            `LINE_SUFFIXES`, `TABLE_SUFFIXES` and .parquet are.
 
     Raises:
         ValueError: naming what does not exist or cannot be read, or the folder in which nothing can be read.
     """
     sources = []
+    if glob and not any(map(os.path.isdir, names)):
+        raise ValueError(f"glob {','.join(glob)}: applies to folders, and none is named")
     for name in map(str, names):
         path = Path(name)
         if path.is_dir():
-            sources += _in_folder(path, text_column)
+            sources += _in_folder(path, text_column, glob)
         elif path.exists():
-            sources.append(_named_directly(path, text_column))
+            sources.append(_chosen(path, text_column))
         elif path.is_symlink():
             raise ValueError(f"{_shown(name)}: a link to {_shown(os.readlink(name))}, which does not exist")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in _FILES:
             sources.append(Source(name, "hub"))
         else:
-            raise ValueError(f"{_shown(name)}: no such file or folder")
+            hint = "; for a pattern, name the folder and set glob" if re.search(r"[*?[]", name) else ""
+            raise ValueError(f"{_shown(name)}: no such file or folder{hint}")
     return _once(sources)
+
+
+def sources_note(sources: Iterable[Source]) -> dict[str, int]:
+    """How many files there are, and their bytes: whether texts have changed, as far as that is seen without reading."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source.name)
+        files += path.rglob("*.arrow") if source.kind == "dataset" else [path] if source.kind != "hub" else []
+    return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def read_documents(
@@ -95,7 +127,7 @@ def read_documents(
     """Read the documents of each source, so that memory holds one file's buffer and one document at most.
 
     Args:
-        text_column: of .jsonl and .parquet files and data sets.
+        text_column: of .jsonl, .csv and .parquet files and data sets.
         subset: of a data set of the hub; by default the one it names default.
         split: of a data set of the hub.
         skip_invalid: leave out what is no document (null, a list, no JSON, not UTF-8 …), and warn of how many there
@@ -157,62 +189,96 @@ def _suffix(path: Path) -> str:
 
 
 def _kind(path: Path, text_column: str) -> str | None:
-    """How a file is read; None if it is not, unless it is named directly and is a text."""
+    """How a file is read: the same, however it was found. None if it is no text, or is one only if it is chosen."""
     suffix = _suffix(path)
     if suffix == ".parquet":
         return "parquet" if path.suffix.lower() == suffix else None
-    if suffix in LINE_SUFFIXES or (suffix in _PERHAPS_LINES and _begins_with_text(path, text_column)):
+    if suffix in TABLE_SUFFIXES and text_column in _header(path):
+        return "table"
+    if suffix in LINE_SUFFIXES or (suffix in _PERHAPS_LINES and isinstance(_first(path, text_column), Document)):
         return "lines"
     return "text" if suffix in TEXT_SUFFIXES else None
 
 
-def _begins_with_text(file: Path, text_column: str) -> bool:
-    """Whether the first line that is not empty is a JSON object with a text."""
+def _header(file: Path) -> list[str]:
+    with naming(lambda: _shown(file)), _opened(file) as opened:
+        with contextlib.suppress(csv.Error):  # of a file that need not be a table of texts
+            return next(_table_rows(opened, TABLE_SUFFIXES[_suffix(file)], errors="replace"), [])
+        return []
+
+
+def _first(file: Path, text_column: str) -> Document | ValueError:
+    """The document in the first line that is not empty, if the file holds JSON lines."""
     if not file.is_file():  # a pipe could not be read again
-        return False
-    with _naming(lambda: _shown(file)), _opened(file) as opened:
+        return ValueError(f"{_shown(file)}: no file")
+    with naming(lambda: _shown(file)), _opened(file) as opened:
         line = next(filter(_says_something, iter(lambda: opened.readline(_LONGEST_LINE), b"")), b"")
-    return isinstance(_of_line(line, "", "", text_column), Document)
+    return _of_line(line, "", _shown(file), text_column)
 
 
 def _says_something(line: bytes) -> bool:
     return bool(line.removeprefix(codecs.BOM_UTF8).strip())
 
 
-def _named_directly(path: Path, text_column: str) -> Source:
-    suffix = _suffix(path)
-    if suffix in _PACKED:
-        raise ValueError(f"{_shown(path)}: {suffix} files are not read: unpack it first")
-    kind = _kind(path, text_column)
-    if kind is None and suffix in (*_UNREADABLE, ".parquet"):
-        form = " with other than a JSON object with a text on each line" if suffix == ".json" else ""
-        written = "compressed .parquet" if suffix == ".parquet" else suffix
-        raise ValueError(f"{_shown(path)}: {written} files{form} are not read: expected .txt, .md, .jsonl or .parquet")
+def _chosen(path: Path, text_column: str) -> Source:
+    """A file that is named, or matches a pattern: any text, unless it is one in another form."""
+    kind, suffix = _kind(path, text_column), _suffix(path)
+    if kind is None and suffix in TABLE_SUFFIXES:
+        raise _without(text_column, _header(path), _shown(path))
+    if kind is None and suffix in _REMEDIES:
+        error = _first(path, text_column) if suffix == ".json" else None
+        if isinstance(error, ValueError) and "column" in str(error):
+            raise error
+        raise ValueError(f"{_shown(path)}: such files are not read: {_REMEDIES[suffix].format(_shown(path.name))}")
     return Source(str(path), kind or "text")
 
 
-def _in_folder(folder: Path, text_column: str) -> list[Source]:
-    if (folder / "state.json").is_file():
+def _in_folder(folder: Path, text_column: str, glob: Sequence[str]) -> list[Source]:
+    if (folder / "state.json").is_file() and not glob:
         return [Source(str(folder), "dataset")]
-    if (folder / "dataset_dict.json").is_file():
+    if (folder / "dataset_dict.json").is_file() and not glob:
         splits = ", ".join(read_json(folder / "dataset_dict.json").get("splits", ()))
         raise ValueError(f"{_shown(folder)} holds several splits ({splits}): name one of its folders")
     found: list[Source] = []
     left_out: dict[str, list[str]] = {"files that are no text": [], "links to nothing": []}
+    pattern = re.compile("|".join(map(_regex, glob)) or "(?s:.*)")
     for file in sorted(_files(folder)):
+        if not pattern.fullmatch(file.relative_to(folder).as_posix()):
+            continue
         if not file.exists():
             left_out["links to nothing"].append(_shown(file))
+        elif file.is_file() and glob:
+            found.append(_chosen(file, text_column))
         elif file.is_file() and (kind := _kind(file, text_column)):
             found.append(Source(str(file), kind))
         else:
             left_out["files that are no text"].append(_shown(file))
+    others = left_out["files that are no text"]
+    chosen = f"; set glob to choose {', '.join(_patterns(others))}" if others else ""
     if not found:
-        expected = "expected .txt, .md, .jsonl or .parquet files"
+        expected = (
+            f"nothing matches {' '.join(glob)}" if glob else f"expected .txt, .md, .jsonl, .csv or .parquet{chosen}"
+        )
         raise ValueError(f"{_shown(folder)}: found no text in this folder: {expected}")
     for what, files in left_out.items():
         if files:
-            logger.warning("%s: left out %d %s, such as %s", _shown(folder), len(files), what, files[0])
+            hint = chosen if files is others else ""
+            logger.warning("%s: left out %d %s, such as %s%s", _shown(folder), len(files), what, files[0], hint)
     return found
+
+
+def _patterns(files: Sequence[str]) -> list[str]:
+    """Patterns for the most frequent suffixes of files that were left out."""
+    suffixes = collections.Counter(Path(file).suffix for file in files)
+    return [f"'*{suffix}'" for suffix, _ in suffixes.most_common(3)]
+
+
+def _regex(glob: str) -> str:
+    """A pattern of paths as a regular expression: `**/` is any number of folders, also none."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", glob if "/" in glob else f"**/{glob}")
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    words = [f"[{part[1:-1].replace('!', '^', 1)}]" if part[:1] == "[" else known.get(part) for part in parts]
+    return "".join(word or re.escape(part) for word, part in zip(words, parts))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -246,7 +312,7 @@ def _once(sources: list[Source]) -> list[Source]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
+def _opened(file: Path) -> Iterator[io.BufferedReader]:
     # Opened here, since Arrow would take names that are not UTF-8 for errors.
     with file.open("rb") as raw, pa.input_stream(raw, compression=COMPRESSED.get(file.suffix.lower())) as stream:
         yield io.BufferedReader(stream, buffer_size=1 << 20)
@@ -257,16 +323,26 @@ def _documents(source: Source, text_column: str, subset: str | None, split: str)
     name = _shown(source.name)
     number = 0
     if source.kind == "text":
-        with _naming(lambda: name), _opened(Path(source.name)) as opened:
+        with naming(lambda: name), _opened(Path(source.name)) as opened:
             content = opened.read()
         yield _of_file(content, name)
     elif source.kind == "lines":
-        with _naming(lambda: f"{name}, line {number}"), _opened(Path(source.name)) as lines:
+        with naming(lambda: f"{name}, line {number}"), _opened(Path(source.name)) as lines:
             for number, line in enumerate(lines, 1):
                 if _says_something(line):
                     yield _of_line(line, f"{name}:{number}", f"{name}, line {number}", text_column)
+    elif source.kind == "table":
+        with naming(lambda: f"{name}, after row {number}"), _opened(Path(source.name)) as opened:
+            rows = _table_rows(opened, TABLE_SUFFIXES[_suffix(Path(source.name))])
+            header = next(rows, [])
+            for number, row in enumerate(rows, 1):
+                where = f"{name}, row {number}"
+                if len(row) != len(header):  # separators of a text that is not in quotes
+                    yield ValueError(f"{where}: expected {len(header)} values, as in the first line, found {len(row)}")
+                else:
+                    yield _of_record(dict(zip(header, row)), f"{name}:{number}", where, text_column)
     else:
-        with _naming(lambda: f"{name}, after row {number}" if number else name):
+        with naming(lambda: f"{name}, after row {number}" if number else name):
             for number, record in enumerate(_records(source, text_column, subset, split), 1):
                 yield _of_record(record, f"{name}:{number}", f"{name}, row {number}", text_column)
 
@@ -289,19 +365,36 @@ def _of_line(line: bytes, name: str, where: str, text_column: str) -> Document |
     return _of_record(record, name, where, text_column)
 
 
+def _table_rows(opened: io.BufferedReader, separator: str, *, errors: str = "strict") -> Iterator[list[str]]:
+    """The rows of a table, the one with the names of its columns first. In quotes, a text may hold separators and
+    lines."""
+    csv.field_size_limit(_LONGEST_LINE)  # instead of 131072 characters
+    text = io.TextIOWrapper(opened, "utf-8-sig", newline="", errors=errors)
+    yield from filter(None, csv.reader(text, delimiter=separator, strict=True))
+
+
 def _of_record(record: Any, name: str, where: str, text_column: str) -> Document | ValueError:
     if not isinstance(record, dict):
         return ValueError(f"{where}: found {_type(record)}: expected an object with a text in {text_column!r}")
     if text_column not in record:
-        return ValueError(f"{where}: no column {text_column!r}: found {', '.join(record)}")
+        return _without(text_column, record, where)
     text = record[text_column]
     if not isinstance(text, str):
+        if text_column in _CHATS and isinstance(text, list):
+            return ValueError(f"{where}: {_CHAT.format(text_column)}")
         return ValueError(f"{where}: column {text_column!r} holds {_type(text)}: expected a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return ValueError(f"{where}: half a surrogate pair at character {error.start}, which is no text")
     return Document(name, text)
+
+
+def _without(text_column: str, columns: Iterable[str], where: str) -> ValueError:
+    """What is said of columns without one of texts."""
+    if chat := next((name for name in _CHATS if name in columns), None):
+        return ValueError(f"{where}: {_CHAT.format(chat)}")
+    return ValueError(f"{where}: no column {text_column!r}: found {', '.join(columns)}; set text_column to one of them")
 
 
 def _decoded(content: bytes, where: str) -> str | ValueError:
@@ -333,7 +426,7 @@ def _records(source: Source, text_column: str, subset: str | None, split: str) -
             table = datasets.load_from_disk(source.name)
             columns, found = table.column_names, lambda: table.select_columns(text_column).with_format("arrow").iter(16)
         if text_column not in columns:
-            raise ValueError(f"{_shown(source.name)}: no column {text_column!r}: found {', '.join(columns)}")
+            raise _without(text_column, columns, _shown(source.name))
         for batch in found():
             yield from batch.to_pylist()
 
@@ -349,9 +442,9 @@ def _hub(name: str, subset: str | None, split: str) -> Iterable[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _naming(where: Callable[[], str]) -> Iterator[None]:
+def naming(where: Callable[[], str]) -> Iterator[None]:
     """Say in one line which file, or which line of it, could not be read."""
     try:
         yield
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{where()}: cannot be read: {' '.join(str(error).split())}") from error

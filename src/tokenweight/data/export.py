@@ -1,6 +1,8 @@
-"""Scored rows -> rows with their loss weights, in the columns that other trainers read. See docs/data.md."""
+"""Scored rows -> rows with their loss weights, in the columns that other trainers read; or the rows as they are, in
+files that other tools read. See docs/data.md."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,17 +16,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import load_scores
+from tokenweight.data.contents import Contents
+from tokenweight.data.dataset import load_scores, open_rows, row_lengths
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
 from tokenweight.method import Weighting, check_finite, prediction_mask
 from tokenweight.models import numbered_from
-from tokenweight.records import environment, new_folder, write_json
+from tokenweight.records import environment, new_folder, read_json, write_json, writing_to
 
 _ROWS_PER_BATCH = 16
 """Rows held in memory at once."""
 _TINY = 1e-30
 """In place of a weight of 0, where 0 would mean that the token is not predicted: float32 and bfloat16 hold it, and no
 sum of losses feels it."""
+
+
+SHARD_TOKENS = 1 << 24
+"""Of a Parquet file, about."""
+COPIES = ("parquet", "jsonl")
+"""Formats of `export_rows`."""
 
 
 class WeighedRow(NamedTuple):
@@ -106,6 +115,72 @@ def export_weights(
         }
         write_json(part / "weights.json", {**note, "scores": provenance, "environment": environment()})
     return summary
+
+
+def export_rows(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, format: str) -> Contents:
+    """Write the rows of a folder, with all of their columns, to the new folder `out`, made whole or not at all.
+
+    `scores.json` or `rows.json`, which say where they are from, are written beside them. Parquet files are read by all
+    commands again; of JSON lines, `rows.jsonl`, a float32 is as short as it can be, and NaN is null.
+
+    Args:
+        folder: of scored rows, or of rows without scores.
+        format: parquet or jsonl.
+
+    Raises:
+        ValueError: if `out` exists, the format is unknown, or the rows are damaged.
+    """
+    out, folder = Path(out), Path(folder)
+    if format not in COPIES:
+        raise ValueError(f"format {format}: expected one of {', '.join(COPIES)}")
+    check_name(out)
+    if out.exists():
+        raise ValueError(f"out {out}: exists already; name a new folder")
+    rows, contents = open_rows(folder)
+    verify(folder)
+    names = [name for name in ("scores", "rows") if (folder / f"{name}.json").is_file()]
+    notes = {name: read_json(folder / f"{name}.json") for name in names}
+    with new_folder(out) as part:
+        for name, note in notes.items():
+            write_json(part / f"{name}.json", {**note, "format": format})
+        if format == "jsonl":
+            _write_lines(rows, part / "rows.jsonl")
+        else:
+            _write_parquet(rows, part, next(iter(notes), "data"))
+    return contents
+
+
+def _write_parquet(rows: datasets.Dataset, folder: Path, name: str) -> None:
+    numbers = (np.cumsum(row_lengths(rows)) - 1) // SHARD_TOKENS
+    shards = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(numbers)) + 1)
+    files = [f"{name}-{number:05d}.parquet" for number in range(len(shards))]
+    for file, shard in zip(files, shards):
+        with new_shard(folder / file, rows.features.arrow_schema) as (written, _):
+            for table in rows.select(shard).with_format("arrow").iter(_ROWS_PER_BATCH):
+                written.write(table)
+    finish_dataset(folder, files)
+    unlock(folder)
+
+
+def _write_lines(rows: datasets.Dataset, path: Path) -> None:
+    with writing_to(path.parent), path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: _of_json(value) for name, value in row.items()}, ensure_ascii=False) + "\n")
+
+
+def _of_json(value: Any) -> Any:
+    """A value of a column as JSON has it; a float32 as the shortest number that is read as the same."""
+    if isinstance(value, np.ndarray):
+        return [_of_json(one) for one in (value if value.dtype == np.float32 else value.tolist())]
+    if isinstance(value, dict):
+        return {name: _of_json(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_of_json(one) for one in value]
+    if isinstance(value, np.float32):
+        value = float(str(value))
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[WeighedRow]:

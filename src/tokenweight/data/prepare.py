@@ -16,8 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
-from tokenweight.data.shards import check_name, finish_dataset, locked, new_shard, read_note, strip_note, unlock
-from tokenweight.data.tokenize import special_tokens, text_tokens
+from tokenweight.data.shards import (
+    FORMATS,
+    check_format,
+    check_name,
+    finish_dataset,
+    is_finished,
+    locked,
+    new_shard,
+    read_note,
+    strip_note,
+    unlock,
+)
+from tokenweight.data.tokenize import Tokenize, special_tokens, tokenizing
 from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -47,6 +58,8 @@ def prepare_rows(
     *,
     short: str = "drop",
     max_rows: int | None = None,
+    num_proc: int = 1,
+    format: str = "arrow",
     provenance: dict[str, Any] | None = None,
 ) -> RowSummary:
     """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
@@ -56,7 +69,8 @@ def prepare_rows(
     and of the ends of long ones.
 
     Until it is whole, the folder is called `out.unfinished`. An interrupted call, made again with the same documents
-    and settings, goes on after the last whole shard; the rows are the same to the byte.
+    and settings, goes on after the last whole shard; the rows are the same to the byte. If `out` is there, with the
+    same settings and provenance, nothing is done.
 
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
@@ -64,33 +78,66 @@ def prepare_rows(
         short: "drop", each row belongs to one document, as in the paper; "pack", what fills no row of its own shares
             rows, in which `position_ids` restart at 0 with each document.
         max_rows: stop after so many.
+        num_proc: processes that tokenize, beside this one; with 1, this one does. The rows are the same. The processes
+            are spawned: a program that calls this does so under `if __name__ == "__main__"`.
+        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         provenance: kept in `rows.json` beside the summary.
 
     Raises:
-        ValueError: if `out` exists, an unfinished folder was begun otherwise, or there is no row.
+        ValueError: if `out` exists and was made otherwise, an unfinished folder was begun otherwise, or there is no
+            row; naming a document that cannot be tokenized.
     """
     out = Path(out)
     check_name(out)
+    check_format(format)
     prefix, suffix = special_tokens(tokenizer)
     if short not in _SCHEMAS:
         raise ValueError(f"short {short}: expected drop or pack")
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows {max_rows}: expected at least 1")
+    for name, number in (("max_rows", max_rows), ("num_proc", num_proc)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number}: expected at least 1")
     if length < len(prefix) + 2:
         raise ValueError(f"length {length}: expected at least {len(prefix) + 2} tokens")
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
-    settings |= {"prefix": prefix, "suffix": suffix}
+    settings |= {"prefix": prefix, "suffix": suffix, "format": format}
+    if _is_complete(out, settings):
+        return _summary(out)
     with _unfinished(out, settings) as folder:
-        if not (folder / "state.json").is_file():  # else the call was interrupted when all rows were there
+        if not is_finished(folder):  # else the call was interrupted when all rows were there
             cutter = Cutter(length, prefix, suffix, pack=short == "pack")
-            _write_shards(folder, _Read(documents), tokenizer, cutter, max_rows)
+            with tokenizing(tokenizer, num_proc) as tokenize:
+                _write_shards(folder, _Read(documents), tokenize, cutter, settings)
             cutter.check_any_rows()
-            write_json(folder / "rows.json", {**read_json(folder / "rows.json"), **vars(cutter.summary)})
-            finish_dataset(folder, sorted(file.name for file in folder.glob("rows-*.arrow")))
-        for shard in folder.glob("rows-*.arrow"):
+            write_json(folder / "rows.json", {**settings, **vars(cutter.summary)})
+            finish_dataset(folder, [shard.name for shard in _shards(folder)])
+        for shard in _shards(folder):
             strip_note(shard, "source", "cutter")
-        summary = read_json(folder / "rows.json")
-    return RowSummary(**{name: summary[name] for name in vars(RowSummary())})
+        return _summary(folder)
+
+
+def _summary(folder: Path) -> RowSummary:
+    note = read_json(folder / "rows.json")
+    return RowSummary(**{name: note[name] for name in vars(RowSummary())})
+
+
+_OF_THE_CALL = ("environment", "sources")
+"""What an interrupted call need not have been given alike: texts that were read are compared by their contents."""
+
+
+def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder was made by a call with these settings.
+
+    Raises:
+        ValueError: if it holds anything else, naming what differs.
+    """
+    if not out.exists():
+        return False
+    note = read_json(out / "rows.json") if (out / "rows.json").is_file() else {}
+    if "rows" not in note or not is_finished(out):
+        raise ValueError(f"out {out}: exists already; name a new folder")
+    if found := differences(note, settings):
+        raise ValueError(f"out {out}: already holds rows made with other settings ({found}); name a new folder")
+    return True
 
 
 @contextlib.contextmanager
@@ -106,53 +153,55 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
         try:
             if out.exists():
                 raise ValueError(f"out {out}: exists already; name a new folder")
-            if not any(folder.glob("*.arrow")):
+            if not _shards(folder):
                 write_json(note, settings)
-            elif found := differences(read_json(note), settings):
+            elif found := differences(read_json(note), settings, ignored=_OF_THE_CALL):
                 raise ValueError(f"out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
             yield folder
             unlock(folder)
             rename_folder(folder, out)
         finally:
-            if folder.is_dir() and not any(folder.glob("*.arrow")):
+            if folder.is_dir() and not _shards(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_shards(
-    folder: Path, source: "_Read", tokenizer: PreTrainedTokenizerBase, cutter: Cutter, max_rows: int | None
-) -> None:
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("rows-*") if path.suffix[1:] in FORMATS)
+
+
+def _write_shards(folder: Path, source: "_Read", tokenize: Tokenize, cutter: Cutter, settings: dict[str, Any]) -> None:
     """Write the shards that are not there yet."""
-    schema = _SCHEMAS["pack" if cutter.pack else "drop"]
-    num_shards = _resume(folder, cutter, source)
-    tables = _tables(source, tokenizer, cutter, schema, max_rows)
+    schema = _SCHEMAS[settings["short"]]
+    num_shards = _resume(folder, cutter, source, settings["format"])
+    tables = _tables(source, tokenize, cutter, schema, settings["max_rows"])
     for number in itertools.count(num_shards):
         if (table := next(tables, None)) is None:
             return
-        with new_shard(folder / _name(number), schema) as (file, note):
+        with new_shard(folder / _name(number, settings["format"]), schema) as (file, note):
             while table is not None:
                 file.write(table)
                 table = next(tables, None) if file.contents.tokens < SHARD_TOKENS else None
-            note.update(source=source.state(), cutter=cutter.state())
+            note.update(source=source.taken, cutter=cutter.state())
 
 
-def _name(number: int) -> str:
-    return f"rows-{number:05d}.arrow"
+def _name(number: int, format: str) -> str:
+    return f"rows-{number:05d}.{format}"
 
 
-def _resume(folder: Path, cutter: Cutter, source: "_Read") -> int:
+def _resume(folder: Path, cutter: Cutter, source: "_Read", format: str) -> int:
     """How many shards are there and whole; cutter and source go on after the last of them."""
     state: dict[str, Any] = {}
     for number in itertools.count():
         try:
-            note = read_note(folder / _name(number))
+            note = read_note(folder / _name(number, format))
         except ValueError as error:
             logger.warning("%s; it is made again, and those after it", error)
             note = None
         if note is None:
             break
         state = note
-    for shard in folder.glob("rows-*.arrow"):
-        if shard.name >= _name(number):
+    for shard in _shards(folder):
+        if shard.name >= _name(number, format):
             shard.unlink()
     if state:
         cutter.restore(state["cutter"])
@@ -161,10 +210,12 @@ def _resume(folder: Path, cutter: Cutter, source: "_Read") -> int:
 
 
 class _Read:
-    """Documents, counted and hashed as they are read."""
+    """Documents, counted and hashed as they are read; `taken` is the state after those whose rows were made, as some
+    are read ahead of that."""
 
     def __init__(self, documents: Iterable[Document]) -> None:
         self.documents, self.num, self.digest = iter(documents), 0, hashlib.sha256()
+        self.taken = self.state()
 
     def __iter__(self) -> Iterator[Document]:
         for document in self.documents:
@@ -179,26 +230,27 @@ class _Read:
     def skip(self, state: dict[str, Any], folder: Path) -> None:
         for _ in itertools.islice(self, state["documents"]):
             pass
-        if self.state() != state:
+        self.taken = self.state()
+        if self.taken != state:
             raise ValueError(f"the texts have changed since {folder} was begun: remove it to start again")
 
 
-def _batches(source: _Read) -> Iterator[list[Document]]:
-    """Documents of about `BATCH_CHARACTERS`. None is read ahead, so that what was read is what is in a batch."""
+def _batches(source: _Read) -> Iterator[tuple[list[Document], dict[str, Any]]]:
+    """Documents of about `BATCH_CHARACTERS`, and the state of the source after them."""
     batch: list[Document] = []
     size = 0
     for document in source:
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS:
-            yield batch
+            yield batch, source.state()
             batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, source.state()
 
 
 def _tables(
-    source: _Read, tokenizer: PreTrainedTokenizerBase, cutter: Cutter, schema: pa.Schema, max_rows: int | None
+    source: _Read, tokenize: Tokenize, cutter: Cutter, schema: pa.Schema, max_rows: int | None
 ) -> Iterator[pa.Table]:
     """The rows of each batch of documents, where there are any."""
 
@@ -207,10 +259,9 @@ def _tables(
         chosen = list(itertools.islice(rows, room))
         return [_table(chosen, schema)] if chosen else []
 
-    for batch in _batches(source):
-        tokens = text_tokens(tokenizer, [document.text for document in batch])
-        arrays = (np.array(ids, dtype=np.int32) for ids in tokens)
-        yield from table(row for document, ids in zip(batch, arrays) for row in cutter.rows(document.name, ids))
+    for names, arrays, state in tokenize(_batches(source)):
+        source.taken = state
+        yield from table(row for name, ids in zip(names, arrays) for row in cutter.rows(name, ids))
         if cutter.summary.rows == max_rows:
             return
     yield from table(cutter.last_rows())

@@ -16,7 +16,16 @@ import pyarrow.compute as pc
 from tokenweight.data.columns import COLUMNS, TRANSLATED
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
-from tokenweight.data.shards import Verifier, check_name, finish_dataset, locked, new_shard, read_note, unlock
+from tokenweight.data.shards import (
+    Verifier,
+    check_format,
+    check_name,
+    finish_dataset,
+    locked,
+    new_shard,
+    read_note,
+    unlock,
+)
 from tokenweight.data.tokenize import text_prefix
 from tokenweight.method import ShortContext
 from tokenweight.models import (
@@ -72,7 +81,7 @@ class ScoreSummary:
 def score_folder(
     folder: str | os.PathLike[str],
     model_name: str,
-    contexts: Sequence[ShortContext],
+    contexts: Sequence[ShortContext] | None,
     out: str | os.PathLike[str],
     *,
     revision: str | None = None,
@@ -80,16 +89,27 @@ def score_folder(
     attn_implementation: str | None = None,
     with_long: bool = False,
     max_tokens: int = 32768,
+    shard_tokens: int | None = None,
+    format: str = "arrow",
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], object] = lambda done, total: None,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> ScoreSummary:
     """Score a folder of rows with the model of that name, on the GPU if there is one. See `score_rows`.
+
+    Args:
+        folder: that `prepare` wrote, or any other of `datasets` or of Parquet files with a column `input_ids`.
+        contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
 
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
     (rows, contents), made = open_rows(folder), read_provenance(folder)
-    longest, size = contents.longest or 0, max(context.size for context in contexts)
+    longest = contents.longest or 0
+    if contexts is None:
+        contexts = [ShortContext.of(longest)]
+        announce(f"size {contexts[0].size}, a quarter of the longest sequence, and stride {contexts[0].stride}")
+    size = max(context.size for context in contexts)
     ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
@@ -110,7 +130,18 @@ def score_folder(
     }
     scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
     verifier = Verifier(folder)
-    return score_rows(rows, scorer, out, provenance=provenance, share=share, progress=progress, check=verifier)
+    return score_rows(
+        rows,
+        scorer,
+        out,
+        provenance=provenance,
+        shard_tokens=shard_tokens,
+        format=format,
+        share=share,
+        progress=progress,
+        announce=announce,
+        check=verifier,
+    )
 
 
 def score_rows(
@@ -119,21 +150,28 @@ def score_rows(
     out: str | os.PathLike[str],
     *,
     provenance: dict[str, Any],
+    shard_tokens: int | None = None,
+    format: str = "arrow",
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], object] = lambda done, total: None,
+    announce: Callable[[str], object] = lambda line: None,
     check: Callable[[range], object] = lambda rows: None,
 ) -> ScoreSummary:
     """Write `rows` with the columns of `scorer` to the folder `out`.
 
     Called again with the same provenance, it scores only the shards that are missing, and, with a warning, those that
     are damaged; a shard that another process is at is left to it. The folder becomes a data set, which
-    `datasets.load_from_disk` opens, when the last shard is there.
+    `datasets.load_from_disk` opens, or of Parquet files, when the last shard is there.
 
     Args:
         rows: with `input_ids` and, where documents are packed, `position_ids`; all other columns are kept.
         provenance: written to `scores.json`: whatever the scores depend on.
+        shard_tokens: tokens of a shard, about; by default `SHARD_TOKENS`, or more, so that there are `MAX_SHARDS` at
+            most.
+        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         share: (i, n): every n-th shard, from the i-th; n processes, each with its own i, do all.
         progress: called after each batch with its number of tokens, and that of all rows of the share.
+        announce: called before the first shard, if the share is not all of them, with a line that names its shards.
         check: called before the rows of a shard are read, with their numbers; it raises what is wrong with them.
 
     Raises:
@@ -141,12 +179,16 @@ def score_rows(
     """
     out = Path(out)
     check_name(out)
+    check_format(format)
     if there := [name for name in scorer.features if name in rows.column_names]:
         raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
-    _claim(out, {**provenance, "contexts": scorer.contexts, "long": scorer.with_long})
     lengths = row_lengths(rows)
-    shards = _shards(lengths)
-    files = [out / f"scores-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    shard_tokens = shard_tokens or _shard_tokens(lengths)
+    settings = {"contexts": scorer.contexts, "long": scorer.with_long, "shard_tokens": shard_tokens, "format": format}
+    _claim(out, {**provenance, **settings})
+    shards = _shards(lengths, shard_tokens)
+    files = [out / f"scores-{number:05d}-of-{len(shards):05d}.{format}" for number in range(len(shards))]
+    _announce(share, len(shards), announce)
     summary, begun = ScoreSummary(shards=len(shards)), time.perf_counter()
     schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
     ours = list(zip(files, shards))[share[0] :: share[1]]
@@ -198,6 +240,17 @@ def process_share(shard: str | None) -> tuple[int, int]:
     return index * world + int(os.environ.get("RANK", "0")), count * world
 
 
+def _announce(share: tuple[int, int], num_shards: int, announce: Callable[[str], object]) -> None:
+    """Say which shards are those of a share, and warn of a share that has none."""
+    index, count = share
+    own = [str(number) for number in range(index, num_shards, count)]
+    if count > 1:
+        shown = own if len(own) <= 6 else [*own[:3], "…", own[-1]]
+        announce(f"share {index} of {count}: {len(own)} of {num_shards} shards ({', '.join(shown) or 'none'})")
+    if count > num_shards:
+        logger.warning("%d processes share %d shards: some have nothing to do; make smaller shards", count, num_shards)
+
+
 def _claim(out: Path, provenance: dict[str, Any]) -> None:
     """Note the provenance in a new folder, or compare it with the one that is there."""
     path = out / "scores.json"
@@ -213,9 +266,14 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         raise ValueError(f"out {out}: already holds scores computed with other settings ({found}); name a new folder")
 
 
-def _shards(lengths: np.ndarray) -> list[np.ndarray]:
-    """Consecutive rows of about `SHARD_TOKENS` tokens; the same for every call, whoever makes it."""
-    numbers = (np.cumsum(lengths) - 1) // max(SHARD_TOKENS, int(lengths.sum()) // MAX_SHARDS)
+def _shard_tokens(lengths: np.ndarray) -> int:
+    """Tokens of a shard, where they are not chosen."""
+    return max(SHARD_TOKENS, int(lengths.sum()) // MAX_SHARDS)
+
+
+def _shards(lengths: np.ndarray, shard_tokens: int) -> list[np.ndarray]:
+    """Consecutive rows of about `shard_tokens` tokens; the same for every call, whoever makes it."""
+    numbers = (np.cumsum(lengths) - 1) // shard_tokens
     return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(numbers)) + 1)
 
 

@@ -1,8 +1,10 @@
-"""Arrow files that are complete or absent, with notes of what they hold; together, a folder of `datasets`."""
+"""Files of rows that are complete or absent, with notes of what they hold; together, a folder of `datasets` (Arrow), or
+a folder of Parquet files."""
 
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,16 @@ from typing import Any
 import datasets
 import filelock
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.records import reached, read_json, remove_abandoned, replaced, write_json, writing_to
 
+FORMATS = ("arrow", "parquet")
+"""Of shards, and the suffixes of their names: the first are mapped into memory, the second are what others read."""
+_GROUP_TOKENS = 1 << 20
+"""Of a row group of Parquet, about: as many are held in memory until they are written."""
 _CONTENTS = "contents.json"
 """The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
 _REMEDIES = {
@@ -22,39 +30,65 @@ _REMEDIES = {
 }
 
 
-class ArrowFile:
-    """Appends rows to an Arrow stream, which `datasets.Dataset.from_file` maps into memory, and sums up what they hold.
+class ShardFile:
+    """Appends rows to a file, and sums up what they hold: an Arrow stream, which `datasets.Dataset.from_file` maps into
+    memory, or a Parquet file.
 
     Args:
         part: the file to write.
         schema: of all rows.
-        path: the name that the file will have.
+        path: the name that the file will have; its suffix is the format.
     """
 
     def __init__(self, part: Path, schema: pa.Schema, path: Path) -> None:
         self.part, self.schema, self.path = part, schema, path
         self.num_rows = 0
         self.contents = Contents()
+        self._held: list[pa.Table] = []
+        self._num_held = 0
 
-    def __enter__(self) -> "ArrowFile":
+    def __enter__(self) -> "ShardFile":
         with writing_to(self.path.parent):
             self.sink = pa.OSFile(str(self.part), "wb")
-            self.stream = pa.ipc.new_stream(self.sink, self.schema)
+            opened = pq.ParquetWriter if self._is_parquet else pa.ipc.new_stream
+            self.stream = opened(self.sink, self.schema)
         return self
+
+    @property
+    def _is_parquet(self) -> bool:
+        return self.path.suffix == ".parquet"
 
     def write(self, table: pa.Table) -> None:
         """Append rows that have the columns of the schema."""
         reached("batch", self.path)
         with writing_to(self.path.parent):
-            self.stream.write_table(table.cast(self.schema))
+            self._append(table.cast(self.schema))
         self.num_rows += len(table)
         if "input_ids" in table.column_names:
             self.contents += contents_of(table)
         reached("batch", self.path)
 
-    def __exit__(self, *error: object) -> None:
+    def _append(self, table: pa.Table) -> None:
+        if not self._is_parquet:
+            self.stream.write_table(table)
+            return
+        self._held.append(table)
+        if "input_ids" in table.column_names:
+            self._num_held += pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+        if self._num_held >= _GROUP_TOKENS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self._held:
+            table = pa.concat_tables(self._held).combine_chunks()
+            self.stream.write_table(table, row_group_size=len(table))
+        self._held, self._num_held = [], 0
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with writing_to(self.path.parent):
             try:
+                if kind is None:
+                    self._write_group()
                 self.stream.close()
                 self.sink.flush()
             finally:
@@ -62,8 +96,8 @@ class ArrowFile:
 
 
 @contextlib.contextmanager
-def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[str, Any]]]:
-    """An Arrow file that gets its name when it is complete, and leaves nothing behind otherwise.
+def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ShardFile, dict[str, Any]]]:
+    """A file of rows that gets its name when it is complete, and leaves nothing behind otherwise.
 
     Yields:
         The file, and a note to which more may be added. The note is written beside the shard, with what the shard
@@ -71,7 +105,7 @@ def new_shard(path: Path, schema: pa.Schema) -> Iterator[tuple[ArrowFile, dict[s
     """
     note: dict[str, Any] = {}
     with replaced(path) as part:
-        with ArrowFile(part, schema, path) as file:
+        with ShardFile(part, schema, path) as file:
             yield file, note
         contents = file.contents.to_json() if "input_ids" in schema.names else {"rows": file.num_rows}
         note |= {**contents, "bytes": part.stat().st_size, "sha256": checksum(part)}
@@ -136,13 +170,32 @@ def unlock(folder: Path) -> None:
         lock.unlink(missing_ok=True)
 
 
+def check_format(format: str) -> None:
+    """Raise a ValueError unless shards can be written in this format."""
+    if format not in FORMATS:
+        raise ValueError(f"format {format}: expected {' or '.join(FORMATS)}")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `finish_dataset`, or `datasets`, has made a data set of a folder."""
+    return (folder / "state.json").is_file() or _parquet_total(folder) is not None
+
+
 def finish_dataset(folder: Path, files: Sequence[str]) -> None:
-    """Write the small files that make shards in `folder` a data set for `datasets.load_from_disk`."""
+    """Write the small files that make shards in `folder` a data set: for `datasets.load_from_disk`, if they are of
+    Arrow; Parquet files are one by themselves, and are listed beside the sum of their notes."""
     notes = [read_json(_note(folder / file)) for file in files]
+    fingerprint = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()[:16]
+    size = sum(note["bytes"] for note in notes)
     total, info, state_file = (folder / name for name in (_CONTENTS, "dataset_info.json", "state.json"))
+    if files[0].endswith(".parquet"):
+        contents = sum(map(Contents.from_json, notes), Contents())
+        with locked(total, wait=True):
+            write_json(total, {"dataset": fingerprint, "files": [*files], "bytes": size, **contents.to_json()})
+        return
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
-        "_fingerprint": hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()[:16],
+        "_fingerprint": fingerprint,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -154,8 +207,7 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     with locks[0], locks[1], locks[2]:  # the last processes may come here together
         if "input_ids" in features:
             contents = sum(map(Contents.from_json, notes), Contents())
-            size = sum(note["bytes"] for note in notes)
-            write_json(total, {"dataset": state["_fingerprint"], "bytes": size, **contents.to_json()})
+            write_json(total, {"dataset": fingerprint, "bytes": size, **contents.to_json()})
         write_json(info, {"features": features.to_dict()})
         write_json(state_file, state)
 
@@ -237,7 +289,7 @@ def _named(remedy: str) -> Iterator[None]:
 def _own_shards(folder: Path) -> list[tuple[Path, str]]:
     """The shards of a finished folder that have notes, and what mends each."""
     for kind, remedy in _REMEDIES.items():
-        if (folder / f"{kind}.json").is_file() and (folder / "state.json").is_file():
+        if (folder / f"{kind}.json").is_file() and is_finished(folder):
             own = [folder / name for name in dataset_files(folder) if name.startswith(f"{kind}-")]
             if own:
                 return [(path, remedy.format(folder)) for path in own]
@@ -246,15 +298,42 @@ def _own_shards(folder: Path) -> list[tuple[Path, str]]:
 
 def _total(folder: Path) -> dict[str, Any] | None:
     """The sum of the notes, unless `datasets` has saved another data set in the folder since it was written."""
-    if not ((folder / _CONTENTS).is_file() and (folder / "state.json").is_file()):
+    if not (folder / "state.json").is_file():
+        return _parquet_total(folder)
+    if not (folder / _CONTENTS).is_file():
         return None
     total = read_json(folder / _CONTENTS)
     return total if total.get("dataset") == read_json(folder / "state.json").get("_fingerprint") else None
 
 
+def _parquet_total(folder: Path) -> dict[str, Any] | None:
+    """The sum of the notes of Parquet files that `tokenweight` wrote, if all are there."""
+    if (folder / "state.json").is_file() or not (folder / _CONTENTS).is_file():
+        return None
+    total = read_json(folder / _CONTENTS)
+    return total if "files" in total else None
+
+
 def dataset_files(folder: Path) -> list[str]:
-    """The names of a data set's Arrow files."""
-    return [file["filename"] for file in read_json(folder / "state.json")["_data_files"]]
+    """The names of a data set's files, of Arrow or Parquet, in order; none, if there is no data set."""
+    if (folder / "state.json").is_file():
+        return [file["filename"] for file in read_json(folder / "state.json")["_data_files"]]
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet") if path.is_file())
+    files = [name for name in files if not re.search(r"(^|/)[._]", name)]  # so Spark and Arrow name what is none yet
+    total = _parquet_total(folder)
+    if total is not None:
+        if more := [name for name in files if name not in total["files"]]:
+            raise ValueError(f"{folder} holds {more[0]} besides the files that were written there: move it elsewhere")
+        return total["files"]
+    ours = [name for kind in _REMEDIES if (folder / f"{kind}.json").is_file() for name in files if f"{kind}-" in name]
+    if ours:
+        raise ValueError(f"{folder} is not finished: it has {ours[0]}, but no {_CONTENTS}; give the command again")
+    splits = {
+        split[2] for name in files if (split := re.search(r"(^|/)(train|validation|valid|val|dev|test)(?![a-z])", name))
+    }
+    if len(splits) > 1:
+        raise ValueError(f"{folder} holds several splits ({', '.join(sorted(splits))}): expected a folder of one")
+    return files
 
 
 def _note(path: Path) -> Path:

@@ -1,13 +1,31 @@
 """Texts -> tokens: what stands in a text is text, and what the tokenizer puts around one is known."""
 
+import collections
+import contextlib
+import functools
 import itertools
+import multiprocessing
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.data.documents import Document
 from tokenweight.models import tokenizer_fingerprint
+
+Batches = Iterable[tuple[list[Document], Any]]
+Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Int32[np.ndarray, " tokens"]], Any]]]
+"""From batches of documents, each with whatever belongs to it, to their names, their tokens, and what belongs to it."""
+START_METHOD = "spawn"
+"""Of processes that tokenize: a copy of this one would have its locks, but not the threads that hold them."""
 
 
 def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
@@ -36,6 +54,93 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
         ids if control.keys().isdisjoint(ids) else _taken_apart(text, ids, tokenizer, control, plain)
         for text, ids in zip(texts, plain(texts))
     ]
+
+
+@contextlib.contextmanager
+def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[Tokenize]:
+    """Yields a function that tokenizes batches, in their order: in this process, or in so many others.
+
+    Each of the others is a batch ahead, so that memory holds two batches for each of them. They end with this process,
+    however it ends.
+
+    Raises:
+        ValueError: naming a document that cannot be tokenized, or the last one before a process was killed.
+    """
+    if num_proc == 1:
+        yield functools.partial(_tokenized_here, tokenizer)
+        return
+    context = multiprocessing.get_context(START_METHOD)
+    pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(tokenizer,))
+    try:
+        yield functools.partial(_tokenized_there, pool, num_proc)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenized_here(tokenizer: PreTrainedTokenizerBase, batches: Batches) -> Iterator[Any]:
+    for documents, extra in batches:
+        yield [document.name for document in documents], _arrays(tokenizer, documents), extra
+
+
+def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches) -> Iterator[Any]:
+    ahead: collections.deque[tuple[list[str], Future[Any], Any]] = collections.deque()
+    unread, failure = iter(batches), None
+    while True:
+        try:
+            for documents, extra in itertools.islice(unread, 2 * num_proc - len(ahead)):
+                ahead.append(([document.name for document in documents], pool.submit(_arrays_there, documents), extra))
+        except ValueError as error:  # of a text that cannot be read: those before it come first, as with one process
+            unread, failure = iter(()), error
+        if not ahead and failure is not None:
+            raise failure
+        if not ahead:
+            return
+        names, future, extra = ahead.popleft()
+        try:
+            arrays = future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"num_proc {num_proc}: a process was killed at {names[0]} or later: too little memory?"
+            ) from None
+        yield names, arrays, extra
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In a process of the pool: keep the tokenizer, leave interruptions to the main process, and end when it does."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+_tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def _arrays_there(documents: list[Document]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    return _arrays(_tokenizer, documents)
+
+
+def _arrays(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[np.ndarray]:
+    """The tokens of each document. ValueError that names one that cannot be tokenized."""
+    try:
+        tokens = text_tokens(tokenizer, [document.text for document in documents])
+    except Exception:  # of tokenizers: whatever they like
+        tokens = []
+        for document in documents:  # which one was it?
+            try:
+                tokens += text_tokens(tokenizer, [document.text])
+            except Exception as error:
+                raise ValueError(f"{document.name}: cannot be tokenized: {' '.join(str(error).split())}") from error
+    return [np.array(ids, dtype=np.int32) for ids in tokens]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

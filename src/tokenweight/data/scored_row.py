@@ -1,0 +1,142 @@
+"""Single rows with their losses, as a figure or a table of them reads them: of a scored folder, or of texts."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tokenweight.data.columns import COLUMNS
+from tokenweight.data.dataset import load_scores
+from tokenweight.data.documents import find_sources, read_documents
+from tokenweight.data.shards import verify
+from tokenweight.data.tokenize import special_tokens, text_tokens
+from tokenweight.method import ShortContext, prediction_mask
+from tokenweight.models import (
+    Scorer,
+    check_length,
+    check_tokenizer,
+    context_length,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    numbered_from,
+    own_device,
+    token_nll,
+)
+
+TEXT_LENGTH = 4096
+"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
+_NUMBERS = (*COLUMNS, "short_nll", "long_nll")
+
+
+class ScoredRow(NamedTuple):
+    """One scored row, as a batch of one, with what reads it."""
+
+    tokens: Int[Tensor, "1 seq"]
+    long_nll: Float[Tensor, "1 seq"]
+    short_nll: Float[Tensor, "1 seq"]
+    mask: Bool[Tensor, "1 seq"]
+    tokenizer: PreTrainedTokenizerBase | None
+    position_ids: Int[Tensor, "1 seq"] | None = None
+    """Where they restart at 0, a packed document begins; without them the row is one document."""
+    size: int | None = None
+    """Tokens of the short context, if they are known."""
+
+
+def read_row(
+    folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
+) -> ScoredRow:
+    """The row of that number; see `read_rows`."""
+    return read_rows(folder, number, 1, model_name, size=size)[0]
+
+
+def read_rows(
+    folder: str | os.PathLike[str], first: int, num: int, model_name: str | None = None, *, size: int | None = None
+) -> list[ScoredRow]:
+    """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
+
+    Args:
+        first: number of the first row, from 0.
+        num: of rows; fewer, where the folder ends.
+        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
+            those that are not stored.
+        size: of the short context; by default the only one that is stored.
+
+    Raises:
+        ValueError: if there is no such row, one of their shards is damaged, or no model is named where one is needed.
+    """
+    rows, provenance = load_scores(folder, size=size)
+    if not 0 <= first < len(rows):
+        raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
+    verify(folder, range(first, first + num))
+    name = model_name or provenance.get("model")
+    revision = provenance.get("revision") if name == provenance.get("model") else None
+    tokenizer = None if name is None else find_tokenizer(name, revision=revision)
+    check_tokenizer(tokenizer, str(name), provenance, folder)
+    model = None
+    if model_name or "long_nll" not in rows.column_names:
+        if name is None:
+            raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
+        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
+    found = []
+    for row in rows.select(range(first, min(first + num, len(rows)))):
+        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
+        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+        if model is None:
+            long_nll = columns["long_nll"]
+        else:
+            check_length(model.config, tokens.shape[1], f"{folder}: rows")
+            places = None if positions is None else positions.to(model.device)
+            long_nll = token_nll(model, tokens.to(model.device), places)
+        mask = prediction_mask(columns.get("labels", tokens), positions)
+        losses = long_nll.float().cpu(), columns["short_nll"].float()
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, provenance.get("context", {}).get("size")))
+    return found
+
+
+def score_text(
+    path: str | os.PathLike[str],
+    model_name: str,
+    *,
+    number: int = 0,
+    length: int | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+) -> ScoredRow:
+    """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
+
+    Args:
+        path: of a file that `prepare` reads.
+        model_name: gives tokenizer and losses.
+        number: of the row, from 0.
+        length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
+        size: of the short context; by default a quarter of the row.
+        stride: of the short context; by default three quarters of its size.
+
+    Raises:
+        ValueError: if there is no such row, or no token of it would have a shorter context.
+    """
+    document = next(read_documents(find_sources([path])), None)
+    if document is None or not document.text.strip():
+        raise ValueError(f"{path} holds no text")
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
+    if length is None:
+        length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
+    check_length(model.config, length, f"{path}: rows")
+    prefix = special_tokens(tokenizer)[0]
+    ids = prefix + text_tokens(tokenizer, [document.text])[0]
+    row = ids[number * length : (number + 1) * length] if number >= 0 else []
+    if not row:
+        raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    context = ShortContext.of(len(row), size, stride)
+    scorer = Scorer(model, context, prefix=prefix)
+    tokens = torch.tensor([row], device=model.device)
+    with numbered_from(number):
+        long_nll = scorer.long_nll(tokens)
+        short_nll = scorer(tokens, long_nll=long_nll)
+    mask = prediction_mask(tokens).cpu()
+    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), mask, tokenizer, size=context.size)
