@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data.documents import Document
-from tokenweight.models import tokenizer_fingerprint
+# Processes that tokenize import this file, and nothing here that would make them load torch or `datasets`.
 
-Batches = Iterable[tuple[list[Document], Any]]
+Text = tuple[str, str]
+"""The name of a document, and its text: a `Document` is one."""
+Batches = Iterable[tuple[Sequence[Text], Any]]
 Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Int32[np.ndarray, " tokens"]], Any]]]
 """From batches of documents, each with whatever belongs to it, to their names, their tokens, and what belongs to it."""
 START_METHOD = "spawn"
@@ -30,6 +31,8 @@ START_METHOD = "spawn"
 
 def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
     """Which tokenizer made rows, for their provenance: the name it was loaded by, and its fingerprint."""
+    from tokenweight.models import tokenizer_fingerprint
+
     return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
 
 
@@ -70,16 +73,32 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[To
         yield functools.partial(_tokenized_here, tokenizer)
         return
     context = multiprocessing.get_context(START_METHOD)
+    others = {process.pid for process in multiprocessing.active_children()}
     pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(tokenizer,))
     try:
         yield functools.partial(_tokenized_there, pool, num_proc)
+    except BaseException:  # without waiting for what nobody will read
+        for process in multiprocessing.active_children():
+            if process.pid not in others:
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interruptions_blocked() -> Iterator[None]:
+    """Processes that are started here never hear of Ctrl-C, which is for the main process; that one hears it after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _tokenized_here(tokenizer: PreTrainedTokenizerBase, batches: Batches) -> Iterator[Any]:
     for documents, extra in batches:
-        yield [document.name for document in documents], _arrays(tokenizer, documents), extra
+        yield [name for name, _ in documents], _arrays(tokenizer, documents), extra
 
 
 def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches) -> Iterator[Any]:
@@ -88,7 +107,9 @@ def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches)
     while True:
         try:
             for documents, extra in itertools.islice(unread, 2 * num_proc - len(ahead)):
-                ahead.append(([document.name for document in documents], pool.submit(_arrays_there, documents), extra))
+                plain = [(name, text) for name, text in documents]
+                with _interruptions_blocked():  # it may start a process
+                    ahead.append(([name for name, _ in plain], pool.submit(_arrays_there, plain), extra))
         except ValueError as error:  # of a text that cannot be read: those before it come first, as with one process
             unread, failure = iter(()), error
         if not ahead and failure is not None:
@@ -106,11 +127,10 @@ def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches)
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
-    """In a process of the pool: keep the tokenizer, leave interruptions to the main process, and end when it does."""
+    """In a process of the pool: keep the tokenizer, and end when the main process does."""
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
@@ -124,22 +144,22 @@ def _end_after(parent: Any) -> None:
 _tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def _arrays_there(documents: list[Document]) -> list[np.ndarray]:
+def _arrays_there(documents: Sequence[Text]) -> list[np.ndarray]:
     assert _tokenizer is not None
     return _arrays(_tokenizer, documents)
 
 
-def _arrays(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[np.ndarray]:
+def _arrays(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Text]) -> list[np.ndarray]:
     """The tokens of each document. ValueError that names one that cannot be tokenized."""
     try:
-        tokens = text_tokens(tokenizer, [document.text for document in documents])
+        tokens = text_tokens(tokenizer, [text for _, text in documents])
     except Exception:  # of tokenizers: whatever they like
         tokens = []
-        for document in documents:  # which one was it?
+        for name, text in documents:  # which one was it?
             try:
-                tokens += text_tokens(tokenizer, [document.text])
+                tokens += text_tokens(tokenizer, [text])
             except Exception as error:
-                raise ValueError(f"{document.name}: cannot be tokenized: {' '.join(str(error).split())}") from error
+                raise ValueError(f"{name}: cannot be tokenized: {' '.join(str(error).split())}") from error
     return [np.array(ids, dtype=np.int32) for ids in tokens]
 
 
