@@ -14,7 +14,18 @@ from transformers import PreTrainedTokenizerFast
 import models
 from models import LENGTH, NUM_ROWS, some_rows
 from tokenweight import Scorer, ShortContext, load_model, token_nll
-from tokenweight.data import load_rows, load_scores, read_row, score_folder, score_text, scored_row, verify
+from tokenweight.data import (
+    corpus_frame,
+    load_rows,
+    load_scores,
+    read_row,
+    score_folder,
+    score_text,
+    score_texts,
+    scored_row,
+    verify,
+)
+from tokenweight.data.row_scorer import ContextGain
 from tokenweight.records import read_provenance
 
 
@@ -232,3 +243,60 @@ def test_a_file_without_text_is_refused(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name} holds no text"):
         score_text(tmp_path / name, "never loaded")
+
+
+def test_texts_are_scored_by_a_model_that_is_loaded_as_a_file_is(text):
+    path, tokens, name = text
+    model, tokenizer = load_model(name), word_tokenizer()
+    rows = score_texts(model, tokenizer, [path.read_text(), "w5 w6 w7 w8 w9 w10 w11"], size=6, stride=2)
+    expected = score_text(path, name, size=6, stride=2)
+    assert [row.tokens[0].tolist() for row in rows] == [tokens, [1, *range(5, 12)]]
+    for column in ("long_nll", "short_nll", "mask"):
+        assert torch.equal(getattr(rows[0], column), getattr(expected, column)), column
+    assert [row.size for row in rows] == [6, 6]
+    assert [row.size for row in score_texts(model, tokenizer, [path.read_text(), "w5 " * 11])] == [len(tokens) // 4, 3]
+    assert score_texts(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ("w5 w6", {}, "^texts is a text: expected a list"),
+        (["w5 " * 20, "w5"], {}, "^text 1 has 2 tokens: expected at least 8"),
+        (["w5 " * 20], {"size": 21}, "^size 21: sequences hold 21 tokens"),
+        (["w5 " * 20], {"size": 8, "stride": 8}, "stride=8 does not fit size=8"),
+        (["w5 " * 20, "w5 " * 128], {}, "^text 1: rows of 129 tokens: the model has 128 positions"),
+    ],
+)
+def test_texts_that_cannot_be_scored_are_named(texts, settings, message, text):
+    with pytest.raises(ValueError, match=message):
+        score_texts(load_model(text[2]), word_tokenizer(), texts, **settings)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model = models.tiny(vocab_size=20, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"^text 0: token 59 is not in the vocabulary of the model, which has 20"):
+        score_texts(model, word_tokenizer(), ["w5 w59 " * 10])
+
+
+def test_a_scored_row_is_a_table_with_a_line_for_each_token(text):
+    path, tokens, name = text
+    row = score_text(path, name, size=8, stride=3)
+    frame = row.to_pandas()
+    assert list(frame) == ["position", "token", "text", "long_nll", "short_nll", "mask"]
+    assert frame["position"].tolist() == list(range(len(tokens)))
+    assert (frame["token"].tolist(), frame["mask"].tolist()) == (tokens, row.mask[0].tolist())
+    assert "".join(frame["text"]) == word_tokenizer().decode(tokens)
+    assert torch.equal(torch.tensor(frame["long_nll"]), row.long_nll[0])
+    assert torch.equal(torch.tensor(frame["short_nll"]), row.short_nll[0])
+
+
+def test_a_corpus_is_a_table_with_a_line_for_each_row(folders):
+    frame = corpus_frame(score(folders, *LADDER, with_long=True))
+    rows = load_rows(folders / "scored")
+    statistics = [f"{name}_{size}" for size in (4, 8) for name in ContextGain._fields]
+    assert list(frame) == ["num_tokens", "document", "offset", *statistics]
+    assert frame["num_tokens"].tolist() == [LENGTH] * NUM_ROWS
+    assert frame["document"].tolist() == list("abcdefg")
+    assert torch.equal(torch.tensor(frame["gain_mean_8"]), torch.tensor(rows["gain_mean_8"][:]))
+    assert list(corpus_frame(folders / "rows")) == ["num_tokens", "document", "offset"]

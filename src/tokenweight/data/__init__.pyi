@@ -27,12 +27,15 @@ from .score import process_share as process_share
 from .score import score_folder as score_folder
 from .score import score_rows as score_rows
 from .scored_row import ScoredRow as ScoredRow
+from .scored_row import corpus_frame as corpus_frame
 from .scored_row import read_row as read_row
 from .scored_row import read_rows as read_rows
 from .scored_row import score_text as score_text
+from .scored_row import score_texts as score_texts
 from .shards import checksum as checksum
 from .shards import verify as verify
 from .tokenize import special_tokens as special_tokens
 from .tokenize import text_prefix as text_prefix
 from .tokenize import text_tokens as text_tokens
+from .tokenize import token_pieces as token_pieces
 from .tokenize import tokenizer_note as tokenizer_note

@@ -1,24 +1,27 @@
 """Single rows with their losses, as a figure or a table of them reads them: of a scored folder, or of texts."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import load_scores
+from tokenweight.data.dataset import load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
-from tokenweight.data.tokenize import special_tokens, text_tokens
+from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
 from tokenweight.method import ShortContext, prediction_mask
 from tokenweight.models import (
     Scorer,
     check_length,
     check_tokenizer,
+    check_tokens,
     context_length,
     find_tokenizer,
     load_model,
@@ -27,6 +30,9 @@ from tokenweight.models import (
     own_device,
     token_nll,
 )
+
+if TYPE_CHECKING:
+    import pandas
 
 TEXT_LENGTH = 4096
 """Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
@@ -45,6 +51,40 @@ class ScoredRow(NamedTuple):
     """Where they restart at 0, a packed document begins; without them the row is one document."""
     size: int | None = None
     """Tokens of the short context, if they are known."""
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A line for each token: its `position` in the row, from 0, `token` id, `text` (all together are the decoded
+        text), `long_nll` and `short_nll` in nats, and `mask`: whether it is predicted and counts."""
+        import pandas
+
+        tokens = self.tokens[0].tolist()
+        columns = {"long_nll": self.long_nll, "short_nll": self.short_nll, "mask": self.mask}
+        return pandas.DataFrame(
+            {
+                "position": range(len(tokens)),
+                "token": tokens,
+                "text": token_pieces(tokens, self.tokenizer),
+                **{name: values[0].numpy() for name, values in columns.items()},
+            }
+        )
+
+
+def corpus_frame(folder: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """A line for each row of a folder, with `num_tokens` and all columns that have one value for each row: where it is
+    from, and, if it was scored with the long losses, its context gain with each short context (`ContextGain`).
+
+    No token is read for it.
+
+    Raises:
+        ValueError: as `load_rows` does.
+    """
+    import pandas
+
+    rows = load_rows(folder)
+    schema = rows.features.arrow_schema
+    names = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    frame = pandas.DataFrame({"num_tokens": row_lengths(rows)})
+    return frame.join(rows.with_format(None).select_columns(names).to_pandas()) if names else frame
 
 
 def read_row(
@@ -132,6 +172,63 @@ def score_text(
     row = ids[number * length : (number + 1) * length] if number >= 0 else []
     if not row:
         raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    return _scored(model, tokenizer, row, number, size, stride, prefix=prefix)
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    size: int | None = None,
+    stride: int | None = None,
+) -> list[ScoredRow]:
+    """Score texts with a model that is loaded, each text as one row, on the device of the model.
+
+    Args:
+        model: a causal language model of transformers; bound to a weighted loss or not.
+        tokenizer: of the model. A text begins with what it puts before one (BOS, if that is its rule).
+        texts: of any length that the model reads.
+        size: tokens of the short context; by default a quarter of each text.
+        stride: tokens that each window scores; by default three quarters of the size.
+
+    Raises:
+        ValueError: naming a text that is too long for the model, or so short that no token would have a shorter
+            context; if the tokenizer is of another model.
+
+    Example:
+        >>> from tokenweight import load_model, load_tokenizer
+        >>> from tokenweight.data import score_texts
+        >>> model, tokenizer = load_model("MODEL"), load_tokenizer("MODEL")  # doctest: +SKIP
+        >>> (row,) = score_texts(model, tokenizer, [open("book.txt").read()], size=1024)  # doctest: +SKIP
+        >>> row.to_pandas().nlargest(5, "short_nll")  # doctest: +SKIP
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is a text: expected a list of texts")
+    prefix = special_tokens(tokenizer)[0]
+    rows = []
+    for number, ids in enumerate(text_tokens(tokenizer, texts)):
+        row = prefix + ids
+        check_length(model.config, len(row), f"text {number}: rows")
+        check_tokens(model.config, min(row, default=0), max(row, default=0), f"text {number}")
+        rows.append(_scored(model, tokenizer, row, number, size, stride, prefix=prefix, what=f"text {number}"))
+    return rows
+
+
+def _scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row: list[int],
+    number: int,
+    size: int | None,
+    stride: int | None,
+    *,
+    prefix: list[int],
+    what: str = "the text",
+) -> ScoredRow:
+    """The row of that number of a text, scored."""
+    if size is None and len(row) < 8:
+        raise ValueError(f"{what} has {len(row)} tokens: expected at least 8, as its short context is a quarter")
     context = ShortContext.of(len(row), size, stride)
     scorer = Scorer(model, context, prefix=prefix)
     tokens = torch.tensor([row], device=model.device)
@@ -139,4 +236,5 @@ def score_text(
         long_nll = scorer.long_nll(tokens)
         short_nll = scorer(tokens, long_nll=long_nll)
     mask = prediction_mask(tokens).cpu()
-    return ScoredRow(tokens.cpu(), long_nll.cpu(), short_nll.cpu(), mask, tokenizer, size=context.size)
+    losses = long_nll.float().cpu(), short_nll.float().cpu()
+    return ScoredRow(tokens.cpu(), *losses, mask, tokenizer, size=context.size)

@@ -173,6 +173,37 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     raise ValueError(f"{type(tokenizer).__name__}: cannot tell the special tokens around a text from its own tokens")
 
 
+def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """The text of each token; joined, they are the decoded text.
+
+    A character whose bytes are spread over several tokens belongs to the last of them; the others get an empty string.
+    Special tokens are shown by name.
+
+    Args:
+        tokens: ids of one sequence.
+        tokenizer: tokenizer of the ids; without one, the pieces are the ids, separated by spaces.
+    """
+    if tokenizer is None:
+        return [f" {token}" if place else str(token) for place, token in enumerate(tokens)]
+
+    def decode(start: int, stop: int) -> str:  # `join`: of one row it is a string, though typed as perhaps a list
+        return "".join(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False))
+
+    pieces = [""] * len(tokens)
+    # A token alone decodes wrongly: a sentencepiece tokenizer drops its leading space. So each is decoded behind the
+    # tokens before it, tokens[context:done], and what these decode to is cut off.
+    context = done = 0
+    known = ""
+    for stop in range(1, len(tokens) + 1):
+        text = decode(context, stop)
+        if text.endswith("\ufffd") and stop < len(tokens):
+            continue  # perhaps half a character: the next token decides
+        pieces[stop - 1] = text[len(known) :]
+        context, done = done, stop
+        known = decode(context, done)
+    return pieces
+
+
 def text_prefix(tokenizer: PreTrainedTokenizerBase | None, provenance: Mapping[str, Any]) -> list[int]:
     """The tokens before a text, with which windows of it begin: what `prepare` noted; for rows of unknown origin, the
     tokenizer's own rule, else its BOS."""

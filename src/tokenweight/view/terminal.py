@@ -16,9 +16,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data import ScoredRow
+from tokenweight.data import ScoredRow, token_pieces
 from tokenweight.method import Weighting
 
 # Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full
@@ -35,37 +34,6 @@ ESCAPES = {code: ascii(chr(code))[1:-1] for codes in (*_CONTROLS, _INVISIBLE) fo
 """For `str.translate`: what is shown in place of characters that could act on a page or a terminal."""
 _ONE_LINE = ESCAPES | {ord("\n"): "⏎", ord("\t"): " "}
 _BEFORE, _AFTER = 30, 12  # characters of context around a token in the table, where there is room
-
-
-def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """The text of each token; joined, they are the decoded text.
-
-    A character whose bytes are spread over several tokens belongs to the last of them; the others get an empty string.
-    Special tokens are shown by name.
-
-    Args:
-        tokens: ids of one sequence.
-        tokenizer: tokenizer of the ids; without one, the pieces are the ids, separated by spaces.
-    """
-    if tokenizer is None:
-        return [f" {token}" if place else str(token) for place, token in enumerate(tokens)]
-
-    def decode(start: int, stop: int) -> str:  # `join`: of one row it is a string, though typed as perhaps a list
-        return "".join(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False))
-
-    pieces = [""] * len(tokens)
-    # A token alone decodes wrongly: a sentencepiece tokenizer drops its leading space. So each is decoded behind the
-    # tokens before it, tokens[context:done], and what these decode to is cut off.
-    context = done = 0
-    known = ""
-    for stop in range(1, len(tokens) + 1):
-        text = decode(context, stop)
-        if text.endswith("\ufffd") and stop < len(tokens):
-            continue  # perhaps half a character: the next token decides
-        pieces[stop - 1] = text[len(known) :]
-        context, done = done, stop
-        known = decode(context, done)
-    return pieces
 
 
 def tint_level(weight: float) -> int | None:
