@@ -308,6 +308,29 @@ def test_a_message_about_a_parameter_names_the_option_and_no_other_word_becomes_
     assert cli.with_option("unknown command", None) == "unknown command"
 
 
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        (["prepare", "a.txt", "--tokenizer", "m", "--out", "o", "--length", "32k"], "length"),
+        (["score", "rows", "--model", "m", "--out", "o", "--max_tokens", "32k"], "max_tokens"),
+        (["score", "rows", "--model", "m", "--out", "o", "--shard_tokens", "0_032K"], "shard_tokens"),
+        (["export", "scored", "--out", "o", "--size", "32k"], "size"),
+        (["show", "scored", "--size", "32k"], "size"),
+        (["show", "a.txt", "--stride", "32k"], "stride"),
+        (["show", "a.txt", "--length", "32k"], "length"),
+        (["figures", "scored", "--out", "o", "--size", "32k"], "size"),
+        (["report", "scored", "--size", "32k"], "size"),
+        (["plan", "--model", "m", "--length", "32k"], "length"),
+        (["eval", "m", "--data", "rows", "--out", "o", "--max_tokens", "32k"], "max_tokens"),
+        (["eval", "m", "--data", "rows", "--out", "o", "--short", "32k"], "short"),
+        (["eval", "m", "--data", "rows", "--out", "o", "--long_size", "32k"], "long_size"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_number_of_tokens_is_typed_with_its_unit(argv, field, unchecked):
+    assert getattr(cli.parse(argv), field) == 32768
+
+
 @pytest.mark.parametrize("argv", [["prepare"], ["train", "--config", "gone.yaml"], ["nonsense"]])
 def test_a_process_of_its_own_leaves_with_status_2(argv, tmp_path):
     done = subprocess.run([sys.executable, "-m", "tokenweight", *argv], capture_output=True, text=True, cwd=tmp_path)

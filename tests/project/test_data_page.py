@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
+import faulty
 import numpy as np
 import pytest
 
@@ -16,6 +16,7 @@ from tokenweight.data import load_scores, score_folder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 FILTER, SHARES, PIPELINE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[:3]
+(TRAIN,) = (line for line in PAGE.splitlines() if "--data scored-by-ray" in line)
 # Not imported here: that would teach this process to read Parquet files of Ray as tensors.
 without_ray = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("ray", "aiohttp")), reason='pip install "ray[data]" aiohttp'
@@ -57,13 +58,15 @@ def test_two_ray_tasks_share_the_shards(scored, folders):
 
 @pytest.mark.slow
 @without_ray
-def test_ray_data_adds_the_columns_to_its_batches(scored, folders):
+def test_ray_data_adds_the_columns_to_its_batches_and_train_reads_them(scored, folders, own_cache):
     run(PIPELINE, folders)
-    rows = datasets.load_dataset("parquet", data_dir=str(folders / "scored-by-ray"), split="train").sort("offset")
+    rows = load_scores(folders / "scored-by-ray", size=8)[0].sort("offset")
     assert list(rows["document"]) == list(scored["document"])
-    for name in ("long_nll", "gain_mean_8", "key_token_ratio_8"):
+    for name in ("long_nll", "gain_mean_8", "key_token_ratio_8", "short_nll"):
         assert_same(rows, scored, name)
-    assert_same({"short_nll": rows["short_nll_8"]}, scored, "short_nll")
+    status, _, errors = faulty.run(folders, *TRAIN.split()[2:], "--trainer.max_steps", "2", small=False)
+    assert (status, "does not say who scored it" in errors) == (0, True)
+    assert (folders / "trained" / "run.json").is_file()
 
 
 def test_rows_are_chosen_by_what_the_context_gives_them(folders, monkeypatch):

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from tokenweight import plan, records, view
-from tokenweight.cli.common import drawing, progress_bar, token_counts
+from tokenweight.cli.common import OptionalTokens, drawing, progress_bar, token_counts
 from tokenweight.cli.train import Data
 from tokenweight.train import TrainSettings
 
@@ -20,7 +20,7 @@ class Plan(TrainSettings):
     """Folder of sequences, or a mixture of some as in `train`; if they exist, they give their number and length."""
     out: str = ""
     """Ignored: nothing is trained."""
-    length: int | None = None
+    length: OptionalTokens = None
     """Tokens per sequence; by default those of the data, else extend.length, else the model's context length."""
     lengths: str = "32k,64k,128k,256k,512k,1M"
     """Further lengths to estimate for, where k is 1024 tokens; "none" for none."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from tokenweight import view
+from tokenweight.cli.common import OptionalTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Report:
     """Number of sequences shown from each scored folder, from the first."""
     num: int = 2048
     """Number of tokens shown from each sequence; charts are of whole sequences."""
-    size: int | None = None
+    size: OptionalTokens = None
     """Tokens of the short context, where scores of several are stored."""
     model: str | None = None
     """Model that computes the long losses anew; by default they are the stored ones, or those of the scoring model."""

@@ -34,6 +34,8 @@ class Score:
     """Revision of a hub model."""
     dtype: str = "auto"
     """Dtype the scoring model is loaded in."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
     max_tokens: Tokens = 32768
     """Most tokens in one forward pass; halved whenever memory runs out."""
     shard: str | None = None
@@ -55,6 +57,7 @@ class Score:
                 self.out,
                 revision=self.revision,
                 dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
                 with_long=self.long or len(contexts or ()) > 1,
                 max_tokens=self.max_tokens,
                 shard_tokens=self.shard_tokens,

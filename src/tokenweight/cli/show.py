@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from tokenweight import data, method, view
+from tokenweight.cli.common import OptionalTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Show:
     """Number of tokens in the passage."""
     top: int = 12
     """Number of tokens listed below it."""
-    size: int | None = None
+    size: OptionalTokens = None
     """Tokens of the short context, where scores of several are stored. Of a text, by default a quarter."""
-    stride: int | None = None
+    stride: OptionalTokens = None
     """Tokens of a text that each window scores; by default three quarters of the size."""
-    length: int | None = None
+    length: OptionalTokens = None
     """Tokens per sequence of a text: the long context. By default 4096, or what the model reads if that is less."""
     model: str | None = None
     """Folder, hub id or .gguf file of the model that scores a text, or that computes the long losses anew."""

@@ -88,14 +88,25 @@ def corpus_frame(folder: str | os.PathLike[str]) -> "pandas.DataFrame":
 
 
 def read_row(
-    folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
+    folder: str | os.PathLike[str],
+    number: int,
+    model_name: str | None = None,
+    *,
+    size: int | None = None,
+    attn_implementation: str | None = None,
 ) -> ScoredRow:
     """The row of that number; see `read_rows`."""
-    return read_rows(folder, number, 1, model_name, size=size)[0]
+    return read_rows(folder, number, 1, model_name, size=size, attn_implementation=attn_implementation)[0]
 
 
 def read_rows(
-    folder: str | os.PathLike[str], first: int, num: int, model_name: str | None = None, *, size: int | None = None
+    folder: str | os.PathLike[str],
+    first: int,
+    num: int,
+    model_name: str | None = None,
+    *,
+    size: int | None = None,
+    attn_implementation: str | None = None,
 ) -> list[ScoredRow]:
     """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
 
@@ -105,6 +116,7 @@ def read_rows(
         model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
             those that are not stored.
         size: of the short context; by default the only one that is stored.
+        attn_implementation: attention kernel of the model; by default the choice of transformers.
 
     Raises:
         ValueError: if there is no such row, one of their shards is damaged, or no model is named where one is needed.
@@ -121,7 +133,9 @@ def read_rows(
     if model_name or "long_nll" not in rows.column_names:
         if name is None:
             raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
-        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
+        dtype = provenance.get("dtype", "auto")
+        model = load_model(name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        model = model.to(own_device())
     found = []
     for row in rows.select(range(first, min(first + num, len(rows)))):
         columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
@@ -146,6 +160,7 @@ def score_text(
     length: int | None = None,
     size: int | None = None,
     stride: int | None = None,
+    attn_implementation: str | None = None,
 ) -> ScoredRow:
     """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
 
@@ -156,6 +171,7 @@ def score_text(
         length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
         size: of the short context; by default a quarter of the row.
         stride: of the short context; by default three quarters of its size.
+        attn_implementation: attention kernel of the model; by default the choice of transformers.
 
     Raises:
         ValueError: if there is no such row, or no token of it would have a shorter context.
@@ -163,7 +179,8 @@ def score_text(
     document = next(read_documents(find_sources([path])), None)
     if document is None or not document.text.strip():
         raise ValueError(f"{path} holds no text")
-    tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
+    tokenizer = load_tokenizer(model_name)
+    model = load_model(model_name, attn_implementation=attn_implementation).to(own_device())
     if length is None:
         length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
     check_length(model.config, length, f"{path}: rows")

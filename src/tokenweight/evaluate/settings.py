@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenweight.records import OptionalTokens, Tokens, token_count
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -29,13 +31,13 @@ class EvalSettings:
     """Model to compare with; or the --out folder of an earlier eval, all of whose models then appear in the table."""
     sizes: str | None = None
     """Short contexts of the context-gain curve, in tokens; by default doubling from 256 to half of a sequence."""
-    short: int | None = None
+    short: OptionalTokens = None
     """Tokens of the short range; by default 1024, or a quarter of sequences of less than 4096 tokens."""
     evaluator: str | None = None
     """A third model that finds the key tokens of LongPPL for all; by default each model and its baseline do, alike."""
-    long_size: int | None = None
+    long_size: OptionalTokens = None
     """Window of LongPPL; by default that of its authors (5120) for longer sequences, else a quarter of a sequence."""
-    long_stride: int | None = None
+    long_stride: OptionalTokens = None
     """Tokens scored by each window of LongPPL; by default the authors' 1024, else three quarters of the window."""
     probes: str = "single,multi_key,variable_tracking"
     """Families of retrieval probes, or none."""
@@ -63,7 +65,7 @@ class EvalSettings:
     """Dtype the models are loaded in."""
     attn_implementation: str | None = None
     """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
-    max_tokens: int = 32768
+    max_tokens: Tokens = 32768
     """Tokens read in one forward pass; halved when memory runs out."""
 
 
@@ -124,7 +126,7 @@ def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
     edges = position_edges(length, first=first)
     sizes = [edge for edge in edges[1:-1] if edge <= length // 2]
     if settings.sizes is not None:
-        sizes = _numbers("sizes", settings.sizes, int)
+        sizes = _numbers("sizes", settings.sizes, token_count)
     rising = bool(sizes) and sizes == sorted(set(sizes)) and sizes[0] >= 2 and sizes[-1] < length
     listed = ",".join(map(str, sizes))
     _require("sizes", listed, rising, f"rising numbers from 2 to {length - 1}, below the {length} tokens of a sequence")
@@ -173,7 +175,7 @@ def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     families, haystack = _families(settings.probes), _haystack(settings)
     lengths = [length // 4, length // 2, length]
     if settings.probe_lengths is not None:
-        lengths = _numbers("probe_lengths", settings.probe_lengths, int)
+        lengths = _numbers("probe_lengths", settings.probe_lengths, token_count)
     depths = _numbers("depths", settings.depths, float)
     within = all(0 <= depth <= 1 for depth in depths)
     _require("depths", settings.depths, within, "numbers from 0 (beginning) to 1 (end)")
@@ -219,7 +221,7 @@ def _suite_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     _require("suite_limit", limit, limit is None or limit >= 1, "at least 1")
     lengths = [length // 2]
     if settings.suite_lengths is not None:
-        lengths = _numbers("suite_lengths", settings.suite_lengths, int)
+        lengths = _numbers("suite_lengths", settings.suite_lengths, token_count)
     return {
         "suites": suites,
         "suite_lengths": lengths if suites else [],
