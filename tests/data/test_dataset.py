@@ -1,6 +1,7 @@
 """What is read of scored rows, and what is refused because it is not what was scored."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_a_row_is_read_with_stored_long_losses_or_those_of_the_scoring_model(wit
     if with_long:
         (folders / "model" / "model.safetensors").unlink()  # not needed then
     row = read_row(folders / "scored", 4)
+    assert (row.number, row.num_rows, row.size, row.stride) == (4, NUM_ROWS, CONTEXT.size, CONTEXT.stride)
     stored = load_rows(folders / "scored")[4]
     assert row.tokens.tolist() == [stored["input_ids"].tolist()]
     assert torch.equal(row.short_nll[0], torch.tensor(stored["short_nll_8"]))
@@ -221,6 +223,16 @@ def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
     sizes = ShortContext(size=len(expected) // 4, stride=len(expected) // 4 * 3 // 4)
     again = score_text(path, name, number=number, length=length, size=sizes.size, stride=sizes.stride)
     assert torch.equal(default.short_nll, again.short_nll)
+    assert (again.size, again.stride, again.number) == (sizes.size, sizes.stride, number)
+    assert again.num_rows == math.ceil(len(tokens) / (length or 128))
+
+
+def test_a_text_may_be_given_as_it_is(text, tmp_path):
+    path, _, name = text
+    row = score_text("anything", name, text=path.read_text(), size=8)
+    assert torch.equal(row.short_nll, score_text(path, name, size=8).short_nll)
+    with pytest.raises(ValueError, match="anything holds no text"):
+        score_text("anything", name, text=" \n")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,8 @@ def test_a_text_is_scored_as_its_rows_would_be(number, length, text):
         ({"length": 30, "size": 30}, "^size 30: sequences hold 30 tokens: no token would have a shorter context"),
         ({"length": 129}, r"book.txt: rows of 129 tokens: the model has 128 positions"),
         ({"size": 8, "stride": 8}, "stride=8 does not fit size=8"),
+        ({"text": "w5 w6 w7"}, r"book.txt: row 0 has 4 tokens: expected at least 8"),
+        ({"number": 8, "length": 7}, r"book.txt: row 8 has 3 tokens: expected at least 8"),
     ],
 )
 def test_what_no_text_can_be_scored_with_is_refused(settings, message, text):

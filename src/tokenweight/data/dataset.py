@@ -22,6 +22,10 @@ from tokenweight.records import read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
 _ROWS_READ = 64  # at a time, when all rows are looked at
+TEXT_LENGTH = 4096
+"""Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
+_MIN_TOKENS = 8  # a quarter of them is the smallest short context, 2 tokens
+_NUMBERS = (*COLUMNS, "short_nll", "long_nll")
 
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
@@ -234,3 +238,127 @@ def _check_not_resaved(folder: Path) -> None:
     for name in dataset_files(folder):
         if not name.startswith("scores-"):
             raise ValueError(f"{folder} was changed after it was scored: its rows are in {name}; score them again")
+
+
+class ScoredRow(NamedTuple):
+    """One scored row, as a batch of one, with what reads it."""
+
+    tokens: Int[Tensor, "1 seq"]
+    long_nll: Float[Tensor, "1 seq"]
+    short_nll: Float[Tensor, "1 seq"]
+    mask: Bool[Tensor, "1 seq"]
+    tokenizer: PreTrainedTokenizerBase | None
+    position_ids: Int[Tensor, "1 seq"] | None = None
+    """Where they restart at 0, a packed document begins; without them the row is one document."""
+    size: int | None = None
+    """Tokens of the short context, if they are known."""
+    stride: int | None = None
+    """Tokens that each of its windows scores, if they are known."""
+    number: int | None = None
+    """Number of the row in its folder or text, from 0."""
+    num_rows: int | None = None
+    """Rows of the folder or text."""
+
+
+def read_row(
+    folder: str | os.PathLike[str], number: int, model_name: str | None = None, *, size: int | None = None
+) -> ScoredRow:
+    """The row of that number; see `read_rows`."""
+    return read_rows(folder, number, 1, model_name, size=size)[0]
+
+
+def read_rows(
+    folder: str | os.PathLike[str], first: int, num: int, model_name: str | None = None, *, size: int | None = None
+) -> list[ScoredRow]:
+    """Read rows of a scored folder, with their long losses: stored ones, else those of a model.
+
+    Args:
+        first: number of the first row, from 0.
+        num: of rows; fewer, where the folder ends.
+        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
+            those that are not stored.
+        size: of the short context; by default the only one that is stored.
+
+    Raises:
+        ValueError: if there is no such row, one of their shards is damaged, or no model is named where one is needed.
+    """
+    rows, provenance = load_scores(folder, size=size)
+    if not 0 <= first < len(rows):
+        raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
+    verify(folder, range(first, first + num))
+    name = model_name or provenance.get("model")
+    revision = provenance.get("revision") if name == provenance.get("model") else None
+    tokenizer = None if name is None else find_tokenizer(name, revision=revision)
+    check_tokenizer(tokenizer, str(name), provenance, folder)
+    model = None
+    if model_name or "long_nll" not in rows.column_names:
+        if name is None:
+            raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
+        model = load_model(name, dtype=provenance.get("dtype", "auto"), revision=revision).to(own_device())
+    found: list[ScoredRow] = []
+    context = provenance.get("context", {})
+    for row in rows.select(range(first, min(first + num, len(rows)))):
+        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
+        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+        if model is None:
+            long_nll = columns["long_nll"]
+        else:
+            check_length(model.config, tokens.shape[1], f"{folder}: rows")
+            places = None if positions is None else positions.to(model.device)
+            long_nll = token_nll(model, tokens.to(model.device), places)
+        mask = prediction_mask(columns.get("labels", tokens), positions)
+        losses = long_nll.float().cpu(), columns["short_nll"].float()
+        windows = context.get("size"), context.get("stride")
+        place = first + len(found), len(rows)
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place))
+    return found
+
+
+def score_text(
+    path: str | os.PathLike[str],
+    model_name: str,
+    *,
+    text: str | None = None,
+    number: int = 0,
+    length: int | None = None,
+    size: int | None = None,
+    stride: int | None = None,
+) -> ScoredRow:
+    """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
+
+    Args:
+        path: of a file that `prepare` reads; with `text`, only the name of that in errors.
+        text: the text itself, in place of a file.
+        model_name: gives tokenizer and losses.
+        number: of the row, from 0.
+        length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
+        size: of the short context; by default a quarter of the row.
+        stride: of the short context; by default three quarters of its size.
+
+    Raises:
+        ValueError: if there is no such row, or no token of it would have a shorter context.
+    """
+    if text is None:
+        text = next((document.text for document in read_documents(find_sources([path]))), "")
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name).to(own_device())
+    if length is None:
+        length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
+    check_length(model.config, length, f"{path}: rows")
+    prefix = special_tokens(tokenizer)[0]
+    ids = prefix + text_tokens(tokenizer, [text])[0]
+    row = ids[number * length : (number + 1) * length] if number >= 0 else []
+    if not row:
+        raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
+    if size is None and len(row) < _MIN_TOKENS:
+        raise ValueError(f"{path}: row {number} has {len(row)} tokens: expected at least {_MIN_TOKENS}, or a size")
+    context = ShortContext.of(len(row), size, stride)
+    scorer = Scorer(model, context, prefix=prefix)
+    tokens = torch.tensor([row], device=model.device)
+    with numbered_from(number):
+        long_nll = scorer.long_nll(tokens)
+        short_nll = scorer(tokens, long_nll=long_nll)
+    mask = prediction_mask(tokens).cpu()
+    losses, place = (long_nll.cpu(), short_nll.cpu()), (number, -(-len(ids) // length))
+    return ScoredRow(tokens.cpu(), *losses, mask, tokenizer, None, context.size, context.stride, *place)
