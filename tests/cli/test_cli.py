@@ -1,5 +1,6 @@
 """The commands as a user runs them: `python -m tokenweight`, with real files."""
 
+import io
 import json
 import platform
 import re
@@ -118,12 +119,14 @@ def test_score_scores_once(scored, run, place):
 
 
 def test_show_prints_text_and_draws_a_picture(scored, run, place):
-    status, printed, errors = run("show", "scored", "--row", "0", "--start", "0", "--num", "60", "--svg", "shown.svg")
-    assert (status, errors) == (0, "")
-    assert "Call me Ishmael. Some years ago" in re.sub(r"[][()]", "", printed)  # no terminal, no color: marks
-    assert "weight  ((0, not trained)) (below 1) [above 1] [[2 or more]]" in printed
+    for name, begins in (("shown.svg", b"<svg"), ("shown.png", b"\x89PNG"), ("shown.HTML", b"<!doctype html>")):
+        status, printed, errors = run("show", "scored", "--row", "1", "--start", "4", "--num", "60", "--save", name)
+        assert (status, errors) == (0, "")
+        assert (place / name).read_bytes().startswith(begins)
+    num_rows = len(datasets.load_from_disk(str(place / "scored")))
+    assert printed.startswith(f"scored · row 1 of {num_rows} · tokens 4 to 63 of 64\n")
+    assert "weight  ((0, not trained)) (below 1) [above 1] [[2 or more]]" in printed  # no terminal, no color: marks
     assert "dense:interpolation=0.75" in printed
-    assert "<svg" in (place / "shown.svg").read_text(encoding="utf-8")
 
 
 def test_show_scores_a_text_at_once(run, place):
@@ -131,7 +134,21 @@ def test_show_scores_a_text_at_once(run, place):
     kernel = ["--attn_implementation", "eager"]
     status, printed, errors = run("show", "book.txt", *options, *kernel, "--weighting", "sparse:keep=0.2")
     assert (status, errors) == (0, "")
+    assert printed.startswith("book.txt · row 1 of ")
     assert "effective tokens 19.0 of 99" in printed
+    text = (place / "book.txt").read_text(encoding="utf-8")
+    assert run("show", "--text", text, *options, "--weighting", "sparse:keep=0.2") == (
+        0, printed.replace("book.txt", "text", 1), "",
+    )  # fmt: skip
+
+
+def test_show_scores_what_it_reads_from_standard_input(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for words in (["book.txt"], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO((place / "book.txt").read_text(encoding="utf-8")))
+        assert cli.main(["show", *words, "--model", "model", "--length", "90", "--top", "0"]) == 0
+    file, _, read = capsys.readouterr().out.rpartition("standard input ")
+    assert file == f"book.txt {read}"
 
 
 def logged(folder):
@@ -251,6 +268,12 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["show", "scored", "--weighting", "dens"], "unknown weighting 'dens' (did you mean 'dense'?)"),
         (["show", "scored", "--length", "9"], "--length and --stride apply to a text: scored is"),
         (["show", "book.txt"], "--model: book.txt is a text: name the model that scores it"),
+        (["show"], "expected a folder of scored sequences, a file or - (standard input), or --text"),
+        (["show", "scored", "--text", "a"], "expected a folder of scored sequences, a file or - (standard input)"),
+        (["show", "Call me Ishmael", "--model", "model"], "Call me Ishmael: no such folder or file; a text itself is"),
+        (["show", "--text", "Ahab", "--model", "model"], "tokens: expected at least 8, or a size"),
+        (["show", "scored", "--save", "out.jpg"], "--save out.jpg: expected a name that ends in .svg, .png or .html"),
+        (["show", "scored", "--save", "none/out.svg"], "--save none/out.svg: no such folder"),
         (["show", "book.txt", "--model", "gone"], "'gone' cannot be loaded"),
         (["show", "bad.jsonl", "--model", "model", "--row", "1"], "--row 1: bad.jsonl has rows 0 to 0"),
         (["show", "scored", "--model", "other"], "scored was made with the tokenizer of model ("),
@@ -350,7 +373,7 @@ assert not {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage: tokenweight COMMAND") == 3
-    for name, option in {"prepare": "--length", "score": "--stride", "train": "--weighting", "show": "--svg"}.items():
+    for name, option in {"prepare": "--length", "score": "--stride", "train": "--weighting", "show": "--save"}.items():
         assert re.search(rf"usage: tokenweight {name} .*{option}", done.stdout, re.DOTALL)
 
 

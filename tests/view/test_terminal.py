@@ -2,18 +2,15 @@
 
 import io
 import re
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from rich.cells import cell_len
 from rich.console import Console
-from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokenweight.method import Dense
-from tokenweight.view import passage, top_tokens, write_svg
+from tokenweight.view import passage, top_tokens
 from tokenweight.view.terminal import legend, summary, tint, token_pieces
 
 TEXT = 'The naïve café — "déjà vu" — 🙂👩‍🚀 says 你好。世界 and [bold]ünïcode[/bold].\n\n  Größe: 日本語 😀 end \ufffd.'
@@ -141,19 +138,16 @@ def test_top_tokens_order_and_numbers():
     assert len(ansi(top_tokens(pieces, weights, long, short, mask), color_system=None).splitlines()) == 4 + 7 + 2 + 2
 
 
-def test_svg(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    path = tmp_path / "tinted.svg"
-    text = passage([" Ahab", " <&", " 世界", "\ufffe", "\x00"], torch.tensor([4.0, 1, 0.5, 0, 1]))
-    write_svg([text, legend(), "[bold]"], path, title="a {title} & more", width=60)
-    svg = path.read_text(encoding="utf-8")
-    words = [element.text for element in ET.fromstring(svg).iter() if element.tag.endswith("text")]
-    assert {"Ahab", "a\xa0{title}\xa0&\xa0more", "[bold]", "世界", r"\ufffe"} <= set(words)
-    assert "#f59132" in svg  # in full color all the same
-    assert "url(http" not in svg
-    assert len(svg) < 20_000
-    widths = re.findall(r'textLength="([\d.]+)"[^>]*>([^<&\n]+)<', svg)
-    assert {round(float(width) / cell_len(word), 3) for width, word in widths} == {12.2}  # wide ones have two columns
-    with pytest.raises(FileNotFoundError):
-        write_svg([Text("a")], tmp_path / "none" / "a.svg", title="")
-    assert [file.name for file in tmp_path.iterdir()] == ["tinted.svg"]
+def test_without_color_the_listed_token_and_where_it_was_before_stand_between_marks():
+    pieces = ["Ahab", " saw", ",", " Ahab", "!", " is"]
+    weights = torch.tensor([1.0, 1, 0.5, 3, 1.5, 1])
+    losses = torch.zeros(6), torch.tensor([0.0, 0, 9, 3, 2, 1])
+    mask = torch.tensor([False, False, True, True, True, True])
+    marked = ansi(top_tokens(pieces, weights, *losses, mask, tinted=False), color_system=None).splitlines()[4:9]
+    plain = ansi(top_tokens(pieces, weights, *losses, mask), color_system=None).splitlines()[4:9]
+    shown = ["Ahab saw, [[Ahab]]! is", "|Ahab| saw, Ahab", "Ahab saw, Ahab[!] is", "Ahab! |is|", "Ahab saw(,) Ahab!"]
+    for line, unmarked, text in zip(marked, plain, shown, strict=True):
+        assert text in line
+        token = next(word for word in ("[[", "|", "[", "(") if word in line)
+        start = line.index(token) + len(token)
+        assert line[start] == unmarked[start]  # the token begins in the same column

@@ -117,7 +117,7 @@ def _row(
     return {
         "number": number,
         "summaries": [summary(weigh, own[0], row.mask[0]).plain for weigh, own in zip(SETTINGS, weights)],
-        "tokens": [(*_split(piece), LOOKS[own]) for piece, own in zip(pieces[shown], looks[START])],
+        "tokens": [(*split_piece(piece), LOOKS[own]) for piece, own in zip(pieces[shown], looks[START])],
         "reader": {
             "start": start,
             "length": length,
@@ -141,7 +141,7 @@ def look(weight: float) -> int:
     return LOOKS.index(f"{'up' if level > 0 else 'down'} l{abs(level)}{' far' * (weight >= 2)}")
 
 
-def _split(piece: str) -> tuple[str, str]:
+def split_piece(piece: str) -> tuple[str, str]:
     """The spaces before a word, which stay untinted, and the rest, in which nothing is invisible."""
     rest = piece.lstrip(" ") or piece
     return piece.removesuffix(rest), rest.translate(ESCAPES)

@@ -67,7 +67,7 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
         raise ValueError(
             f"a report needs jinja2, which is missing: pip install 'tokenweight[report]' ({error})"
         ) from error
-    style, script = _part("report.css"), _part("report.js")
+    style, script = _part("tint.css") + _part("report.css"), _part("report.js")
     runs = [{**run, "place": place} for place, run in enumerate(runs)]
     scored, trained, evaluated = (
         [run for run in runs if run["kind"] == kind] for kind in ("scored", "training", "evaluation")

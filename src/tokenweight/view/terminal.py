@@ -4,20 +4,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from rich import box
 from rich.cells import set_cell_size
 from rich.color import Color, ColorTriplet, blend_rgb
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group
 from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from tokenweight.data import ScoredRow, token_pieces
 from tokenweight.method import Weighting
 
 # Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full
@@ -153,6 +153,34 @@ def summary(weighting: Weighting, weights: Float[Tensor, " seq"], mask: Bool[Ten
     )
 
 
+class Listed(NamedTuple):
+    """One of the tokens with the largest weights."""
+
+    position: int
+    weight: float
+    long: float
+    """Its losses with the long and the short context, in nats."""
+    short: float
+    before: int | None
+    """The nearest earlier position with the same piece (`seen_before`)."""
+
+
+def listed(
+    pieces: list[str],
+    weights: Float[Tensor, " seq"],
+    long_nll: Float[Tensor, " seq"],
+    short_nll: Float[Tensor, " seq"],
+    mask: Bool[Tensor, " seq"],
+    num: int,
+) -> list[Listed]:
+    """The tokens with the largest weights, as `top_tokens` lists them."""
+    weight, long, short = weights.tolist(), long_nll.tolist(), short_nll.tolist()
+    places = torch.nonzero(mask & (weights != 0)).flatten().tolist()
+    places.sort(key=lambda place: (-weight[place], -abs(long[place] - short[place]), place))
+    seen = seen_before(pieces)
+    return [Listed(place, weight[place], long[place], short[place], seen[place]) for place in places[:num]]
+
+
 def top_tokens(
     pieces: list[str],
     weights: Float[Tensor, " seq"],
@@ -161,6 +189,7 @@ def top_tokens(
     mask: Bool[Tensor, " seq"],
     *,
     num: int = 12,
+    tinted: bool = True,
 ) -> Table:
     """List the tokens with the largest weights, and where in the sequence each of them was seen before.
 
@@ -175,92 +204,72 @@ def top_tokens(
         short_nll: loss with the short context, in nats.
         mask: True where a token is predicted; nothing else is listed, and no loss outside is read.
         num: largest number of tokens in the table.
+        tinted: False for the marks of `passage` around each token, or |…| where its weight has none.
     """
-    weight, long, short = weights.tolist(), long_nll.tolist(), short_nll.tolist()
-    places = torch.nonzero(mask & (weights != 0)).flatten().tolist()
-    places.sort(key=lambda place: (-weight[place], -abs(long[place] - short[place]), place))
-    starts, seen = [0, *accumulate(map(len, pieces))], seen_before(pieces)
-    text = "".join(pieces)
+    starts, text = [0, *accumulate(map(len, pieces))], "".join(pieces)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, caption="losses in nats", caption_justify="left")
     table.add_column("position", justify="right", no_wrap=True)
     table.add_column("token in context\nand where it was before")
-    for header in ("long", "short", "short\n- long", "weight", "seen\nbefore", "tokens\nago"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for place in places[:num]:
-        before, token = seen[place], tint(weight[place]) + Style(bold=True)
-        shown = [_InContext(text, starts[place], starts[place + 1], token)]
-        if before is not None:
-            shown.append(_InContext(text, starts[before], starts[before + 1], Style(), around=Style(dim=True)))
-        table.add_row(
-            str(place),
-            Group(*shown),
-            f"{long[place]:.2f}",
-            f"{short[place]:.2f}",
-            f"{short[place] - long[place]:+.2f}",
-            f"{weight[place]:.2f}",
-            *(("-", "-") if before is None else (str(before), str(place - before))),
-        )
+    for header in LOSSES:
+        table.add_column(header.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for token in listed(pieces, weights, long_nll, short_nll, mask, num):
+        marks = ("", "") if tinted else next(filter(any, (_marks(token.weight), ("|", "|"))))
+        look = tint(token.weight) + Style(bold=True)
+        shown = [_InContext(text, starts[token.position], starts[token.position + 1], look, marks)]
+        if token.before is not None:
+            marks = ("", "") if tinted else ("|", "|")
+            earlier = starts[token.before], starts[token.before + 1]
+            shown.append(_InContext(text, *earlier, Style(), marks, around=Style(dim=True)))
+        table.add_row(str(token.position), Group(*shown), *cells(token))
     return table
 
 
-def view(
-    row: ScoredRow,
-    weighting: Weighting,
-    *,
-    start: int | None = None,
-    num: int = 300,
-    top: int = 12,
-    tinted: bool = True,
-) -> list[RenderableType]:
-    """Show a scored sequence: a passage of `num` tokens, the key of its tints, a summary, and the `top` tokens.
+LOSSES = ("long", "short", "short - long", "weight", "seen before", "tokens ago")
+"""What `cells` are."""
 
-    Args:
-        row: scored sequence.
-        weighting: weighting that tints it.
-        start: number of the first token of the passage; by default the passage has the largest sum of weights.
-        num: number of tokens in the passage.
-        top: number of tokens in the list.
-        tinted: False where there is no color: weights are then shown by marks.
 
-    Raises:
-        ValueError: if `start` is not a token of the sequence.
-    """
-    weights, length = weighting(row.long_nll, row.short_nll, row.mask)[0], row.tokens.shape[1]
-    if start is None:
-        start = int(weights.unfold(0, min(num, length), 1).sum(dim=1).argmax())
-    if not 0 <= start < length:
-        raise ValueError(f"start {start}: the sequence has tokens 0 to {length - 1}")
-    pieces, shown = token_pieces(row.tokens[0].tolist(), row.tokenizer), slice(start, start + num)
-    losses = row.long_nll[0], row.short_nll[0]
-    table = top_tokens(pieces, weights, *losses, row.mask[0], num=top)
-    text = passage(pieces[shown], weights[shown], tinted=tinted)
-    return [text, legend(tinted=tinted), summary(weighting, weights, row.mask[0]), table]
+def cells(token: Listed) -> list[str]:
+    """The numbers of a token in the list."""
+    seen = ["-", "-"] if token.before is None else [str(token.before), str(token.position - token.before)]
+    return [
+        f"{token.long:.2f}",
+        f"{token.short:.2f}",
+        f"{token.short - token.long:+.2f}",
+        f"{token.weight:.2f}",
+        *seen,
+    ]
+
+
+def in_context(text: str, start: int, stop: int, before: int, after: int) -> tuple[str, str, str]:
+    """text[start:stop] without the space before it, between that many characters before and after it, on one line."""
+    token = text[start:stop].lstrip(" ") or text[start:stop]
+    left = text[: stop - len(token)][-before:] if before else ""
+    shown = token.translate(_ONE_LINE) or "…"  # part of a character, which the next tokens complete
+    return left.translate(_ONE_LINE), shown, text[stop : stop + after].translate(_ONE_LINE)
 
 
 @dataclass(frozen=True)
 class _InContext:
     """text[start:stop] among its neighbors, cut to one line of the room there is.
 
-    It begins in the same column in every row of a table, which shows the token where neither color nor bold can.
+    It begins in the same column in every row of a table.
     """
 
     text: str
     start: int
     stop: int
     style: Style
+    marks: tuple[str, str]
     around: Style | str = ""
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(16, _BEFORE + self.stop - self.start + _AFTER)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        token = self.text[self.start : self.stop].lstrip(" ") or self.text[self.start : self.stop]
-        room = min(_BEFORE, options.max_width // 2)
-        before = self.text[: self.stop - len(token)][-room:].translate(_ONE_LINE)
+        room = min(_BEFORE, options.max_width // 2) - len(self.marks[0])
+        before, token, after = in_context(self.text, self.start, self.stop, room, _AFTER)
         before = set_cell_size(before[::-1], room)[::-1]
-        after = self.text[self.stop : self.stop + _AFTER].translate(_ONE_LINE)
-        shown = token.translate(_ONE_LINE) or "…"  # part of a character, which the next tokens complete
-        line = Text(before, self.around).append(shown, self.style).append(after)
+        line = Text(before, self.around).append(token.join(self.marks), self.style).append(after)
         line.truncate(options.max_width)
         yield line
 
