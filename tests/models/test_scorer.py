@@ -333,3 +333,11 @@ def test_what_a_model_that_scores_itself_need_not_read_is_marked():
     assert short.same_as_long.tolist() == [[t < 8 for t in range(30)]] * 2
     assert torch.equal(short.filled(long_nll), Scorer(model, size=8)(tokens, long_nll=long_nll))
     assert Scorer(model, size=8).short_losses(tokens).same_as_long is None
+
+
+def test_a_scorer_says_what_scores_with_which_windows(tmp_path):
+    model = models.tiny()
+    assert repr(Scorer(model, size=8)) == "Scorer('LlamaForCausalLM', size=8, stride=6)"
+    model.save_pretrained(tmp_path)
+    expected = f"Scorer({str(tmp_path)!r}, size=8, stride=3)"
+    assert repr(Scorer(load_model(str(tmp_path)), ShortContext(8, 3))) == expected

@@ -81,6 +81,10 @@ class Scorer:
         self.model, self.prefix = model, tuple(prefix)
         self.parts = causal_parts(model)
 
+    def __repr__(self) -> str:
+        name = self.model.config.name_or_path or type(self.model).__name__
+        return f"Scorer({name!r}, size={self.context.size}, stride={self.context.stride})"
+
     def with_context(self, context: ShortContext) -> "Scorer":
         """A scorer of the same model with another short context."""
         check_stale_windows(self.model.config, context.size)
