@@ -8,7 +8,7 @@ import pytest
 from models import LENGTH, some_rows, tiny
 from texts import trained_tokenizer
 from tokenweight import ShortContext, cli
-from tokenweight.cli.figures import _weightings
+from tokenweight.cli.report import _weightings
 from tokenweight.data import read_rows, score_folder
 from tokenweight.evaluate import Measure, compare
 from tokenweight.method import PPMI, Dense, Sparse

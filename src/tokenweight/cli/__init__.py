@@ -19,13 +19,13 @@ from tokenweight.cli.demo import Demo
 from tokenweight.cli.doctor import Doctor
 from tokenweight.cli.eval import Eval
 from tokenweight.cli.export import Export
-from tokenweight.cli.figures import Figures
 from tokenweight.cli.plan import Plan
 from tokenweight.cli.prepare import Prepare
-from tokenweight.cli.report import Report
+from tokenweight.cli.report import Figures, Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
-from tokenweight.cli.train import GROUPS, Train, read_config, with_groups
+from tokenweight.cli.stats import Stats
+from tokenweight.cli.train import Train, read_config, with_groups
 from tokenweight.train import TrainSettings, trainer_field
 
 COMMANDS: dict[str, Any] = {
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "export": Export,
     "show": Show,
+    "stats": Stats,
     "figures": Figures,
     "eval": Eval,
     "report": Report,

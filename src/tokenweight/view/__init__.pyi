@@ -1,3 +1,8 @@
+from .corpus import CorpusGain as CorpusGain
+from .corpus import corpus_gains as corpus_gains
+from .corpus import corpus_records as corpus_records
+from .corpus import corpus_view as corpus_view
+from .corpus import name_folders as name_folders
 from .excerpt import Excerpt as Excerpt
 from .figures import draw as draw
 from .html import Html as Html
