@@ -40,6 +40,7 @@ def make_runs(root):
     rows.add_column("position_ids", positions).save_to_disk(str(root / "rows-packed"))
     for name, size, data in (("scored", 32, "rows"), ("packed", 16, "rows-packed")):
         score_folder(root / data, str(root / "model"), [ShortContext(size, size // 2)], root / name, with_long=True)
+    score_folder(root / "rows", str(root / "model"), [ShortContext(32, 16)], root / "short")
     (root / "run").mkdir()
     write_json(root / "run" / "run.json", {"settings": {"weighting": "sparse:keep=0.2,seed=0"}})
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in CURVES))

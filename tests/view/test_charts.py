@@ -99,6 +99,23 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
     assert expected is None or found == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(1, 2, [1, 2]), (1, 4, [1, 2, 3, 4]), (0, 10, [0, 5, 10]), (3, 3, [3]), (0, 100, [0, 25, 50, 75, 100])],
+)
+def test_ticks_of_steps_are_whole(low, high, expected):
+    assert ticks(low, high, 4, whole=True) == expected
+    svg = drawn(series=[Series("a", 0, [Point(low, 1.0), Point(high, 2.0)])], whole=True)
+    shown = [text.text for text in svg.findall("text[@text-anchor='middle']")][:-1]  # the last is the name of the axis
+    assert all("." not in text for text in shown)
+
+
+def test_the_words_beside_a_mark_are_above_every_line():
+    svg = drawn(marks=[(5, "first window ends")], zero=True)
+    (words,) = [text for text in svg.findall("text") if text.text == "first window ends"]
+    assert float(words.get("y")) < min(y for line in places(svg) for _, y in line)
+
+
 def test_numbers_are_short():
     numbers = [None, 0, -0.0, 0.123456, 12.3456, 999.96, 1234.5, 9_999_999.0, 2e-6]
     assert list(map(short, numbers)) == [DASH, "0", "0", "0.1235", "12.35", "1000", "1,234", "9,999,999", "2e-06"]

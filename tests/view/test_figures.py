@@ -73,6 +73,26 @@ def test_scores_are_drawn_as_summaries_have_them_with_the_first_window_left_out_
     assert figures["scored-weight-by-position"].axes[0].patches[0].get_width() == 8
 
 
+def test_smooth_averages_over_windows_and_labels_say_how_many_sequences_and_what_the_saw_tooth_is(
+    runs, capsys, tmp_path
+):
+    rows, dense = read_rows(runs / "scored", 3, 2), {"dense": Dense()}
+    weights = [Dense()(row.long_nll, row.short_nll, row.mask) for row in rows]
+    for smooth, windows in ((False, None), (True, ShortContext(8, 5))):
+        figures = draw([runs / "scored"], dense, first_row=3, num_rows=2, smooth=smooth)
+        (line,) = figures["scored-weight-by-position"].axes[0].lines
+        assert list(line.get_ydata()) == [part.mean_weight for part in by_position(rows, weights, windows=windows)]
+        labels = {name: figure.get_label() for name, figure in figures.items()}
+        assert all(label.startswith("2 of 7 sequences.") for label in labels.values())
+        assert ("saw-tooth of 5 tokens" in labels["scored-weight-by-position"]) == (not smooth)
+    screen = draw([runs / "scored"], dense, num_rows=2, style="screen")
+    assert all("of 7 sequences" in figure.get_supxlabel() for figure in screen.values())
+    assert (
+        cli.main(["figures", str(runs / "scored"), "--num_rows", "3", "--out", str(tmp_path / "out"), "--smooth"]) == 0
+    )
+    assert capsys.readouterr().out.count(": 3 of 7 sequences.") == 3
+
+
 def test_a_training_that_went_on_after_an_interruption_has_one_loss_for_each_step(runs):
     (line,) = draw([runs / "run"], {})["loss-by-step"].axes[0].lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [3, 2])
@@ -94,6 +114,7 @@ def test_weightings_are_told_apart_from_their_settings():
         (["model"], "model holds no scores.json, run.json, eval.json: expected a folder of `score`, `train` or `eval`"),
         (["gone"], "gone is no folder"),
         (["run", "--row", "3"], "--row 3: applies to scored sequences"),
+        (["run", "--smooth"], "--smooth True: applies to scored sequences"),
         (["scored", "--num_rows", "0"], "--num_rows 0: expected at least 1"),
         (["scored", "--row", "7"], "scored has rows 0 to 6"),
         (["scored", "--weighting", "dens"], "unknown weighting 'dens'"),

@@ -142,6 +142,23 @@ def test_models_are_drawn_with_the_changes_and_intervals_of_their_comparison(fig
     assert (name == "position") == any(entry.low is None for entry in entries[1])
 
 
+def test_without_an_interval_the_axis_promises_none():
+    alone = [[entry._replace(low=None, high=None) for entry in row] for row in table()]
+    assert [plots.loss_figure(rows, EDGES).axes[1].get_ylabel() for rows in (table(), alone)] == [
+        "change, with\n95 % interval",
+        "change,\nno interval",
+    ]
+
+
+def test_positions_have_ticks_at_powers_of_two_and_the_name_of_the_window_is_above_the_panel():
+    bins = {"dense": [PositionWeights(64 * i, 64 * (i + 1), 64, 1.0, 1.0) for i in range(32)]}
+    upper, lower = plots.position_figure(bins, window=512, style="paper").axes
+    assert [label.get_text() for label in lower.get_xticklabels()] == ["0", "512", "1k", "1536", "2k"]
+    (words,) = upper.texts
+    assert words.get_position()[1] > 1
+    assert words.get_transform() == upper.transAxes
+
+
 def test_costs_are_lines_of_each_mode_over_the_lengths():
     figure = FIGURES["cost"]("screen")
     for axes, scale in zip(figure.axes, (1e15, 2.0)):

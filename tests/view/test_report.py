@@ -13,12 +13,12 @@ import pytest
 from evaluations import settings as eval_settings
 from pages import CURVES, EDGES, HOSTILE, LENGTH, element, embedded, make_runs, passages, tables, text_of
 
-from tokenweight import cli, parse_weighting
-from tokenweight.data import read_row
+from tokenweight import ShortContext, cli, parse_weighting
+from tokenweight.data import read_row, read_rows
 from tokenweight.evaluate import evaluate
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, train
-from tokenweight.view import Excerpt, report, write_report
+from tokenweight.view import Excerpt, corpus_gains, report, write_report
 from tokenweight.view.charts import Point
 from tokenweight.view.excerpt import LOOKS, SETTINGS, START, look
 from tokenweight.view.summaries import by_kind, by_position, row_kinds
@@ -128,6 +128,116 @@ def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_sett
     assert "mean weight 1.00 · 80.3% weigh 0 · effective tokens 47.0 of 239 (19.7%)" in shown[0] or name == "packed"
 
 
+def test_every_chart_of_scores_says_of_how_many_sequences_it_is(runs, tmp_path):
+    page = written(runs, tmp_path, "scored")
+    notes = [text_of(part.split("</p>")[0]) for part in page.split("</figcaption>")[1:]]
+    assert len(notes) == 2
+    assert all("1 of 2 sequences" in note for note in notes)
+    assert "saw-tooth of 16 tokens" in notes[0]
+    assert "row 0 of 2: tokens 0 to 239 of 240" in text_of(page).lower()
+    both = text_of(written(runs, tmp_path, "scored", "packed", rows=2))
+    assert "scored: 2 of 2, packed: 2 of 2 sequences" in both
+
+
+def test_a_smoothed_page_averages_over_windows(runs, tmp_path):
+    (row,) = read_rows(runs / "scored", 0, 1)
+    page = written(runs, tmp_path, "scored", smooth=True)
+    (cells,) = [cells for number, _, cells in tables(page) if number == START and len(cells[0]) == 2]
+    weights = [SETTINGS[START](row.long_nll, row.short_nll, row.mask)]
+    parts = by_position([row], weights, windows=ShortContext(32, 16))
+    assert [label for label, _ in cells] == [f"{part.first} to {part.stop - 1}" for part in parts]
+    assert [float(mean) for _, mean in cells] == pytest.approx([part.mean_weight for part in parts], rel=5e-4)
+    assert "saw-tooth" not in page
+
+
+def test_the_first_section_is_of_all_sequences_and_the_page_begins_with_what_was_found(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MIN_BARS", 2)
+    page = written(runs, tmp_path, "scored", "run", num=9)
+    (gain,) = corpus_gains(runs / "scored", name="scored")
+    section = page.split('<section aria-labelledby="corpus-title">')[1].split("</section>")[0]
+    assert page.index("corpus-title") < page.index("text-title")
+    for number in (f"{gain.mean_gain:+.4f}", f"{gain.better:.1%}", f"{gain.sequences}"):
+        assert f">{number}</td>" in section
+    ((counts),) = [cells for _, _, cells in tables(section) if "below" in cells[0][0]]
+    assert [int(count) for _, count in counts] == gain.histogram.counts
+    assert [name in section for name in ("b, row 1", "a, row 0")] == [True, True]
+    header = page.split("</header>")[0]
+    assert f"mean gain {gain.mean_gain:+.4f} nats beyond 32 tokens" in header
+    assert "2 steps, loss 6.5000 → 6.2500" in header
+    links = re.findall(r'href="#([^"]+)"', header)
+    assert len(links) == 2 + 5
+    assert all(f'id="{link}"' in page for link in links)
+
+
+def test_scores_without_gains_are_shown_and_the_page_says_how_to_get_them(runs, tmp_path):
+    (tmp_path / "short").symlink_to(runs / "short")
+    page = written(tmp_path, tmp_path, "short", num=9)
+    assert "short stores no gain per sequence: score it with --long" in page
+    assert len(embedded(page)["runs"]) == 1
+
+
+def test_runs_are_named_by_their_folder_and_shown_once(runs, tmp_path):
+    page = written(runs, tmp_path, "run", "run", "evaluated")
+    assert "<title>tokenweight: run, evaluated</title>" in page
+    assert page.count(str(runs / "run")) == 1  # among its settings
+
+
+def rerecorded(runs, folder, change):
+    """An evaluation like the one of `runs`, changed by a function of its record."""
+    record = read_json(runs / "evaluated" / "eval.json")
+    change(record)
+    folder.mkdir()
+    write_json(folder / "eval.json", record)
+
+
+def test_bold_is_the_best_only_where_an_interval_leaves_out_no_change(runs, tmp_path):
+    def bold(name):
+        page = element(written(tmp_path, tmp_path, name), '<table class="stacked" role="table">', "</table>")
+        return [re.findall(r'class="number( best)?">(?=[\d.])', row) for row in page.split("<tr ")[2:]]
+
+    def changed(best, clear, low):
+        def change(record):
+            for place, row in enumerate(record["comparison"]):
+                for entry in row:
+                    own = {"best": place == best, "clear": clear and place == 1}
+                    entry.update(own | ({"low": low, "high": low} if place else {}))
+
+        return change
+
+    for name, best, clear, low, expected in (
+        ("first", 0, True, 0.1, [" best", ""]),
+        ("second", 1, True, -0.1, ["", " best"]),
+        ("unclear", 1, False, -0.1, ["", ""]),
+        ("unknown", 0, False, None, ["", ""]),
+    ):
+        rerecorded(runs, tmp_path / name, changed(best, clear, low))
+        assert bold(name) == [expected] * 5
+    assert "without intervals: too few documents" in written(tmp_path, tmp_path, "unknown")
+
+
+def test_changes_beyond_half_and_at_short_range_are_at_the_top_and_chance_is_beside_probes(runs, tmp_path):
+    def change(record):
+        for row in record["comparison"]:
+            row[0]["measure"], row[1]["measure"] = "beyond_half", "short_range"
+            row[-1]["measure"] = "probe_single_60"
+            row.append({**row[2], "measure": "position_0"})
+        for model in record["models"]:
+            model["probe_grid"] = [{"family": "single", "length": 60, "chance": 0.25}]
+
+    rerecorded(runs, tmp_path / "evaluated", change)
+    page = written(tmp_path, tmp_path, "evaluated")
+    after = {entry["measure"]: entry for entry in read_json(tmp_path / "evaluated" / "eval.json")["comparison"][1]}
+    shown = [
+        f"{entry['change']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}] {words}"
+        for entry, words in (
+            (after["beyond_half"], "beyond half of a sequence"),
+            (after["short_range"], "at short range"),
+        )
+    ]
+    assert f"model against base, nats: {'; '.join(shown)}" in page.split("</header>")[0]
+    assert "probe single 60 ↑ long, share, chance 25.0 %" in text_of(page)
+
+
 def test_the_histogram_leaves_the_first_window_of_every_document_out(runs):
     for name, num in (("scored", LENGTH - 32), ("packed", 40 - 16 + LENGTH - 40 - 16)):
         assert sum(report.read_scored(runs / name, Excerpt(num=1))["histogram"].counts) == num
@@ -183,7 +293,7 @@ def test_curves_are_those_of_the_metrics_and_what_is_not_a_number_is_a_gap(runs,
     assert [[float(cell) for _, cell in cells] for cells in found] == [
         [pytest.approx(line[name], rel=5e-4) for line in CURVES if name in line] for name in names
     ]
-    assert "<dt>train runtime</dt><dd>1.5</dd>" in page
+    assert "<dt>train runtime (s)</dt><dd>1.5</dd>" in page
     assert "<dt>weighting</dt><dd>sparse:keep=0.2,seed=0</dd>" in page
     odd = tmp_path / "odd"
     odd.mkdir()
@@ -247,7 +357,7 @@ def test_a_page_that_would_be_too_large_is_refused_and_the_old_one_stays(runs, t
         (["none"], {}, "none is no folder"),
         (["scored"], {"rows": 0}, "rows 0: expected at least 1"),
         (["scored"], {"num": 0}, "num 0: expected at least 1"),
-        (["run"], {"size": 16}, "rows, num, size and model .* found none"),
+        (["run"], {"size": 16}, "rows, num, size, model and smooth .* found none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(names, options, message, runs, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenweight.data import ScoredRow
-from tokenweight.method import Dense
+from tokenweight.method import Dense, ShortContext, sliding_windows
 from tokenweight.view.summaries import KINDS, by_kind, by_position, difference_histogram, row_kinds, token_kinds
 
 CLOSE = {"rel": 1e-12}  # a few thousand sums and products in float64
@@ -64,6 +64,10 @@ def test_means_by_position_are_those_of_the_tokens_at_these_positions_of_their_d
     assert [(part.first, part.stop) for part in found] == [
         (i * width, min((i + 1) * width, 100)) for i in sorted(there)
     ]
+    assert_means(found)
+
+
+def assert_means(found):
     for part in found:
         own = [
             (weight, abs(difference))
@@ -73,6 +77,32 @@ def test_means_by_position_are_those_of_the_tokens_at_these_positions_of_their_d
         assert part.num_tokens == len(own)
         assert part.mean_weight == pytest.approx(sum(weight for weight, _ in own) / len(own), **CLOSE)
         assert part.mean_difference == pytest.approx(sum(difference for _, difference in own) / len(own), **CLOSE)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(16, 12), (30, 7), (99, 50), (100, 50), (300, 1)])
+def test_smoothed_means_are_those_of_the_tokens_that_each_window_scores(size, stride):
+    found = by_position(ROWS, WEIGHTS, windows=ShortContext(size, stride))
+    windows = [(0, min(size, 100)), *((window.first, window.stop) for window in sliding_windows(100, size, stride))]
+    there = {place for _, _, place, *_ in counted_tokens()}
+    assert [(part.first, part.stop) for part in found] == [
+        (first, stop) for first, stop in windows if there & set(range(first, stop))
+    ]
+    assert_means(found)
+
+
+def test_a_saw_tooth_of_windows_is_gone_from_smoothed_means():
+    size, stride, length = 16, 12, 100
+    tooth = [0.0 if t < size else 2.0 - ((t - size) % stride) / stride for t in range(length)]
+    row = some_row(length, 0)
+    row = row._replace(
+        long_nll=torch.zeros(1, length), short_nll=torch.tensor([tooth]), mask=torch.arange(length)[None] > 0
+    )
+    rough, smooth = (
+        [part.mean_difference for part in by_position([row], [row.short_nll], windows=windows) if part.first >= size]
+        for windows in (None, ShortContext(size, stride))
+    )
+    assert max(rough) - min(rough) > 0.5
+    assert smooth == pytest.approx([smooth[0]] * 7)
 
 
 def test_shares_by_kind_are_those_of_the_tokens_of_this_kind_in_each_document():

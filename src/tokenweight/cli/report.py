@@ -26,12 +26,14 @@ class Report:
     """Number of tokens shown from each sequence; charts are of whole sequences."""
     size: OptionalTokens = None
     """Tokens of the short context, where scores of several are stored."""
+    smooth: bool = False
+    """Average weight by position over the tokens that each window scores."""
     model: str | None = None
     """Model that computes the long losses anew; by default they are the stored ones, or those of the scoring model."""
 
     def run(self) -> None:
         """Write the page and print its size."""
-        excerpt = view.Excerpt(rows=self.rows, num=self.num, size=self.size, model=self.model)
+        excerpt = view.Excerpt(rows=self.rows, num=self.num, size=self.size, model=self.model, smooth=self.smooth)
         num_bytes = view.write_report(self.runs, self.out, excerpt)
         print(f"{self.out}: {len(self.runs)} run{'s' * (len(self.runs) > 1)}, {num_bytes / 1e6:.2f} MB")
 
@@ -56,13 +58,15 @@ class Figures:
     """Largest number of scored sequences; by default 8."""
     size: int | None = None
     """Tokens of the short context, where scores of several are stored."""
+    smooth: bool = False
+    """Average weight by position over the tokens that each window scores."""
 
     def run(self) -> None:
         """Write the figures and print their names."""
         if not self.runs:
             raise ValueError("name at least one folder of scores, of a training, or of an evaluation")
-        given = {name: getattr(self, name) for name in ("weighting", "row", "num_rows", "size")}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(self, name) for name in ("weighting", "row", "num_rows", "size", "smooth")}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
         if given and "scored" not in map(records.run_kind, self.runs):
             name, value = next(iter(given.items()))
             raise ValueError(f"--{name} {value}: applies to scored sequences, and no folder of them is named")
@@ -76,12 +80,16 @@ class Figures:
                 first_row=self.row or 0,
                 num_rows=self.num_rows or 8,
                 size=self.size,
+                smooth=self.smooth,
                 style=self.style,
             )
             self.out.mkdir(parents=True, exist_ok=True)
             for name, figure in figures.items():
                 view.write_figure(figure, self.out / name, style=self.style)
         print(f"{self.out}, each as .svg and .png: {', '.join(figures)}")
+        for name, figure in figures.items():
+            if note := str(figure.get_label()):
+                print(f"{name}: {note}")
 
 
 def _weightings(text: str) -> dict[str, "method.Weighting"]:

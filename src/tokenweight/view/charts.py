@@ -47,6 +47,8 @@ class Chart(NamedTuple):
     """Names of x values in the table, such as the bins around them."""
     labeled: bool = False
     """Whether the horizontal axis has these names, too."""
+    whole: bool = False
+    """Whether x values are whole numbers, such as steps: no other is written at the axis."""
 
     def rows(self) -> list[list[str]]:
         """The rows of the table: the label of each x, and the values of all series there."""
@@ -79,14 +81,14 @@ class Chart(NamedTuple):
         for y in [10**power for power in values if power == int(power)] if self.log else values:
             _line(svg, "axis" if y == 0 else "grid", _LEFT, to_y(y), _WIDTH - _RIGHT, to_y(y))
             _text(svg, _LEFT - 6, to_y(y) + 4, short(y), "end")
-        labels = self.labels if self.labeled else {x: short(x) for x in ticks(to_x.low, to_x.high, 6)}
+        labels = self.labels if self.labeled else {x: short(x) for x in ticks(to_x.low, to_x.high, 6, whole=self.whole)}
         for x in list(labels)[:: math.ceil(len(labels) / 7)]:
             _text(svg, to_x(x), _HEIGHT - _BOTTOM + 16, labels[x], "middle")
         _text(svg, (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, self.x, "middle")
         for x, label in self.marks:
             if to_x.low <= x <= to_x.high:
                 _line(svg, "mark", to_x(x), _TOP, to_x(x), _HEIGHT - _BOTTOM)
-                _text(svg, to_x(x) + 4, _TOP + 4, label, "start")
+                _text(svg, to_x(x) + 4, _TOP - 2, label, "start")
 
     def _draw_series(self, svg: Element, series: Series, to_x: "_Scale", to_y: "_Scale") -> None:
         color, places = f"s{series.place % 6}", [(to_x(point.x), to_y(point.y)) for point in series.points]
@@ -137,14 +139,16 @@ def _scales(chart: Chart, points: Sequence[Point]) -> tuple[_Scale, _Scale]:
     margin = 0.08 * ((high - low) if differs else abs(high) or 1)
     low -= 0 if chart.zero and low == 0 else margin
     to_x = _Scale(min(xs) - room, max(xs) + room, _LEFT, _WIDTH - _RIGHT)
-    return to_x, _Scale(low, high + margin, _HEIGHT - _BOTTOM, _TOP, chart.log)
+    top = _TOP + 4 * bool(chart.marks)  # below what is written beside a mark
+    return to_x, _Scale(low, high + margin, _HEIGHT - _BOTTOM, top, chart.log)
 
 
-def ticks(low: Number, high: Number, num: int) -> list[Number]:
-    """About `num` round numbers from `low` to `high`."""
+def ticks(low: Number, high: Number, num: int, *, whole: bool = False) -> list[Number]:
+    """About `num` round numbers from `low` to `high`; with `whole`, whole ones."""
     least = (high - low) / num or 1
     power = 10 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * least)
+    steps = [factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * least]
+    step = next((step for step in steps if step == int(step)), 1) if whole else steps[0]
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [float(f"{number * step:.12g}") for number in numbers]
 

@@ -28,7 +28,7 @@ _BARS = 40  # characters of the longest bar
 
 
 class DocumentGain(NamedTuple):
-    """The mean gain of the sequences of a document; of a sequence, where the folder does not name documents."""
+    """The mean gain of the sequences of a document; of a sequence, where the folder names no documents, or one only."""
 
     name: str
     row: int
@@ -125,6 +125,8 @@ def _summed(
     own = places[~np.isnan(gains[0, places])]
     means, better, key = gains[:, own]
     documents = _documents(own, means, names)
+    if names is not None and len(documents) == 1:  # then they are no choice: its sequences are
+        documents = _documents(own, means, [f"{name} (row {row})" for row, name in enumerate(names)])
     num = min(top, len(documents) // 2) if len(documents) > 1 else top
     ordered, total = np.sort(means)[::-1], means.sum()
     return CorpusGain(

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweight.data import ScoredRow, load_scores, read_rows
-from tokenweight.method import WEIGHTINGS, Dense, Weighting, document_positions
+from tokenweight.method import WEIGHTINGS, Dense, ShortContext, Weighting, document_positions
+from tokenweight.view.corpus import corpus_gains
 from tokenweight.view.summaries import KindShare, by_kind, by_position, difference_histogram, document_spans, row_kinds
 from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level, token_pieces
 
@@ -27,6 +28,8 @@ class Excerpt(NamedTuple):
     """Tokens of the short context, where scores of several are stored."""
     model: str | None = None
     """Model that gives the long losses, in place of stored ones."""
+    smooth: bool = False
+    """Whether weight by position is averaged over the tokens that each window scores."""
 
 
 class Scheme(NamedTuple):
@@ -65,13 +68,20 @@ START = SETTINGS.index(Dense())
 """Number of the setting that the page opens with."""
 
 
-def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
-    """Read the first sequences of a scored folder, and weigh them by every setting of the page."""
+def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any]:
+    """Read the first sequences of a scored folder, and weigh them by every setting of the page; and sum up all, if
+    their gains are stored.
+
+    Raises:
+        ValueError: if it is not known over what to smooth.
+    """
     data, provenance = load_scores(folder, size=excerpt.size)
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
     weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in SETTINGS]
-    size = provenance.get("context", {}).get("size")
+    size = rows[0].size
+    windows = windows_of(rows[0], folder) if excerpt.smooth else None
+    stores_gains = any(name.startswith("gain_mean_") for name in data.column_names)
     settings = {key: value for key, value in provenance.items() if key not in ("contexts", "environment")}
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
@@ -86,12 +96,32 @@ def read_scored(folder: Path, excerpt: Excerpt) -> dict[str, Any]:
             for number, (row, texts, own) in enumerate(zip(rows, pieces, zip(*weights)))
         ],
         "histogram": difference_histogram([_beyond(row, size) for row in rows]),
-        "positions": [by_position(rows, own) for own in weights],
+        "positions": [by_position(rows, own, windows=windows) for own in weights],
+        "saw_tooth": saw_tooth(rows[0]) if windows is None else "",
+        "gains": corpus_gains(folder, name=name) if stores_gains else [],
         "kinds": kinds,
         "settings": settings,
         "environment": provenance.get("environment", {}),
         "cost": {"rows": len(data), "rows on this page": len(rows)},
     }
+
+
+def windows_of(row: ScoredRow, folder: Path) -> ShortContext:
+    """The short context of the scores of a row, over whose windows a curve by position is smoothed."""
+    if row.size is None or row.stride is None:
+        raise ValueError(f"smooth: {folder} does not say which windows it was scored with")
+    return ShortContext(row.size, row.stride)
+
+
+def saw_tooth(row: ScoredRow) -> str:
+    """What is seen in a curve by position, and is not of the text."""
+    if row.size is None or row.stride is None:
+        return ""
+    return (
+        f"Within a window, the context of the scored tokens grows from {row.size - row.stride:,} to {row.size - 1:,}, "
+        f"so that differences and weights have a saw-tooth of {row.stride:,} tokens, which is not of the text: "
+        "--smooth averages over windows, and a smaller stride lessens it."
+    )
 
 
 def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 
 from tokenweight.data import ScoredRow, read_rows
 from tokenweight.evaluate import read_table
-from tokenweight.method import Weighting, document_positions
+from tokenweight.method import ShortContext, Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
+from tokenweight.view.excerpt import saw_tooth, windows_of
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 from tokenweight.view.terminal import token_pieces
 
@@ -22,6 +23,7 @@ def draw(
     first_row: int = 0,
     num_rows: int = 8,
     size: int | None = None,
+    smooth: bool = False,
     style: str = "paper",
 ) -> dict[str, Figure]:
     """Draw every figure that the folders give: several for each folder of scores or evaluation, one for all trainings.
@@ -32,10 +34,12 @@ def draw(
         first_row: number of the first scored sequence.
         num_rows: largest number of scored sequences.
         size: tokens of the short context, where scores of several are stored.
+        smooth: average weight by position over the tokens that each window scores.
         style: one of `STYLES`.
 
     Returns:
-        The figures by the names of their files.
+        The figures by the names of their files. The label of a figure of scores says how many sequences it is of, and
+        what in it is not of the text.
 
     Raises:
         ValueError: if a folder is not one of these, or holds nothing to draw.
@@ -49,7 +53,8 @@ def draw(
         own = {}
         if kind == "scored":
             rows = read_rows(folder, first_row, num_rows, size=size)
-            own = score_figures(rows, weightings, window=rows[0].size, style=style)
+            windows = windows_of(rows[0], folder) if smooth else None
+            own = score_figures(rows, weightings, window=rows[0].size, windows=windows, style=style)
         elif kind == "evaluation":
             own = evaluation_figures(folder, style=style)
         figures |= {f"{name}-{what}": figure for what, figure in own.items()}
@@ -60,7 +65,12 @@ def draw(
 
 
 def score_figures(
-    rows: Sequence[ScoredRow], weightings: dict[str, Weighting], *, window: int | None = None, style: str = "paper"
+    rows: Sequence[ScoredRow],
+    weightings: dict[str, Weighting],
+    *,
+    window: int | None = None,
+    windows: ShortContext | None = None,
+    style: str = "paper",
 ) -> dict[str, Figure]:
     """Draw the differences beyond the first window, and the weight by position and by kind of token.
 
@@ -68,6 +78,7 @@ def score_figures(
 
     Args:
         window: tokens of the short context.
+        windows: over which to average weight by position (`by_position`).
 
     Raises:
         ValueError: if no token has a shorter context.
@@ -80,15 +91,18 @@ def score_figures(
     beyond = [row._replace(mask=row.mask & (own >= (window or 0))) for row, own in zip(rows, places)]
     if not any(row.mask.any() for row in beyond):
         raise ValueError(f"no document of these rows is longer than the first window of {window} tokens")
-    bins = {name: by_position(rows, own) for name, own in weights.items()}
+    bins = {name: by_position(rows, own, windows=windows) for name, own in weights.items()}
+    note = "" if rows[0].num_rows is None else f"{len(rows):,} of {rows[0].num_rows:,} sequences."
+    smooth = windows is not None
+    explained = note if smooth else f"{note} {saw_tooth(rows[0])}".strip()
     figures = {
-        "differences": plots.difference_figure(difference_histogram(beyond), style=style),
-        "weight-by-position": plots.position_figure(bins, window=window, style=style),
+        "differences": plots.difference_figure(difference_histogram(beyond), note=note, style=style),
+        "weight-by-position": plots.position_figure(bins, window=window, smooth=smooth, note=explained, style=style),
     }
     if rows[0].tokenizer is not None:
         kinds = [row_kinds(row, token_pieces(row.tokens[0].tolist(), row.tokenizer)) for row in rows]
         shares = {name: by_kind(rows, own, kinds) for name, own in weights.items()}
-        figures["weight-by-kind"] = plots.kind_figure(shares, style=style)
+        figures["weight-by-kind"] = plots.kind_figure(shares, note=note, style=style)
     return figures
 
 

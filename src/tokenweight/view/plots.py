@@ -12,15 +12,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from tokenweight.evaluate import Entry, short_names
 from tokenweight.plan import Cost
 from tokenweight.view.charts import MINUS
-from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, add_head, line_looks, new_panels, styled
+from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, add_head, add_note, line_looks, new_panels, styled
 from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 
-def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
+def difference_figure(histogram: Histogram, *, note: str = "", style: str = "screen") -> Figure:
     """Draw how many tokens the long context helps how much; the outer bars also count what lies beyond them.
 
     Args:
         histogram: result of `difference_histogram`.
+        note: what else to say (`add_note`).
         style: one of `STYLES`.
     """
     edges, counts = histogram
@@ -37,43 +38,57 @@ def difference_figure(histogram: Histogram, *, style: str = "screen") -> Figure:
         for place, side, text in ((0, "left", "short is better"), (1, "right", "long is better")):
             axes.text(place, 1.02, text, ha=side, transform=axes.transAxes)
         add_head(figure, axes, style, "What the long context gives to the loss of a token")
+        add_note(figure, style, note)
     return figure
 
 
 def position_figure(
-    bins: Mapping[str, Sequence[PositionWeights]], *, window: int | None = None, style: str = "screen"
+    bins: Mapping[str, Sequence[PositionWeights]],
+    *,
+    window: int | None = None,
+    smooth: bool = False,
+    note: str = "",
+    style: str = "screen",
 ) -> Figure:
     """Draw the mean weight by position, and below it the mean difference of the losses, which no weighting changes.
 
     Args:
         bins: results of `by_position`, by the name of the weighting.
         window: tokens of the short context; that many tokens at the start have no longer context, and are shaded.
+        smooth: the bins are of whole windows, a few: their means are points, joined by lines.
+        note: what else to say (`add_note`).
         style: one of `STYLES`.
     """
+    drawn: dict[str, Any] = {"marker": "o", "markersize": 3} if smooth else {"drawstyle": "steps-mid"}
     with styled(style):
         figure, (upper, lower) = new_panels(style, [0.5, 0.3])
         for (name, own), look in zip(bins.items(), line_looks(len(bins))):
-            upper.step(_middles(own), [part.mean_weight for part in own], where="mid", label=name, **look)
+            upper.plot(_middles(own), [part.mean_weight for part in own], label=name, **look, **drawn)
         own = next(iter(bins.values()))
-        lower.step(_middles(own), [part.mean_difference for part in own], where="mid", color=BLACK)
+        lower.plot(_middles(own), [part.mean_difference for part in own], color=BLACK, **drawn)
         upper.set(ylabel="mean weight")
-        lower.set(ylabel=f"|short {MINUS} long|\n(nats)", xlabel="position in the document (tokens)")
-        lower.set(xlim=(0, max(part.stop for part in own)), ylim=(0, None))
-        lower.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        stop = max(part.stop for part in own)
+        places = range(0, stop + 1, 2 ** max(0, math.ceil(math.log2(stop / 5))))
+        lower.set(
+            ylabel=f"|short {MINUS} long|\n(nats)", xlabel=f"position in the document (tokens{_thousands(places)})"
+        )
+        lower.set(xlim=(0, stop), ylim=(0, None))
+        lower.set_xticks(places, map(_tokens, places))
         if window is not None:
             for axes in (upper, lower):
                 axes.axvspan(0, window, color=GRAY, alpha=0.35, lw=0)
-            room = lower.get_ylim()[1] * 0.94
-            lower.text(window * 1.04, room, "◂ first window", va="top")
+            upper.text(0, 1.02, "first window", va="bottom", transform=upper.transAxes)
         add_head(figure, upper, style, "Where the weight is")
+        add_note(figure, style, note)
     return figure
 
 
-def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "screen") -> Figure:
+def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, note: str = "", style: str = "screen") -> Figure:
     """Draw the fraction of the tokens, and of the weight, that each kind of token has.
 
     Args:
         shares: results of `by_kind` for the same sequences, by the name of the weighting.
+        note: what else to say (`add_note`).
         style: one of `STYLES`.
     """
     kinds = [share.kind for share in next(iter(shares.values()))]
@@ -97,6 +112,7 @@ def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, style: str = "scre
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("share (a token may be of several kinds)")
         add_head(figure, axes, style, "Which kinds of tokens have the weight")
+        add_note(figure, style, note)
     return figure
 
 
@@ -208,7 +224,8 @@ def _compared(
     panels[0].set_ylabel(unit)
     if len(table) > 1:
         panels[1].axhline(0, color=BLACK, linewidth=0.6)
-        panels[1].set_ylabel("change, with\n95 % interval")
+        has_interval = any(entry.low is not None for row in table for entry in row if entry.measure in names)
+        panels[1].set_ylabel("change, with\n95 % interval" if has_interval else "change,\nno interval")
     add_head(figure, panels[0], style, title)
     return figure, panels
 

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenweight.evaluate import notes, read_table, short_names
+from tokenweight.evaluate import Entry, notes, read_table, short_names
 from tokenweight.records import read_json, read_metrics, replaced, run_kind
 from tokenweight.view.charts import MINUS, Chart, Number, Point, Series
+from tokenweight.view.corpus import CORPUS_NOTE, MIN_BARS, bin_labels, corpus_lines, document_name, name_folders
 from tokenweight.view.excerpt import LOOKS, SCHEMES, SETTINGS, START, Excerpt, read_scored
 from tokenweight.view.summaries import PositionWeights
 
@@ -20,6 +21,9 @@ MAX_BYTES = 5_000_000
 _MAX_POINTS = 1000  # of a curve: more would share their pixels
 _COST = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "num_input_tokens_seen")
 _NO_CURVES = ("step", "epoch", "total_flos", "train_loss", *_COST)
+_UNITS = {"train_runtime": "train runtime (s)"}
+_CHANGES = {"beyond_half": "beyond half of a sequence", "short_range": "at short range"}
+"""Measures of an evaluation whose changes stand at the top of the page."""
 _CURVES = {
     "loss": ("Loss by step", "nats, weighted: not to be compared between weightings"),
     "unweighted_loss": ("Loss without weights", "nats"),
@@ -46,10 +50,12 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
             raise ValueError(f"{name} {value}: expected at least 1")
     if not out.parent.is_dir():
         raise ValueError(f"out {out}: no such folder")
+    folders = list({folder.absolute(): folder for folder in folders}.values())
     kinds = [run_kind(folder) for folder in folders]
     if "scored" not in kinds and excerpt != Excerpt():
-        raise ValueError("rows, num, size and model choose from scored folders: found none")
-    page = render([_read(folder, kind, excerpt) for folder, kind in zip(folders, kinds)]).encode()
+        raise ValueError("rows, num, size, model and smooth are about scored folders: found none")
+    named = zip(folders, kinds, name_folders(folders))
+    page = render([_read(folder, kind, excerpt, name) for folder, kind, name in named]).encode()
     if len(page) > MAX_BYTES:
         lower = f"rows {excerpt.rows}" if excerpt.rows > 1 else f"num {excerpt.num}"
         hint = f"lower {lower}, or name fewer runs" if "scored" in kinds else "name fewer runs"
@@ -80,10 +86,16 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["start"] = START
+    environment.globals.update(
+        start=START, corpus_note=CORPUS_NOTE, corpus_lines=corpus_lines, document_name=document_name
+    )
     return environment.from_string(_part("report.html.j2")).render(
         runs=runs,
         facts=[_facts(run) for run in runs],
+        headlines=list(map(_headline, runs)),
+        gains=[gain for run in scored for gain in run["gains"]],
+        corpus=_corpus_charts(scored),
+        counts=_counts(scored),
         scored=scored,
         schemes=SCHEMES,
         positions=_position_charts(scored) if scored else [],
@@ -108,12 +120,40 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _read(folder: Path, kind: str, excerpt: Excerpt) -> dict[str, Any]:
+def _read(folder: Path, kind: str, excerpt: Excerpt, name: str) -> dict[str, Any]:
     if kind == "scored":
-        run = read_scored(folder, excerpt)
+        run = read_scored(folder, excerpt, name)
     else:
         run = read_training(folder) if kind == "training" else read_evaluation(folder)
-    return {"kind": kind, "name": str(folder), **run}
+    return {"kind": kind, "name": name, **run, "settings": {"folder": folder, **run["settings"]}}
+
+
+def _headline(run: dict[str, Any]) -> list[str]:
+    """What is found in a run, in a line or a few."""
+    if run["kind"] == "scored":
+        return [
+            f"mean gain {gain.mean_gain:+.4f} nats beyond {gain.size:,} tokens, {gain.key_token_ratio:.2%} key tokens, "
+            f"in {gain.sequences:,} sequences"
+            for gain in run["gains"]
+            if gain.sequences
+        ]
+    if run["kind"] == "training":
+        name = "unweighted_loss" if "unweighted_loss" in run["curves"] else "loss"
+        values = [point.y for point in run["curves"].get(name, []) if point.y is not None]
+        ends = [f"{name.replace('_', ' ')} {values[0]:.4f} → {values[-1]:.4f}"] if values else []
+        return [", ".join([f"{run['cost']['steps']:,} steps", *ends])]
+    lines = []
+    for name, entries in zip(run["models"][1:], run["entries"][1:]):
+        found = [f"{_change(entries[measure])} {words}" for measure, words in _CHANGES.items() if measure in entries]
+        lines += [f"{name} against {run['models'][0]}, nats: {'; '.join(found)}"] if found else []
+    return lines
+
+
+def _change(entry: Entry) -> str:
+    if entry.change is None:
+        return "no token"
+    interval = "no interval" if entry.low is None or entry.high is None else f"{entry.low:+.4f}, {entry.high:+.4f}"
+    return f"{entry.change:+.4f} [{interval}]"
 
 
 def _facts(run: dict[str, Any]) -> dict[str, list[list[str]]]:
@@ -136,6 +176,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
 def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
     """Draw the weight by position, once for each setting of the page."""
     sizes = sorted({run["size"] for run in scored} - {None})
+    notes = [f"{_counts(scored)}.", *dict.fromkeys(run["saw_tooth"] for run in scored)]
     window = f"Inside the first window ({', '.join(map(str, sizes))} tokens) the short context is all there is: a model"
     chart = Chart(
         "Weight by position",
@@ -144,7 +185,10 @@ def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
         series=[],
         zero=True,
         marks=[(size, "first window ends" if len(sizes) == 1 else str(size)) for size in sizes],
-        note=f"{window} that scores itself leaves its tokens without a difference." if sizes else "",
+        note=" ".join(
+            [*notes, f"{window} that scores itself leaves its tokens without a difference." if sizes else ""]
+        ),
+        whole=True,
         labels={_middle(part): f"{part.first} to {part.stop - 1}" for run in scored for part in run["positions"][0]},
     )
     return [
@@ -156,6 +200,33 @@ def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
         )
         for number in range(len(SETTINGS))
     ]
+
+
+def _counts(scored: list[dict[str, Any]]) -> str:
+    """How many sequences the page shows, of how many."""
+    shown = [f"{run['cost']['rows on this page']:,} of {run['cost']['rows']:,}" for run in scored]
+    if len(shown) > 1:
+        shown = [f"{run['name']}: {count}" for run, count in zip(scored, shown)]
+    return f"{', '.join(shown)} sequences"
+
+
+def _corpus_charts(scored: list[dict[str, Any]]) -> list[Chart]:
+    """Draw how many sequences of each folder gain how much, by the short context of the page."""
+    charts = []
+    for run in scored:
+        for gain in run["gains"]:
+            if gain.size == run["size"] and gain.sequences >= MIN_BARS:
+                places = [sum(edges) / 2 for edges in pairwise(gain.histogram.edges)]
+                points = list(map(Point, places, gain.histogram.counts))
+                title, note = (
+                    f"Mean gain of the sequences, {run['name']}",
+                    f"{gain.sequences:,} of {gain.all_sequences:,}",
+                )
+                note += f" sequences, beyond {gain.size:,} tokens. The outermost bars also hold what is beyond them."
+                labels = dict(zip(places, bin_labels(gain.histogram)))
+                x, y = f"mean of short {MINUS} long, nats", "sequences"
+                charts.append(Chart(title, x, y, [_series(run, points)], note, "columns", zero=True, labels=labels))
+    return charts
 
 
 def _middle(part: PositionWeights) -> float:
@@ -180,7 +251,7 @@ def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
         f"short {MINUS} long, nats",
         "share of the tokens, %, logarithmic",
         series,
-        note=f"Tokens beyond the first window. {note}" if all(run["size"] for run in scored) else note,
+        note=f"{_counts(scored)}{', tokens beyond the first window' * all(run['size'] for run in scored)}. {note}",
         kind="columns",
         log=True,
         labels={(low + high) / 2: f"{low:g} to {high:g}" for low, high in bins},
@@ -196,7 +267,7 @@ def read_training(folder: Path) -> dict[str, Any]:
         "curves": {name: _thinned([(line["step"], line[name]) for line in lines if name in line]) for name in names},
         "settings": run.get("settings", {}),
         "environment": {key: run[key] for key in ("command", "versions", "device", "commit", "date") if key in run},
-        "cost": cost | {key: line[key] for line in lines for key in _COST if key in line},
+        "cost": cost | {_UNITS.get(key, key): line[key] for line in lines for key in _COST if key in line},
     }
 
 
@@ -215,7 +286,7 @@ def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
     for name in known:
         title, unit = _CURVES.get(name, (name.replace("_", " ").capitalize(), ""))
         series = [_series(run, run["curves"][name]) for run in trained if name in run["curves"]]
-        charts += [Chart(title, "step", unit, series)] if series else []
+        charts += [Chart(title, "step", unit, series, whole=True)] if series else []
     return charts
 
 
@@ -229,13 +300,35 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return {
         "models": short_names(table),
         "edges": record["settings"]["edges"],
+        "unit": record["unit"],
         "measures": list({entry.measure: entry for row in table for entry in row}.values()),
         "entries": [{entry.measure: entry for entry in row} for row in table],
-        "notes": notes(table, unit=record["unit"]),
+        "bold": [{entry.measure for entry in row if _is_bold(entry, table)} for row in table],
+        "chances": _chances(record),
+        "notes": [_BOLD, *notes(table, unit=record["unit"])[1:]],
         "settings": {"models": [row[0].model for row in table], "data": record.get("data"), **record["settings"]},
         "environment": record.get("environment", {}),
         "cost": {"predicted tokens": f"{tokens:,.0f}", "models": len(table)},
     }
+
+
+_BOLD = (
+    "Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a measure, where an interval "
+    "leaves out no change."
+)
+
+
+def _is_bold(entry: Entry, table: Sequence[Sequence[Entry]]) -> bool:
+    """Whether an entry is the best, and not by chance: the first model is, if all others clearly differ from it."""
+    others = [other for row in table[1:] for other in row if other.measure == entry.measure]
+    return entry.best and (entry.clear if entry.change is not None else all(other.clear for other in others))
+
+
+def _chances(record: dict[str, Any]) -> dict[str, float]:
+    """The accuracy of guessing, by the name of the measure, where the evaluation has noted it."""
+    cells = [cell for cell in record["models"][0].get("probe_grid", []) if "chance" in cell]
+    names = {f"probe_{cell['family']}": cell["chance"] for cell in cells}
+    return names | {f"probe_{cell['family']}_{cell['length']}": cell["chance"] for cell in cells}
 
 
 def _evaluation_charts(run: dict[str, Any]) -> list[Chart]:
@@ -248,8 +341,12 @@ def _evaluation_charts(run: dict[str, Any]) -> list[Chart]:
         points = [Point(x, entry.change, entry.low, entry.high) for x, entry in enumerate(found)]
         changes.append(Series(name, place, points))
     labels = {float(x): f"{first} to {stop - 1}" for x, (first, stop) in enumerate(bins)}
-    chart = Chart("Loss by position", "position in the document", "nats", losses, labels=labels, labeled=True)
+    counts = [run["entries"][0][f"position_{first}"].num_documents for first, _ in bins]
+    note = f"Of {max(counts):,} {run['unit']}s; the last bin of {counts[-1]:,}." if counts else ""
+    chart = Chart("Loss by position", "position in the document", "nats", losses, note, labels=labels, labeled=True)
     if len(run["models"]) == 1:
         return [chart]
-    title, unit = f"Change from {run['models'][0]}", "nats, with 95 % intervals; less is better"
+    has_interval = any(point.low is not None for series in changes for point in series.points)
+    interval = "with 95 % intervals" if has_interval else f"without intervals: too few {run['unit']}s"
+    title, unit = f"Change from {run['models'][0]}", f"nats, {interval}; less is better"
     return [chart, chart._replace(title=title, y=unit, series=changes[1:], kind="dots", zero=True)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,15 @@ def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
     room = STYLES[style].width * 72 / (0.6 * STYLES[style].font)  # characters of a line
     columns = max(1, min(len(names), int(room // (6 + max(map(len, names))))))
     figure.legend(handles, names, loc="outside upper center", ncols=columns, title=shown, title_fontsize="large")
+
+
+def add_note(figure: Figure, style: str, note: str) -> None:
+    """Make a note the label of the figure, as of its caption; where figures have titles, write it below, too."""
+    figure.set_label(note)
+    if note and STYLES[style].titled:
+        letters = int(STYLES[style].width * 72 / (0.5 * STYLES[style].font))
+        text = textwrap.fill(note, letters)
+        figure.supxlabel(text, x=0.01, ha="left", size="small", color="#63605a")
 
 
 def line_looks(num: int) -> list[dict[str, Any]]:

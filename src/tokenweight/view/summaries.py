@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from tokenweight.data import ScoredRow
-from tokenweight.method import check_finite, document_positions
+from tokenweight.method import ShortContext, check_finite, document_positions
 from tokenweight.models import numbered_from
 
 KINDS = ("name", "number", "punctuation", "word start", "word rest", "repeat")
@@ -75,7 +75,11 @@ def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_b
 
 
 def by_position(
-    rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], *, num_bins: int = 32
+    rows: Sequence[ScoredRow],
+    weights: Sequence[Float[Tensor, "1 _"]],
+    *,
+    num_bins: int = 32,
+    windows: ShortContext | None = None,
 ) -> list[PositionWeights]:
     """Mean weight and mean |short - long| of the tokens, by their position in their document.
 
@@ -83,6 +87,9 @@ def by_position(
         rows: scored sequences.
         weights: weights of their tokens.
         num_bins: largest number of bins, all of the same width. Bins without a predicted token are left out.
+        windows: the short context of the scores, for a bin of the tokens that each window scores, the first being that
+            of the first window. Within a window the context grows from `size - stride` tokens, so that differences form
+            a saw-tooth by position, over which these bins average.
 
     Raises:
         ValueError: if a loss under a mask is not finite, or `num_bins` is not at least 1.
@@ -91,14 +98,18 @@ def by_position(
         raise ValueError(f"num_bins={num_bins}: expected at least 1")
     length = max((row.tokens.shape[1] for row in rows), default=0)
     width = max(1, -(-length // num_bins))
-    sums = torch.zeros(3, num_bins, dtype=torch.float64)
+    edges = [*range(0, length, width), length]
+    if windows is not None:
+        edges = [0, *range(windows.size, length, windows.stride), length]
+    inner = torch.tensor(edges[1:-1])
+    sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64)
     for number, (row, own) in enumerate(zip(rows, weights, strict=True)):
         values = torch.stack([torch.ones_like(own).double(), own.double(), _difference(row, number).abs()])
         places = document_positions(row.tokens, row.position_ids)
-        sums.index_add_(1, places[row.mask] // width, values[:, row.mask])
+        sums.index_add_(1, torch.bucketize(places[row.mask], inner, right=True), values[:, row.mask])
     return [
-        PositionWeights(i * width, min((i + 1) * width, length), int(num), weight / num, difference / num)
-        for i, (num, weight, difference) in enumerate(sums.T.tolist())
+        PositionWeights(first, stop, int(num), weight / num, difference / num)
+        for (first, stop), (num, weight, difference) in zip(pairwise(edges), sums.T.tolist())
         if num
     ]
 
