@@ -97,7 +97,7 @@ def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any
         ],
         "histogram": difference_histogram([_beyond(row, size) for row in rows]),
         "positions": [by_position(rows, own, windows=windows) for own in weights],
-        "saw_tooth": saw_tooth(rows[0]) if windows is None else "",
+        "about_windows": about_windows(rows[0], smooth=excerpt.smooth),
         "gains": corpus_gains(folder, name=name) if stores_gains else [],
         "kinds": kinds,
         "settings": settings,
@@ -113,14 +113,16 @@ def windows_of(row: ScoredRow, folder: Path) -> ShortContext:
     return ShortContext(row.size, row.stride)
 
 
-def saw_tooth(row: ScoredRow) -> str:
-    """What is seen in a curve by position, and is not of the text."""
+def about_windows(row: ScoredRow, *, smooth: bool) -> str:
+    """What in a curve by position comes from the windows of the scores, and not from the text."""
     if row.size is None or row.stride is None:
         return ""
+    if smooth:
+        return f"Means over the {row.stride:,} tokens that each window scores, after the first window."
     return (
         f"Within a window, the context of the scored tokens grows from {row.size - row.stride:,} to {row.size - 1:,}, "
-        f"so that differences and weights have a saw-tooth of {row.stride:,} tokens, which is not of the text: "
-        "--smooth averages over windows, and a smaller stride lessens it."
+        f"which gives differences and weights a saw-tooth of {row.stride:,} tokens that is not in the text: --smooth "
+        "averages over windows, and a smaller stride lessens it."
     )
 
 

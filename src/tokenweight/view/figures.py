@@ -11,7 +11,7 @@ from tokenweight.evaluate import read_table
 from tokenweight.method import ShortContext, Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
-from tokenweight.view.excerpt import saw_tooth, windows_of
+from tokenweight.view.excerpt import about_windows, windows_of
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 from tokenweight.view.terminal import token_pieces
 
@@ -94,7 +94,7 @@ def score_figures(
     bins = {name: by_position(rows, own, windows=windows) for name, own in weights.items()}
     note = "" if rows[0].num_rows is None else f"{len(rows):,} of {rows[0].num_rows:,} sequences."
     smooth = windows is not None
-    explained = note if smooth else f"{note} {saw_tooth(rows[0])}".strip()
+    explained = f"{note} {about_windows(rows[0], smooth=smooth)}".strip()
     figures = {
         "differences": plots.difference_figure(difference_histogram(beyond), note=note, style=style),
         "weight-by-position": plots.position_figure(bins, window=window, smooth=smooth, note=explained, style=style),

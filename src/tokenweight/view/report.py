@@ -176,7 +176,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
 def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
     """Draw the weight by position, once for each setting of the page."""
     sizes = sorted({run["size"] for run in scored} - {None})
-    notes = [f"{_counts(scored)}.", *dict.fromkeys(run["saw_tooth"] for run in scored)]
+    notes = [f"{_counts(scored)}.", *dict.fromkeys(run["about_windows"] for run in scored)]
     window = f"Inside the first window ({', '.join(map(str, sizes))} tokens) the short context is all there is: a model"
     chart = Chart(
         "Weight by position",
