@@ -14,7 +14,7 @@ from evaluations import settings as eval_settings
 from pages import CURVES, EDGES, HOSTILE, LENGTH, element, embedded, make_runs, passages, tables, text_of
 
 from tokenweight import ShortContext, cli, parse_weighting
-from tokenweight.data import read_row, read_rows
+from tokenweight.data import read_row, read_rows, token_pieces
 from tokenweight.evaluate import evaluate
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, train
@@ -22,7 +22,6 @@ from tokenweight.view import Excerpt, corpus_gains, report, write_report
 from tokenweight.view.charts import Point
 from tokenweight.view.excerpt import LOOKS, SETTINGS, START, look
 from tokenweight.view.summaries import by_kind, by_position, row_kinds
-from tokenweight.view.terminal import token_pieces
 
 
 @pytest.fixture(scope="module")

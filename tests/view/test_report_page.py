@@ -7,10 +7,9 @@ import pytest
 from pages import HOSTILE, LENGTH, embedded, make_runs
 
 from tokenweight import parse_weighting
-from tokenweight.data import read_row
+from tokenweight.data import read_row, token_pieces
 from tokenweight.view import Excerpt, write_report
 from tokenweight.view.excerpt import LOOKS, look
-from tokenweight.view.terminal import token_pieces
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if not os.environ.get("CI"):

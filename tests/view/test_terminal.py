@@ -9,9 +9,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tokenweight.data import token_pieces
 from tokenweight.method import Dense
 from tokenweight.view import passage, top_tokens
-from tokenweight.view.terminal import legend, summary, tint, token_pieces
+from tokenweight.view.terminal import legend, summary, tint
 
 TEXT = 'The naïve café — "déjà vu" — 🙂👩‍🚀 says 你好。世界 and [bold]ünïcode[/bold].\n\n  Größe: 日本語 😀 end \ufffd.'
 

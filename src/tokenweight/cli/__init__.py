@@ -25,7 +25,7 @@ from tokenweight.cli.report import Figures, Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
 from tokenweight.cli.stats import Stats
-from tokenweight.cli.train import Train, read_config, with_groups
+from tokenweight.cli.train import GROUPS, Train, read_config, with_groups
 from tokenweight.train import TrainSettings, trainer_field
 
 COMMANDS: dict[str, Any] = {

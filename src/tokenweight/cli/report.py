@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tokenweight import method, records, view
-from tokenweight.cli.common import drawing
+from tokenweight.cli.common import OptionalTokens, drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Figures:
     """Number of the first scored sequence; by default 0."""
     num_rows: int | None = None
     """Largest number of scored sequences; by default 8."""
-    size: int | None = None
+    size: OptionalTokens = None
     """Tokens of the short context, where scores of several are stored."""
     smooth: bool = False
     """Average weight by position over the tokens that each window scores."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from tokenweight import data, method, view
-from tokenweight.cli.common import drawing
+from tokenweight.cli.common import OptionalTokens, drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Show:
     """Tokens per sequence of a text: the long context. By default 4096, or what the model reads if that is less."""
     model: str | None = None
     """Folder, hub id or .gguf file of the model that scores a text, or that computes the long losses anew."""
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
     save: Path | None = None
     """File to write the same to as well: a picture (.svg or .png), or a page (.html)."""
 
@@ -80,14 +82,17 @@ class Show:
             raise ValueError(f"--model: {name} is a text: name the model that scores it")
         path = source if source is not None and text is None else name
         windows = {"length": self.length, "size": self.size, "stride": self.stride}
-        return name, data.score_text(path, self.model, text=text, number=self.row, **windows)
+        kernel = self.attn_implementation
+        scored = data.score_text(path, self.model, text=text, number=self.row, attn_implementation=kernel, **windows)
+        return name, scored
 
     def _stored(self, folder: Path) -> "data.ScoredRow":
         if not folder.exists():
             raise ValueError(f"{folder}: no such folder or file; a text itself is given by --text")
         if self.stride is not None or self.length is not None:
             raise ValueError(f"--length and --stride apply to a text: {folder} is a folder, which has its own")
-        return data.read_row(folder, self.row, self.model, size=self.size)
+        kernel = self.attn_implementation
+        return data.read_row(folder, self.row, self.model, size=self.size, attn_implementation=kernel)
 
 
 def _check(path: Path) -> None:

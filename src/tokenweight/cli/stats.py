@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from tokenweight import records, view
+from tokenweight.cli.common import OptionalTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Stats:
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDERS …", help_behavior_hint="(required)")
     ]
     """Folders that `score --long` has written."""
-    size: int | None = None
+    size: OptionalTokens = None
     """Tokens of the only short context to sum up; by default all that are stored."""
     by: str | None = None
     """Column of names that tells sources apart within a folder."""

@@ -51,6 +51,12 @@ class ScoredRow(NamedTuple):
     """Where they restart at 0, a packed document begins; without them the row is one document."""
     size: int | None = None
     """Tokens of the short context, if they are known."""
+    stride: int | None = None
+    """Tokens that each of its windows scores, if they are known."""
+    number: int | None = None
+    """Number of the row in its folder or text, from 0."""
+    num_rows: int | None = None
+    """Rows of the folder or text."""
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A line for each token: its `position` in the row, from 0, `token` id, `text` (all together are the decoded
@@ -136,7 +142,8 @@ def read_rows(
         dtype = provenance.get("dtype", "auto")
         model = load_model(name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         model = model.to(own_device())
-    found = []
+    found: list[ScoredRow] = []
+    context = provenance.get("context", {})
     for row in rows.select(range(first, min(first + num, len(rows)))):
         columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
         tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
@@ -148,7 +155,9 @@ def read_rows(
             long_nll = token_nll(model, tokens.to(model.device), places)
         mask = prediction_mask(columns.get("labels", tokens), positions)
         losses = long_nll.float().cpu(), columns["short_nll"].float()
-        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, provenance.get("context", {}).get("size")))
+        windows = context.get("size"), context.get("stride")
+        place = first + len(found), len(rows)
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place))
     return found
 
 
@@ -156,6 +165,7 @@ def score_text(
     path: str | os.PathLike[str],
     model_name: str,
     *,
+    text: str | None = None,
     number: int = 0,
     length: int | None = None,
     size: int | None = None,
@@ -165,8 +175,9 @@ def score_text(
     """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
 
     Args:
-        path: of a file that `prepare` reads.
+        path: of a file that `prepare` reads; with `text`, only the name of that in errors.
         model_name: gives tokenizer and losses.
+        text: the text itself, in place of a file.
         number: of the row, from 0.
         length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
         size: of the short context; by default a quarter of the row.
@@ -176,8 +187,9 @@ def score_text(
     Raises:
         ValueError: if there is no such row, or no token of it would have a shorter context.
     """
-    document = next(read_documents(find_sources([path])), None)
-    if document is None or not document.text.strip():
+    if text is None:
+        text = next((document.text for document in read_documents(find_sources([path]))), "")
+    if not text.strip():
         raise ValueError(f"{path} holds no text")
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, attn_implementation=attn_implementation).to(own_device())
@@ -185,11 +197,12 @@ def score_text(
         length = min(TEXT_LENGTH, context_length(model.config) or TEXT_LENGTH)
     check_length(model.config, length, f"{path}: rows")
     prefix = special_tokens(tokenizer)[0]
-    ids = prefix + text_tokens(tokenizer, [document.text])[0]
+    ids = prefix + text_tokens(tokenizer, [text])[0]
     row = ids[number * length : (number + 1) * length] if number >= 0 else []
     if not row:
         raise ValueError(f"row {number}: {path} has rows 0 to {(len(ids) - 1) // length} of {length} tokens")
-    return _scored(model, tokenizer, row, number, size, stride, prefix=prefix)
+    scored = _scored(model, tokenizer, row, number, size, stride, prefix=prefix, what=f"{path}: row {number}")
+    return scored._replace(number=number, num_rows=-(-len(ids) // length))
 
 
 def score_texts(
@@ -228,7 +241,8 @@ def score_texts(
         row = prefix + ids
         check_length(model.config, len(row), f"text {number}: rows")
         check_tokens(model.config, min(row, default=0), max(row, default=0), f"text {number}")
-        rows.append(_scored(model, tokenizer, row, number, size, stride, prefix=prefix, what=f"text {number}"))
+        scored = _scored(model, tokenizer, row, number, size, stride, prefix=prefix, what=f"text {number}")
+        rows.append(scored._replace(number=number, num_rows=len(texts)))
     return rows
 
 
@@ -241,7 +255,7 @@ def _scored(
     stride: int | None,
     *,
     prefix: list[int],
-    what: str = "the text",
+    what: str,
 ) -> ScoredRow:
     """The row of that number of a text, scored."""
     if size is None and len(row) < 8:
@@ -254,4 +268,4 @@ def _scored(
         short_nll = scorer(tokens, long_nll=long_nll)
     mask = prediction_mask(tokens).cpu()
     losses = long_nll.float().cpu(), short_nll.float().cpu()
-    return ScoredRow(tokens.cpu(), *losses, mask, tokenizer, size=context.size)
+    return ScoredRow(tokens.cpu(), *losses, mask, tokenizer, None, context.size, context.stride)

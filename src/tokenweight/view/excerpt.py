@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenweight.data import ScoredRow, load_scores, read_rows
+from tokenweight.data import ScoredRow, load_scores, read_rows, token_pieces
 from tokenweight.method import WEIGHTINGS, Dense, ShortContext, Weighting, document_positions
 from tokenweight.view.corpus import corpus_gains
 from tokenweight.view.summaries import KindShare, by_kind, by_position, difference_histogram, document_spans, row_kinds
-from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level, token_pieces
+from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level
 
 LOOKS = ["zero", "", *(f"down l{n}" for n in range(1, 9)), *(f"up l{n}" for n in range(1, 5))]
 LOOKS += [f"up l{n} far" for n in range(4, 9)]

@@ -6,14 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tokenweight.data import ScoredRow, read_rows
+from tokenweight.data import ScoredRow, read_rows, token_pieces
 from tokenweight.evaluate import read_table
 from tokenweight.method import ShortContext, Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
 from tokenweight.view.excerpt import about_windows, windows_of
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
-from tokenweight.view.terminal import token_pieces
 
 
 def draw(

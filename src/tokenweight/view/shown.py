@@ -7,9 +7,9 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from tokenweight.data import ScoredRow
+from tokenweight.data import ScoredRow, token_pieces
 from tokenweight.method import Weighting
-from tokenweight.view.terminal import legend, passage, summary, token_pieces, top_tokens
+from tokenweight.view.terminal import legend, passage, summary, top_tokens
 
 
 @dataclass(frozen=True)
