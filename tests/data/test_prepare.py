@@ -2,6 +2,7 @@
 on after an interruption; packed rows are scored as their documents alone."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from itertools import groupby, pairwise
@@ -157,6 +158,15 @@ def test_rows_are_the_same_bytes_however_many_processes_tokenize(settings, docum
         prepare_rows(documents * 2, trained_tokenizer(framed=True), 16, tmp_path / name, num_proc=num_proc, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert len(contents(tmp_path / "one")) > 4 or "max_rows" in settings
+
+
+@pytest.mark.slow  # each process imports transformers
+def test_processes_that_are_spawned_make_the_same_rows_and_end(documents, small_shards, tmp_path):
+    others = multiprocessing.active_children()
+    for name, num_proc in (("one", 1), ("two", 2)):
+        prepare_rows(documents, trained_tokenizer(framed=True), 16, tmp_path / name, num_proc=num_proc)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert multiprocessing.active_children() == others
 
 
 def test_with_several_processes_an_interrupted_call_goes_on_after_what_was_written(

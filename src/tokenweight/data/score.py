@@ -106,11 +106,8 @@ def score_folder(
     """
     (rows, contents), made = open_rows(folder), read_provenance(folder)
     longest = contents.longest or 0
-    if contexts is None:
-        contexts = [ShortContext.of(longest)]
-        announce(f"size {contexts[0].size}, a quarter of the longest sequence, and stride {contexts[0].stride}")
+    contexts = _contexts(contexts, longest, announce)
     size = max(context.size for context in contexts)
-    ShortContext.of(longest, size)  # raises, if no token would have a shorter context
     tokenizer = find_tokenizer(model_name, revision=revision)
     check_tokenizer(tokenizer, model_name, made, folder)
     model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
@@ -142,6 +139,18 @@ def score_folder(
         announce=announce,
         check=verifier,
     )
+
+
+def _contexts(
+    given: Sequence[ShortContext] | None, longest: int, announce: Callable[[str], object]
+) -> Sequence[ShortContext]:
+    """The contexts of rows of up to `longest` tokens. ValueError if no token would have a shorter one."""
+    if given is None:
+        context = ShortContext.of(longest)
+        announce(f"size {context.size}, a quarter of the longest sequence, and stride {context.stride}")
+        return [context]
+    ShortContext.of(longest, max(context.size for context in given))
+    return given
 
 
 def score_rows(
