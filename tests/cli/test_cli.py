@@ -339,6 +339,8 @@ def test_a_message_about_a_parameter_names_the_option_and_no_other_word_becomes_
         (["score", "rows", "--model", "m", "--out", "o", "--shard_tokens", "0_032K"], "shard_tokens"),
         (["export", "scored", "--out", "o", "--size", "32k"], "size"),
         (["show", "scored", "--size", "32k"], "size"),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--size", "32k"], "size"),
+        (["plan", "--model", "m", "--stride", "32k"], "stride"),
         (["show", "a.txt", "--stride", "32k"], "stride"),
         (["show", "a.txt", "--length", "32k"], "length"),
         (["figures", "scored", "--out", "o", "--size", "32k"], "size"),

@@ -14,7 +14,7 @@ from distributed import some_rows
 import models
 from texts import trained_tokenizer
 from tokenweight.train import TrainSettings, read_recipe, train, training_arguments
-from tokenweight.train.settings import PAPER_ARGUMENTS
+from tokenweight.train.settings import PAPER_ARGUMENTS, extension_arguments
 
 SETTINGS = TrainSettings(
     model="some/model",
@@ -233,6 +233,7 @@ NO_SHORTER = "sequences hold 40 tokens: no token would have a shorter context"
         ({"extend": {"lenght": 256}}, "extend: unknown setting 'lenght': did you mean 'length'?"),
         ({"extend": {"method": "yarn"}}, "extend: found method: expected length, the tokens to extend to"),
         ({"extend": {"length": "100"}}, "length 100: the model reads 128 tokens already"),
+        ({"extend": {"length": "32q"}}, "extend.length 32q: expected a number of tokens"),
         ({"extend": {"length": 256, "method": "yran"}}, "method 'yran': expected one of base, linear"),
         ({"extend": {"length": 256, "method": "linear", "theta": 3}}, "theta"),
         ({"data": "rows", "scorer": "self", "size": 40}, f"size 40: {NO_SHORTER}"),
@@ -265,3 +266,14 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes
     assert "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
     assert sorted(folders.rglob("*")) == before
+
+
+def test_numbers_of_tokens_of_a_recipe_have_units(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("size: 8k\nstride: 6_144\nextend: {length: 1M}\n")
+    recipe = read_recipe(path)
+    assert (recipe["size"], recipe["stride"]) == (8192, 6144)
+    assert extension_arguments(recipe["extend"]) == {"length": 1024**2}
+    path.write_text("size: 0\n")
+    with pytest.raises(ValueError, match="size is 0: expected a number of tokens, as in 8192 or 8k"):
+        read_recipe(path)

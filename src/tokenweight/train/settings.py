@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tokenweight import method, models
+from tokenweight.records import OptionalTokens, token_count
 from tokenweight.train.arguments import check_run, check_values, held_out_arguments
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class TrainSettings:
     """uniform, dense, sparse, longce, ppmi or npmi, with settings as in sparse:keep=0.1; or package.module.function."""
     scorer: str = "stored"
     """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
-    size: int | None = None
+    size: OptionalTokens = None
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
-    stride: int | None = None
+    stride: OptionalTokens = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
     eval_data: str | None = None
     """Folder of held-out sequences, with or without scores, whose loss is measured while training (docs/train.md)."""
@@ -224,15 +225,18 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         except ValueError as error:
             field = trainer_field(str(key))
             raise ValueError(f"{error}; {field} is a field of trainer" if field else str(error)) from None
-    number, text = ((int, type(None)), "a whole number"), ((str, type(None)), "text")
+    text = ((str, type(None)), "text")
     expected: dict[str, tuple[tuple[type, ...], str]] = {
         "data": ((str, list), "a folder, or a list of path and share"),
         "trainer": ((dict,), "fields of TrainingArguments"),
         "extend": ((dict,), "length, method and its settings"),
         "lora": ((dict,), "fields of LoraConfig"),
-        **{"size": number, "stride": number, "eval_data": text, "revision": text, "attn_implementation": text},
+        **{"eval_data": text, "revision": text, "attn_implementation": text},
     }
     for key, value in settings.items():
+        if key in ("size", "stride"):
+            settings[key] = None if value is None else _tokens(value, f"config {path}: {key} is {value!r}")
+            continue
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"config {path}: {key} is {value!r}: expected {name}")
@@ -242,6 +246,13 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
             "it by --allow_code, or name it as --weighting"
         )
     return settings
+
+
+def _tokens(value: Any, what: str) -> int:
+    try:
+        return token_count(value)
+    except ValueError:
+        raise ValueError(f"{what}: expected a number of tokens, as in 8192 or 8k") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -487,7 +498,10 @@ def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
         check_known(key, known, "extend")
     if given and "length" not in given:
         raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
-    return _numbers(given)
+    numbers = _numbers(given)
+    if isinstance(numbers.get("length"), str):
+        numbers["length"] = _tokens(numbers["length"], f"extend.length {numbers['length']}")
+    return numbers
 
 
 def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
