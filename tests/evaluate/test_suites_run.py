@@ -211,7 +211,7 @@ def test_models_that_saw_other_samples_are_not_compared():
         ({"suite_limit": 2}, "^suites None: expected suites, with suite_lengths or suite_limit"),
         ({"suite_lengths": "64"}, "^suites None: expected suites"),
         ({"suites": "mmlu", "suite_limit": 0}, "^suite_limit 0: expected at least 1"),
-        ({"suites": "ruler", "suite_lengths": "4k"}, "^suite_lengths 4k: expected numbers"),
+        ({"suites": "ruler", "suite_lengths": "4x"}, "^suite_lengths 4x: expected"),
     ],
 )
 def test_options_of_suites_that_make_no_sense_are_refused(settings, message, tmp_path):

@@ -186,7 +186,7 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     name, config = type(model).__name__, model.config.get_text_config()
     # They differ in OPT; Llama 4 names one that it does not have.
     named = (model.base_model, model.get_decoder(), *model.children())
-    candidates = [part for part in named if part is not model and isinstance(part, PreTrainedModel)]
+    candidates = [part for part in named if part is not model and isinstance(part, nn.Module)]
     caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
     softcap = next((cap for cap in caps if cap is not None), None)
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
