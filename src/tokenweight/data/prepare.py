@@ -87,32 +87,48 @@ def prepare_rows(
         ValueError: if `out` exists and was made otherwise, an unfinished folder was begun otherwise, or there is no
             row; naming a document that cannot be tokenized.
     """
-    out = Path(out)
+    out, (prefix, suffix) = Path(out), special_tokens(tokenizer)
     check_name(out)
-    check_format(format)
-    prefix, suffix = special_tokens(tokenizer)
-    if short not in _SCHEMAS:
-        raise ValueError(f"short {short}: expected drop or pack")
-    for name, number in (("max_rows", max_rows), ("num_proc", num_proc)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} {number}: expected at least 1")
-    if length < len(prefix) + 2:
-        raise ValueError(f"length {length}: expected at least {len(prefix) + 2} tokens")
+    _check(short, format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
     settings |= {"prefix": prefix, "suffix": suffix, "format": format}
     if _is_complete(out, settings):
         return _summary(out)
     with _unfinished(out, settings) as folder:
         if not is_finished(folder):  # else the call was interrupted when all rows were there
-            cutter = Cutter(length, prefix, suffix, pack=short == "pack")
-            with tokenizing(tokenizer, num_proc) as tokenize:
-                _write_shards(folder, _Read(documents), tokenize, cutter, settings)
-            cutter.check_any_rows()
-            write_json(folder / "rows.json", {**settings, **vars(cutter.summary)})
-            finish_dataset(folder, [shard.name for shard in _shards(folder)])
+            _make(folder, documents, tokenizer, num_proc, settings)
         for shard in _shards(folder):
             strip_note(shard, "source", "cutter")
         return _summary(folder)
+
+
+def _make(
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int,
+    settings: dict[str, Any],
+) -> None:
+    """Write what is missing of the shards, and make a data set of them."""
+    pack = settings["short"] == "pack"
+    cutter = Cutter(settings["length"], settings["prefix"], settings["suffix"], pack=pack)
+    with tokenizing(tokenizer, num_proc) as tokenize:
+        _write_shards(folder, _Read(documents), tokenize, cutter, settings)
+    cutter.check_any_rows()
+    write_json(folder / "rows.json", {**settings, **vars(cutter.summary)})
+    finish_dataset(folder, [shard.name for shard in _shards(folder)])
+
+
+def _check(short: str, format: str, length: int, least: int, **numbers: int | None) -> None:
+    """Raise a ValueError for settings that make no sense."""
+    check_format(format)
+    if short not in _SCHEMAS:
+        raise ValueError(f"short {short}: expected drop or pack")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number}: expected at least 1")
+    if length < least:
+        raise ValueError(f"length {length}: expected at least {least} tokens")
 
 
 def _summary(folder: Path) -> RowSummary:

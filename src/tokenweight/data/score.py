@@ -115,30 +115,23 @@ def score_folder(
     check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
     check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
     prefix = text_prefix(tokenizer, made)
-    provenance = {
-        **identity(model, model_name),
+    provenance = {**_made_by(model, model_name, made, prefix), "rows": str(folder)}
+    provenance |= {"rows_fingerprint": contents.fingerprint, "environment": environment()}
+    scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
+    told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
+    shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
+    return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
+
+
+def _made_by(model: Any, name: str, made: dict[str, Any], prefix: list[int]) -> dict[str, Any]:
+    """The provenance of scores as far as the model, and what made the rows, decide it."""
+    return {
+        **identity(model, name),
         "config_fingerprint": config_fingerprint(model.config),
         "tokenizer": made.get("tokenizer"),
         "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
         "prefix": prefix,
-        "rows": str(folder),
-        "rows_fingerprint": contents.fingerprint,
-        "environment": environment(),
     }
-    scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
-    verifier = Verifier(folder)
-    return score_rows(
-        rows,
-        scorer,
-        out,
-        provenance=provenance,
-        shard_tokens=shard_tokens,
-        format=format,
-        share=share,
-        progress=progress,
-        announce=announce,
-        check=verifier,
-    )
 
 
 def _contexts(
@@ -199,9 +192,23 @@ def score_rows(
     files = [out / f"scores-{number:05d}-of-{len(shards):05d}.{format}" for number in range(len(shards))]
     _announce(share, len(shards), announce)
     summary, begun = ScoreSummary(shards=len(shards)), time.perf_counter()
-    schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
     ours = list(zip(files, shards))[share[0] :: share[1]]
-    total = sum(int(lengths[shard].sum()) for _, shard in ours)
+    summary.new_tokens = _score_missing(ours, rows, scorer, lengths, progress, check)
+    summary.seconds = time.perf_counter() - begun
+    return _finished(out, files, summary)
+
+
+def _score_missing(
+    ours: list[tuple[Path, np.ndarray]],
+    rows: datasets.Dataset,
+    scorer: RowScorer,
+    lengths: np.ndarray,
+    progress: Callable[[int, int], object],
+    check: Callable[[range], object],
+) -> int:
+    """Score the shards that are neither there nor in another process's hands, and return their number of tokens."""
+    schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
+    total, new = sum(int(lengths[shard].sum()) for _, shard in ours), 0
     for file, shard in ours:
         with locked(file) as alone:
             if not alone or _is_whole(file):  # another process is at it, or was
@@ -209,9 +216,8 @@ def score_rows(
                 continue
             check(range(int(shard[0]), int(shard[-1]) + 1))
             batches = _batches(shard, lengths, scorer.max_tokens)
-            summary.new_tokens += _write_shard(file, schema, rows, batches, scorer, lambda done: progress(done, total))
-    summary.seconds = time.perf_counter() - begun
-    return _finished(out, files, summary)
+            new += _write_shard(file, schema, rows, batches, scorer, lambda done: progress(done, total))
+    return new
 
 
 def _write_shard(

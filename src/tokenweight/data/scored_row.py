@@ -147,18 +147,20 @@ def read_rows(
     for row in rows.select(range(first, min(first + num, len(rows)))):
         columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
         tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
-        if model is None:
-            long_nll = columns["long_nll"]
-        else:
-            check_length(model.config, tokens.shape[1], f"{folder}: rows")
-            places = None if positions is None else positions.to(model.device)
-            long_nll = token_nll(model, tokens.to(model.device), places)
+        long_nll = columns["long_nll"] if model is None else _long_nll(model, tokens, positions, f"{folder}: rows")
         mask = prediction_mask(columns.get("labels", tokens), positions)
         losses = long_nll.float().cpu(), columns["short_nll"].float()
         windows = context.get("size"), context.get("stride")
         place = first + len(found), len(rows)
         found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place))
     return found
+
+
+def _long_nll(
+    model: PreTrainedModel, tokens: Int[Tensor, "1 seq"], positions: Int[Tensor, "1 seq"] | None, what: str
+) -> Float[Tensor, "1 seq"]:
+    check_length(model.config, tokens.shape[1], what)
+    return token_nll(model, tokens.to(model.device), None if positions is None else positions.to(model.device))
 
 
 def score_text(

@@ -127,33 +127,43 @@ def with_weighted_loss(
         >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
         >>> model(input_ids=tokens, labels=tokens).loss.backward()
     """
-    if scorer is not None and context is not None:
-        raise ValueError(
-            "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
-            "(`tokenweight score`), and give no scorer"
-        )
     weighting = parse_weighting(weighting) if isinstance(weighting, str) else as_weighting(weighting)
-    parts = causal_parts(model)
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
     if bound is None and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
+    replaced = vars(model).get("forward") if bound is None else bound.replaced
+    model._token_weighting = _binding(model, weighting, scorer, context, replaced)
     if weighting.uses_short:
         _warn_of_noise(model)
-    replaced = vars(model).get("forward") if bound is None else bound.replaced
-    taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
-    names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
-    binding = _Binding(weighting, None, False, parts, context, replaced, names, adds_terms=False)
-    binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
-    if scorer is not None:
-        self_scored = scorer.model is model
-        scorer = scorer.of(None) if self_scored else scorer
-        binding = dataclasses.replace(binding, scorer=scorer, self_scored=self_scored)
-    model._token_weighting = binding
     if bound is None:
         vars(model).pop("forward", None)
         kind: Any = type(model)
         model.__class__ = _bound_class(kind)
     return model
+
+
+def _binding(
+    model: PreTrainedModel,
+    weighting: Weighting,
+    scorer: Scorer | None,
+    context: DeviceMesh | None,
+    replaced: Callable[..., Any] | None,
+) -> _Binding:
+    """What the model is bound to, verified."""
+    if scorer is not None and context is not None:
+        raise ValueError(
+            "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
+            "(`tokenweight score`), and give no scorer"
+        )
+    parts = causal_parts(model)
+    taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
+    names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
+    binding = _Binding(weighting, None, False, parts, context, replaced, names, adds_terms=False)
+    binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
+    if scorer is None:
+        return binding
+    self_scored = scorer.model is model
+    return dataclasses.replace(binding, scorer=scorer.of(None) if self_scored else scorer, self_scored=self_scored)
 
 
 def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
