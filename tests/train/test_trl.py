@@ -158,6 +158,17 @@ def test_a_column_of_scores_that_is_missing_or_would_not_be_used_is_an_error(tmp
     sft(tmp_path, some_rows(scored=False), "uniform")
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "loss_mask"])
+def test_masks_that_trl_does_not_hear_are_heard(name, tmp_path):
+    rows, first = some_rows(scored=False), 4  # of each sequence, tokens that count
+    masked = rows.add_column(name, [[1] * first + [0] * (len(row) - first) for row in rows["input_ids"]])
+    labels = [row[:first] + [-100] * (len(row) - first) for row in rows["input_ids"]]
+    expected = rows.add_column("labels", labels)
+    if name == "attention_mask":
+        expected = expected.map(lambda row: {column: values[:first] for column, values in row.items()})
+    assert_same(sft(tmp_path, masked, "uniform"), sft(tmp_path, expected, "uniform"))
+
+
 def test_rows_that_trl_packed_are_refused(tmp_path):
     lengths = [[40], [4, 5], [25], [33], [40], [17], [5], [28]]
     trainer = sft(tmp_path, some_rows(scored=False).add_column("seq_lengths", lengths), "uniform")

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from tokenweight.data import text_prefix
+from tokenweight.data import TRANSLATED, text_prefix
 from tokenweight.method import parse_weighting
 from tokenweight.models import (
     Scorer,
@@ -148,7 +148,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
-        self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", "seq_lengths"]
+        self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", *TRANSLATED]
 
 
 def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
