@@ -106,6 +106,13 @@ def test_a_step_waits_for_the_device_as_few_times_as_its_checks_need(weighting, 
     assert found == expected
 
 
+def test_a_mask_without_padding_costs_a_scorer_one_wait():
+    model, tokens = models.tiny(), models.some_tokens(4, 24)
+    scorer, mask = Scorer(model, ShortContext(8, 4)), torch.ones_like(tokens)
+    without, beside = (waits_of(lambda m=m: scorer(tokens, attention_mask=m)).total() for m in (None, mask))
+    assert beside == without + 1
+
+
 def test_waits_are_counted_whoever_causes_them():
     numbers = torch.arange(6.0)
     waiting = [

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 import models
-from tokenweight import Scorer, ShortContext, load_model, token_nll
+from tokenweight import Dense, Scorer, ShortContext, load_model, token_nll, with_weighted_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "scoring.json").read_text())
@@ -294,6 +294,23 @@ def test_fewer_windows_are_read_at_a_time_when_memory_does_not_suffice(call, err
     assert [record.message for record in caplog.records] == [
         f"out of memory: from now on {num} tokens in one pass" for num in (96, 48)
     ]
+
+
+def test_a_model_that_scores_itself_remembers_how_much_it_could_read():
+    model, tokens = models.tiny(), models.some_tokens(8, 24)
+    with_weighted_loss(model, Dense(), Scorer(model, ShortContext(8, 4), max_tokens=256))
+    memory = Small(model, 200, ERRORS[0])  # enough for the sequences, and for half of their windows
+    model(input_ids=tokens, labels=tokens)
+    assert 256 in memory.sizes
+    memory.sizes.clear()
+    model(input_ids=tokens, labels=tokens)
+    assert max(memory.sizes) <= 200
+
+
+def test_the_scorer_that_a_bound_model_holds_can_be_printed():
+    model = models.tiny()
+    with_weighted_loss(model, Dense(), Scorer(model, size=8))
+    assert "size=8, stride=6" in repr(model._token_weighting)
 
 
 def test_a_window_that_does_not_fit_alone_is_refused(caplog):

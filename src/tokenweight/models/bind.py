@@ -338,16 +338,16 @@ def _has_short_losses(bound: _Binding, batch: Batch) -> bool:
 
 def _scored(model: Any, bound: _Binding, batch: Batch) -> ShortLosses:
     """The short losses of the bound scorer."""
-    scorer = bound.scorer
-    assert scorer is not None
-    if bound.self_scored:
-        scorer = scorer.of(model)
-    return scorer.short_losses(
+    assert bound.scorer is not None
+    scorer = bound.scorer.of(model) if bound.self_scored else bound.scorer
+    short = scorer.short_losses(
         batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
         self_scored=bound.self_scored,
     )
+    bound.scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
+    return short
 
 
 def _states(model: Any, bound: _Binding, own: Callable[..., Any], batch: Batch, given: dict[str, Any]) -> OwnTerms:

@@ -180,7 +180,7 @@ def documents_of(
     position_ids: Int[Tensor, "batch seq"] | None, attention_mask: Shaped[Tensor, "batch seq"] | None
 ) -> Int[Tensor, "batch seq"] | None:
     """Positions that restart at 0 where padding begins and ends, too: no window then reads both padding and text."""
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.all():  # one wait for the device, where each document costs one
         return position_ids
     real = attention_mask != 0
     columns = torch.arange(real.shape[1], device=real.device).expand(real.shape)

@@ -82,7 +82,9 @@ class Scorer:
         self.parts = causal_parts(model)
 
     def __repr__(self) -> str:
-        name = self.model.config.name_or_path or type(self.model).__name__
+        name = "the bound model"
+        if self.model is not None:  # else of `of`
+            name = self.model.config.name_or_path or type(self.model).__name__
         return f"Scorer({name!r}, size={self.context.size}, stride={self.context.stride})"
 
     def with_context(self, context: ShortContext) -> "Scorer":
