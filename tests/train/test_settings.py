@@ -14,7 +14,7 @@ from distributed import some_rows
 import models
 from texts import trained_tokenizer
 from tokenweight.train import TrainSettings, read_recipe, train, training_arguments
-from tokenweight.train.settings import PAPER_ARGUMENTS, extension_arguments
+from tokenweight.train.arguments import PAPER_ARGUMENTS, extension_arguments
 
 SETTINGS = TrainSettings(
     model="some/model",

@@ -1,3 +1,8 @@
+from .arguments import check_known as check_known
+from .arguments import extension_arguments as extension_arguments
+from .arguments import is_flag as is_flag
+from .arguments import trainer_field as trainer_field
+from .arguments import training_arguments as training_arguments
 from .checkpoints import last_whole as last_whole
 from .run import train as train
 from .sequences import DataCollatorWithScores as DataCollatorWithScores
@@ -5,15 +10,10 @@ from .sequences import HeldOut as HeldOut
 from .sequences import Mixture as Mixture
 from .settings import Run as Run
 from .settings import TrainSettings as TrainSettings
-from .settings import check_known as check_known
 from .settings import config_text as config_text
-from .settings import extension_arguments as extension_arguments
-from .settings import is_flag as is_flag
 from .settings import read_recipe as read_recipe
 from .settings import resolve as resolve
 from .settings import shares_of as shares_of
-from .settings import trainer_field as trainer_field
-from .settings import training_arguments as training_arguments
 from .statistics import WeightStatistics as WeightStatistics
 from .trainer import WeightedTrainer as WeightedTrainer
 from .trainer import prepare_engine as prepare_engine

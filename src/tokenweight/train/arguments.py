@@ -1,158 +1,312 @@
-"""Checks of TrainingArguments: values that cannot be meant, and what a weighted loss does not go with."""
+"""Groups of options, `trainer`, `extend` and `lora`: known by name, and read from text by the types of their fields."""
 
-import math
+import contextlib
+import dataclasses
+import difflib
+import enum
+import inspect
 import os
-from collections.abc import Callable, Mapping
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tokenweight import models
+from tokenweight.records import token_count
+from tokenweight.train.checks import check_values, held_out_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_ONE_OR_MORE = (lambda value: value >= 1, "at least 1")
-_FINITE = (lambda value: 0 <= value < math.inf, "a number of at least 0")
-_POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
-_SHARE = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
-_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 to train for num_train_epochs"),
-    "num_train_epochs": _POSITIVE,
-    "per_device_train_batch_size": _ONE_OR_MORE,
-    "per_device_eval_batch_size": _ONE_OR_MORE,
-    "gradient_accumulation_steps": _ONE_OR_MORE,
-    "learning_rate": _FINITE,
-    "warmup_steps": _FINITE,
-    "weight_decay": _FINITE,
-    "max_grad_norm": (lambda value: value >= 0, "at least 0, where 0 clips nothing"),
-    "adam_beta1": _SHARE,
-    "adam_beta2": _SHARE,
-    "adam_epsilon": _FINITE,
-    "neftune_noise_alpha": _FINITE,
-    "seed": (lambda value: 0 <= value < 2**32, "0 to 2**32 - 1"),
-    "dataloader_num_workers": (lambda value: value >= 0, "at least 0"),
-    "average_tokens_across_devices": (lambda value: value, "true: the loss is divided by the tokens of all processes"),
+PAPER_ARGUMENTS = {
+    "learning_rate": 2e-5,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "logging_steps": 1,
+    "report_to": "none",
 }
-_STEPS = ("logging", "save", "eval")
-_HELD_OUT: dict[str, tuple[Any, ...]] = {
-    "eval_strategy": ("steps", "epoch"),
-    "eval_on_start": (True,),
-    "load_best_model_at_end": (True,),
-    "save_strategy": ("best",),
+"""Defaults of the trainer. The first five: `configs/llama3_32k_dense.json` of the paper's code."""
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-_OTHER_LOSSES = ("use_liger_kernel", "label_smoothing_factor")
+"""Fields with the name they have had since transformers 5.23; either name is taken, whichever version is installed."""
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse values of fields of TrainingArguments that it would take, and train otherwise than anyone can mean.
+def training_arguments(
+    given: dict[str, Any], out: str | os.PathLike[str], *, held_out: bool = False
+) -> "TrainingArguments":
+    """`PAPER_ARGUMENTS` overridden by `given`, as the TrainingArguments of a run into the folder `out`.
 
-    Raises:
-        ValueError: naming the field, its value and what is expected.
-    """
-    for name, (fits, expected) in _EXPECTED.items():
-        if name in values and not fits(values[name]):
-            raise ValueError(f"trainer.{name} {values[name]}: expected {expected}")
-    for name in _STEPS:
-        steps, strategy = values.get(f"{name}_steps", 1), values.get(f"{name}_strategy", "steps")
-        if strategy == "steps" and not (0 < steps < 1 or (steps < math.inf and steps == int(steps) >= 1)):
-            raise ValueError(
-                f"trainer.{name}_steps {steps}: expected a whole number of steps, or the share of all that is above 0 "
-                "and less than 1"
-            )
-    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
-        file = values.get(name)
-        if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
-            raise ValueError(f"trainer.{name} {file}: no such file")
-    for name in _OTHER_LOSSES:
-        if values.get(name):
-            raise ValueError(f"trainer.{name} would put another loss in place of the weighted one: expected it unset")
-
-
-MEASURES = ("loss", "loss_beyond_half", "loss_short", "weighted_loss")
-"""What is logged of held-out sequences, each with `eval_` before it (`tokenweight.train.statistics.HeldOutLosses`)."""
-
-
-def held_out_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the trainer where there are held-out sequences: ten evaluations a run, and the best is the lowest."""
-    every = {"eval_strategy": "steps", "eval_steps": 0.1}
-    every |= {name: given[name] for name in every if given.get(name) is not None}
-    found = {**every, "per_device_eval_batch_size": given.get("per_device_train_batch_size", 1)}
-    best = str(given.get("load_best_model_at_end", False)).lower() in ("true", "yes", "on", "1")
-    if best and "save_strategy" not in given:  # a model can only be loaded again if it was saved
-        found |= {"save_strategy": every["eval_strategy"], "save_steps": given.get("save_steps", every["eval_steps"])}
-    if best or given.get("metric_for_best_model") is not None:
-        found["greater_is_better"] = False  # the Trainer takes whatever does not end with "loss" for a score
-    return found
-
-
-def check_run(arguments: "TrainingArguments", eval_data: str | None = None) -> None:
-    """Refuse what cannot run here, before any work: trackers that are missing, several GPUs in one process.
+    A text is read by the type of its field: an option of a command line has no other type, and YAML takes 1e-5 for
+    text. Fields that are None keep the default of transformers.
 
     Args:
-        arguments: of the run.
-        eval_data: the folder of held-out sequences, if there are any.
+        given: fields of TrainingArguments, by name.
+        out: the folder of the run, whose name is that of the run for its trackers.
+        held_out: whether there are held-out sequences: then they are evaluated, by default ten times.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: for a field that TrainingArguments does not have, or a value it cannot have.
     """
-    check_processes(arguments)
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != "1" and arguments.world_size == 1:  # each process would be a run of its own, into the same folder
-        raise ValueError(
-            f"WORLD_SIZE is {started}, but the processes do not know each other (no LOCAL_RANK): start them by torchrun"
-        )
-    for name, held_out in _HELD_OUT.items():
-        found = getattr(getattr(arguments, name), "value", getattr(arguments, name))
-        if eval_data is None and found in held_out:
-            raise ValueError(f"trainer.{name} {found}: needs held-out sequences: expected their folder as eval_data")
-    if eval_data is not None:
-        _check_held_out(arguments, eval_data)
-    for name in arguments.report_to:
-        _check_tracker(name)
+    import torch
+    from transformers import TrainingArguments
+
+    hints, installed = _hints(), _fields()
+    for key in given:
+        check_known(key, list(installed), "trainer")
+    if "output_dir" in given:
+        raise ValueError("trainer.output_dir: this is the setting out: name the folder there")
+    if "hub_token" in given:
+        raise ValueError("trainer.hub_token would be written into run.json: expected the environment variable HF_TOKEN")
+    # The Trainer refuses bf16 without an accelerator, unless told that a CPU is meant; and to replace losses that are
+    # not finite, which are to stop a run, it would synchronize with the device in every batch.
+    defaults = {"use_cpu": not torch.accelerator.is_available(), "logging_nan_inf_filter": False, **PAPER_ARGUMENTS}
+    # The rows of `Display` stand in place of a bar; DDP would look for unused parameters, of which a decoder has none.
+    defaults |= {"run_name": Path(out).resolve().name, "disable_tqdm": True, "ddp_find_unused_parameters": False}
+    defaults |= held_out_arguments(given) if held_out else {}
+    named = {installed[name]: value for name, value in {**defaults, **given}.items()}
+    values = {name: _typed(name, value, hints[name]) for name, value in named.items() if value is not None}
+    for field in dataclasses.fields(TrainingArguments):
+        choices = list(field.metadata.get("choices") or ())
+        if choices and field.name in values and values[field.name] not in choices:
+            raise ValueError(f"trainer.{field.name} {values[field.name]!r}: {_meant(values[field.name], choices)}")
+    check_values(values)
+    if values.get("resume_from_checkpoint") == "false":
+        del values["resume_from_checkpoint"]
+    try:
+        arguments = TrainingArguments(output_dir=str(out), **values)
+    except Exception as error:  # its engines, trackers and checks raise what they like
+        raise ValueError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if values.get("fsdp_config") and not arguments.fsdp:
+        raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
+    return arguments
 
 
-def _check_held_out(arguments: "TrainingArguments", eval_data: str) -> None:
-    if getattr(arguments.eval_strategy, "value", arguments.eval_strategy) == "no":
-        raise ValueError(f"trainer.eval_strategy no: eval_data {eval_data} would not be read: leave out one of them")
-    metric = arguments.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in MEASURES:
-        raise ValueError(f"trainer.metric_for_best_model {metric!r}: expected one of {', '.join(MEASURES)}")
-    if metric is not None and arguments.greater_is_better:
-        raise ValueError(f"trainer.greater_is_better true: {metric} is a loss: expected it unset, or false")
-
-
-def _check_tracker(name: str) -> None:
-    from transformers.integrations import integration_utils as integrations
-
-    known = sorted(integrations.INTEGRATION_TO_CALLBACK)
-    if name not in known:
-        raise ValueError(f"trainer.report_to {name!r}: expected none, all, or a list of {', '.join(known)}")
-    found = set(integrations.get_available_reporting_integrations())
-    found |= {"azure_ml"} if integrations.is_azureml_available() else set()
-    found |= {"flyte"} if integrations.is_flytekit_available() else set()
-    if name not in found:
-        raise ValueError(
-            f"trainer.report_to {name!r}: its package is not installed: pip install {name}, or leave it out"
-        )
-
-
-def check_processes(arguments: "TrainingArguments") -> None:
-    """Refuse several GPUs in one process, and a denominator of each process of several.
+def typed_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`PAPER_ARGUMENTS` overridden by `given`, each value in a type that its field has.
 
     Raises:
-        ValueError: naming the field, or how to start a process for each GPU.
+        ValueError: for a value that the field cannot have.
     """
-    check_one_gpu(arguments)
-    if arguments.world_size > 1:
-        check_values({"average_tokens_across_devices": arguments.average_tokens_across_devices})
+    hints = _hints()
+    values = {**PAPER_ARGUMENTS, **given}
+    return {name: None if value is None else _typed(name, value, hints[name]) for name, value in values.items()}
 
 
-def check_one_gpu(arguments: "TrainingArguments") -> None:
-    """Refuse several GPUs in one process: the Trainer would use nn.DataParallel, which a bound model cannot stand.
+def _hints() -> dict[str, Any]:
+    """The types of the fields of TrainingArguments, by every name by which a field can be set."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return hints | {name: hints[installed] for name, installed in _fields().items()}
+
+
+def _fields() -> dict[str, str]:
+    """The names by which a field of TrainingArguments can be set, each with its name in the installed version."""
+    from transformers import TrainingArguments
+
+    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    installed = {name: name for name in fields}
+    installed |= {old: new if new in fields else old for old, new in _RENAMED.items()}
+    return installed | {new: installed[old] for old, new in _RENAMED.items()}
+
+
+_SHORTER = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "warmup": "warmup_steps",
+}
+"""What other programs call a field."""
+
+
+def trainer_field(word: str, *, close: bool = True) -> str | None:
+    """The field of TrainingArguments that is meant by a word, if one is; with `close`, also one with a similar name."""
+    fields = list(_fields())
+    found = [_SHORTER.get(word, word)] if _SHORTER.get(word, word) in fields else []
+    return next(iter(found or (difflib.get_close_matches(word, fields, n=1, cutoff=0.8) if close else [])), None)
+
+
+def is_flag(field: str) -> bool:
+    """Whether an option `--trainer.FIELD` may stand without a value, and is then true.
 
     Raises:
-        ValueError: saying how to start a process for each GPU.
+        ValueError: for a field that TrainingArguments does not have.
     """
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"trainer: {arguments.n_gpu} GPUs in one process: expected one, as under `torchrun --nproc-per-node "
-            f"{arguments.n_gpu} -m tokenweight train …`, or CUDA_VISIBLE_DEVICES=0"
-        )
+    from transformers import TrainingArguments
+
+    check_known(field, list(_fields()), "trainer")
+    name = _fields()[field]
+    hint = typing.get_type_hints(TrainingArguments)[name]
+    return name == "resume_from_checkpoint" or bool in _kinds(name, hint)
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+}
+
+
+def _kinds(name: str, hint: Any) -> list[Any]:
+    """The types that a field of TrainingArguments can have."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
+    kinds = [bool if kind is typing.Literal or name == "fsdp" else kind for kind in kinds]  # fsdp: no list of options
+    # A mapping as text is read here; other text names a file, of which these cannot be made.
+    return [kind for kind in kinds if kind is not str] if dict in kinds and name.endswith("_kwargs") else kinds
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value of a field of TrainingArguments in a type that the field has."""
+    kinds = _kinds(name, hint)
+    if name == "optim_args" and (isinstance(value, dict) or str(value).startswith("{")):  # a=1,b=2
+        given = _as(dict, yaml.safe_load(value) if isinstance(value, str) else value, alone=True)
+        return ",".join(f"{key}={item}" for key, item in given.items())
+    choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)), None)
+    if choices is not None:
+        names = [choice.value for choice in choices]
+        found = "no" if value is False else getattr(value, "value", value)  # YAML reads `no` as false
+        if found not in names:
+            raise ValueError(f"trainer.{name} {value!r}: {_meant(str(value), names)}")
+        return found
+    nested = isinstance(value, str) and value[:1] in ("{", "[") and (dict in kinds or list in kinds)
+    found = value
+    if isinstance(value, str) and (nested or bool in kinds or str not in kinds):
+        with contextlib.suppress(yaml.YAMLError):
+            found = yaml.safe_load(value)
+    for kind in _KINDS:
+        if kind in kinds and not (nested and kind is str):
+            with contextlib.suppress(ValueError, TypeError):
+                return _as(kind, found, alone=str not in kinds)
+    if any(isinstance(kind, type) and kind not in _KINDS and isinstance(found, kind) for kind in kinds):
+        return found
+    expected = " or ".join(_KINDS[kind] for kind in _KINDS if kind in kinds) or str(hint)
+    raise ValueError(f"trainer.{name} {value!r}: expected {expected}")
+
+
+def _as(kind: Any, value: Any, *, alone: bool) -> Any:
+    """The value as one of `_KINDS`; a ValueError or TypeError if it is none. `alone`: a text cannot stay a text."""
+    flag = isinstance(value, bool)
+    if kind is bool and value in (True, False):  # also 1 and 0
+        return bool(value)
+    if kind is int and isinstance(value, int | float | str) and not flag:
+        if isinstance(value, str) and value.lstrip("+-").isdecimal():
+            return int(value)
+        if float(value).is_integer():  # also 1e3, which is text in YAML
+            return int(float(value)) if not isinstance(value, int) else value
+    if kind is float and isinstance(value, int | float | str) and not flag:
+        return float(value)
+    if kind is dict and isinstance(value, dict):
+        return as_numbers(value)
+    if kind is list and (isinstance(value, list) or alone):
+        return value if isinstance(value, list) else [value]
+    if kind is str and isinstance(value, bool | int | float | str):
+        return str(value).lower() if flag else str(value)
+    raise ValueError(kind)
+
+
+def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `extend_context`, whose numbers may be text: of a command line, or of YAML, as 15.3e6 is.
+
+    Raises:
+        ValueError: for an argument that it does not have, or without a length.
+    """
+    known = [name for name in inspect.signature(models.extend_context).parameters if name not in ("config", "settings")]
+    known += [name for names in models.SETTINGS.values() for name in names]
+    for key in given:
+        check_known(key, known, "extend")
+    if given and "length" not in given:
+        raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
+    numbers = as_numbers(given)
+    if isinstance(numbers.get("length"), str):
+        numbers["length"] = as_tokens(numbers["length"], f"extend.length {numbers['length']}")
+    return numbers
+
+
+def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of peft.LoraConfig, whose values may be text of a command line; `lora_` before a name may be left out.
+
+    Raises:
+        ValueError: without PEFT, for a field that LoraConfig does not have, or a value of another type.
+    """
+    if not given:
+        return {}
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"lora: PEFT is missing ({error}): pip install 'tokenweight[lora]'") from error
+    fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    names = {**{name: name for name in fields}, **{name.removeprefix("lora_"): name for name in fields}}
+    hints, found = typing.get_type_hints(LoraConfig), {}
+    for key, value in given.items():
+        check_known(key, list(names), "lora")
+        name = names[key]
+        if isinstance(value, str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+        value = as_numbers(value)
+        if not _has_type(value, hints[name]):
+            hint = hints[name]
+            raise ValueError(f"lora.{key} {value!r}: expected {getattr(hint, '__name__', hint)}")
+        found[name] = value
+    return {"task_type": "CAUSAL_LM", **found}
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value that YAML can hold is of a type of an annotation; of an enumeration, a text is."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_has_type(value, one) for one in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    number = int | float if kind is float else kind
+    return (isinstance(value, number) and (kind is bool or not isinstance(value, bool))) or (
+        issubclass(kind, enum.Enum) and isinstance(value, str)
+    )
+
+
+def as_numbers(value: Any) -> Any:
+    """A mapping or list whose text is a number wherever it can be read as one: 1e-5 and 15.3e6 are text in YAML."""
+    if isinstance(value, dict):
+        return {key: as_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_numbers(item) for item in value]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value) if isinstance(value, str) else value
+    return value
+
+
+def check_known(key: str, known: list[str], where: str) -> None:
+    """Raise a ValueError that names an unknown key and, where there is one, a known key like it."""
+    if key not in known:
+        raise ValueError(f"{where}: unknown setting {key!r}: {_meant(str(key), known)}")
+
+
+def _meant(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+
+
+def as_tokens(value: Any, what: str) -> int:
+    """A number of tokens as people type it; a ValueError begins with `what`."""
+    try:
+        return token_count(value)
+    except ValueError:
+        raise ValueError(f"{what}: expected a number of tokens, as in 8192 or 8k") from None

@@ -2,24 +2,29 @@
 
 import contextlib
 import dataclasses
-import difflib
-import enum
 import importlib.util
-import inspect
 import math
 import os
 import site
 import sysconfig
-import types
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tokenweight import method, models
-from tokenweight.records import OptionalTokens, token_count
-from tokenweight.train.arguments import check_run, check_values, held_out_arguments
+from tokenweight import method
+from tokenweight.records import OptionalTokens
+from tokenweight.train.arguments import (
+    as_numbers,
+    as_tokens,
+    check_known,
+    extension_arguments,
+    lora_arguments,
+    trainer_field,
+    training_arguments,
+    typed_arguments,
+)
+from tokenweight.train.checks import check_run
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -156,15 +161,13 @@ def config_text(settings: TrainSettings) -> str:
     Raises:
         ValueError: as `resolve` does.
     """
-    run, hints = resolve(settings), _hints()
-    given = {**PAPER_ARGUMENTS, **settings.trainer}
-    trainer = {name: None if value is None else _typed(name, value, hints[name]) for name, value in given.items()}
+    run = resolve(settings)
     found = {
         **as_settings(settings),
         "weighting": str(run.weighting),
         "extend": run.extension,
         "lora": run.lora,
-        "trainer": trainer,
+        "trainer": typed_arguments(settings.trainer),
     }
     found = {name: value for name, value in found.items() if value not in (None, {})}
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=math.inf)
@@ -186,7 +189,7 @@ def shares_of(settings: TrainSettings) -> dict[str, float]:
                 f"data {found!r}: has no share of the tokens: expected FOLDER:SHARE, in YAML {{path: …, share: …}}, "
                 "for each folder of a mixture"
             )
-        path, share = str(part["path"]), _numbers(part["share"])
+        path, share = str(part["path"]), as_numbers(part["share"])
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
             raise ValueError(f"data {path}: share {share!r}: expected a number above 0")
         if path in shares:
@@ -235,7 +238,7 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
     }
     for key, value in settings.items():
         if key in ("size", "stride"):
-            settings[key] = None if value is None else _tokens(value, f"config {path}: {key} is {value!r}")
+            settings[key] = None if value is None else as_tokens(value, f"config {path}: {key} is {value!r}")
             continue
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -246,13 +249,6 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
             "it by --allow_code, or name it as --weighting"
         )
     return settings
-
-
-def _tokens(value: Any, what: str) -> int:
-    try:
-        return token_count(value)
-    except ValueError:
-        raise ValueError(f"{what}: expected a number of tokens, as in 8192 or 8k") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -286,275 +282,3 @@ def _is_installed(weighting: str) -> bool:
         builtin = spec.origin in ("built-in", "frozen")
         return builtin or all(any(map(Path(place).resolve().is_relative_to, installed)) for place in found)
     return False
-
-
-PAPER_ARGUMENTS = {
-    "learning_rate": 2e-5,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.01,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 20,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 1,
-    "logging_steps": 1,
-    "report_to": "none",
-}
-"""Defaults of the trainer. The first five: `configs/llama3_32k_dense.json` of the paper's code."""
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-"""Fields with the name they have had since transformers 5.23; either name is taken, whichever version is installed."""
-
-
-def training_arguments(
-    given: dict[str, Any], out: str | os.PathLike[str], *, held_out: bool = False
-) -> "TrainingArguments":
-    """`PAPER_ARGUMENTS` overridden by `given`, as the TrainingArguments of a run into the folder `out`.
-
-    A text is read by the type of its field: an option of a command line has no other type, and YAML takes 1e-5 for
-    text. Fields that are None keep the default of transformers.
-
-    Args:
-        given: fields of TrainingArguments, by name.
-        out: the folder of the run, whose name is that of the run for its trackers.
-        held_out: whether there are held-out sequences: then they are evaluated, by default ten times.
-
-    Raises:
-        ValueError: for a field that TrainingArguments does not have, or a value it cannot have.
-    """
-    import torch
-    from transformers import TrainingArguments
-
-    hints, installed = _hints(), _fields()
-    for key in given:
-        check_known(key, list(installed), "trainer")
-    if "output_dir" in given:
-        raise ValueError("trainer.output_dir: this is the setting out: name the folder there")
-    if "hub_token" in given:
-        raise ValueError("trainer.hub_token would be written into run.json: expected the environment variable HF_TOKEN")
-    # The Trainer refuses bf16 without an accelerator, unless told that a CPU is meant; and to replace losses that are
-    # not finite, which are to stop a run, it would synchronize with the device in every batch.
-    defaults = {"use_cpu": not torch.accelerator.is_available(), "logging_nan_inf_filter": False, **PAPER_ARGUMENTS}
-    # The rows of `Display` stand in place of a bar; DDP would look for unused parameters, of which a decoder has none.
-    defaults |= {"run_name": Path(out).resolve().name, "disable_tqdm": True, "ddp_find_unused_parameters": False}
-    defaults |= held_out_arguments(given) if held_out else {}
-    named = {installed[name]: value for name, value in {**defaults, **given}.items()}
-    values = {name: _typed(name, value, hints[name]) for name, value in named.items() if value is not None}
-    for field in dataclasses.fields(TrainingArguments):
-        choices = list(field.metadata.get("choices") or ())
-        if choices and field.name in values and values[field.name] not in choices:
-            raise ValueError(f"trainer.{field.name} {values[field.name]!r}: {_meant(values[field.name], choices)}")
-    check_values(values)
-    if values.get("resume_from_checkpoint") == "false":
-        del values["resume_from_checkpoint"]
-    try:
-        arguments = TrainingArguments(output_dir=str(out), **values)
-    except Exception as error:  # its engines, trackers and checks raise what they like
-        raise ValueError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if values.get("fsdp_config") and not arguments.fsdp:
-        raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
-    return arguments
-
-
-def _hints() -> dict[str, Any]:
-    """The types of the fields of TrainingArguments, by every name by which a field can be set."""
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    return hints | {name: hints[installed] for name, installed in _fields().items()}
-
-
-def _fields() -> dict[str, str]:
-    """The names by which a field of TrainingArguments can be set, each with its name in the installed version."""
-    from transformers import TrainingArguments
-
-    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    installed = {name: name for name in fields}
-    installed |= {old: new if new in fields else old for old, new in _RENAMED.items()}
-    return installed | {new: installed[old] for old, new in _RENAMED.items()}
-
-
-_SHORTER = {
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "warmup": "warmup_steps",
-}
-"""What other programs call a field."""
-
-
-def trainer_field(word: str, *, close: bool = True) -> str | None:
-    """The field of TrainingArguments that is meant by a word, if one is; with `close`, also one with a similar name."""
-    fields = list(_fields())
-    found = [_SHORTER.get(word, word)] if _SHORTER.get(word, word) in fields else []
-    return next(iter(found or (difflib.get_close_matches(word, fields, n=1, cutoff=0.8) if close else [])), None)
-
-
-def is_flag(field: str) -> bool:
-    """Whether an option `--trainer.FIELD` may stand without a value, and is then true.
-
-    Raises:
-        ValueError: for a field that TrainingArguments does not have.
-    """
-    from transformers import TrainingArguments
-
-    check_known(field, list(_fields()), "trainer")
-    name = _fields()[field]
-    hint = typing.get_type_hints(TrainingArguments)[name]
-    return name == "resume_from_checkpoint" or bool in _kinds(name, hint)
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    dict: "a mapping",
-    list: "a list",
-    str: "text",
-}
-
-
-def _kinds(name: str, hint: Any) -> list[Any]:
-    """The types that a field of TrainingArguments can have."""
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
-    kinds = [bool if kind is typing.Literal or name == "fsdp" else kind for kind in kinds]  # fsdp: no list of options
-    # A mapping as text is read here; other text names a file, of which these cannot be made.
-    return [kind for kind in kinds if kind is not str] if dict in kinds and name.endswith("_kwargs") else kinds
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value of a field of TrainingArguments in a type that the field has."""
-    kinds = _kinds(name, hint)
-    if name == "optim_args" and (isinstance(value, dict) or str(value).startswith("{")):  # a=1,b=2
-        given = _as(dict, yaml.safe_load(value) if isinstance(value, str) else value, alone=True)
-        return ",".join(f"{key}={item}" for key, item in given.items())
-    choices = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)), None)
-    if choices is not None:
-        names = [choice.value for choice in choices]
-        found = "no" if value is False else getattr(value, "value", value)  # YAML reads `no` as false
-        if found not in names:
-            raise ValueError(f"trainer.{name} {value!r}: {_meant(str(value), names)}")
-        return found
-    nested = isinstance(value, str) and value[:1] in ("{", "[") and (dict in kinds or list in kinds)
-    found = value
-    if isinstance(value, str) and (nested or bool in kinds or str not in kinds):
-        with contextlib.suppress(yaml.YAMLError):
-            found = yaml.safe_load(value)
-    for kind in _KINDS:
-        if kind in kinds and not (nested and kind is str):
-            with contextlib.suppress(ValueError, TypeError):
-                return _as(kind, found, alone=str not in kinds)
-    if any(isinstance(kind, type) and kind not in _KINDS and isinstance(found, kind) for kind in kinds):
-        return found
-    expected = " or ".join(_KINDS[kind] for kind in _KINDS if kind in kinds) or str(hint)
-    raise ValueError(f"trainer.{name} {value!r}: expected {expected}")
-
-
-def _as(kind: Any, value: Any, *, alone: bool) -> Any:
-    """The value as one of `_KINDS`; a ValueError or TypeError if it is none. `alone`: a text cannot stay a text."""
-    flag = isinstance(value, bool)
-    if kind is bool and value in (True, False):  # also 1 and 0
-        return bool(value)
-    if kind is int and isinstance(value, int | float | str) and not flag:
-        if isinstance(value, str) and value.lstrip("+-").isdecimal():
-            return int(value)
-        if float(value).is_integer():  # also 1e3, which is text in YAML
-            return int(float(value)) if not isinstance(value, int) else value
-    if kind is float and isinstance(value, int | float | str) and not flag:
-        return float(value)
-    if kind is dict and isinstance(value, dict):
-        return _numbers(value)
-    if kind is list and (isinstance(value, list) or alone):
-        return value if isinstance(value, list) else [value]
-    if kind is str and isinstance(value, bool | int | float | str):
-        return str(value).lower() if flag else str(value)
-    raise ValueError(kind)
-
-
-def _numbers(value: Any) -> Any:
-    """A mapping or list whose text is a number wherever it can be read as one: 1e-5 and 15.3e6 are text in YAML."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value) if isinstance(value, str) else value
-    return value
-
-
-def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `extend_context`, whose numbers may be text: of a command line, or of YAML, as 15.3e6 is.
-
-    Raises:
-        ValueError: for an argument that it does not have, or without a length.
-    """
-    known = [name for name in inspect.signature(models.extend_context).parameters if name not in ("config", "settings")]
-    known += [name for names in models.SETTINGS.values() for name in names]
-    for key in given:
-        check_known(key, known, "extend")
-    if given and "length" not in given:
-        raise ValueError(f"extend: found {', '.join(given)}: expected length, the tokens to extend to")
-    numbers = _numbers(given)
-    if isinstance(numbers.get("length"), str):
-        numbers["length"] = _tokens(numbers["length"], f"extend.length {numbers['length']}")
-    return numbers
-
-
-def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of peft.LoraConfig, whose values may be text of a command line; `lora_` before a name may be left out.
-
-    Raises:
-        ValueError: without PEFT, for a field that LoraConfig does not have, or a value of another type.
-    """
-    if not given:
-        return {}
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError(f"lora: PEFT is missing ({error}): pip install 'tokenweight[lora]'") from error
-    fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
-    names = {**{name: name for name in fields}, **{name.removeprefix("lora_"): name for name in fields}}
-    hints, found = typing.get_type_hints(LoraConfig), {}
-    for key, value in given.items():
-        check_known(key, list(names), "lora")
-        name = names[key]
-        if isinstance(value, str):
-            with contextlib.suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
-        value = _numbers(value)
-        if not _has_type(value, hints[name]):
-            hint = hints[name]
-            raise ValueError(f"lora.{key} {value!r}: expected {getattr(hint, '__name__', hint)}")
-        found[name] = value
-    return {"task_type": "CAUSAL_LM", **found}
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value that YAML can hold is of a type of an annotation; of an enumeration, a text is."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_has_type(value, one) for one in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    kind = origin or hint
-    if not isinstance(kind, type):
-        return True
-    number = int | float if kind is float else kind
-    return (isinstance(value, number) and (kind is bool or not isinstance(value, bool))) or (
-        issubclass(kind, enum.Enum) and isinstance(value, str)
-    )
-
-
-def check_known(key: str, known: list[str], where: str) -> None:
-    """Raise a ValueError that names an unknown key and, where there is one, a known key like it."""
-    if key not in known:
-        raise ValueError(f"{where}: unknown setting {key!r}: {_meant(str(key), known)}")
-
-
-def _meant(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"

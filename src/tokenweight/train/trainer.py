@@ -19,9 +19,9 @@ from transformers import Trainer
 
 from tokenweight.method import NonFinite
 from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
-from tokenweight.train.arguments import check_one_gpu, check_processes
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
+from tokenweight.train.checks import check_one_gpu, check_processes
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import SOURCE, HeldOut, InOrder, Mixture, name_row
 from tokenweight.train.statistics import HeldOutLosses, WeightStatistics

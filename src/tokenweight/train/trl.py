@@ -18,7 +18,7 @@ from tokenweight.models import (
     tokenizer_fingerprint,
     with_weighted_loss,
 )
-from tokenweight.train.arguments import check_processes
+from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}

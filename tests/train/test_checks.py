@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
 from tokenweight.train import TrainSettings, resolve, training_arguments
-from tokenweight.train.arguments import check_processes, check_run
+from tokenweight.train.checks import check_processes, check_run
 
 
 @pytest.mark.parametrize(
