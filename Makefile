@@ -84,7 +84,7 @@ check-latest:
 	$(VENV)/bin/pip freeze
 	$(VENV)/bin/pytest --numprocesses auto --dist worksteal -m "not slow"
 
-# Changes of meaning in the core, one at a time, each of which a fast test has to notice: 15 minutes on two cores. It goes
+# Changes of meaning in the core, one at a time, each of which a fast test has to notice: minutes on two cores. It goes
 # on where it was interrupted, and tries again only what has changed.
 mutations: $(READY)
 	$(BIN)/python tools/mutations.py --least 57

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_a_kernel_that_computes_something_else_does_not_work(monkeypatch):
 
 def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
     needs = ["torch>=2.9", 'peft>=99; extra == "lora"', 'nowhere-at-all; extra == "lora"', 'rich; extra == "plots"']
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(metadata, "requires", lambda name: needs)
     said = doctor._extra("lora")
     assert said == f"no: peft>=99 (found {version('peft')}), nowhere-at-all: pip install 'tokenweight[lora]'"
     assert doctor._extra("plots") == f"rich {version('rich')}"

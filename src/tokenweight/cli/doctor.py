@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import io
 import os
 import platform
@@ -172,21 +171,25 @@ def _backends() -> str:
 
 
 def _extras() -> list[str]:
-    return importlib.metadata.metadata("tokenweight").get_all("Provides-Extra") or []
+    from importlib import metadata  # 30 ms, of which other commands have no use
+
+    return metadata.metadata("tokenweight").get_all("Provides-Extra") or []
 
 
 def _extra(extra: str) -> str:
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
-    needed = [Requirement(line) for line in importlib.metadata.requires("tokenweight") or ()]
+    needed = [Requirement(line) for line in metadata.requires("tokenweight") or ()]
     needed = [one for one in needed if one.marker and not one.marker.evaluate({"extra": ""})]
     found, missing = [], []
     for one in needed:
         if one.marker is None or not one.marker.evaluate({"extra": extra}):
             continue
         try:
-            version = importlib.metadata.version(one.name)
-        except importlib.metadata.PackageNotFoundError:
+            version = metadata.version(one.name)
+        except metadata.PackageNotFoundError:
             missing.append(one.name)
             continue
         found.append(f"{one.name} {version}")

@@ -21,7 +21,7 @@ class Gpu(NamedTuple):
     """Peak TFLOP/s of dense matrix products in bfloat16, summed in float32. Where a data sheet gives the number with
     sparsity only, half of that."""
     source: str
-    """Where both were read."""
+    """The document that has both; docs/plan.md says how far they were checked."""
     bfloat16: bool = True
     """False if the GPU has no bfloat16: `tflops` are those of float16."""
     forms: str = ""
