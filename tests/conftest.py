@@ -12,7 +12,7 @@ import torch
 
 import models
 
-jaxtyping.install_import_hook("tokenweight", "beartype.beartype")
+jaxtyping.install_import_hook("tokenweight", "checking.checked")
 # The same examples in every run, and no limit on the time that one takes: that would test the machine.
 hypothesis.settings.register_profile("tokenweight", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tokenweight")

@@ -161,8 +161,10 @@ def total(trainer, num_gpus=1):
     ("change", "num_gpus"),
     [
         ({"gradient_checkpointing": True}, 1),
-        (SMALL, 1),
-        ({**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8),
+        pytest.param(SMALL, 1, marks=pytest.mark.slow),
+        pytest.param(
+            {**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8, marks=pytest.mark.slow
+        ),
     ],
     ids=["checkpointing", "all", "FSDP"],
 )

@@ -46,9 +46,8 @@ def test_every_example_is_run_and_short():
         assert len(code) <= 40, path
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("with_") else []) for name in ARGUMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_example_runs(name, place, tmp_path):
     words = [str(place / word) if (place / word).exists() or "*" in word else word for word in ARGUMENTS[name]]
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}

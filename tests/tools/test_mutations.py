@@ -35,6 +35,7 @@ def run(tree, *given, names=(), least=None):
     return mutations.main([*names, *options, *([] if least is None else ["--least", str(least)])])
 
 
+@pytest.mark.slow
 def test_of_two_mutations_the_one_that_no_test_notices_survives_and_what_is_known_is_not_tried_again(tree, capsys):
     other = {**BASE, "name": "other way", "new": "a < b"}
     assert run(tree, BASE, other) == 1
@@ -68,6 +69,7 @@ def test_what_does_not_fit_the_tree_is_refused(changes, message, tree, capsys):
     assert message.replace("9", str(count)) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_names_are_known_and_tests_pass_without_mutations(tree, capsys):
     assert run(tree, BASE, BASE) == 2
     assert "strict occurs 2 times" in capsys.readouterr().err

@@ -101,7 +101,9 @@ def test_ten_evaluations_and_the_record_and_card_name_what_is_held_out(short_run
 MEASURES = ["loss", "eval_loss_beyond_half", "loss_short", "weighted_loss"]
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(
+    "measure", [MEASURES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MEASURES[1:])]
+)
 def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(measure, short_run, corpus):
     given = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "load_best_model_at_end": True, "max_steps": 6}
     given |= {"metric_for_best_model": measure, "save_total_limit": 1, "eval_steps": 1}
