@@ -59,6 +59,23 @@ def test_values_and_changes_are_token_weighted_means_and_their_paired_difference
     }  # fmt: skip
 
 
+def test_the_best_is_no_model_whose_lead_may_be_chance():
+    base = measure("base", "far")
+
+    def best(*changes):
+        """Whether the baseline and each other model is the best, of which each differs by its changes in nats."""
+        totals = [torch.tensor(base.total) + torch.tensor(change) * torch.tensor(base.num_tokens) for change in changes]
+        models = [(str(place), [base._replace(total=total.tolist())]) for place, total in enumerate(totals)]
+        return [entry.best for (entry,) in compare([("base", [base]), *models])]
+
+    every, some = torch.tensor([1.0, 2.0, 1.0, 3.0]), torch.tensor([1.0, -1.0, 1.0, -0.5])
+    assert best(every) == [True, False]
+    assert best(every, 2 * every) == [True, False, False]
+    assert best(-every, -2 * every) == [False, False, True]
+    assert best(some) == best(-some) == [False, False]
+    assert best(every, some) == [False, False, False]
+
+
 def test_another_seed_draws_other_documents():
     limits = [realistic(seed=seed)[1][0][7:9] for seed in (0, 1)]
     assert limits[0] != limits[1]
@@ -121,8 +138,8 @@ def test_a_measure_that_only_some_models_have_is_compared_where_it_can_be():
     table = compare(models)
     found = entries(table)
     assert ("base", "suite") not in found
-    assert (found["dense", "suite"].change, found["sparse", "suite"].best) == (None, True)
-    assert "| suites | suite ↓ | nats | 3 | - | 1.0083 | **0.1000** |" in markdown(table)
+    assert (found["dense", "suite"].change, found["sparse", "suite"].best) == (None, False)
+    assert "| suites | suite ↓ | nats | 3 | - | 1.0083 | 0.1000 |" in markdown(table)
     assert "SUITES" in printed(table)
 
 

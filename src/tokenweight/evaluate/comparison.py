@@ -78,7 +78,8 @@ class Entry(NamedTuple):
     clear: bool
     """Whether the interval excludes no change."""
     best: bool
-    """Whether no model has a better value, and at least one has a worse; of a measure whose tokens differ, none is."""
+    """Whether no model has a better value, and not by chance: its interval excludes no change; for the baseline, all
+    others' do. Of a measure whose tokens differ, none is."""
     num_documents: int
     """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
     summary: bool
@@ -102,7 +103,11 @@ def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -
         table.append(
             [_entry(model, measures[name], first.get(name), columns[name], seed) for name in names if name in measures]
         )
-    return table
+    others = [entry for row in table[1:] for entry in row]
+    unclear = {entry.measure for entry in others if not entry.clear}
+    compared = {entry.measure for entry in others} - unclear
+    table[0] = [entry._replace(best=entry.best and entry.measure in compared) for entry in table[0]]
+    return [table[0], *([entry._replace(best=entry.best and entry.clear) for entry in row] for row in table[1:])]
 
 
 def is_flattered(judge: Judge | None, baseline_judge: Judge | None) -> bool:

@@ -303,25 +303,13 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         "unit": record["unit"],
         "measures": list({entry.measure: entry for row in table for entry in row}.values()),
         "entries": [{entry.measure: entry for entry in row} for row in table],
-        "bold": [{entry.measure for entry in row if _is_bold(entry, table)} for row in table],
+        "bold": [{entry.measure for entry in row if entry.best} for row in table],
         "chances": _chances(record),
-        "notes": [_BOLD, *notes(table, unit=record["unit"])[1:]],
+        "notes": notes(table, unit=record["unit"]),
         "settings": {"models": [row[0].model for row in table], "data": record.get("data"), **record["settings"]},
         "environment": record.get("environment", {}),
         "cost": {"predicted tokens": f"{tokens:,.0f}", "models": len(table)},
     }
-
-
-_BOLD = (
-    "Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best of a measure, where an interval "
-    "leaves out no change."
-)
-
-
-def _is_bold(entry: Entry, table: Sequence[Sequence[Entry]]) -> bool:
-    """Whether an entry is the best, and not by chance: the first model is, if all others clearly differ from it."""
-    others = [other for row in table[1:] for other in row if other.measure == entry.measure]
-    return entry.best and (entry.clear if entry.change is not None else all(other.clear for other in others))
 
 
 def _chances(record: dict[str, Any]) -> dict[str, float]:
