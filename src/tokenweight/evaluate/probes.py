@@ -198,12 +198,16 @@ def _most_units(size: Callable[[int], int], least: int, length: int) -> int:
 
 def _needed(draft: _Draft, probe: Probe, tokenizer: PreTrainedTokenizerBase, room: int) -> Callable[[int], int]:
     """Tokens that the draft needs, as a function of its units."""
-    longest = max(probe.continuations()[-1], key=lambda text: len(prompt_tokens(tokenizer, draft.closing + text)))
+    before = len(special_tokens(tokenizer)[0])  # the same for each of the many texts that are tried
+
+    def count(text: str) -> int:
+        return before + len(text_tokens(tokenizer, [text])[0])
+
+    longest = max(probe.continuations()[-1], key=lambda text: count(draft.closing + text))
 
     def size(num_units: int) -> int:
         prompt = draft.prompt(num_units)
-        free = room + len(prompt_tokens(tokenizer, prompt)) if room else 0
-        return max(free, len(prompt_tokens(tokenizer, prompt + longest)))
+        return max(room + count(prompt) if room else 0, count(prompt + longest))
 
     return size
 
