@@ -139,7 +139,12 @@ def make_probes(
     """
     drafts = _drafts(family, length, depth, num, seed, haystack)
     probes = [Probe("", tuple(draft.answers), tuple(draft.decoys), family, length, depth) for draft in drafts]
-    sizes = [_needed(draft, probe, tokenizer, room) for draft, probe in zip(drafts, probes)]
+    before = len(special_tokens(tokenizer)[0])  # the same for all of the many texts that are tried
+
+    def count(text: str) -> int:
+        return before + len(text_tokens(tokenizer, [text])[0])
+
+    sizes = [_needed(draft, probe, count, room) for draft, probe in zip(drafts, probes)]
     least = max(size(draft.least) for size, draft in zip(sizes, drafts))
     if least > length:
         raise ValueError(f"length {length} is too short for probes {family!r}: they need at least {least} tokens")
@@ -196,13 +201,8 @@ def _most_units(size: Callable[[int], int], least: int, length: int) -> int:
     return bisect_right(range(least, beyond), length, key=size) + least - 1
 
 
-def _needed(draft: _Draft, probe: Probe, tokenizer: PreTrainedTokenizerBase, room: int) -> Callable[[int], int]:
-    """Tokens that the draft needs, as a function of its units."""
-    before = len(special_tokens(tokenizer)[0])  # the same for each of the many texts that are tried
-
-    def count(text: str) -> int:
-        return before + len(text_tokens(tokenizer, [text])[0])
-
+def _needed(draft: _Draft, probe: Probe, count: Callable[[str], int], room: int) -> Callable[[int], int]:
+    """Tokens that the draft needs, as a function of its units, where `count` says those of a text."""
     longest = max(probe.continuations()[-1], key=lambda text: count(draft.closing + text))
 
     def size(num_units: int) -> int:
