@@ -59,7 +59,7 @@ def test_values_and_changes_are_token_weighted_means_and_their_paired_difference
     }  # fmt: skip
 
 
-def test_the_best_is_no_model_whose_lead_may_be_chance():
+def test_the_best_differs_clearly_from_the_baseline_and_the_baseline_from_all_others():
     base = measure("base", "far")
 
     def best(*changes):

@@ -78,8 +78,8 @@ class Entry(NamedTuple):
     clear: bool
     """Whether the interval excludes no change."""
     best: bool
-    """Whether no model has a better value, and not by chance: its interval excludes no change; for the baseline, all
-    others' do. Of a measure whose tokens differ, none is."""
+    """Whether no model has a better value, and its change is clear; for the baseline, the changes of all others. Of a
+    measure whose tokens differ, none is."""
     num_documents: int
     """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
     summary: bool

@@ -66,7 +66,7 @@ def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[s
         unit: the resampling unit of losses, "document" or "row".
     """
     entries = [entry for row in table for entry in row]
-    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best, if not by chance."]
+    lines = ["Losses in nats; ↓ lower is better, ↑ higher is better; bold is the best, if changes are clear."]
     if len(table) > 1:
         lines.append(
             f"Changes are from the first model, with 95 % intervals from resampled {unit}s (for probes: facts)."
