@@ -64,7 +64,7 @@ def test_the_best_differs_clearly_from_the_baseline_and_the_baseline_from_all_ot
 
     def best(*changes):
         """Whether the baseline and each other model is the best, of which each differs by its changes in nats."""
-        totals = [torch.tensor(base.total) + torch.tensor(change) * torch.tensor(base.num_tokens) for change in changes]
+        totals = [torch.tensor(base.total) + change * torch.tensor(base.num_tokens) for change in changes]
         models = [(str(place), [base._replace(total=total.tolist())]) for place, total in enumerate(totals)]
         return [entry.best for (entry,) in compare([("base", [base]), *models])]
 
