@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, softplus
 
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform
-from tokenweight.method import Custom, Head, NonFinite, ShortLosses, weighted_loss
+from tokenweight.method import Custom, Head, NonFinite, ShortLosses, Weighting, weighted_loss
 from tokenweight.method.alignment import aligned_with_states, aligned_with_tokens
 
 ROWS, LENGTH, DIM, VOCABULARY = 2, 13, 6, 17
@@ -70,6 +70,54 @@ def test_what_ranks_hold_of_sequences_has_the_loss_of_whole_ones():
         states = hidden.roll(-1, dims=1)[:, order]
         found = weighted_loss(states, head, targets, mask, weighting, ShortLosses(short, same), own=own, whole=whole)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Reading(Weighting):
+    """Reads a column, positions and a history."""
+
+    uses = frozenset({"ref_nll", "positions"})
+    history = 1
+
+    def weigh(self, long, short, mask, *, ref_nll, positions, history):
+        return ref_nll + 2 * positions + history
+
+    def observe(self, long, short, mask, *, positions, **used):
+        return positions.where(mask, 0).sum().double()[None]
+
+
+class ReadingPointwise(Reading):
+    pointwise = True
+
+
+@pytest.mark.parametrize("weighting", [Reading(), ReadingPointwise()], ids=["whole", "pointwise"])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_weighting_reads_what_it_uses_in_one_pass_or_two_and_where_ranks_split_sequences(weighting, split):
+    hidden, head, targets, mask, short, _ = some_batch()
+    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(1)) if split else torch.arange(LENGTH)
+    ranks = {
+        "own": lambda of_tokens, fill=0: aligned_with_states(of_tokens, fill)[:, order],
+        "whole": lambda of_states: aligned_with_tokens(of_states[:, order.argsort()]),
+    }
+    states = hidden.roll(-1, dims=1)[:, order] if split else hidden
+    used = {"positions": torch.arange(LENGTH).expand(mask.shape), "ref_nll": short.masked_fill(~mask, torch.nan)}
+    past = []
+
+    def remember(observed):
+        past.append(observed)
+        return observed + 5
+
+    ranks = ranks if split else {}
+    found = weighted_loss(states, head, targets, mask, weighting, None, used, history=remember, **ranks)
+    observed = used["positions"][mask].sum()
+    assert [one.tolist() for one in past] == [[observed]]
+    expected = (short + 2 * used["positions"] + observed + 5).where(mask, 0)
+    torch.testing.assert_close(found.weights, expected)
+    torch.testing.assert_close(found.loss.detach(), (expected * found.long_nll).sum())
+    with pytest.raises(ValueError, match="ref_nll"):
+        weighted_loss(states, head, targets, mask, weighting, None, {"positions": used["positions"]})
+    used["ref_nll"][0, 5], mask[0, 5], targets[0, 5] = torch.inf, True, 1
+    with pytest.raises(NonFinite, match="ref_nll of row 0, position 5"):
+        weighted_loss(hidden, head, targets, mask, weighting, None, used)
 
 
 @pytest.mark.parametrize("weighting", [Uniform(), Dense(), LongCE()], ids=str)

@@ -309,6 +309,55 @@ def test_a_path_to_something_else_is_refused_by_the_path(text):
         parse_weighting(text)
 
 
+class Protocol(Weighting):
+    """Reads all that can be read; the history counts tokens and sums up divergences."""
+
+    uses = frozenset({"short_nll", "positions", "ref_nll", "divergence"})
+    history = 2
+
+    def weigh(self, long, short, mask, *, positions, ref_nll, divergence, history):
+        return long + 10 * short + 100 * positions + 1e3 * ref_nll + 1e4 * divergence + history[0] + history[1]
+
+    def observe(self, long, short, mask, *, divergence, **used):
+        return torch.stack([mask.double().sum(), divergence.double().sum()])
+
+
+def protocol():
+    long, short, mask = losses(2, 9)
+    ref_nll, divergence = losses(2, 9, seed=1)[:2]
+    return long, short, mask, {"positions": torch.arange(9).expand(2, 9), "ref_nll": ref_nll, "divergence": divergence}
+
+
+def test_a_weighting_is_given_what_it_asks_for_and_a_history_of_these_rows_or_of_more():
+    long, short, mask, used = protocol()
+    values = long + 10 * short + 100 * used["positions"] + 1e3 * used["ref_nll"] + 1e4 * used["divergence"]
+    observed = torch.stack([mask.double().sum(), used["divergence"][mask].sum()])
+    weights = Protocol()(long, short, mask, **used, other=None)
+    torch.testing.assert_close(weights, (values + observed.sum()).where(mask, 0))
+    more = Protocol()(long, short, mask, **used, history=lambda observed: observed + 1)
+    torch.testing.assert_close(more, weights + 2 * mask)
+    assert torch.equal(Protocol()(long, short, mask, **used, history=observed + 1), more)
+
+
+@pytest.mark.parametrize("name", ["ref_nll", "divergence"])
+def test_what_a_weighting_asks_for_is_checked_as_losses_are(name):
+    long, short, mask, used = protocol()
+    expected = Protocol()(long, short, mask, **used)
+    used[name][0, 0] = math.nan  # outside the mask
+    assert torch.equal(Protocol()(long, short, mask, **used), expected)
+    used[name][1, 3] = math.inf
+    with pytest.raises(NonFinite, match=f"{name} of row 1, position 3 is inf"):
+        Protocol()(long, short, mask, **used)
+    with pytest.raises(ValueError, match=name):
+        Protocol()(long, short, mask, **{**used, name: used[name][:1]})
+    with pytest.raises(ValueError, match=f"needs {name} of every token"):
+        Protocol()(long, short, mask, **{**used, name: None})
+
+
+def test_weightings_say_of_themselves_whether_they_use_short_losses():
+    assert [weighting.uses_short for weighting in EVERY] == [False] + [True] * (len(EVERY) - 1)
+
+
 def test_a_weighting_is_never_given_what_is_not_finite():
     seen = []
 

@@ -1,14 +1,15 @@
 """From hidden states to the weighted loss. Read this page first: all else prepares its arguments or uses its result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tokenweight.method.loss import Head, linear_nll, weighted_linear_cross_entropy
-from tokenweight.method.weightings import Weighting, check_finite
+from tokenweight.method.weightings import History, Weighting, check_finite
 
 
 class ShortLosses(NamedTuple):
@@ -46,7 +47,9 @@ def weighted_loss(
     mask: Bool[Tensor, "batch seq"],
     weighting: Weighting,
     short: ShortLosses | None,
+    used: Mapping[str, Shaped[Tensor, "batch seq"]] = MappingProxyType({}),
     *,
+    history: History = lambda observed: observed,
     own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
     whole: Callable[..., Tensor] = lambda of_states: of_states,
 ) -> WeightedLoss:
@@ -57,22 +60,27 @@ def weighted_loss(
         targets: token ids, -100 outside `mask`.
         mask: True where a token is predicted and counts.
         short: None only if the weighting does not use short losses; the long ones then stand in for them.
+        used: what else the weighting uses, by name, of whole sequences and aligned with tokens.
+        history: from what these rows add to the history of the weighting to the one that they are weighed with.
         own: where ranks split sequences: from whole ones, aligned with tokens, to what stands at this rank's states.
         whole: the inverse of `own`. In one process both return what they are given.
 
     Raises:
-        NonFinite: if a loss or a weight under `mask` is not finite.
+        NonFinite: if a loss or a weight under `mask` is not finite; a ValueError if the weighting lacks what it uses.
     """
-    hidden, own_targets = hidden.flatten(0, 1), own(targets, -100).flatten()
+    hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
     if weighting.pointwise:
         known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
-        loss, *of_states = _in_one_pass(hidden, head, own_targets, weighting, known)
+        of_rows = {name: own(values).flatten() for name, values in used.items()}
+        nothing = torch.zeros(mask.shape, device=mask.device)
+        past = {"history": history(weighting.observe(nothing, nothing, mask, **used))} if weighting.history else {}
+        loss, *of_states = _in_one_pass(hidden, head, own_targets, weighting, known, of_rows, past)
         weights, long_nll, short_nll = (whole(values.view(len(mask), -1)) for values in of_states)
-        check_finite({"the long loss": long_nll, f"the weight by {weighting}": weights}, mask)
+        check_finite({"the long loss": long_nll, **used, f"the weight by {weighting}": weights}, mask)
     else:  # all losses of a sequence come first
         long_nll = whole(linear_nll(hidden.detach(), head.weight, own_targets, **head.after).view(len(mask), -1))
         short_nll = long_nll if short is None else short.filled(long_nll)
-        weights = weighting(long_nll, short_nll, mask)
+        weights = weighting(long_nll, short_nll, mask, history=history, **used)
         loss = weighted_linear_cross_entropy(hidden, head.weight, own_targets, own(weights).flatten(), **head.after)
     weights, long_nll, short_nll = (values.where(mask, 0.0) for values in (weights, long_nll, short_nll))
     return WeightedLoss(loss, weights, long_nll, short_nll, mask)
@@ -84,6 +92,8 @@ def _in_one_pass(
     targets: Int[Tensor, " N"],
     weighting: Weighting,
     short: ShortLosses | None,
+    used: Mapping[str, Shaped[Tensor, " N"]],
+    history: Mapping[str, Tensor],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The loss, and the weights, long and short losses, where a weight depends on its own token's losses only."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -94,7 +104,9 @@ def _in_one_pass(
         if short is not None:
             short_nll[rows] = short.map(lambda of_states: of_states[rows]).filled(losses).to(dtype)
         present = torch.ones_like(rows, dtype=torch.bool)
-        weights[rows] = weighting.weigh(losses[None], short_nll[rows][None], present[None])[0].to(dtype)
+        chosen = {name: values[rows][None] for name, values in used.items()}
+        of_rows = weighting.weigh(losses[None], short_nll[rows][None], present[None], **chosen, **history)
+        weights[rows] = of_rows[0].to(dtype)
         return weights[rows]
 
     loss = weighted_linear_cross_entropy(hidden, head.weight, targets, weigh, **head.after)

@@ -1,10 +1,11 @@
 """From the two losses of every token to its weight. Each weighting is a frozen dataclass: settings and behavior."""
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,29 +32,75 @@ def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Te
         raise NonFinite(name, row, position, value)
 
 
+History = Callable[[Tensor], Tensor]
+"""From what rows add to the history of a weighting to the history that they are weighed with."""
+SCORES = ("short_nll", "long_nll", "ref_nll", "divergence")
+"""Columns of a batch that hold a value for each token, in nats; those that a weighting does not use can be left out."""
+
+
 class Weighting(ABC):
     """How much each token counts: `weigh` is the formula, a call checks what goes in and comes out.
 
-    A function of the same three tensors is a weighting too: `as_weighting` wraps it."""
+    A function of long, short and mask is a weighting too: `as_weighting` wraps it. Combinations of weightings set the
+    attributes of an instance, which is therefore what should be asked for them, rather than its class."""
 
-    uses_short: ClassVar[bool] = True
-    """False if the weights do not depend on the short loss: then nothing needs to be scored."""
+    uses: ClassVar[frozenset[str]] = frozenset({"short_nll"})
+    """What `weigh` reads beside the long loss: "short_nll", which is `short`; and as keywords "positions" (tokens of
+    its own document before each token), "ref_nll" (its loss under a reference model) and "divergence" (of the
+    predictions with the short context from those with the long one)."""
     pointwise: ClassVar[bool] = False
-    """True if a token's weight depends on its own two losses only: then the loss needs no second pass."""
+    """True if a token's weight depends on its own values only: then the loss needs no second pass."""
+    of_losses: ClassVar[bool] = True
+    """False if neither the long nor the short loss is read: then the weights are known before the long loss is."""
+    history: ClassVar[int] = 0
+    """Length of the vector that sums up what was trained on so far, a keyword of `weigh` where it is not 0."""
     formula: ClassVar[str] = ""
     """One line in `long` and `short`, the losses of a token with the long and the short context; for model cards."""
     knob: ClassVar[tuple[str, tuple[float, ...]] | None] = None
     """The setting worth trying out, and the values to try, its default among them; `tokenweight report` shows each."""
 
+    @property
+    def uses_short(self) -> bool:
+        """False if the weights do not depend on the short loss: then nothing needs to be scored for it."""
+        return "short_nll" in self.uses
+
     @abstractmethod
     def weigh(
-        self, long: Float[Tensor, "batch seq"], short: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+        self,
+        long: Float[Tensor, "batch seq"],
+        short: Float[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+        *args: Any,
+        **used: Any,
     ) -> Float[Tensor, "batch seq"]:
-        """The formula: both losses are finite, and 0 outside `mask`; what is returned outside `mask` is ignored."""
+        """The formula: all values are finite, and 0 outside `mask`; what is returned outside `mask` is ignored.
+
+        Args:
+            long: as in a call, and so is `mask`.
+            short: the long loss, if short losses are not used.
+            used: what `uses` names beyond "short_nll", and `history` if there is one.
+        """
+
+    def observe(
+        self,
+        long: Float[Tensor, "batch seq"],
+        short: Float[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+        *args: Any,
+        **used: Any,
+    ) -> Float[Tensor, " history"]:
+        """What a batch adds to the history, in float64; a pointwise weighting must not read the losses."""
+        raise NotImplementedError(f"{type(self).__name__} has a history and no method observe")
 
     @torch.no_grad()
     def __call__(
-        self, long: Float[Tensor, "batch seq"], short: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+        self,
+        long: Float[Tensor, "batch seq"],
+        short: Float[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+        *,
+        history: Tensor | History = lambda observed: observed,
+        **used: Any,
     ) -> Float[Tensor, "batch seq"]:
         """The weight of every token, each row by itself.
 
@@ -61,32 +108,72 @@ class Weighting(ABC):
             long: loss of each token with the whole context, in nats; column t speaks of token t.
             short: its loss with the short context.
             mask: True where a token is predicted and counts. Nothing outside it is read.
+            history: that of the weighting, or what makes it of that which these rows add to it; by default theirs.
+            used: what `uses` names, each `[batch, seq]`; what it does not name is ignored.
 
         Returns:
             Float32 (float64 from float64 losses), 0 outside `mask`, without gradient.
 
         Raises:
-            NonFinite: for a loss or a weight under `mask`; a ValueError if shapes differ.
+            NonFinite: for a loss or a weight under `mask`; a ValueError if shapes differ, or something is missing.
         """
-        if not long.shape == short.shape == mask.shape:
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in (long, short, mask))
-            raise ValueError(f"long, short and mask have shapes {shapes}: expected one shape, [batch, seq]")
+        values = {"long": long, "short": short, **self.asked(used)}
+        if not all(value.shape == mask.shape for value in values.values()):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (*values.values(), mask))
+            raise ValueError(f"{', '.join(values)} and mask have shapes {shapes}: expected one shape, [batch, seq]")
         dtype = torch.promote_types(torch.promote_types(long.dtype, short.dtype), torch.float32)
-        zero = torch.zeros((), dtype=dtype, device=long.device)
-        finite = mask & long.isfinite() & short.isfinite()  # what is not is refused below, in one wait for all three
-        clean = [torch.where(finite, losses.to(dtype), zero) for losses in (long, short)]
-        weights = self.weigh(clean[0], clean[1], mask.clone())  # it may write into what it is given
+        finite = mask.clone()  # what is not is refused below, in one wait for all
+        for value in values.values():
+            finite &= value.isfinite()
+        used = {
+            name: value.to(dtype if value.is_floating_point() else value.dtype).masked_fill(~finite, 0)
+            for name, value in values.items()
+        }
+        clean_long, clean_short = used.pop("long"), used.pop("short")  # copies, which `weigh` may write into
+        if self.history:
+            observe = functools.partial(self.observe, clean_long, clean_short, mask, **used)
+            used["history"] = history(observe()) if callable(history) else history
+        weights = self.weigh(clean_long, clean_short, mask.clone(), **used)
         if weights.shape != mask.shape:
             raise ValueError(f"{self} returned weights of shape {list(weights.shape)}: expected {list(mask.shape)}")
-        check_finite({"the long loss": long, "the short loss": short, f"the weight by {self}": weights}, mask)
-        return torch.where(mask, weights.to(dtype), zero)
+        named = {"the long loss": values.pop("long"), "the short loss": values.pop("short"), **values}
+        check_finite({**named, f"the weight by {self}": weights}, mask)
+        return weights.to(dtype).masked_fill(~mask, 0)
+
+    def asked(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Of what is given, the values that `uses` names beyond "short_nll"; a ValueError names what is missing."""
+        found = {name: value for name in sorted(self.uses - {"short_nll"}) if (value := given.get(name)) is not None}
+        if missing := self.uses - {"short_nll"} - found.keys():
+            raise ValueError(f"weighting {self} needs {', '.join(sorted(missing))} of every token: found none")
+        return found
 
     def __str__(self) -> str:
         fields: tuple[dataclasses.Field, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
+        values = {field.name: getattr(self, field.name) for field in fields}
+        parts = [_as_call(str(value)) for value in values.values() if isinstance(value, Weighting)]
+        settings = [f"{name}={value}" for name, value in values.items() if not isinstance(value, Weighting)]
         kind, ours = type(self), type(self).__module__.startswith(f"{__package__}.")
         name = kind.__name__.lower() if ours else f"{kind.__module__}.{kind.__qualname__}"
-        return f"{name}:{settings}" if settings else name
+        text = f"{name}:{','.join([*parts, *settings])}".removesuffix(":")
+        return _as_call(text) if parts else text
+
+
+class ScoreWeighting(Weighting):
+    """A weighting whose weights are a function of one score of each token, which its two losses decide."""
+
+    @abstractmethod
+    def score(self, long: Float[Tensor, "*shape"], short: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The score of each token, or of each entry of a vocabulary, from its two losses, in nats."""
+
+    @abstractmethod
+    def weights(
+        self, scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq"]:
+        """The weights of each row; outside `mask`, scores are anything finite and weights are ignored."""
+
+    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+        """The weights of the scores."""
+        return self.weights(self.score(long, short), mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +181,9 @@ class Uniform(Weighting):
     """Weight 1 for every token: plain next-token cross-entropy, the baseline."""
 
     formula = "w = 1"
-    uses_short: ClassVar[bool] = False
+    uses: ClassVar[frozenset[str]] = frozenset()
     pointwise: ClassVar[bool] = True
+    of_losses: ClassVar[bool] = False
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
         """All ones."""
@@ -103,7 +191,7 @@ class Uniform(Weighting):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(Weighting):
+class Dense(ScoreWeighting):
     """Weight in proportion to |long - short|, mixed with a uniform weight; the mean weight of a row is 1.
 
         w = interpolation + (1 - interpolation) * T * s / sum(s),   s = |long - short|,   T tokens under the mask
@@ -121,16 +209,19 @@ class Dense(Weighting):
     interpolation: float = 0.75
 
     def __post_init__(self) -> None:
-        _require(self, "interpolation", 0 <= self.interpolation <= 1, "a number from 0 to 1")
+        require(self, "interpolation", 0 <= self.interpolation <= 1, "a number from 0 to 1")
 
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+    def score(self, long: Tensor, short: Tensor) -> Tensor:
+        """What the weight is in proportion to, where it is above 0."""
+        return (long - short).abs()
+
+    def weights(self, scores: Tensor, mask: Tensor) -> Tensor:
         """The formula of the class."""
-        weights = normalize((long - short).abs(), mask)
-        return self.interpolation + (1 - self.interpolation) * weights
+        return self.interpolation + (1 - self.interpolation) * normalize(scores, mask)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sparse(Weighting):
+class Sparse(ScoreWeighting):
     """Train only the tokens with the largest |long - short|, all with the same weight; the mean weight of a row is 1.
 
     Of T tokens under the mask, n = max(1, floor(keep * T)) are kept and weigh T / n. Tokens with equal scores are taken
@@ -150,66 +241,32 @@ class Sparse(Weighting):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
+        require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
         """What the largest are kept of."""
         return (long - short).abs()
 
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, mask: Tensor) -> Tensor:
         """The formula of the class."""
-        return keep_top(self.score(long, short), mask, self.keep, self.seed)
+        return keep_top(scores, mask, self.keep, self.seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class PPMI(Sparse):
-    """Sparse, by positive pointwise mutual information: tokens that the LONG context predicts better.
-
-    The score is max(log(p_long / p_short) - log(shift), 0). Where fewer tokens than `keep` asks for have a positive
-    one, tokens of score 0 fill up in the order that `seed` gives.
-
-    Args:
-        keep: as in `Sparse`, and so is `seed`.
-        shift: ratio p_long / p_short above which a score is positive; above 0.
-
-    Source: Helm et al. 2025, README of the reference code (`[minus, shift s, max]`).
-    """
-
-    formula = "w = 1 / keep for the top share `keep` by max(short - long - log(shift), 0), else 0"
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self, "shift", 0 < self.shift < math.inf, "a finite number above 0")
-
-    def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
-        return (short - long - math.log(self.shift)).clamp(min=0)
+def _as_call(text: str) -> str:
+    """The text of a weighting as it stands within that of another: dense(interpolation=0.5)."""
+    name, colon, settings = text.partition(":")
+    return f"{name}({settings})" if colon else name
 
 
-@dataclasses.dataclass(frozen=True)
-class NPMI(PPMI):
-    """Sparse, by *negative* pointwise mutual information: tokens that the SHORT context predicts better.
-
-    `PPMI` with the roles of the two losses exchanged. The N does not stand for "normalized".
-
-    Source: Helm et al. 2025, README of the reference code (`[shift s, max]`).
-    """
-
-    formula = "w = 1 / keep for the top share `keep` by max(long - short - log(shift), 0), else 0"
-
-    def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
-        return super().score(short, long)
-
-
-def _require(weighting: Weighting, name: str, holds: bool, expected: str) -> None:
+def require(weighting: Weighting, name: str, holds: bool, expected: str) -> None:
+    """Raise a ValueError that names a setting, unless it is what is `expected`."""
     if not holds:
         raise ValueError(f"{type(weighting).__name__}: {name}={getattr(weighting, name)} is not {expected}")
 
 
 def normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """Scale the scores of each row (>= 0, and 0 outside the mask) to mean 1 over the mask; only zeros become ones."""
+    """Scale the scores of each row, those below 0 taken for 0, to mean 1 over the mask; only zeros become ones."""
+    scores = scores.clamp(min=0).masked_fill(~mask, 0)
     num_tokens, total = mask.sum(dim=1, keepdim=True), scores.sum(dim=1, keepdim=True)
     return torch.where(total > 0, scores / total * num_tokens, 1.0)  # T / total could overflow
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenweight.method.weightings import Weighting
+from tokenweight.method.weightings import ScoreWeighting, require
 
 
 @dataclasses.dataclass(frozen=True)
-class LongCE(Weighting):
+class LongCE(ScoreWeighting):
     """Weight p_long / p_short, capped: w = min(exp(short - long), cap). Not normalized, so the mean weight is not 1.
 
     Args:
@@ -25,9 +25,12 @@ class LongCE(Weighting):
     pointwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.cap < math.inf:
-            raise ValueError(f"LongCE: cap={self.cap} is not a finite number above 0")
+        require(self, "cap", 0 < self.cap < math.inf, "a finite number above 0")
 
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
+    def score(self, long: Tensor, short: Tensor) -> Tensor:
         """The formula of the class; clamped before `exp`, which would overflow above 88 nats."""
         return (short - long).clamp(max=math.log(self.cap)).exp()
+
+    def weights(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """The scores themselves."""
+        return scores

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenweight.method.kin.longce import LongCE
-from tokenweight.method.weightings import NPMI, PPMI, Dense, Sparse, Uniform, Weighting
+from tokenweight.method.kin.pmi import NPMI, PPMI
+from tokenweight.method.weightings import Dense, Sparse, Uniform, Weighting
 
 WEIGHTINGS: tuple[type[Weighting], ...] = (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)
 """The weightings that have a name of their own, which is that of the class in lower case."""
