@@ -21,7 +21,7 @@ PAGES = (
 )
 """Pages outside docs/."""
 SOURCE = ROOT / "src/tokenweight"
-WEIGHTINGS = ("PPMI", "NPMI")
+WEIGHTINGS = ("PPMI", "NPMI", "EXACT", "ESLM")
 PACKAGES = ("method", "models", "data", "train", "evaluate", "plan", "view", "records")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)\s#]*)(#[^)\s]*)?\)")
 

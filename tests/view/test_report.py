@@ -48,7 +48,7 @@ def rows_of(runs, name):
 
 
 def test_the_settings_are_every_weighting_at_every_stop_and_begin_at_its_default(pages):
-    names = ("uniform", "dense", "sparse", "longce", "ppmi", "npmi")
+    names = ("uniform", "dense", "sparse", "longce", "ppmi", "npmi", "gain", "boundedgain", "longfilter", "keytokens")
     for name, scheme in zip(names, embedded(pages["scored"])["schemes"], strict=True):
         own = SETTINGS[scheme["first"] : scheme["first"] + max(1, len(scheme["stops"]))]
         assert own[scheme["start"]] == parse_weighting(name)

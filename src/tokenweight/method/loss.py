@@ -67,10 +67,10 @@ def linear_nll(
     Raises:
         ValueError: if a target is neither -100 nor a row of `head`.
     """
-    logits = _Logits(hidden, head, bias, scale, softcap)
+    logits = Logits(hidden, head, bias, scale, softcap)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         losses = torch.zeros(len(hidden), dtype=logits.dtype, device=hidden.device)
-        for rows in logits.chunks(_active(targets, len(head)), chunk_size):
+        for rows in logits.chunks(active_rows(targets, len(head)), chunk_size):
             losses[rows] = logits.losses(hidden[rows], targets[rows])
     return losses
 
@@ -109,13 +109,13 @@ def weighted_linear_cross_entropy(
 class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad):
-        logits = _Logits(hidden, head, bias, scale, softcap)
-        active = _active(targets, len(head), weights if isinstance(weights, Tensor) else None)
+        logits = Logits(hidden, head, bias, scale, softcap)
+        active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
         inputs = (hidden, head, bias)
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
         loss = torch.zeros((), dtype=logits.dtype, device=hidden.device)
-        # Autocast would round the sum of the losses to 16 bits; `_Logits` knows by itself what to compute in them.
+        # Autocast would round the sum of the losses to 16 bits; `Logits` knows by itself what to compute in them.
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in logits.chunks(active, chunk_size):
                 states = hidden[rows]
@@ -138,7 +138,7 @@ class _WeightedLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None
 
 
-class _Logits:
+class Logits:
     """The logits of a chunk of rows, and what is computed from them in place."""
 
     def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
@@ -169,8 +169,8 @@ class _Logits:
         self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
         yield from rows.split(chunk_size)
 
-    def losses(self, states: Float[Tensor, "n D"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Fill the buffer, read the losses from it, and leave `exp(logits - max)` in it."""
+    def fill(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """The logits of a chunk, in the buffer."""
         z = self.logits = self.buffer[: len(states)]
         states = states.to(self.compute_dtype)
         for block in self.blocks:
@@ -183,6 +183,11 @@ class _Logits:
         if self.softcap is not None:
             self.tanh = z.div_(self.softcap).tanh_().clone()
             z *= self.softcap
+        return z
+
+    def losses(self, states: Float[Tensor, "n D"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Fill the buffer, read the losses from it, and leave `exp(logits - max)` in it."""
+        z = self.fill(states)
         largest = z.amax(dim=1, keepdim=True)
         of_target = z.gather(1, targets[:, None])
         z.sub_(largest).exp_()
@@ -235,7 +240,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 
-def _active(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
+def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
     """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
     valid = targets != -100
     wrong = valid & ((targets < 0) | (targets >= vocabulary))

@@ -52,6 +52,8 @@ class Weighting(ABC):
     """True if a token's weight depends on its own values only: then the loss needs no second pass."""
     of_losses: ClassVar[bool] = True
     """False if neither the long nor the short loss is read: then the weights are known before the long loss is."""
+    divergence_of: "ClassVar[ScoreWeighting | None]" = None
+    """The weighting of whose score the divergence is the expectation, where one is used."""
     history: ClassVar[int] = 0
     """Length of the vector that sums up what was trained on so far, a keyword of `weigh` where it is not 0."""
     formula: ClassVar[str] = ""
@@ -205,7 +207,7 @@ class Dense(ScoreWeighting):
     """
 
     formula = "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|"
-    knob = ("interpolation", (0.0, 0.25, 0.5, 0.75, 0.9))
+    knob: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interpolation", (0.0, 0.25, 0.5, 0.75, 0.9))
     interpolation: float = 0.75
 
     def __post_init__(self) -> None:
@@ -249,7 +251,8 @@ class Sparse(ScoreWeighting):
 
     def weights(self, scores: Tensor, mask: Tensor) -> Tensor:
         """The formula of the class."""
-        return keep_top(scores, mask, self.keep, self.seed)
+        scored = ((scores > 0) & mask).any(dim=1, keepdim=True)
+        return torch.where(scored, keep_top(scores, mask, self.keep, self.seed), 1.0)
 
 
 def _as_call(text: str) -> str:
@@ -274,10 +277,10 @@ def normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"
 def keep_top(
     scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], keep: float, seed: int
 ) -> Float[Tensor, "batch seq"]:
-    """Keep the max(1, floor(keep * T)) largest scores (>= 0) of each row, and normalize; only zeros become ones."""
+    """Keep the max(1, floor(keep * T)) largest scores of each row, with equal weights of mean 1."""
     num_tokens = mask.sum(dim=1, keepdim=True)
     num_kept = (num_tokens.double() * keep).floor().long().clamp(min=1)
-    scores = scores.masked_fill(~mask, -1)
+    scores = scores.masked_fill(~mask, -math.inf)
     most = max(1, math.floor(keep * scores.shape[1]))  # static, so that no device has to be asked
     threshold = scores.topk(most, dim=1).values.gather(1, num_kept - 1)
     above, equal = scores > threshold, (scores == threshold) & mask
@@ -285,8 +288,7 @@ def keep_top(
     rank = torch.empty_like(num_kept.expand_as(scores))
     rank[:, order] = equal[:, order].long().cumsum(dim=1)
     kept = above | (equal & (rank <= num_kept - above.sum(dim=1, keepdim=True)))
-    no_score = (scores <= 0).all(dim=1, keepdim=True)
-    return normalize(torch.where(no_score, mask, kept).to(scores.dtype), mask)
+    return normalize(kept.to(scores.dtype), mask)
 
 
 def _tie_order(length: int, seed: int, device: torch.device) -> Tensor:

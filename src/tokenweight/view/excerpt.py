@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweight.data import ScoredRow, load_scores, read_rows, token_pieces
-from tokenweight.method import WEIGHTINGS, Dense, ShortContext, Weighting, document_positions
+from tokenweight.method import WEIGHTINGS, Combination, Dense, ShortContext, Weighting, document_positions
 from tokenweight.view.corpus import corpus_gains
 from tokenweight.view.summaries import KindShare, by_kind, by_position, difference_histogram, document_spans, row_kinds
 from tokenweight.view.terminal import ESCAPES, seen_before, summary, tint_level
@@ -50,6 +50,8 @@ def _schemes() -> tuple[list[Scheme], list[Weighting]]:
     schemes: list[Scheme] = []
     settings: list[Weighting] = []
     for kind in WEIGHTINGS:
+        if kind.history or not kind.uses <= {"short_nll"} or issubclass(kind, Combination):
+            continue  # needs more than the losses of a row, or other weightings
         default, first = kind(), len(settings)
         if kind.knob is None:
             schemes.append(Scheme(kind.__name__, kind.formula, None, [], 0, first))

@@ -1,19 +1,27 @@
 """Weightings of texts and functions: "sparse:keep=0.2", as on a command line or in a recipe, is `Sparse(keep=0.2)`."""
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
+from tokenweight.method.kin.combine import FirstWindow, Floor, Mix, Normalized, Warmup
+from tokenweight.method.kin.custom import as_weighting
+from tokenweight.method.kin.exact import EXACT
+from tokenweight.method.kin.expected import Expected
+from tokenweight.method.kin.gain import BoundedGain, Gain, KeyTokens, LongFilter
 from tokenweight.method.kin.longce import LongCE
 from tokenweight.method.kin.pmi import NPMI, PPMI
+from tokenweight.method.kin.selection import ESLM, Rho1
 from tokenweight.method.weightings import Dense, Sparse, Uniform, Weighting
 
-WEIGHTINGS: tuple[type[Weighting], ...] = (Uniform, Dense, Sparse, LongCE, PPMI, NPMI)
+WEIGHTINGS: tuple[type[Weighting], ...] = (
+    *(Uniform, Dense, Sparse, LongCE, PPMI, NPMI, Gain, BoundedGain, LongFilter, KeyTokens, EXACT, Rho1, ESLM),
+    *(Expected, Mix, Floor, Normalized, Warmup, FirstWindow),
+)
 """The weightings that have a name of their own, which is that of the class in lower case."""
 
 
@@ -21,63 +29,101 @@ def parse_weighting(text: str) -> Weighting:
     """Read a weighting from a command line or a recipe.
 
         dense        sparse:keep=0.2        ppmi:shift=2,keep=0.1        my_package.my_module.my_function
+        sparse(keep=0.2)        mix(dense(interpolation=0.5), uniform, share=0.25)
 
     Anything unknown, or a value that a weighting refuses, is a ValueError that lists what is known.
     """
-    name, _, settings_text = (part.strip() for part in text.partition(":"))
+    if "(" in text:
+        try:
+            return _of_call(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            why = getattr(error, "msg", None) or type(error).__name__
+            raise ValueError(f"weighting {text!r}: {why}: expected a call such as floor(dense, minimum=0.5)") from None
+    name, _, settings = (part.strip() for part in text.partition(":"))
+    items = [item.partition("=") for item in settings.split(",") if item]
+    return _build(name, [], [(key.strip(), value.strip()) for key, _, value in items], settings)
+
+
+def _of_call(node: ast.expr) -> Weighting:
+    """The weighting that a call stands for, or a name alone; a setting is a number, a word or a weighting."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name | ast.Attribute):
+        raise ValueError(f"found {ast.unparse(node)!r}: expected a weighting, as in mix(dense, uniform, share=0.25)")
+    settings = [(keyword.arg or "**", _value(keyword.value)) for keyword in call.keywords]
+    return _build(ast.unparse(call.func), [_value(one) for one in call.args], settings, ast.unparse(node))
+
+
+def _value(node: ast.expr) -> "str | ast.expr":
+    """The text of a number or of a word in quotes; anything else as it is."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return node
+
+
+def _build(
+    name: str, parts: "Sequence[str | ast.expr]", settings: "Sequence[tuple[str, str | ast.expr]]", text: str
+) -> Weighting:
+    """The weighting of that name: parts are weightings, given in the order of its fields of that type."""
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in WEIGHTINGS}
     kind = kinds.get(name.lower()) or ("." in name and _import(name))
     if not kind:
         known = f"expected one of {', '.join(kinds)}, or package.module.function"
         raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: {known}")
     if not isinstance(kind, type):
-        if settings_text:
-            raise ValueError(f"weighting {text!r}: a function takes no settings, found {settings_text!r}")
+        if parts or settings:
+            raise ValueError(f"weighting {name!r}: a function takes no settings, found {text!r}")
         return as_weighting(kind)
     if not issubclass(kind, Weighting) or inspect.isabstract(kind):
-        raise ValueError(f"weighting {text!r} is a class that cannot weigh: expected a subclass of Weighting")
-    return kind(**_parse_settings(kind, settings_text))
+        raise ValueError(f"weighting {name!r} is a class that cannot weigh: expected a subclass of Weighting")
+    return kind(**_settings(kind, parts, settings))
 
 
-@dataclasses.dataclass(frozen=True)
-class Custom(Weighting):
-    """A function of (long, short, mask), all `[batch, seq]`, as a weighting, with the checks of the others."""
-
-    function: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-    def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """What the function returns."""
-        return self.function(long, short, mask)
-
-    def __str__(self) -> str:
-        return f"{self.function.__module__}.{getattr(self.function, '__qualname__', type(self.function).__name__)}"
-
-
-def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weighting:
-    """The weighting itself, or a function of (long, short, mask) made into one; anything else is a ValueError."""
-    if isinstance(weighting, Weighting):
-        return weighting
-    if not callable(weighting) or isinstance(weighting, type):
-        raise ValueError(f"weighting is {weighting!r}: expected an instance such as Dense(), or a function")
-    return Custom(weighting)
-
-
-def _parse_settings(kind: Any, text: str) -> dict[str, float | int]:
+def _settings(
+    kind: Any, parts: "Sequence[str | ast.expr]", settings: "Sequence[tuple[str, str | ast.expr]]"
+) -> dict[str, Any]:
+    """The settings of a kind of weighting, by name, each of the type of its field."""
     name = f"weighting {kind.__name__.lower()!r}"
-    known = {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    settings: dict[str, float | int] = {}
-    for item in filter(None, text.split(",")):
-        key, _, value = (part.strip() for part in item.partition("="))
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    known: dict[str, Any] = {field.name: field.type for field in fields}
+    of_parts = [key for key, of in known.items() if _is_part(of)]
+    if len(parts) > len(of_parts):
+        numbers = "" if len(known) == len(of_parts) else ", and its settings by name, as in keep=0.2"
+        raise ValueError(f"{name}: found {len(parts)} values: expected {len(of_parts)} weightings{numbers}")
+    read: dict[str, Any] = {}
+    for key, value in [*zip(of_parts, parts), *settings]:
         if key not in known:
             expected = f"expected one of {', '.join(known)}" if known else "it has none"
             raise ValueError(f"unknown setting {key!r} of {name}{_hint(key, known)}: {expected}")
-        if key in settings:
+        if key in read:
             raise ValueError(f"{name}: {key} is set twice")
-        try:
-            settings[key] = int(value) if known[key] is int else float(value)
-        except ValueError:
-            raise ValueError(f"{name}: {key}={value!r} is not a number") from None
-    return settings
+        read[key] = _setting(f"{name}: {key}", known[key], value)
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in read]:
+        raise ValueError(f"{name} needs {', '.join(missing)}: expected {_example(kind, fields)}")
+    return read
+
+
+def _setting(what: str, of: Any, value: "str | ast.expr") -> Any:
+    """The value of one setting, of the type of its field."""
+    if _is_part(of):
+        return parse_weighting(value) if isinstance(value, str) else _of_call(value)
+    value = value if isinstance(value, str) else ast.unparse(value)
+    if not (of in (int, float) or isinstance(of, str)):
+        return value
+    try:
+        return int(value) if of is int else float(value)
+    except ValueError:
+        raise ValueError(f"{what}={value!r} is not a number") from None
+
+
+def _is_part(of: Any) -> bool:
+    return isinstance(of, type) and issubclass(of, Weighting)
+
+
+def _example(kind: Any, fields: Sequence[dataclasses.Field]) -> str:
+    """A call of a kind of weighting with all of its settings."""
+    parts = [field.name for field in fields if _is_part(field.type)]
+    return f"{kind.__name__.lower()}({', '.join([*parts, *(f'{f.name}=...' for f in fields if f.name not in parts)])})"
 
 
 def _import(path: str) -> Any:
