@@ -1,5 +1,6 @@
 """Options of the trainer, and recipes from elsewhere, whose code is not run unless somebody asks for it."""
 
+import json
 import sys
 
 import pytest
@@ -100,7 +101,33 @@ def test_a_weighting_on_the_command_line_is_the_word_of_its_user(place):
 
 
 @pytest.mark.parametrize(
-    "weighting", ["dense", "sparse:keep=0.1", "tokenweight.method.Dense", "torch.nn.functional.relu", "statistics.mean"]
+    "weighting",
+    [
+        "floor(theirs.weights, minimum=0.5)",
+        "mix(dense, first = theirs . weights)",
+        "floor('theirs.weights', minimum=0.5)",
+        "mix(uniform, floor(theirs.Weights(above=2), minimum=0))",
+        "floor:weighting=theirs.weights,minimum=0",
+        "mix(dense, theirs. # a comment\n weights)",
+    ],
+)
+def test_code_within_a_combination_is_not_run_unless_it_is_allowed(weighting, place):
+    (place / "nested.json").write_text(json.dumps({"settings": {"weighting": weighting}}))
+    with pytest.raises(ValueError, match="is code that is not installed"):
+        read_recipe("nested.json")
+    assert not (place / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        "mix(dense(interpolation=0.5), torch.nn.functional.relu, share=0.25)",
+        "dense",
+        "sparse:keep=0.1",
+        "tokenweight.method.Dense",
+        "torch.nn.functional.relu",
+        "statistics.mean",
+    ],
 )
 def test_weightings_of_installed_packages_need_no_permission(weighting, place):
     (place / "recipe.yaml").write_text(f"weighting: {weighting}\n")

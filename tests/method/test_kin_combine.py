@@ -22,6 +22,7 @@ from tokenweight.method import (
     Uniform,
     Warmup,
     parse_weighting,
+    weighting_names,
 )
 
 
@@ -126,6 +127,27 @@ def test_the_text_of_a_weighting_reads_back_as_the_weighting(weighting):
 )
 def test_a_weighting_is_read_from_nested_text(text, expected):
     assert parse_weighting(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("dense:interpolation=0.5", ["dense"]),
+        ("mix(dense(interpolation=0.5), my . weights, share=0.25)", ["mix", "dense", "my.weights"]),
+        ("floor:weighting=my.weights,minimum=0.5", ["floor", "my.weights"]),
+        ("floor('my.weights:of=a.b', minimum='0.5')", ["floor", "my.weights", "a.b"]),
+    ],
+)
+def test_the_names_in_a_text_are_those_of_its_weightings(text, names):
+    assert {*weighting_names(text)} - {"my"} == {*names}
+
+
+def test_what_is_no_name_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "0.py").write_text("raise SystemExit")
+    for text in ("0.5", "floor:weighting=0.5,minimum=1", "floor('0.5', minimum=1)"):
+        with pytest.raises(ValueError, match=r"unknown weighting '0\.5'"):
+            parse_weighting(text)
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_the_text_of_a_weighting_reads_back_as_the_weighting(weighting):
         ("models.nothing", "'models.nothing' cannot be imported: .*nothing"),
         ("no_such_package.function", "cannot be imported: No module named 'no_such_package'"),
         ("math.pi", "expected an instance"),
-        ("models.emphasize:above=2", "a function takes no settings, found 'above=2'"),
+        ("models.emphasize:above=2", "a function takes no settings, found 'models.emphasize:above=2'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 
 import models
 from texts import trained_tokenizer
-from tokenweight import ShortContext, cli, load_model, parse_weighting
+from tokenweight import ShortContext, cli, load_model
 from tokenweight.data import Contents, load_rows, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
+from tokenweight.method import WEIGHTINGS
 from tokenweight.models import weights_fingerprint
 from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, resolve, train
-from tokenweight.train.card import FORMULAS, write_card
+from tokenweight.train.card import write_card
 from tokenweight.train.records import describe
 from tokenweight.train.sequences import Sequences, Source
 
@@ -175,16 +176,33 @@ def test_the_weights_that_the_run_began_from_are_named(folder):
     assert found["Base model"] == "`some/model`, revision a1b2, fingerprint of its weights 0123"
 
 
-@pytest.mark.parametrize(("weighting", "allowed"), [("dense", False), ("sparse:keep=0.1", False), ("my.weights", True)])
+@pytest.mark.parametrize(
+    ("weighting", "allowed"),
+    [
+        ("dense", False),
+        ("sparse:keep=0.1", False),
+        ("my.weights", True),
+        ("floor(dense(interpolation=0.5), minimum=0.1)", False),
+        ("floor(my.weights, minimum=0.5)", True),
+    ],
+)
 def test_the_command_that_repeats_a_run_allows_its_code(weighting, allowed, folder):
     found = changed(folder, settings={**read_json(folder / "run.json")["settings"], "weighting": weighting})
     assert ("--allow_code" in found["Again"]) is allowed
 
 
-def test_each_weighting_of_the_library_has_its_formula():
-    for name in ("uniform", "dense", "sparse", "longce", "ppmi", "npmi"):
-        assert str(parse_weighting(name)).partition(":")[0] in FORMULAS
-    assert len(FORMULAS) == 6
+def test_each_weighting_of_the_library_has_its_formula(folder):
+    assert all(kind.formula for kind in WEIGHTINGS)
+    settings = read_json(folder / "run.json")["settings"]
+    for text, said in (
+        ("longce:cap=2", "`longce:cap=2`: w = min(exp(short - long), cap)"),
+        (
+            "mix(longce, Uniform, share=0.5)",
+            "mix: w = share · first + (1 - share) · second; longce: w = min(exp(short - long), cap); uniform: w = 1",
+        ),
+        ("my.weights", "`my.weights`"),
+    ):
+        assert changed(folder, settings={**settings, "weighting": text})["Weighting"].endswith(said)
 
 
 def test_a_card_that_is_written_again_keeps_what_others_wrote(folder):

@@ -105,7 +105,18 @@ def test_without_a_tokenizer_there_are_no_kinds(folders):
 
 def test_weightings_are_told_apart_from_their_settings():
     found = _weightings("ppmi:shift=2,keep=0.1,dense,sparse:keep=0.3")
-    assert found == {"ppmi:shift=2,keep=0.1": PPMI(shift=2, keep=0.1), "dense": Dense(), "sparse:keep=0.3": Sparse(0.3)}
+    assert found == {
+        "ppmi:shift=2,keep=0.1": PPMI(shift=2.0, keep=0.1),
+        "dense": Dense(),
+        "sparse:keep=0.3": Sparse(0.3),
+    }
+    nested = "mix(dense(interpolation=0.5), uniform, share=0.25)"
+    assert list(_weightings(f"dense,{nested},floor(sparse,minimum=0.5),longce")) == [
+        "dense",
+        nested,
+        "floor(sparse,minimum=0.5)",
+        "longce",
+    ]
 
 
 @pytest.mark.parametrize(

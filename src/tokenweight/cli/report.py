@@ -93,10 +93,11 @@ class Figures:
 
 
 def _weightings(text: str) -> dict[str, "method.Weighting"]:
-    """Read weightings that commas separate, as they separate settings; a word such as keep=0.1 is a setting."""
+    """Read weightings that commas separate, as they separate settings; a word such as keep=0.1 is a setting, and so is
+    all that stands in parentheses."""
     words: list[str] = []
     for word in text.split(","):
-        if words and "=" in word and ":" not in word:
+        if words and (words[-1].count("(") > words[-1].count(")") or ("=" in word and not {":", "("} & {*word})):
             words[-1] += f",{word}"
         else:
             words.append(word)

@@ -21,6 +21,7 @@ from .kin.gain import LongFilter as LongFilter
 from .kin.longce import LongCE as LongCE
 from .kin.parse import WEIGHTINGS as WEIGHTINGS
 from .kin.parse import parse_weighting as parse_weighting
+from .kin.parse import weighting_names as weighting_names
 from .kin.pmi import NPMI as NPMI
 from .kin.pmi import PPMI as PPMI
 from .kin.selection import ESLM as ESLM

@@ -8,19 +8,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from tokenweight.method import WEIGHTINGS, weighting_names
 from tokenweight.records import edit_card, read_json, read_metrics, table_cell, with_section
 
 logger = logging.getLogger(__name__)
 TAGS = ("tokenweight", "long-context")
-FORMULAS = {
-    "uniform": "w = 1",
-    "dense": "w = interpolation + (1 - interpolation) · s / mean(s), s = |long - short|",
-    "sparse": "w = 1 / keep for the share `keep` of tokens with the largest |long - short|, else 0",
-    "longce": "w = min(exp(short - long), cap)",
-    "ppmi": "w = 1 / keep for the share `keep` of tokens with the largest max(short - long - log(shift), 0), else 0",
-    "npmi": "w = 1 / keep for the share `keep` of tokens with the largest max(long - short - log(shift), 0), else 0",
-}
-"""Of each weighting, in `long` and `short`: the losses of a token with the long and with the short context."""
 TRAINER_FIELDS = {
     "optim": "optimizer",
     "learning_rate": "learning rate",
@@ -122,7 +114,7 @@ def _base_model(run: dict[str, Any]) -> str:
 
 
 def _again(settings: dict[str, Any]) -> str:
-    own = "." in settings["weighting"].partition(":")[0]  # a function of the user
+    own = any("." in name for name in weighting_names(settings["weighting"]))  # a function of the user
     options = " --allow_code" if own else ""
     return f"`tokenweight train --config run.json --out again{options}`, with the `run.json` of this folder"
 
@@ -133,8 +125,11 @@ def _context(rope: dict[str, str]) -> str | None:
 
 
 def _formula(weighting: str) -> str:
-    formula = FORMULAS.get(weighting.partition(":")[0])
-    return f": {formula}" if formula else ""
+    """Those of all weightings in a text that are ours; `long` and `short` are a token's losses with either context."""
+    known = {kind.__name__.lower(): kind.formula for kind in WEIGHTINGS}
+    names = list(dict.fromkeys(name.lower() for name in weighting_names(weighting)))
+    formulas = [f"{name}: {known[name]}" if names[1:] else known[name] for name in names if name in known]
+    return f": {'; '.join(formulas)}" if formulas else ""
 
 
 def _scorer(settings: dict[str, Any], data: dict[str, Any], scorer: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tokenweight.method import weighting_names
 from tokenweight.records import device_name
 from tokenweight.train.checkpoints import last_whole
 from tokenweight.train.records import FinishedRun
@@ -155,7 +156,8 @@ class Display(TrainerCallback):
         found = last_whole(self.out)
         yield f"stopped after {_some(state.global_step, 'step')} of {state.max_steps:,}"
         words = [*_launcher(self.arguments), "train", "--config", str(self.out / "run.json")]
-        words += ["--allow_code"] * ("." in self.record["settings"]["weighting"].partition(":")[0])  # of the user
+        names = weighting_names(self.record["settings"]["weighting"])
+        words += ["--allow_code"] * any("." in name for name in names)  # of the user
         if found is not None:
             command = shlex.join([*words, "--out", str(self.out), "--trainer.resume_from_checkpoint", found.name])
             yield f"to resume from {found.name}: {command}"

@@ -54,7 +54,8 @@ class TrainSettings:
     out: str
     """New folder for checkpoints, the trained model, run.json and metrics.jsonl."""
     weighting: str = "dense"
-    """uniform, dense, sparse, longce, ppmi or npmi, with settings as in sparse:keep=0.1; or package.module.function."""
+    """A weighting of docs/weightings.md, with settings as in sparse:keep=0.1 or mix(dense, uniform, share=0.5); or
+    package.module.function."""
     scorer: str = "stored"
     """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
     size: OptionalTokens = None
@@ -243,7 +244,7 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         kinds, name = expected.get(key, ((str,), "text"))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"config {path}: {key} is {value!r}: expected {name}")
-    if not allow_code and not _is_installed(settings.get("weighting", "dense")):
+    if not allow_code and not all(map(_is_installed, method.weighting_names(settings.get("weighting", "dense")))):
         raise ValueError(
             f"config {path}: the weighting {settings['weighting']} is code that is not installed: read it, then allow "
             "it by --allow_code, or name it as --weighting"
@@ -262,12 +263,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _is_installed(weighting: str) -> bool:
-    """Whether a weighting is one of ours, or a function of an installed package; nothing is imported to find out.
+def _is_installed(name: str) -> bool:
+    """Whether a name is that of a weighting of ours, or of a function of an installed package, without importing it.
 
     The working directory, from which Python imports as well, may hold whatever was downloaded with a recipe.
     """
-    name, dot, _ = weighting.partition(":")[0].strip().partition(".")
+    name, dot, _ = name.partition(".")
     if not dot or name == "tokenweight":
         return True
     with contextlib.suppress(ImportError, ValueError):

@@ -34,14 +34,43 @@ def parse_weighting(text: str) -> Weighting:
     Anything unknown, or a value that a weighting refuses, is a ValueError that lists what is known.
     """
     if "(" in text:
-        try:
-            return _of_call(ast.parse(text.strip(), mode="eval").body)
-        except (SyntaxError, RecursionError, MemoryError) as error:
-            why = getattr(error, "msg", None) or type(error).__name__
-            raise ValueError(f"weighting {text!r}: {why}: expected a call such as floor(dense, minimum=0.5)") from None
-    name, _, settings = (part.strip() for part in text.partition(":"))
-    items = [item.partition("=") for item in settings.split(",") if item]
-    return _build(name, [], [(key.strip(), value.strip()) for key, _, value in items], settings)
+        return _of_call(_call(text))
+    name, settings = _short(text)
+    return _build(name, [], settings, text)
+
+
+def weighting_names(text: str) -> list[str]:
+    """The names of all weightings in a text, those with a dot to be imported; nothing is, nor are they looked up.
+
+    A text that is no call is a ValueError; what is wrong with names or settings, `parse_weighting` says.
+    """
+    if "(" not in text:
+        name, settings = _short(text)
+        names = [name, *(found for _, value in settings for found in weighting_names(value))]
+        return [name for name in names if _is_path(name)]
+    found = []
+    for node in ast.walk(_call(text)):
+        if isinstance(node, ast.Name | ast.Attribute):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += weighting_names(node.value)
+    return found
+
+
+def _short(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """The name and the settings of sparse:keep=0.2."""
+    name, _, settings = text.partition(":")
+    items = [item.partition("=") for item in settings.split(",") if item.strip()]
+    return name.strip(), [(key.strip(), value.strip()) for key, _, value in items]
+
+
+def _call(text: str) -> ast.expr:
+    """The syntax of a text that has parentheses."""
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = getattr(error, "msg", None) or type(error).__name__
+        raise ValueError(f"weighting {text!r}: {why}: expected a call such as floor(dense, minimum=0.5)") from None
 
 
 def _of_call(node: ast.expr) -> Weighting:
@@ -65,7 +94,7 @@ def _build(
 ) -> Weighting:
     """The weighting of that name: parts are weightings, given in the order of its fields of that type."""
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in WEIGHTINGS}
-    kind = kinds.get(name.lower()) or ("." in name and _import(name))
+    kind = kinds.get(name.lower()) or ("." in name and _is_path(name) and _import(name))
     if not kind:
         known = f"expected one of {', '.join(kinds)}, or package.module.function"
         raise ValueError(f"unknown weighting {name!r}{_hint(name, kinds)}: {known}")
@@ -114,6 +143,11 @@ def _setting(what: str, of: Any, value: "str | ast.expr") -> Any:
         return int(value) if of is int else float(value)
     except ValueError:
         raise ValueError(f"{what}={value!r} is not a number") from None
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be the name of a weighting, rather than a number."""
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def _is_part(of: Any) -> bool:
