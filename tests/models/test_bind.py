@@ -297,19 +297,6 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     assert len(calls) == 2 * plain_calls + 1  # once more, in the backward pass
 
 
-@pytest.mark.parametrize("weighting", [Dense(), LongCE()], ids=str)
-def test_a_model_that_scores_itself_does_so_without_its_dropout(weighting):
-    model, tokens = models.tiny("gpt2", dropout=0.3), models.some_tokens(2, 29)
-    scorer = Scorer(model, CONTEXT)
-    short = scorer(tokens)
-    bind(model, weighting, scorer).train()
-    outputs = [model(tokens, labels=tokens) for _ in range(2)]
-    for output in outputs:
-        torch.testing.assert_close(output.short_nll[:, 8:], short[:, 8:], rtol=1e-11, atol=1e-11)
-        assert torch.equal(output.short_nll[:, :8], output.long_nll[:, :8])
-    assert not torch.equal(outputs[0].long_nll, outputs[1].long_nll)
-
-
 @pytest.mark.parametrize("self_scored", [False, True])
 def test_without_the_weighted_loss_a_model_is_what_it_was(self_scored):
     model, untouched = models.tiny(), models.tiny()

@@ -12,7 +12,7 @@ import models
 from models import CLOSE, assert_close
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, token_nll
 from tokenweight import with_weighted_loss as bind
-from tokenweight.method import as_weighting
+from tokenweight.method import SCORES, as_weighting
 
 CONTEXT = ShortContext(8, 5)
 
@@ -157,14 +157,14 @@ def test_positional_arguments_and_columns_are_those_of_the_model(kind, tmp_path)
     order = {"attention_mask": mask, "input_ids": LABELS}
     given = [order.get(name) for name in names[: 1 + max(map(names.index, order))]]
     assert torch.equal(model(*given).logits, plain(*given).logits)
-    assert {*names, "short_nll", "num_items_in_batch"} == {*inspect.signature(model.forward).parameters}
+    assert {*names, *SCORES, "num_items_in_batch"} == {*inspect.signature(model.forward).parameters}
     with pytest.raises(TypeError):
         model(*[None] * 30, labels=LABELS)
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainers = [transformers.Trainer(one, arguments) for one in (plain, model)]
     for trainer in trainers:
         trainer._set_signature_columns_if_needed()
-    assert {*trainers[0]._signature_columns, "short_nll"} <= {*trainers[1]._signature_columns}
+    assert {*trainers[0]._signature_columns, *SCORES} <= {*trainers[1]._signature_columns}
     assert trainers[0].label_names == trainers[1].label_names
 
 

@@ -49,11 +49,13 @@ def weighted_loss(
     short: ShortLosses | None,
     used: Mapping[str, Shaped[Tensor, "batch seq"]] = MappingProxyType({}),
     *,
+    long: Float[Tensor, "batch seq"] | None = None,
     history: History = lambda observed: observed,
     own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
     whole: Callable[..., Tensor] = lambda of_states: of_states,
 ) -> WeightedLoss:
-    """The weighted loss of a batch: 3 products with the head if weights are pointwise, else at most 4.
+    """The weighted loss of a batch, by products with the head: 3 if weights are pointwise, 1 and 2 more for tokens with
+    a weight other than 0 if they are known before the losses, else at most 4.
 
     Args:
         hidden: the hidden state that predicts each token.
@@ -61,6 +63,7 @@ def weighted_loss(
         mask: True where a token is predicted and counts.
         short: None only if the weighting does not use short losses; the long ones then stand in for them.
         used: what else the weighting uses, by name, of whole sequences and aligned with tokens.
+        long: the long losses that weights are made of, if not those of the trained model.
         history: from what these rows add to the history of the weighting to the one that they are weighed with.
         own: where ranks split sequences: from whole ones, aligned with tokens, to what stands at this rank's states.
         whole: the inverse of `own`. In one process both return what they are given.
@@ -69,7 +72,15 @@ def weighted_loss(
         NonFinite: if a loss or a weight under `mask` is not finite; a ValueError if the weighting lacks what it uses.
     """
     hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
-    if weighting.pointwise:
+    if long is not None or (used and not weighting.of_losses):  # weights are known before the losses
+        given = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device) if long is None else long
+        known = given if short is None else short.filled(given)
+        weights = weighting(given, known, mask, history=history, **used)
+        loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten())
+        long_nll = whole(nll.view(len(mask), -1))
+        short_nll = long_nll if short is None else known
+        check_finite({"the long loss": long_nll}, mask)
+    elif weighting.pointwise:
         known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
         of_rows = {name: own(values).flatten() for name, values in used.items()}
         nothing = torch.zeros(mask.shape, device=mask.device)
@@ -84,6 +95,20 @@ def weighted_loss(
         loss = weighted_linear_cross_entropy(hidden, head.weight, own_targets, own(weights).flatten(), **head.after)
     weights, long_nll, short_nll = (values.where(mask, 0.0) for values in (weights, long_nll, short_nll))
     return WeightedLoss(loss, weights, long_nll, short_nll, mask)
+
+
+def _with_weights(
+    hidden: Float[Tensor, "N dim"], head: Head, targets: Int[Tensor, " N"], weights: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """The loss, and the losses of all tokens, those of weight 0 too."""
+    nll = linear_nll(hidden.detach(), head.weight, targets.where(weights == 0, -100), **head.after)
+
+    def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        nll[rows] = losses
+        return weights[rows]
+
+    targets = targets.where(weights != 0, -100)
+    return weighted_linear_cross_entropy(hidden, head.weight, targets, weigh, **head.after), nll
 
 
 def _in_one_pass(

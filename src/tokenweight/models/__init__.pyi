@@ -1,4 +1,7 @@
+from .bind import CONTRASTS as CONTRASTS
 from .bind import WeightedLossOutput as WeightedLossOutput
+from .bind import find_noise as find_noise
+from .bind import score_columns as score_columns
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts

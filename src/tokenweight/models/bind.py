@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,34 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokenweight.method import (
+    SCORES,
     ShortLosses,
     Uniform,
     Weighting,
     aligned_with_tokens,
     as_weighting,
+    document_positions,
+    linear_nll,
     parse_weighting,
     weighted_loss,
 )
-from tokenweight.models.causal import CausalParts, causal_parts
-from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, read_batch
+from tokenweight.models.causal import CausalParts, causal_parts, evaluating
+from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, documents_of, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.scorer import Scorer
 
 logger = logging.getLogger(__name__)
+CONTRASTS = ("trained", "scorer")
+"""Whose losses weights are made of: the long one of the trained model with a short one, or both of the scorer."""
+_NEEDED = {
+    "short_nll": ("the short loss", "tokenweight score"),
+    "long_nll": ("the scorer's long loss (contrast scorer)", "tokenweight score --long"),
+    "ref_nll": ("the loss by a reference model", "tokenweight score --as reference"),
+    "divergence": ("the divergence by the scorer", "tokenweight score --long --divergence"),
+}
+"""Of each column what it holds, and what writes it."""
+_NOISE = re.compile("drop|jitter|neftune_noise")
+"""Names of attributes of modules that say how much noise there is where they train."""
 
 
 class _Told(type):
@@ -88,6 +103,29 @@ class _Binding:
     """Those of its inputs."""
     adds_terms: bool
     """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
+    contrast: str
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Those that its weights are made of."""
+        return score_columns(self.weighting, self.contrast)
+
+    @property
+    def compares(self) -> bool:
+        """Whether weights compare the trained model's loss with another score of the token."""
+        return self.weighting.of_losses and self.contrast == "trained" and bool(self.columns)
+
+
+def score_columns(weighting: Weighting, contrast: str = "trained") -> frozenset[str]:
+    """Those of `SCORES` that weights are made of.
+
+    Raises:
+        ValueError: if the contrast is none of `CONTRASTS`.
+    """
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast {contrast!r}: expected one of {', '.join(CONTRASTS)}")
+    long = {"long_nll"} if contrast == "scorer" and weighting.of_losses else set()
+    return (weighting.uses & {*SCORES}) | long
 
 
 def with_weighted_loss(
@@ -95,11 +133,12 @@ def with_weighted_loss(
     weighting: Callable[[Tensor, Tensor, Tensor], Tensor] | str,
     scorer: Scorer | None = None,
     context: DeviceMesh | None = None,
+    contrast: str = "trained",
 ) -> PreTrainedModel:
     """Make `model(input_ids=..., labels=...).loss` the weighted loss. The model is changed in place and returned.
 
-    It takes what it took before, and beside it, by name, `short_nll` and `num_items_in_batch`. The loss is the sum over
-    predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which a
+    It takes what it took before, and beside it, by name, the columns of `SCORES` and `num_items_in_batch`. The loss
+    is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which a
     `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted
     tokens of this batch; never by the sum of the weights. To this the model's own additions are added, as the balancing
     loss of experts. Without labels the model answers as before. Under `torch.no_grad()`, as in `Trainer.evaluate()`,
@@ -107,7 +146,10 @@ def with_weighted_loss(
 
     Short losses come from the column `short_nll` (`[batch, seq]`, nats, precomputed by `tokenweight score`), or from
     `scorer`: with `Scorer(model, ...)` the model scores itself (online), with another model that one does. A weighting
-    that needs short losses and gets none raises: no token silently weighs 1.
+    that needs a column and does not get it raises: no token silently weighs 1. What it does not use is not read.
+
+    Dropout, and noise on embeddings, are in the loss, never in the weights: where there are any, the long losses that
+    weights are made of come from a pass of their own, which costs a forward pass.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
@@ -115,12 +157,16 @@ def with_weighted_loss(
             mask).
         scorer: scores sequences that come without a `short_nll` column.
         context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. The model
-            then takes `shift_labels` and `position_ids` of this rank's tokens, and `short_nll` of these or of whole
+            then takes `shift_labels` and `position_ids` of this rank's tokens, and columns of these or of whole
             sequences. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
+        contrast: whose long loss weights are made of: "trained", that of this model as it is (the paper), or "scorer",
+            the column `long_nll`, else that of `scorer`. Then all of a weight comes from one scorer, of whatever kind,
+            and is known before the loss, which reads tokens of weight 0 once, and others three times.
 
     Raises:
-        ValueError: if the weighting is not one, or there are a scorer and a context; if the model is not supported:
-            with equal weights, loss and gradient would not be those of its own forward (verified on a few tokens).
+        ValueError: if the weighting or the contrast is not one, or there are a scorer and a context; if the model is
+            not supported: with equal weights, loss and gradient would not be those of its own forward (verified on a
+            few tokens).
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
@@ -132,9 +178,13 @@ def with_weighted_loss(
     if bound is None and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
     replaced = vars(model).get("forward") if bound is None else bound.replaced
-    model._token_weighting = _binding(model, weighting, scorer, context, replaced)
-    if weighting.uses_short:
-        _warn_of_noise(model)
+    model._token_weighting = _binding(model, weighting, scorer, context, contrast, replaced)
+    if model._token_weighting.compares and (noise := find_noise(model)):
+        logger.warning(
+            "%s: weights are made without this noise, which costs a forward pass more in each step: set it to 0 where "
+            "it is not needed",
+            noise,
+        )
     if bound is None:
         vars(model).pop("forward", None)
         kind: Any = type(model)
@@ -147,9 +197,11 @@ def _binding(
     weighting: Weighting,
     scorer: Scorer | None,
     context: DeviceMesh | None,
+    contrast: str,
     replaced: Callable[..., Any] | None,
 ) -> _Binding:
     """What the model is bound to, verified."""
+    score_columns(weighting, contrast)  # raises for an unknown contrast
     if scorer is not None and context is not None:
         raise ValueError(
             "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
@@ -158,7 +210,7 @@ def _binding(
     parts = causal_parts(model)
     taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
     names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
-    binding = _Binding(weighting, None, False, parts, context, replaced, names, adds_terms=False)
+    binding = _Binding(weighting, None, False, parts, context, replaced, names, False, contrast)
     binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
     if scorer is None:
         return binding
@@ -254,7 +306,7 @@ def _adds_terms(model: PreTrainedModel, binding: _Binding) -> bool:
     known = vars(model).get("_verified_loss")
     if known is None or known[0] is not binding.parts:
         own = _own_forward(model, binding.replaced)
-        uniform = dataclasses.replace(binding, weighting=Uniform(), context=None)
+        uniform = dataclasses.replace(binding, weighting=Uniform(), context=None, contrast="trained")
 
         def ours(adds: bool, **inputs: Any) -> Tensor:
             return _loss(model, dataclasses.replace(uniform, adds_terms=adds), own, inputs).loss
@@ -287,21 +339,21 @@ def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str,
             "its replicas: expected torchrun --nproc-per-node N, or one GPU"
         )
     bound.parts.check_head(model)
-    check_names(given, bound.names, scored=bound.weighting.uses_short)
-    batch = read_batch(given, bound.context)
-    weighted = _has_short_losses(bound, batch)
+    check_names(given, bound.names, scored=bool(bound.columns))
+    batch = read_batch(given, bound.context, bound.columns)
+    weighted = _can_weigh(bound, batch)
     weighting = bound.weighting if weighted else Uniform()
-    scores = weighting.uses_short and batch.short_nll is None
-    batch.check(scored=weighting.uses_short, scorer=scores)
+    scores = weighted and not bound.columns <= batch.scores.keys()
+    batch.check(scored=weighted and bool(bound.columns), scorer=scores)
     # Before the pass that keeps activations, so that both are not in memory at once.
-    short = (
-        _scored(model, bound, batch) if scores else None if batch.short_nll is None else ShortLosses(batch.short_nll)
-    )
+    values = _values(model, bound, batch, scores=scores) if weighted else _Values(None, None, {})
     terms = _states(model, bound, own, batch, given)
     mask, share = batch.mask, batch.share
     split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
     targets = batch.labels.where(mask, -100)
-    found = weighted_loss(terms.hidden, bound.parts.head, targets, mask, weighting, short, **split)
+    found = weighted_loss(
+        terms.hidden, bound.parts.head, targets, mask, weighting, values.short, values.used, long=values.long, **split
+    )
     num_ranks = 1 if bound.context is None else bound.context.size()
     num_items = mask.sum() / num_ranks if batch.num_items is None else batch.num_items
     divisor = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
@@ -319,35 +371,89 @@ def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str,
     )
 
 
-def _has_short_losses(bound: _Binding, batch: Batch) -> bool:
+def _can_weigh(bound: _Binding, batch: Batch) -> bool:
     """Whether weights can be computed; without them an evaluation has the unweighted loss only.
 
     Raises:
         ValueError: where gradients are recorded, and they cannot.
     """
-    if not bound.weighting.uses_short or batch.short_nll is not None or bound.scorer is not None:
-        return True
-    if torch.is_grad_enabled():
+    scored = set() if bound.scorer is None else {"short_nll", "long_nll"}
+    missing = [name for name in SCORES if name in bound.columns - batch.scores.keys() - scored]
+    if missing and torch.is_grad_enabled():
+        name, (what, command) = missing[0], _NEEDED[missing[0]]
+        other = ", or bind the model with a Scorer" if name in ("short_nll", "long_nll") else ""
         raise ValueError(
-            f"weighting {bound.weighting} needs the short loss of every token, but no short_nll column reached the "
-            "model and it has no scorer: a collator, packing or remove_unused_columns dropped the column, or the data "
-            "was never scored. Use tokenweight.train.DataCollatorWithScores, or bind the model with a Scorer"
+            f"weighting {bound.weighting} needs {what} of every token, but no {name} column reached the model"
+            f"{' and it has no scorer' if other else ''}: a collator, packing or remove_unused_columns dropped the "
+            f"column, or the data was never scored (`{command}`). Use tokenweight.train.DataCollatorWithScores{other}"
         )
-    return False
+    return not missing
 
 
-def _scored(model: Any, bound: _Binding, batch: Batch) -> ShortLosses:
-    """The short losses of the bound scorer."""
+class _Values(NamedTuple):
+    """What weights are made of, of whole sequences."""
+
+    short: ShortLosses | None
+    long: Tensor | None
+    """None: the losses of the pass that is trained."""
+    used: dict[str, Tensor]
+    """What else the weighting uses, by name."""
+
+
+def _values(model: Any, bound: _Binding, batch: Batch, *, scores: bool) -> _Values:
+    """What weights are made of: columns of the batch; or, with `scores`, what the bound scorer finds."""
+    used = {name: values for name, values in batch.scores.items() if name not in ("short_nll", "long_nll")}
+    if "positions" in bound.weighting.uses:
+        positions = None if batch.share is not None else documents_of(batch.position_ids, batch.attention_mask)
+        used["positions"] = document_positions(batch.labels, positions)
+    if scores:
+        short, long = _scored(model, bound, batch)
+    else:
+        short = None if "short_nll" not in batch.scores else ShortLosses(batch.scores["short_nll"])
+        long = batch.scores.get("long_nll")
+    if long is None and bound.compares and find_noise(model, now=True):
+        long = _long_without_noise(model, bound, batch)
+    return _Values(short, long, used)
+
+
+def _scored(model: Any, bound: _Binding, batch: Batch) -> tuple[ShortLosses, Tensor | None]:
+    """The short losses of the bound scorer, and, if weights are made of both of its losses, its long ones."""
     assert bound.scorer is not None
     scorer = bound.scorer.of(model) if bound.self_scored else bound.scorer
-    short = scorer.short_losses(
-        batch.tokens,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        self_scored=bound.self_scored,
-    )
+    given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    short = scorer.short_losses(batch.tokens, **given, self_scored=bound.self_scored)
+    long = scorer.long_nll(batch.tokens, **given) if bound.contrast == "scorer" else None
     bound.scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
-    return short
+    return short, long
+
+
+def find_noise(model: nn.Module, *, now: bool = False) -> str | None:
+    """What makes a pass of the model differ from the next one where it trains: dropout, noise on embeddings or in a
+    router; None if nothing does.
+
+    Args:
+        now: look at what is in training mode only.
+    """
+    for where, part in model.named_modules():
+        of_dropout = isinstance(part, nn.modules.dropout._DropoutNd)
+        for name, value in vars(part).items() if part.training or not now else ():
+            if isinstance(value, float) and value > 0 and ((of_dropout and name == "p") or _NOISE.search(name)):
+                return f"{where}.{name} {value:g}".removeprefix(".")
+    return None
+
+
+@torch.no_grad()
+def _long_without_noise(model: Any, bound: _Binding, batch: Batch) -> Tensor:
+    """The long losses of the trained model as an evaluation finds them."""
+    inputs = {**bound.parts.inputs(batch.tokens, batch.position_ids, batch.attention_mask), **batch.rest}
+    with evaluating(model):
+        hidden = bound.parts.decoder(**inputs).last_hidden_state
+    targets, head, share = batch.labels.where(batch.mask, -100), bound.parts.head, batch.share
+    if share is None:
+        hidden = aligned_with_tokens(hidden)
+    own_targets = targets if share is None else share.own(targets, -100)
+    nll = linear_nll(hidden.flatten(0, 1), head.weight, own_targets.flatten(), **head.after).view(own_targets.shape)
+    return nll if share is None else share.whole(nll)
 
 
 def _states(model: Any, bound: _Binding, own: Callable[..., Any], batch: Batch, given: dict[str, Any]) -> OwnTerms:
@@ -358,17 +464,3 @@ def _states(model: Any, bound: _Binding, own: Callable[..., Any], batch: Batch, 
     else:
         terms = OwnTerms(bound.parts.decoder(**inputs).last_hidden_state)
     return terms if batch.share is not None else terms._replace(hidden=aligned_with_tokens(terms.hidden))
-
-
-def _warn_of_noise(model: PreTrainedModel) -> None:
-    """Say that dropout of the trained pass enters weights that compare it with a pass without."""
-    config = model.config.get_text_config().to_dict()
-    of_dropout = {name: value for name, value in config.items() if "dropout" in name or name.endswith("pdrop")}
-    found = [f"{name} {value}" for name, value in of_dropout.items() if isinstance(value, float) and value > 0]
-    found += [name for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0][:1]
-    if found:
-        logger.warning(
-            "%s: the losses with the long context are those of the training pass, dropout included, so that weights "
-            "differ from those of an evaluation: set it to 0 where weights should not be noisy",
-            found[0],
-        )

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import TransformersKwargs
 
-from tokenweight.method import NonFinite, prediction_mask
+from tokenweight.method import SCORES, NonFinite, prediction_mask
 from tokenweight.models.context_parallel import SequenceShard, sequence_shard
 
-OF_THE_LOSS = ("short_nll", "num_items_in_batch")
+OF_THE_LOSS = (*SCORES, "num_items_in_batch")
 """What a bound model takes beside the inputs of the model."""
 _REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
 """Inputs of causal models that mean something else than the loss of the tokens."""
@@ -28,7 +28,7 @@ def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None
     Args:
         given: all inputs of the model by name.
         known: the names of those that the model takes, and of what is beside them.
-        scored: whether the weights compare the model with a short context.
+        scored: whether the weights are made of scores of the tokens.
     """
     present = {name: value for name, value in given.items() if value is not None}
     if present.get("return_dict") is True:
@@ -41,8 +41,8 @@ def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None
         if "fused_lm_head" in unknown:  # of TRL, which asks for a loss of its own
             expected = "tokenweight.train.trl.TokenWeightedSFTTrainer in place of SFTTrainer"
         raise ValueError(
-            f"a model with a weighted loss takes input_ids, labels and short_nll: found {found}, which would not be "
-            f"heard: expected {expected}"
+            f"a model with a weighted loss takes input_ids, labels and {', '.join(SCORES)}: found {found}, which would "
+            f"not be heard: expected {expected}"
         )
     if "position_ids" not in present and (told := [name for name in _PACKING if name in present]):
         raise ValueError(f"{told[0]}: found without position_ids: expected position_ids that restart at each document")
@@ -63,7 +63,8 @@ class Batch:
     tokens: Int[Tensor, "batch part"]
     labels: Int[Tensor, "batch seq"]
     """Of whole sequences, aligned with tokens."""
-    short_nll: Float[Tensor, "batch seq"] | None
+    scores: dict[str, Float[Tensor, "batch seq"]]
+    """Those of `SCORES` that are used and were given, of whole sequences."""
     num_items: Tensor | int | None
     position_ids: Int[Tensor, "batch part"] | None
     attention_mask: Tensor | None
@@ -88,7 +89,7 @@ class Batch:
         """Raise a ValueError for a token that would be weighted or counted wrongly; the host waits for the device once.
 
         Args:
-            scored: whether the weights compare the losses of tokens with two contexts.
+            scored: whether the weights are made of scores of the tokens.
             scorer: whether a scorer is to read the tokens.
         """
         if scorer and self.attention_mask is not None and self.real is None:
@@ -105,22 +106,22 @@ class Batch:
             return
         number, row, column = places.nonzero()[0].tolist()
         name, expected = [*wrong][number]
-        values: dict[str, Any] = {"short_nll": self.short_nll, "labels": self.labels, "attention_mask": self.real}
+        values: dict[str, Any] = {**self.scores, "labels": self.labels, "attention_mask": self.real}
         value = values[name][row, column]
-        if name == "short_nll":
+        if name in SCORES:
             raise NonFinite(name, row, column, value.item())
         raise ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
 
     def _wrong(self, scored: bool, scorer: bool) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """For each input, and what was expected of it, the tokens that are otherwise."""
         named, counted = self.labels != -100, self.num_items is not None
-        if self.short_nll is not None:
-            yield ("short_nll", "a finite number"), self.mask & ~self.short_nll.isfinite()
+        for name, values in self.scores.items():
+            yield (name, "a finite number"), self.mask & ~values.isfinite()
         if self.share is not None:
             return
         if scored:
             other = self.labels != self.tokens
-            yield ("labels", "the token itself, of which the short loss speaks"), self.mask & other
+            yield ("labels", "the token itself, of which its scores speak"), self.mask & other
         later = torch.ones_like(named)
         later[:, 0] = False
         if counted and self.position_ids is not None:
@@ -137,25 +138,27 @@ class Batch:
             yield ("attention_mask", expected), begins & (begins.cumsum(dim=1) > 1)
 
 
-def read_batch(given: dict[str, Any], context: DeviceMesh | None) -> Batch:
+def read_batch(given: dict[str, Any], context: DeviceMesh | None, used: Set[str] = frozenset(SCORES)) -> Batch:
     """Understand the inputs of a bound model, whose names `check_names` has seen.
 
     Args:
         context: the ranks over which sequences are split.
+        used: those of `SCORES` that weights are made of; others are left out.
 
     Raises:
-        ValueError: if labels and short losses have not the shape of the tokens, or losses are not exact.
+        ValueError: if labels and scores have not the shape of the tokens, or scores are not exact.
     """
     rest, share = dict(given), None
-    names = ("input_ids", "labels", "short_nll", "num_items_in_batch", "position_ids", "attention_mask", "shift_labels")
-    tokens, labels, short_nll, num_items, position_ids, mask, shift_labels = (rest.pop(name, None) for name in names)
+    names = ("input_ids", "labels", "num_items_in_batch", "position_ids", "attention_mask", "shift_labels")
+    tokens, labels, num_items, position_ids, mask, shift_labels = (rest.pop(name, None) for name in names)
     rest.pop("return_dict", None)
     rest.pop("use_cache", None)  # never used: with labels there is nothing to continue
-    short_nll = None if short_nll is None else unpack_bits(short_nll)
+    columns = {name: rest.pop(name, None) for name in SCORES}
+    scores = {name: unpack_bits(columns[name]) for name in SCORES if name in used and columns[name] is not None}
     if context is not None:
         share = sequence_shard(position_ids, context)
         labels = share.labels(shift_labels)
-        short_nll = None if short_nll is None else share.rows("short_nll", short_nll)
+        scores = {name: share.rows(name, values) for name, values in scores.items()}
     elif shift_labels is not None:
         raise ValueError(
             "a model with a weighted loss found shift_labels, as of sequences that are split over ranks: expected "
@@ -165,15 +168,20 @@ def read_batch(given: dict[str, Any], context: DeviceMesh | None) -> Batch:
         position_ids = position_ids.expand(tokens.shape)
     if share is None and labels.shape != tokens.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(tokens.shape)}")
-    if short_nll is not None and short_nll.shape != labels.shape:
-        raise ValueError(f"short_nll has shape {list(short_nll.shape)}: expected that of labels, {list(labels.shape)}")
-    if short_nll is not None and short_nll.dtype not in (torch.float32, torch.float64):
+    for name, values in scores.items():
+        _check_scores(name, values, labels)
+    return Batch(tokens, labels, scores, num_items, position_ids, mask, rest, share)
+
+
+def _check_scores(name: str, values: Tensor, labels: Tensor) -> None:
+    if values.shape != labels.shape:
+        raise ValueError(f"{name} has shape {list(values.shape)}: expected that of labels, {list(labels.shape)}")
+    if values.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"short_nll came as {short_nll.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
+            f"{name} came as {values.dtype}, in which a loss of 8 nats is off by 0.03 or worse: expected "
             "float32. DeepSpeed, and FSDP2 in 16 bits, cast what a batch holds: use "
             "tokenweight.train.DataCollatorWithScores"
         )
-    return Batch(tokens, labels, short_nll, num_items, position_ids, mask, rest, share)
 
 
 def documents_of(

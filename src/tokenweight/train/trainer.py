@@ -76,15 +76,15 @@ class WeightedTrainer(Trainer):
             raise ValueError(
                 "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
             )
-        if self.args.neftune_noise_alpha and self.model._token_weighting.weighting.uses_short:
+        bound = self.model._token_weighting
+        if self.args.neftune_noise_alpha and bound.compares:
             logger.warning(
-                "trainer.neftune_noise_alpha %g: the long losses of a step hold this noise, the short ones do not, and "
-                "weights are made of both",
+                "trainer.neftune_noise_alpha %g: weights are made without this noise, which costs a forward pass more "
+                "in each step",
                 self.args.neftune_noise_alpha,
             )
         if (ranks := context_mesh(self.accelerator)) is not None:
-            bound = self.model._token_weighting
-            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks)
+            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks, bound.contrast)
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
