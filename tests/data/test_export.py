@@ -316,7 +316,7 @@ def shorter(row):
 
 
 REFUSALS = [
-    (without("long_nll"), "hf", r"scored has no column long_nll: score its rows anew, with `tokenweight score --long`"),
+    (without("long_nll"), "hf", r"scored has no column long_nll: score it with `tokenweight score .* --long`"),
     (without("short_nll"), "hf", r"scored has no column short_nll"),
     (changed("long_nll", 1, 5, float("inf")), "hf", "^long_nll of row 1, position 5 is inf: expected a finite number"),
     (changed("short_nll", 3, 7, float("nan")), "trl", "^short_nll of row 3, position 7 is nan"),

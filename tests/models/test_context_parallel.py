@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import models
 from models import assert_close
-from tokenweight import Dense, Scorer, ShortContext, Uniform, with_weighted_loss
+from tokenweight import Dense, Scorer, ShortContext, with_weighted_loss
 from tokenweight.models import context_mesh, context_parallel
 from tokenweight.models.context_parallel import sequence_shard
 
@@ -124,9 +124,11 @@ def test_given_losses_have_the_weights_of_whole_rows_to_the_bit(two_ranks, name,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", script.ORDERS)
-@pytest.mark.parametrize("name", script.WEIGHTINGS)
+@pytest.mark.parametrize("name", [*script.WEIGHTINGS, *script.PAIRS])
 def test_a_model_has_the_loss_and_the_gradients_of_one_process(two_ranks, name, order):
-    model, batches = with_weighted_loss(models.tiny(), script.WEIGHTINGS[name]), script.micro_batches()
+    weighting = {**script.WEIGHTINGS, **script.PAIRS}[name]
+    model = with_weighted_loss(models.tiny(), weighting, contrast="scorer" if "scorer" in name else "trained")
+    batches = script.micro_batches()
     num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     outputs = [model(**batch, num_items_in_batch=num_items) for batch in batches]
     loss = sum(output.loss for output in outputs)
@@ -139,7 +141,7 @@ def test_a_model_has_the_loss_and_the_gradients_of_one_process(two_ranks, name, 
         expected |= {f"{key} {number}": output[key] for number, output in enumerate(outputs)}
     for found in two_ranks[1]:
         found = dict(found[f"{name}, {order}"])
-        if script.WEIGHTINGS[name] == Uniform():  # needs no short losses, and says nothing of them
+        if not weighting.uses_short:  # and says nothing of short losses
             found = {key: value for key, value in found.items() if not key.startswith("short")}
             expected = {key: value for key, value in expected.items() if not key.startswith("short")}
         assert_close(found, expected)

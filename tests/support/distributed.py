@@ -14,7 +14,7 @@ from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, with_weight
 from tokenweight.train import DataCollatorWithScores, training_arguments
 
 LENGTHS = (40, 9, 25, 33, 40, 17, 5, 28)
-WEIGHTINGS = {"dense": Dense(), "sparse": Sparse(), "longce": LongCE()}
+WEIGHTINGS = {"dense": Dense(), "sparse": Sparse(), "longce": LongCE(), "columns": models.ByColumns()}
 
 
 def some_rows(lengths: tuple[int, ...] = LENGTHS, *, scored: bool = True) -> datasets.Dataset:
@@ -24,6 +24,15 @@ def some_rows(lengths: tuple[int, ...] = LENGTHS, *, scored: bool = True) -> dat
     if scored:
         rows["short_nll"] = [(8 * torch.rand(length, generator=numbers)).tolist() for length in lengths]
     return datasets.Dataset.from_dict(rows)
+
+
+def with_scores(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the other columns that weights can be made of."""
+    draw = torch.Generator().manual_seed(2)
+    for name in ("long_nll", "ref_nll", "divergence"):
+        values = [(5 * torch.rand(len(tokens), generator=draw)).tolist() for tokens in rows["input_ids"]]
+        rows = rows.add_column(name, values)
+    return rows
 
 
 def fit(

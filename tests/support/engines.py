@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from distributed import WEIGHTINGS, some_rows
+from distributed import WEIGHTINGS, some_rows, with_scores
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dense, self, tied, checkpointing": {"weighting": "dense", "scorer": "self", "kind": "llama-tied", **CHECKPOINTING},
     "sparse, self, in parts": {"weighting": "sparse", "scorer": "self", "gradient_accumulation_steps": 2},
     "longce, self": {"weighting": "longce", "scorer": "self", "kind": "gpt2"},
+    "columns": {"weighting": "columns", "scorer": "stored"},
+    "sparse, of the scorer": {"weighting": "sparse", "scorer": "stored", "contrast": "scorer"},
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -97,14 +99,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def fit(
-    engine: str, weighting: str, scorer: str, kind: str = "llama", dtype: torch.dtype = torch.float64, **given: Any
+    engine: str,
+    weighting: str,
+    scorer: str,
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float64,
+    contrast: str = "trained",
+    **given: Any,
 ) -> Run:
     """Three steps of AdamW on rows of different lengths, two rows together in all processes."""
     choose_engine(engine)
     model = models.tiny(kind, dtype=dtype)
     # Two windows at a time, so that a process with longer rows has more passes to run.
     scoring = Scorer(model, ShortContext(8, 5), max_tokens=16) if scorer == "self" else None
-    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring)
+    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring, contrast=contrast)
     watch = Watch(model)
     settings = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     batch = 2 // int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,7 +121,7 @@ def fit(
         trainer = Trainer(
             model=model,
             args=training_arguments(given, out),
-            train_dataset=some_rows(scored=scorer == "stored"),
+            train_dataset=with_scores(some_rows()) if scorer == "stored" else some_rows(scored=False),
             data_collator=DataCollatorWithScores(),
             callbacks=[watch],
         )

@@ -99,6 +99,18 @@ class Threshold(Weighting):
         return (short - long > self.above).to(long.dtype)
 
 
+@dataclass(frozen=True)
+class ByColumns(Weighting):
+    """Reads stored columns and positions; the first tokens of a document weigh by their divergence alone."""
+
+    uses = frozenset({"ref_nll", "divergence", "positions"})
+
+    def weigh(
+        self, long: Tensor, short: Tensor, mask: Tensor, *, ref_nll: Tensor, divergence: Tensor, positions: Tensor
+    ) -> Tensor:
+        return (long - ref_nll).abs() * (positions > 2) + divergence
+
+
 # Models with float64 weights compute norms in float32: states that differ by 1e-15 may round apart by 6e-8 of their
 # size, and a weight that divides by a sum of differences magnifies that.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

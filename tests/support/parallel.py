@@ -21,12 +21,14 @@ from torch.nn import functional
 
 import models
 from tokenweight import PPMI, Dense, LongCE, Sparse, Uniform, with_weighted_loss
-from tokenweight.method import weighted_linear_cross_entropy
+from tokenweight.method import SCORES, weighted_linear_cross_entropy
 from tokenweight.models.context_parallel import sequence_shard
 from tokenweight.train import TrainSettings, train
 
 LENGTH, ORDERS = 24, ("contiguous", "balanced")
 WEIGHTINGS = {str(w): w for w in (Uniform(), Dense(), Sparse(), LongCE(cap=2.0), PPMI(keep=0.8))}
+PAIRS = {"dense, of the scorer": Dense(), "columns": models.ByColumns()}
+"""Weightings that read other columns."""
 LAUNCHED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
 """What `accelerate launch --use_parallelism_config --parallelism_config_cp_size 2` sets."""
 
@@ -38,11 +40,9 @@ def micro_batches() -> list[dict[str, Tensor]]:
         tokens = models.some_tokens(2, LENGTH, seed=seed)
         labels = tokens.where(torch.rand(tokens.shape, generator=numbers) > 0.2 * (seed + 1), -100)
         labels[:, LENGTH // 2] = tokens[:, LENGTH // 2]  # the first token of the second rank, if contiguous
-        short = 6 * torch.rand(tokens.shape, generator=numbers, dtype=torch.float64)
+        scores = {name: 6 * torch.rand(tokens.shape, generator=numbers, dtype=torch.float64) for name in SCORES}
         positions = torch.arange(LENGTH) + 9 * seed * (torch.arange(LENGTH) >= 7)
-        batches.append(
-            {"input_ids": tokens, "labels": labels, "short_nll": short, "position_ids": positions.repeat(2, 1)}
-        )
+        batches.append({"input_ids": tokens, "labels": labels, "position_ids": positions.repeat(2, 1), **scores})
     return batches
 
 
@@ -135,14 +135,14 @@ def shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**{name: value for name, value in batch.items() if name != "labels"}, "shift_labels": labels}
 
 
-def weigh_a_model(mesh, weighting, *, whole_scores: bool) -> dict:
+def weigh_a_model(mesh, weighting, *, whole_scores: bool, contrast: str = "trained") -> dict:
     """Two micro-batches of one step, with loss and gradients summed over the ranks; and one without `num_items`."""
-    model, batches = with_weighted_loss(models.tiny(), weighting, context=mesh), micro_batches()
+    model, batches = with_weighted_loss(models.tiny(), weighting, context=mesh, contrast=contrast), micro_batches()
     _attach_context_parallel_hooks(model)
     num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     loss, outputs = torch.zeros((), dtype=torch.float64), []
     for batch in map(shifted, batches):
-        kept = {"short_nll": batch.pop("short_nll")} if whole_scores else {}
+        kept = {name: batch.pop(name) for name in SCORES} if whole_scores else {}
         with split(mesh, batch):
             outputs.append(model(**batch, **kept, num_items_in_batch=num_items))
             outputs[-1].loss.backward()
@@ -205,6 +205,10 @@ if __name__ == "__main__":
         for number, (name, weighting) in enumerate(WEIGHTINGS.items()):
             whole_scores = bool(number % 2) == (order == "balanced")  # of each weighting once whole, once split
             results[f"{name}, {order}"] = weigh_a_model(mesh, weighting, whole_scores=whole_scores)
+        for name, weighting in PAIRS.items():
+            contrast = "scorer" if "scorer" in name else "trained"
+            found = weigh_a_model(mesh, weighting, whole_scores=order == "balanced", contrast=contrast)
+            results[f"{name}, {order}"] = found
     results["refusals"] = refusals(mesh)
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     train_folders(folder, "split")

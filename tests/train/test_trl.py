@@ -6,7 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from distributed import some_rows
+from distributed import some_rows, with_scores
 from runs import SAME_LOSSES, SAME_WEIGHTS, packed
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -50,10 +50,11 @@ def sft(out, rows, weighting="dense", *, model=None, given=None, **settings):
     return TokenWeightedSFTTrainer(model, arguments, train_dataset=rows, **{**tokenizer, **(given or {})})
 
 
-def plain(out, rows, weighting="dense", *, scored=True):
+def plain(out, rows, weighting="dense", *, scored=True, contrast="trained"):
     """The stock Trainer of the same model, bound by hand."""
     model = models.tiny("gpt2")
-    with_weighted_loss(model, parse_weighting(weighting), None if scored else Scorer(model, ShortContext(8, 5)))
+    scorer = None if scored else Scorer(model, ShortContext(8, 5))
+    with_weighted_loss(model, parse_weighting(weighting), scorer, contrast=contrast)
     arguments = TrainingArguments(str(out), **SETTINGS)
     return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithScores())
 
@@ -80,6 +81,17 @@ def test_training_is_that_of_the_plain_trainer(weighting, scored, kwargs, tmp_pa
     rows = some_rows(scored=scored).add_column("document", list("abcdefgh"))
     trainer = sft(tmp_path, rows, weighting, dataset_kwargs=kwargs, **({} if scored else SELF))
     assert_same(trainer, plain(tmp_path, rows, weighting, scored=scored))
+
+
+def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain_trainer(tmp_path):
+    rows = with_scores(some_rows())
+    for weighting, contrast in (("dense", "scorer"), ("models.ByColumns", "trained")):
+        trainer = sft(tmp_path, rows, weighting, contrast=contrast)
+        assert_same(trainer, plain(tmp_path, rows, weighting, contrast=contrast))
+    with pytest.raises(ValueError, match="found no column long_nll"):
+        sft(tmp_path, some_rows(), contrast="scorer")
+    with pytest.raises(ValueError, match="found no column ref_nll"):
+        sft(tmp_path, some_rows(), "models.ByColumns")
 
 
 def test_packed_documents_stay_apart_as_in_the_plain_trainer(tmp_path):

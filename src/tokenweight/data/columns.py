@@ -20,7 +20,7 @@ MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 """0 where a token is read, but not trained: there labels become -100."""
 TRANSLATED = ("attention_mask", *MASKS, "seq_lengths", "token_type_ids")
 """Columns of other tools that are put into `COLUMNS`."""
-_LOSSES = re.compile(r"long_nll|short_nll(_\d+)?")
+_SCORES = re.compile(r"long_nll|ref_nll|(short_nll|divergence)(_\d+)?")
 _HARMLESS = ("special_tokens_mask",)
 # Names by which other tools say something about single tokens, and about the weight of whole rows.
 _MEANT = re.compile(
@@ -41,7 +41,7 @@ def check_types(rows: datasets.Dataset, folder: Any) -> None:
         numbers = ints or (values is not None and (pa.types.is_floating(values) or pa.types.is_boolean(values)))
         if name in COLUMNS and not ints:
             raise ValueError(f"{folder}: {name} holds {kind}: expected a list of whole numbers in each row")
-        if (name in TRANSLATED or _LOSSES.fullmatch(name)) and not numbers:
+        if (name in TRANSLATED or _SCORES.fullmatch(name)) and not numbers:
             raise ValueError(f"{folder}: {name} holds {kind}: expected a list of numbers in each row")
         if _of_token(name) or name in (*TRANSLATED, *_HARMLESS):
             continue
@@ -87,7 +87,7 @@ def translated(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     say what masks and lengths of other tools said.
 
     Args:
-        row: with `input_ids`, perhaps `labels`, `position_ids`, losses, and columns of `TRANSLATED`.
+        row: with `input_ids`, perhaps `labels`, `position_ids`, scores, and columns of `TRANSLATED`.
 
     Raises:
         ValueError: if a mask has a hole or values other than 0 and 1, or two columns contradict each other.
@@ -175,7 +175,7 @@ def _says_nothing(rows: datasets.Dataset, name: str) -> bool:
 
 def _of_token(name: str) -> bool:
     """Whether a column is ours and has a value for each token."""
-    return name in COLUMNS or _LOSSES.fullmatch(name) is not None
+    return name in COLUMNS or _SCORES.fullmatch(name) is not None
 
 
 def _element(kind: pa.DataType | None) -> pa.DataType | None:

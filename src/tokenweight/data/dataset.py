@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
+from tokenweight.method import SCORES
+from tokenweight.models import SCORE_OPTIONS
 from tokenweight.records import read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
+_SIZED = ("short_nll", "divergence")
+"""Scores that are stored for each short context, with its size at the end of the name."""
 _ROWS_READ = 64  # at a time, when all rows are looked at
 
 
@@ -179,7 +183,8 @@ def load_scores(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Open a scored folder: its rows, and its provenance (empty, if it was not made by `score_rows`).
 
-    The chosen scores are the column `short_nll`, and `provenance["context"]` is the size and stride of their windows.
+    The chosen scores are the column `short_nll`, and `divergence` if it is stored; `provenance["context"]` is the size
+    and stride of their windows.
     Another stride than the expected one is warned of.
 
     Args:
@@ -194,26 +199,40 @@ def load_scores(
 
 
 def choose_scores(
-    rows: datasets.Dataset, folder: str | os.PathLike[str], *, size: int | None = None, stride: int | None = None
+    rows: datasets.Dataset,
+    folder: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    stride: int | None = None,
+    needed: Set[str] = frozenset({"short_nll"}),
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """`load_scores` of rows that `load_rows` has opened."""
+    """`load_scores` of rows that `load_rows` has opened.
+
+    Args:
+        needed: the columns that have to be there, of `tokenweight.method.SCORES`.
+    """
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance and (Path(folder) / "state.json").is_file():
         _check_not_resaved(Path(folder))
-    if not has_scores(rows):
-        raise ValueError(f"{folder} has no column short_nll: score it with `tokenweight score {folder}`")
+    for name in [name for name in SCORES if name in needed]:
+        if not any(column == name or column.startswith(f"{name}_") for column in rows.column_names):
+            raise ValueError(
+                f"{folder} has no column {name}: score it with `tokenweight score {folder}{SCORE_OPTIONS[name]}`"
+            )
     if not provenance:
         logger.warning("%s does not say who scored it: its scores are used as they are", folder)
-    sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith("short_nll_")]
-    if "short_nll" in rows.column_names:  # `score` did not write it, and nothing says its context
+    first = next((name for name in _SIZED if name in needed), None)
+    if first is None:
+        return rows, provenance
+    sizes = [int(name.rpartition("_")[2]) for name in rows.column_names if name.startswith(f"{first}_")]
+    if first in rows.column_names:  # `score` did not write it, and nothing says its context
         if size is None:
-            return rows, provenance
+            return _with_all(rows, folder, needed), provenance
         if size not in sizes:
             raise ValueError(
-                f"size {size}: {folder} has a column short_nll, which does not say its size: call it short_nll_{size}, "
+                f"size {size}: {folder} has a column {first}, which does not say its size: call it {first}_{size}, "
                 "or leave size out"
             )
-        rows = rows.remove_columns("short_nll")
     if size is None and len(sizes) == 1:
         size = sizes[0]
     if size not in sizes:
@@ -222,7 +241,21 @@ def choose_scores(
     context = next((one for one in provenance.get("contexts", ()) if one["size"] == size), {"size": size})
     if stride is not None and context.get("stride", stride) != stride:
         logger.warning("%s was scored with stride %s, not %s: it is used as it is", folder, context["stride"], stride)
-    return rows.rename_column(f"short_nll_{size}", "short_nll"), {**provenance, "context": context}
+    rows = rows.remove_columns([name for name in _SIZED if name in rows.column_names])
+    chosen = {f"{name}_{size}": name for name in _SIZED if f"{name}_{size}" in rows.column_names}
+    return _with_all(rows.rename_columns(chosen), folder, needed, size), {**provenance, "context": context}
+
+
+def _with_all(
+    rows: datasets.Dataset, folder: str | os.PathLike[str], needed: Set[str], size: int | None = None
+) -> datasets.Dataset:
+    """The rows themselves; a ValueError if they lack a column of the size that was chosen."""
+    for name in [name for name in _SIZED if name in needed and name not in rows.column_names]:
+        column = name if size is None else f"{name}_{size}"
+        raise ValueError(
+            f"{folder} has no column {column}: score it with `tokenweight score {folder}{SCORE_OPTIONS[name]}`"
+        )
+    return rows
 
 
 def has_scores(rows: datasets.Dataset) -> bool:

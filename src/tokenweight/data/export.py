@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import load_scores, open_rows, row_lengths
+from tokenweight.data.dataset import choose_scores, load_rows, open_rows, row_lengths
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
-from tokenweight.method import Weighting, check_finite, prediction_mask
-from tokenweight.models import numbered_from
+from tokenweight.method import SCORES, Weighting, check_finite, document_positions, prediction_mask
+from tokenweight.models import numbered_from, score_columns
 from tokenweight.records import environment, new_folder, read_json, write_json, writing_to
 
 _ROWS_PER_BATCH = 16
@@ -86,7 +86,7 @@ def export_weights(
     which scores and which weighting made the weights.
 
     Args:
-        folder: scored with the long losses.
+        folder: scored with the long losses, and with what else the weighting uses.
         format: hf, trl, llamafactory, ms-swift or tinker: docs/data.md says how each of them uses the weights.
         size: of the short context; by default the only one that is stored.
 
@@ -100,9 +100,8 @@ def export_weights(
     check_name(out)
     if out.exists():
         raise ValueError(f"out {out}: exists already; name a new folder")
-    rows, provenance = load_scores(folder, size=size)
-    if "long_nll" not in rows.column_names:
-        raise ValueError(f"{folder} has no column long_nll: score its rows anew, with `tokenweight score --long`")
+    needed = score_columns(weighting, "scorer")
+    rows, provenance = choose_scores(load_rows(folder), folder, size=size, needed=needed)
     verify(folder)
     summary = ExportSummary()
     with new_folder(out) as part:
@@ -184,7 +183,7 @@ def _of_json(value: Any) -> Any:
 
 
 def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[WeighedRow]:
-    """Weigh rows that hold `input_ids`, `long_nll` and `short_nll`, one at a time.
+    """Weigh rows that hold `input_ids` and the scores that weights are made of, one at a time.
 
     Args:
         rows: in numpy format; `position_ids` and `labels` say, if they are there, which tokens are predicted.
@@ -193,7 +192,8 @@ def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[Weighed
         ValueError: naming a row in which a loss or weight is not finite, or whose labels are not its tokens: the losses
             are those of the tokens.
     """
-    names = ["long_nll", "short_nll", *(name for name in COLUMNS if name in rows.column_names)]
+    scores = [name for name in SCORES if name in score_columns(weighting, "scorer")]
+    names = [*scores, *(name for name in COLUMNS if name in rows.column_names)]
     for number, row in enumerate(rows.select_columns(names)):
         tokens = row["input_ids"]
         columns = {name: torch.as_tensor(np.array(row[name]))[None] for name in names}
@@ -201,11 +201,14 @@ def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[Weighed
         if "labels" in columns and (differs := mask & (columns["labels"] != columns["input_ids"])).any():
             position = int(differs.nonzero()[0, 1])
             raise ValueError(f"row {number}: label and token {position} differ: expected the token, or -100")
-        for name in ("long_nll", "short_nll"):
+        for name in scores:
             with numbered_from(number):
                 check_finite({name: columns[name]}, mask)
+        long = columns.get("long_nll", torch.zeros(mask.shape))  # not read, where it was not asked for
+        positions = document_positions(columns["input_ids"], columns.get("position_ids"))
+        used: dict[str, Any] = {**{name: columns.get(name) for name in SCORES}, "positions": positions}
         try:
-            weights = weighting(columns["long_nll"], columns["short_nll"], mask).float()
+            weights = weighting(long, columns.get("short_nll", long), mask, **used).float()
         except ValueError as error:  # which counts the rows of its batch
             raise ValueError(f"row {number}, weighed alone: {error}") from None
         tokens = tokens.astype(np.int32)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from tokenweight.data.dataset import load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
 from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
-from tokenweight.method import ShortContext, prediction_mask
+from tokenweight.method import SCORES, ShortContext, Weighting, document_positions, prediction_mask
 from tokenweight.models import (
     Scorer,
     check_length,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 4096
 """Tokens of a row of a text that is scored at once, unless the model has fewer positions."""
-_NUMBERS = (*COLUMNS, "short_nll", "long_nll")
+_NUMBERS = (*COLUMNS, *SCORES)
 
 
 class ScoredRow(NamedTuple):
@@ -57,6 +57,20 @@ class ScoredRow(NamedTuple):
     """Number of the row in its folder or text, from 0."""
     num_rows: int | None = None
     """Rows of the folder or text."""
+    ref_nll: Float[Tensor, "1 seq"] | None = None
+    """Its losses by a reference model, if they are stored."""
+    divergence: Float[Tensor, "1 seq"] | None = None
+    """That of its predictions with the short context from those with the long one, if it is stored."""
+
+    def weigh(self, weighting: Weighting) -> Float[Tensor, "1 seq"]:
+        """The weights of its tokens.
+
+        Raises:
+            ValueError: for a score that is not finite, or that the weighting uses and the row does not have.
+        """
+        positions = document_positions(self.tokens, self.position_ids)
+        used: dict[str, Any] = {"ref_nll": self.ref_nll, "divergence": self.divergence, "positions": positions}
+        return weighting(self.long_nll, self.short_nll, self.mask, **used)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A line for each token: its `position` in the row, from 0, `token` id, `text` (all together are the decoded
@@ -152,7 +166,8 @@ def read_rows(
         losses = long_nll.float().cpu(), columns["short_nll"].float()
         windows = context.get("size"), context.get("stride")
         place = first + len(found), len(rows)
-        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place))
+        others = [columns[name].float() if name in columns else None for name in ("ref_nll", "divergence")]
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place, *others))
     return found
 
 

@@ -74,11 +74,11 @@ def weighted_loss(
     hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
     if long is not None or (used and not weighting.of_losses):  # weights are known before the losses
         given = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device) if long is None else long
-        known = given if short is None else short.filled(given)
-        weights = weighting(given, known, mask, history=history, **used)
+        of_short = given if short is None else short.filled(given)
+        weights = weighting(given, of_short, mask, history=history, **used)
         loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten())
         long_nll = whole(nll.view(len(mask), -1))
-        short_nll = long_nll if short is None else known
+        short_nll = long_nll if short is None else of_short
         check_finite({"the long loss": long_nll}, mask)
     elif weighting.pointwise:
         known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())

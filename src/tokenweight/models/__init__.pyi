@@ -19,6 +19,7 @@ from .context_parallel import context_mesh as context_mesh
 from .context_parallel import sequence_shard as sequence_shard
 from .folder import adapter_base as adapter_base
 from .folder import add_older_rope as add_older_rope
+from .inputs import SCORE_OPTIONS as SCORE_OPTIONS
 from .inputs import pack_bits as pack_bits
 from .inputs import unpack_bits as unpack_bits
 from .load import find_tokenizer as find_tokenizer

@@ -28,7 +28,7 @@ from tokenweight.method import (
     weighted_loss,
 )
 from tokenweight.models.causal import CausalParts, causal_parts, evaluating
-from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, documents_of, read_batch
+from tokenweight.models.inputs import OF_THE_LOSS, SCORE_OPTIONS, Batch, check_names, documents_of, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.scorer import Scorer
 
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 CONTRASTS = ("trained", "scorer")
 """Whose losses weights are made of: the long one of the trained model with a short one, or both of the scorer."""
 _NEEDED = {
-    "short_nll": ("the short loss", "tokenweight score"),
-    "long_nll": ("the scorer's long loss (contrast scorer)", "tokenweight score --long"),
-    "ref_nll": ("the loss by a reference model", "tokenweight score --as reference"),
-    "divergence": ("the divergence by the scorer", "tokenweight score --long --divergence"),
+    "short_nll": "the short loss",
+    "long_nll": "the scorer's long loss (contrast scorer)",
+    "ref_nll": "the loss by a reference model",
+    "divergence": "the divergence by the scorer",
 }
-"""Of each column what it holds, and what writes it."""
+"""What each column holds."""
 _NOISE = re.compile("drop|jitter|neftune_noise")
 """Names of attributes of modules that say how much noise there is where they train."""
 
@@ -380,12 +380,13 @@ def _can_weigh(bound: _Binding, batch: Batch) -> bool:
     scored = set() if bound.scorer is None else {"short_nll", "long_nll"}
     missing = [name for name in SCORES if name in bound.columns - batch.scores.keys() - scored]
     if missing and torch.is_grad_enabled():
-        name, (what, command) = missing[0], _NEEDED[missing[0]]
+        name = missing[0]
         other = ", or bind the model with a Scorer" if name in ("short_nll", "long_nll") else ""
         raise ValueError(
-            f"weighting {bound.weighting} needs {what} of every token, but no {name} column reached the model"
-            f"{' and it has no scorer' if other else ''}: a collator, packing or remove_unused_columns dropped the "
-            f"column, or the data was never scored (`{command}`). Use tokenweight.train.DataCollatorWithScores{other}"
+            f"weighting {bound.weighting} needs {_NEEDED[name]} of every token, but no {name} column reached the model"
+            f"{' and it has no scorer' if other else ''}: a collator, packing or remove_unused_columns dropped it, or "
+            f"the data was never scored (`tokenweight score{SCORE_OPTIONS[name]}`): use "
+            f"tokenweight.train.DataCollatorWithScores{other}"
         )
     return not missing
 
@@ -406,11 +407,10 @@ def _values(model: Any, bound: _Binding, batch: Batch, *, scores: bool) -> _Valu
     if "positions" in bound.weighting.uses:
         positions = None if batch.share is not None else documents_of(batch.position_ids, batch.attention_mask)
         used["positions"] = document_positions(batch.labels, positions)
+    stored, long = batch.scores.get("short_nll"), batch.scores.get("long_nll")
+    short = None if stored is None else ShortLosses(stored)
     if scores:
         short, long = _scored(model, bound, batch)
-    else:
-        short = None if "short_nll" not in batch.scores else ShortLosses(batch.scores["short_nll"])
-        long = batch.scores.get("long_nll")
     if long is None and bound.compares and find_noise(model, now=True):
         long = _long_without_noise(model, bound, batch)
     return _Values(short, long, used)

@@ -16,6 +16,8 @@ from tokenweight.models.context_parallel import SequenceShard, sequence_shard
 
 OF_THE_LOSS = (*SCORES, "num_items_in_batch")
 """What a bound model takes beside the inputs of the model."""
+SCORE_OPTIONS = {"short_nll": "", "long_nll": " --long", "ref_nll": " --as reference", "divergence": " --divergence kl"}
+"""The options with which `tokenweight score` writes each column of scores."""
 _REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
 """Inputs of causal models that mean something else than the loss of the tokens."""
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

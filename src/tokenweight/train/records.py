@@ -121,7 +121,7 @@ def describe(
     fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
     named = before.name_or_path == run.settings.model  # the base of an adapter has commits of its own
     revision = (getattr(before, "_commit_hash", None) if named else None) or run.settings.revision
-    resolved = {"weighting": str(run.weighting), "revision": revision, **windows}
+    resolved = {"weighting": str(run.weighting), "contrast": sequences.contrast, "revision": revision, **windows}
     sources, held_out = sequences.sources, sequences.held_out
     mixture = {
         name: {"share": share, **source.record}
@@ -135,7 +135,7 @@ def describe(
         "texts": sources[0].texts if len(sources) == 1 else {},
         **({"mixture": mixture} if len(sources) > 1 else {}),
         **({} if held_out is None else {"held_out": held_out.record}),
-        "scores": run.settings.scorer if run.weighting.uses_short else None,
+        "scores": run.settings.scorer if run.scored else None,
         "rope": {"before": _rope(before), "after": _rope(config), "positions": context_length(before)},
         "rope_parameters": getattr(config.get_text_config(), "rope_parameters", None),
         "attn_implementation": config._attn_implementation,

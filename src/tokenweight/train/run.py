@@ -75,10 +75,10 @@ def _trained(
         record.update(identities(run, model, scoring))
     trained = _adapted(model, run.lora)
     scorer = None
-    if context is not None and run.weighting.uses_short:
+    if context is not None and run.scored:
         prefix = text_prefix(tokenizer, sequences.provenance)
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix)
-    with_weighted_loss(model, run.weighting, scorer)
+    with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast)
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
         model=trained,
@@ -88,7 +88,7 @@ def _trained(
         data_collator=DataCollatorWithScores(),
         processing_class=tokenizer,
         callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
-        size=sequences.sources[0].context.get("size") if run.reads_scores else None,
+        size=sequences.sources[0].context.get("size"),
         sources=sequences.names if len(sequences.sources) > 1 else (),
     )
     batch = trainer.get_total_train_batch_size(arguments)

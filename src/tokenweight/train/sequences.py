@@ -3,7 +3,7 @@
 import logging
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tokenweight.data import (
     translated,
     verify,
 )
+from tokenweight.method import SCORES
 from tokenweight.models import pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
@@ -32,7 +33,7 @@ from tokenweight.train.settings import Run
 logger = logging.getLogger(__name__)
 SOURCE = "tokenweight_source"
 """The column that says from which folder of a mixture a sequence comes. No model reads it."""
-_COLUMNS = ("input_ids", "labels", "position_ids", "short_nll")
+_COLUMNS = ("input_ids", "labels", "position_ids", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Sequences:
     shares: list[float]
     """Of the tokens, one for each source."""
     held_out: Source | None
+    contrast: str = "trained"
+    """Of whose losses weights are made: as it was set, or as the scores say."""
 
     @property
     def contents(self) -> Contents:
@@ -111,42 +114,64 @@ def open_sequences(run: Run) -> Sequences:
         ValueError: if a folder is none, is damaged, or has no scores where they are needed; if the folders of a mixture
             were scored with different short contexts.
     """
-    settings, sources = run.settings, []
+    settings, sources, contrast = run.settings, [], _contrast(run)
+    needed = run.columns(contrast)
     for folder in run.shares:
         (rows, contents), scores = open_rows(folder), dict[str, Any]()
         run.check_scores(has_scores(rows), folder)
-        if run.reads_scores:
-            rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride)
-        sources.append(Source(folder, rows, contents, {**read_provenance(folder), **scores}))
+        if needed:
+            rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
+        sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
     first = sources[0]
-    for source in sources[1:] if run.reads_scores else ():
+    for source in sources[1:] if needed else ():
         if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
             raise ValueError(
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
-    held_out = None if settings.eval_data is None else _held_out(run, settings.eval_data, first.context)
+    held_out = None if settings.eval_data is None else _held_out(needed, settings.eval_data, first.context)
     if run.arguments.process_index == 0:  # the others would read and compare the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
-    return Sequences(sources, list(run.shares.values()), held_out)
+    return Sequences(sources, list(run.shares.values()), held_out, contrast)
+
+
+def _contrast(run: Run) -> str:
+    """The contrast of a run: that of the settings, else that which its scores say.
+
+    Raises:
+        ValueError: if scores that are comparable with themselves only are to be compared with the trained model.
+    """
+    given, own = run.settings.contrast, list[str]()
+    if run.columns():
+        own = [folder for folder in run.shares if read_provenance(folder).get("contrast") == "scorer"]
+    if own and given == "trained" and run.weighting.of_losses:
+        raise ValueError(
+            f"contrast trained: {own[0]} was scored by {read_provenance(own[0]).get('model')}, whose losses cannot be "
+            "compared with those of the model that is trained: expected scorer, or no contrast"
+        )
+    return given or ("scorer" if own else "trained")
+
+
+def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
+    """The rows without scores that no weight is made of."""
+    return rows.remove_columns([name for name in SCORES if name in rows.column_names and name not in needed])
 
 
 def _windows(source: Source) -> str:
     return ", ".join(f"{name} {value}" for name, value in source.context.items())
 
 
-def _held_out(run: Run, folder: str, context: dict[str, Any]) -> Source:
-    """Held-out sequences, with the short losses of the same windows as those of the data, if they have them."""
+def _held_out(needed: Set[str], folder: str, context: dict[str, Any]) -> Source:
+    """Held-out sequences, with scores of the same windows as those of the data, if they have them."""
     (rows, contents), scores = open_rows(folder), dict[str, Any]()
-    if run.reads_scores and has_scores(rows):
+    if any(name.startswith((*needed,)) for name in rows.column_names):
         try:
-            rows, scores = choose_scores(rows, folder, **context)
+            rows, scores = choose_scores(rows, folder, **context, needed=needed)
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)
     rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
-    rows = rows if scores or "short_nll" not in rows.column_names else rows.remove_columns("short_nll")
-    return Source(folder, rows, contents, {**read_provenance(folder), **scores})
+    return Source(folder, _without(rows, needed if scores else set()), contents, {**read_provenance(folder), **scores})
 
 
 class Mixture(Dataset):
@@ -279,11 +304,11 @@ def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor,
 
 @dataclass
 class DataCollatorWithScores:
-    """Pads sequences on the right into a batch that carries `short_nll` and packed documents.
+    """Pads sequences on the right into a batch that carries scores (`short_nll`, `long_nll`, …) and packed documents.
 
     `labels` are the tokens (or the sequences' own labels), with -100 where nothing is predicted: padding, and the first
-    token of a sequence or document. So every Trainer counts the same tokens as the loss. `short_nll`, whose float32
-    bits travel as int32 (`tokenweight.models.pack_bits`), is padded with NaN, at which the loss raises wherever a token
+    token of a sequence or document. So every Trainer counts the same tokens as the loss. Scores, whose float32 bits
+    travel as int32 (`tokenweight.models.pack_bits`), are padded with NaN, at which the loss raises wherever a token
     counts. Padding of packed sequences is a document of its own: an attention mask would switch off the separation of
     documents. Where no sequence is packed, padding stays at the last position: beside skipped positions, a new document
     would raise.
@@ -300,15 +325,15 @@ class DataCollatorWithScores:
         """Make a batch.
 
         Args:
-            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and `short_nll`.
-                Masks of other tools are heard as by `tokenweight.data.load_rows`.
+            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and any of
+                `tokenweight.method.SCORES`. Masks of other tools are heard as by `tokenweight.data.load_rows`.
 
         Raises:
             ValueError: if some have a column that others lack, or columns of one sequence differ in length or
                 contradict each other.
         """
         features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
-        columns = [name for name in ("labels", "position_ids", "short_nll") if any(name in row for row in features)]
+        columns = [name for name in _COLUMNS[1:] if any(name in row for row in features)]
         length = max(len(row["input_ids"]) for row in features)
         padded = any(len(row["input_ids"]) < length for row in features)
         packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in features if "position_ids" in row)
@@ -324,9 +349,9 @@ class DataCollatorWithScores:
                 labels[positions == 0] = -100
                 padding = torch.arange(fill) if packed else positions[-1:].clamp(min=1).expand(fill)
                 batch["position_ids"].append(torch.cat([positions, padding]))
-            if "short_nll" in columns:
-                short_nll = torch.as_tensor(row["short_nll"], dtype=torch.float32)
-                batch["short_nll"].append(pack_bits(pad(short_nll, (0, fill), value=torch.nan)))
+            for name in set(columns) & {*SCORES}:
+                values = torch.as_tensor(row[name], dtype=torch.float32)
+                batch[name].append(pack_bits(pad(values, (0, fill), value=torch.nan)))
             batch["input_ids"].append(pad(tokens, (0, fill)))
             batch["labels"].append(pad(labels, (0, fill), value=-100))
         if all(SOURCE in row for row in features):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tokenweight import method
+from tokenweight import method, models
 from tokenweight.records import OptionalTokens
 from tokenweight.train.arguments import (
     as_numbers,
@@ -58,6 +58,9 @@ class TrainSettings:
     package.module.function."""
     scorer: str = "stored"
     """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
+    contrast: str | None = None
+    """Whose long losses weights compare with the short ones: "trained", the model's as it is trained (the paper), or
+    "scorer", the scorer's own; by default trained, unless the stored scores say scorer (docs/train.md)."""
     size: OptionalTokens = None
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: OptionalTokens = None
@@ -97,23 +100,27 @@ class Run:
         """The folder of the run."""
         return Path(self.settings.out)
 
+    def columns(self, contrast: str | None = None) -> frozenset[str]:
+        """The columns of the data that weights are made of, with that contrast in place of the one of the settings."""
+        found = models.score_columns(self.weighting, contrast or self.settings.contrast or "trained")
+        return found if self.settings.scorer == "stored" else found & {"ref_nll"}
+
     @property
-    def reads_scores(self) -> bool:
-        """Whether the weights need short losses that are stored with the data."""
-        return self.settings.scorer == "stored" and self.weighting.uses_short
+    def scored(self) -> bool:
+        """Whether weights need what a scorer finds."""
+        return models.score_columns(self.weighting, self.settings.contrast or "trained") - {"ref_nll"} != set()
 
     @property
     def scoring_model(self) -> str | None:
         """The name of the model that scores, if it is another than the one that is trained."""
-        named = self.settings.scorer not in ("stored", "self") and self.weighting.uses_short
-        return self.settings.scorer if named else None
+        return self.settings.scorer if self.settings.scorer not in ("stored", "self") and self.scored else None
 
     def check_scores(self, stored: bool, folder: str) -> None:
         """Raise a ValueError if a folder has stored scores, `stored`, but the short losses are to come from a model."""
         if stored and self.settings.scorer != "stored":
             raise ValueError(
                 f"scorer {self.settings.scorer!r}: {folder} holds stored scores (short_nll), which would "
-                "be used: set scorer to stored, or data to the sequences before scoring"
+                "not be used: set scorer to stored, or data to the sequences before scoring"
             )
 
     def short_context(self, length: int) -> "ShortContext | None":
@@ -147,7 +154,9 @@ def resolve(settings: TrainSettings) -> Run:
             f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: a mixture has an order of its own, "
             "in which the shares of its folders hold: leave it out"
         )
-    return Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
+    run = Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
+    run.columns()  # raises for an unknown contrast
+    return run
 
 
 def as_settings(settings: TrainSettings) -> dict[str, Any]:
@@ -235,7 +244,7 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         "trainer": ((dict,), "fields of TrainingArguments"),
         "extend": ((dict,), "length, method and its settings"),
         "lora": ((dict,), "fields of LoraConfig"),
-        **{"eval_data": text, "revision": text, "attn_implementation": text},
+        **dict.fromkeys(("contrast", "eval_data", "revision", "attn_implementation"), text),
     }
     for key, value in settings.items():
         if key in ("size", "stride"):

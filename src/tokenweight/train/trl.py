@@ -9,12 +9,13 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from tokenweight.data import TRANSLATED, text_prefix
-from tokenweight.method import parse_weighting
+from tokenweight.method import SCORES, parse_weighting
 from tokenweight.models import (
     Scorer,
     check_tokenizer,
     find_tokenizer,
     load_model,
+    score_columns,
     tokenizer_fingerprint,
     with_weighted_loss,
 )
@@ -60,6 +61,13 @@ class TokenWeightedSFTConfig(SFTConfig):
     stride: int | None = field(
         default=None, metadata={"help": "Tokens scored by each window; by default three quarters of size."}
     )
+    contrast: str = field(
+        default="trained",
+        metadata={
+            "help": 'Whose long losses weights compare with the short ones: "trained", those of the model as it is '
+            'trained, or "scorer", those of the scorer (the column long_nll).'
+        },
+    )
     max_length: int | None = field(default=None, metadata={"help": "None: sequences and scores are not truncated."})
 
     def __post_init__(self) -> None:
@@ -68,8 +76,8 @@ class TokenWeightedSFTConfig(SFTConfig):
             found = getattr(self, name)
             if found != expected and (found or expected):  # eval_packing may be False
                 raise ValueError(f"{name} {found!r}: expected {expected!r}, which keeps scores with their tokens")
-        uses_short = parse_weighting(self.weighting).uses_short
-        if self.scorer != "stored" and uses_short and self.size is None:
+        scored = score_columns(parse_weighting(self.weighting), self.contrast) - {"ref_nll"}
+        if self.scorer != "stored" and scored and self.size is None:
             raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
         if self.scorer == "stored" and (self.size, self.stride) != (None, None):
             raise ValueError(f"size {self.size}, stride {self.stride}: expected neither, as the scores are stored")
@@ -107,7 +115,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         Args:
             model: a name, a causal language model, or a PEFT model around one.
             args: weighting, scorer, and settings of TRL.
-            train_dataset: as for SFTTrainer; with the column `short_nll` if the scorer is "stored".
+            train_dataset: as for SFTTrainer; with the columns that the weighting uses, as `short_nll`, if the scorer is
+                "stored".
             given: as for SFTTrainer, except `data_collator`.
 
         Raises:
@@ -133,11 +142,12 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 "weighted one: expected 0.0"
             )
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
-        with_weighted_loss(base, parse_weighting(args.weighting), self._scorer(base, args))
+        weighting = parse_weighting(args.weighting)
+        with_weighted_loss(base, weighting, self._scorer(base, args), contrast=args.contrast)
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
-        if args.scorer == "stored" or not parse_weighting(args.weighting).uses_short:
+        if args.scorer == "stored" or not score_columns(parse_weighting(args.weighting), args.contrast) - {"ref_nll"}:
             return None
         scoring = base
         if args.scorer != "self":
@@ -148,7 +158,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
-        self._signature_columns = ["input_ids", "labels", "position_ids", "short_nll", *TRANSLATED]
+        columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast)
+        self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *TRANSLATED]
 
 
 def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -168,12 +179,14 @@ def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_datase
         )
     if skip is None and not any(masked) and all("input_ids" in names for names in columns):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    needed = score_columns(parse_weighting(args.weighting), args.contrast)
     for names in filter(None, columns):
         stored = any(name.startswith("short_nll") for name in names)
-        if args.scorer == "stored" and parse_weighting(args.weighting).uses_short and "short_nll" not in names:
+        read = needed if args.scorer == "stored" else needed & {"ref_nll"}
+        if missing := [name for name in SCORES if name in read - names]:
             raise ValueError(
-                "train_dataset: found no column short_nll: expected a data set of `tokenweight.data.load_scores`, or "
-                'scorer="self" in args'
+                f"train_dataset: found no column {missing[0]}: expected a data set of `tokenweight.data.load_scores`"
+                + (', or scorer="self" in args' if args.scorer == "stored" and "ref_nll" not in missing else "")
             )
         if args.scorer != "stored" and stored:
             raise ValueError(

@@ -80,7 +80,7 @@ def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any
     data, provenance = load_scores(folder, size=excerpt.size)
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
     pieces = [token_pieces(row.tokens[0].tolist(), row.tokenizer) for row in rows]
-    weights = [[weigh(row.long_nll, row.short_nll, row.mask) for row in rows] for weigh in SETTINGS]
+    weights = [[row.weigh(weighting) for row in rows] for weighting in SETTINGS]
     size = rows[0].size
     windows = windows_of(rows[0], folder) if excerpt.smooth else None
     stores_gains = any(name.startswith("gain_mean_") for name in data.column_names)

@@ -82,10 +82,7 @@ def score_figures(
     Raises:
         ValueError: if no token has a shorter context.
     """
-    weights = {
-        name: [weighting(row.long_nll, row.short_nll, row.mask) for row in rows]
-        for name, weighting in weightings.items()
-    }
+    weights = {name: [row.weigh(weighting) for row in rows] for name, weighting in weightings.items()}
     places = [document_positions(row.tokens, row.position_ids) for row in rows]
     beyond = [row._replace(mask=row.mask & (own >= (window or 0))) for row, own in zip(rows, places)]
     if not any(row.mask.any() for row in beyond):

@@ -48,7 +48,7 @@ def choose_passage(
     Raises:
         ValueError: if `start` is not a token of the sequence, or `num` is less than 1.
     """
-    weights, length = weighting(row.long_nll, row.short_nll, row.mask)[0], row.tokens.shape[1]
+    weights, length = row.weigh(weighting)[0], row.tokens.shape[1]
     if num < 1:
         raise ValueError(f"num {num}: expected at least 1 token")
     chosen = start is None and num < length
