@@ -239,13 +239,29 @@ def test_a_run_can_be_repeated_from_its_record(settings, tmp_path):
     assert logged(again.out) == logged(settings.out)
 
 
-def test_a_resumed_run_ends_as_if_undisturbed(settings):
+@pytest.mark.parametrize("weighting", ["dense", "warmup(eslm(keep=0.5), tokens=100)"])
+def test_a_resumed_run_ends_as_if_undisturbed(weighting, settings):
+    settings = dataclasses.replace(settings, weighting=weighting)
     trained = train(settings)
     first = logged(settings.out)
     again = {**settings.trainer, "resume_from_checkpoint": f"{settings.out}/checkpoint-2"}
     for name, weight in train(dataclasses.replace(settings, trainer=again)).state_dict().items():
         assert torch.equal(weight, trained.state_dict()[name]), name
     assert logged(settings.out) == first
+
+
+def test_a_run_that_goes_on_needs_the_history_of_its_weighting(settings):
+    train(dataclasses.replace(settings, weighting="eslm:keep=0.5"))
+    again = {**settings.trainer, "resume_from_checkpoint": "checkpoint-2"}
+    other = dataclasses.replace(settings, weighting="eslm:keep=0.25", trainer=again)
+    with pytest.raises(ValueError, match=r"step 2: found the history of eslm:keep=0.5: expected that of eslm:keep=0.2"):
+        train(other)
+    path = Path(settings.out) / "checkpoint-2" / "trainer_state.json"
+    without = {**read_json(path), "stateful_callbacks": {}}
+    with path.open("r+") as file:  # of the size that its mark knows
+        file.write(json.dumps(without).ljust(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"step 2: found the history of no weighting"):
+        train(dataclasses.replace(other, weighting="eslm:keep=0.5"))
 
 
 def test_a_checkpoint_is_resumed_from_by_its_name_in_the_folder(settings):

@@ -70,7 +70,7 @@ def told(found):
     return {name: found[name] for name in NAMES}
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", ["dense", "sparse", "longce"])
 @pytest.mark.parametrize("make", [some_rows, packed_rows], ids=["padded", "packed"])
 def test_the_statistics_are_those_of_all_predicted_tokens_and_of_each_step(make, weighting):
     model = with_weighted_loss(models.tiny(), WEIGHTINGS[weighting])

@@ -1,7 +1,9 @@
 from .bind import CONTRASTS as CONTRASTS
 from .bind import WeightedLossOutput as WeightedLossOutput
 from .bind import find_noise as find_noise
+from .bind import load_weighting_state as load_weighting_state
 from .bind import score_columns as score_columns
+from .bind import weighting_state as weighting_state
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts
@@ -30,6 +32,7 @@ from .load import load_tokenizer as load_tokenizer
 from .load import own_device as own_device
 from .load import token_nll as token_nll
 from .processes import any_process as any_process
+from .processes import sum_over_processes as sum_over_processes
 from .rope import SETTINGS as SETTINGS
 from .rope import check_stale_rows as check_stale_rows
 from .rope import check_stale_windows as check_stale_windows

@@ -5,7 +5,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from tokenweight.method import (
 from tokenweight.models.causal import CausalParts, causal_parts, evaluating
 from tokenweight.models.inputs import OF_THE_LOSS, SCORE_OPTIONS, Batch, check_names, documents_of, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
+from tokenweight.models.processes import sum_over_processes
 from tokenweight.models.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,22 @@ class WeightedLossOutput(ModelOutput):
     """As they were given, unless ranks split the sequences."""
 
 
+class _History:
+    """What a weighting keeps of all batches that were trained on, in all processes, as its `observe` sums them up."""
+
+    def __init__(self, length: int) -> None:
+        self.sum = torch.zeros(length, dtype=torch.float64)
+
+    def read(self, observed: Tensor) -> Tensor:
+        """What was trained on before this batch."""
+        return self.sum.to(observed.device)
+
+    def add(self, observed: Tensor, copies: int) -> Tensor:
+        """What was trained on, this batch included, which `copies` processes read alike."""
+        self.sum = self.sum.to(observed.device) + sum_over_processes(observed) / copies
+        return self.sum
+
+
 @dataclass(frozen=True)
 class _Binding:
     """The state that `with_weighted_loss` leaves on the model. A deep copy of the model copies it along."""
@@ -104,6 +121,7 @@ class _Binding:
     adds_terms: bool
     """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
     contrast: str
+    history: _History
 
     @property
     def columns(self) -> frozenset[str]:
@@ -210,7 +228,9 @@ def _binding(
     parts = causal_parts(model)
     taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
     names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
-    binding = _Binding(weighting, None, False, parts, context, replaced, names, False, contrast)
+    binding = _Binding(
+        weighting, None, False, parts, context, replaced, names, False, contrast, _History(weighting.history)
+    )
     binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
     if scorer is None:
         return binding
@@ -224,15 +244,42 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if the model is not bound to a weighted loss.
     """
-    bound = getattr(model, "_token_weighting", None)
-    if bound is None:
-        raise ValueError(f"model: a {type(model).__name__} without a weighted loss: expected a bound model")
+    bound = _bound(model)
     del model._token_weighting
     if "_without_weighted_loss" in vars(type(model)):  # FSDP may have put a class of its own over it, which may stay
         model.__class__ = type(model)._without_weighted_loss
     if bound.replaced is not None:
         model.forward = bound.replaced
     return model
+
+
+def weighting_state(model: PreTrainedModel) -> dict[str, Any]:
+    """What the weighting of a bound model keeps of the batches that it was trained on: for a checkpoint, as JSON.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss.
+    """
+    bound = _bound(model)
+    return {"weighting": str(bound.weighting), "history": bound.history.sum.tolist()}
+
+
+def load_weighting_state(model: PreTrainedModel, state: Mapping[str, Any]) -> None:
+    """Let the weighting of a bound model go on from a state of `weighting_state`.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss, or the state is that of another weighting.
+    """
+    bound = _bound(model)
+    if state["weighting"] != str(bound.weighting) or len(state["history"]) != bound.weighting.history:
+        raise ValueError(f"found the history of {state['weighting']}: expected that of {bound.weighting}")
+    bound.history.sum = torch.tensor(state["history"], dtype=torch.float64)
+
+
+def _bound(model: Any) -> _Binding:
+    bound = getattr(model, "_token_weighting", None)
+    if bound is None:
+        raise ValueError(f"model: a {type(model).__name__} without a weighted loss: expected a bound model")
+    return bound
 
 
 @functools.cache
@@ -351,10 +398,12 @@ def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str,
     mask, share = batch.mask, batch.share
     split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
     targets = batch.labels.where(mask, -100)
-    found = weighted_loss(
-        terms.hidden, bound.parts.head, targets, mask, weighting, values.short, values.used, long=values.long, **split
-    )
     num_ranks = 1 if bound.context is None else bound.context.size()
+    history = functools.partial(bound.history.add, copies=num_ranks) if torch.is_grad_enabled() else bound.history.read
+    given_losses: dict[str, Any] = {"long": values.long, "history": history}
+    found = weighted_loss(
+        terms.hidden, bound.parts.head, targets, mask, weighting, values.short, values.used, **given_losses, **split
+    )
     num_items = mask.sum() / num_ranks if batch.num_items is None else batch.num_items
     divisor = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
     loss = found.loss if torch.is_grad_enabled() else found.long_nll.sum() / num_ranks

@@ -1,7 +1,7 @@
-"""Whether a model is sharded over processes (FSDP2, DeepSpeed ZeRO-3), and a question that all of them answer."""
+"""Whether a model is sharded over processes (FSDP2, DeepSpeed ZeRO-3), and what all of them find together."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -16,3 +16,10 @@ def any_process(here: bool, device: torch.device) -> bool:
     anywhere = torch.tensor(here, dtype=torch.int, device=device)
     torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
     return bool(anywhere)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of what each process of the run has; that of this one, where it is alone. The argument may be changed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values

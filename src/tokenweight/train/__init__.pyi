@@ -3,6 +3,7 @@ from .arguments import extension_arguments as extension_arguments
 from .arguments import is_flag as is_flag
 from .arguments import trainer_field as trainer_field
 from .arguments import training_arguments as training_arguments
+from .checkpoints import WeightingState as WeightingState
 from .checkpoints import last_whole as last_whole
 from .run import train as train
 from .sequences import DataCollatorWithScores as DataCollatorWithScores

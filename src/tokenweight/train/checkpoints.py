@@ -7,9 +7,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from tokenweight.models import load_weighting_state, weighting_state
 from tokenweight.records import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -149,3 +152,37 @@ def writing(what: str, folder: Path, out: Path) -> Iterator[None]:
         raise OSError(
             f"cannot write {what} to {folder}: {reason} ({free:,.1f} MiB free there); {last_whole_named(out)}"
         ) from error
+
+
+class WeightingState(TrainerCallback, ExportableState):
+    """Keeps the history of a weighting, as that of `EXACT` or `Warmup`, in the checkpoints of any Trainer.
+
+    A run that is resumed goes on with it. `WeightedTrainer` and `TokenWeightedSFTTrainer` have it where it is needed.
+
+    Example:
+        >>> model = with_weighted_loss(model, EXACT())  # doctest: +SKIP
+        >>> transformers.Trainer(model, args, train_dataset=rows, callbacks=[WeightingState()])  # doctest: +SKIP
+    """
+
+    model: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer writes into the trainer_state.json of a checkpoint."""
+        return {"args": {}, "attributes": {} if self.model is None else weighting_state(self.model)}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Take up the history of the checkpoint from which the run goes on.
+
+        Raises:
+            ValueError: if the checkpoint has none, or that of another weighting.
+        """
+        self.model = model
+        if not state.global_step:
+            return
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+        try:
+            load_weighting_state(model, saved.get("attributes") or {"weighting": "no weighting", "history": ()})
+        except ValueError as error:
+            raise ValueError(f"resume_from_checkpoint: step {state.global_step}: {error}") from None

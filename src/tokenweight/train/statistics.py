@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenweight.method import document_positions
+from tokenweight.models import sum_over_processes
 
 
 class WeightStatistics(TrainerCallback):
@@ -62,10 +63,7 @@ class WeightStatistics(TrainerCallback):
         if not self._steps:
             return {}
         sums, self._steps = torch.stack(self._steps), []
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-            sums /= self.copies
-        steps = sums.tolist()
+        steps = (sum_over_processes(sums) / self.copies).tolist()
         now, since = time.perf_counter(), self._since
         self._since = now
         num_tokens, total, squares, first, losses, *by_source = map(sum, zip(*steps))
@@ -152,10 +150,7 @@ class HeldOutLosses:
         """
         if self._sums is None:
             return {}
-        sums = self._sums
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-            sums /= self.copies
+        sums = sum_over_processes(self._sums.clone()) / self.copies
         (total, late, early, weighted), (num, num_late, num_early, num_weighted) = sums.tolist()
         found = {"loss": (total, num), "loss_beyond_half": (late, num_late), "loss_short": (early, num_early)}
         if num_weighted == num:

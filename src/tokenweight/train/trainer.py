@@ -20,7 +20,7 @@ from transformers import Trainer
 from tokenweight.method import NonFinite
 from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
 from tokenweight.train.card import write_card
-from tokenweight.train.checkpoints import last_whole_named, mark_whole, rotate, writing
+from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import SOURCE, HeldOut, InOrder, Mixture, name_row
@@ -89,6 +89,8 @@ class WeightedTrainer(Trainer):
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
         self.add_callback(self.statistics)
+        if bound.weighting.history:
+            self.add_callback(WeightingState())
         # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 

@@ -19,6 +19,7 @@ from tokenweight.models import (
     tokenizer_fingerprint,
     with_weighted_loss,
 )
+from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 
@@ -144,6 +145,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
         with_weighted_loss(base, weighting, self._scorer(base, args), contrast=args.contrast)
+        if weighting.history:
+            self.add_callback(WeightingState())
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:

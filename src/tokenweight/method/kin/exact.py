@@ -65,4 +65,4 @@ _EDGES = [8 << number for number in range(BUCKETS - 1)]
 
 
 def _buckets(positions: Tensor) -> Tensor:
-    return torch.bucketize(positions, torch.tensor(_EDGES, device=positions.device), right=True)
+    return torch.bucketize(positions.contiguous(), torch.tensor(_EDGES, device=positions.device), right=True)
