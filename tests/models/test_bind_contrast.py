@@ -10,8 +10,9 @@ import models
 from models import CLOSE
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, token_nll
 from tokenweight import with_weighted_loss as bind
-from tokenweight.method import Head, Weighting, weighted_loss
+from tokenweight.method import BoundedGain, Expected, Gain, Head, Mix, Weighting, weighted_loss
 from tokenweight.method import loss as head_loss
+from tokenweight.method.windows import Window, sliding_windows
 
 CONTEXT = ShortContext(8, 5)
 TOKENS = models.some_tokens(2, 19)
@@ -121,6 +122,50 @@ def test_a_scorer_gives_both_losses(scoring):
     expect(model, weights, model(input_ids=TOKENS, labels=TOKENS), models.tiny())
 
 
+def distributions(model, tokens, context=None):
+    """-log p of all of the vocabulary at each token, from plain logits of whole rows, or of windows."""
+    found = torch.zeros(*tokens.shape, model.config.vocab_size, dtype=torch.float64)
+    windows = [Window(0, 1, tokens.shape[1])]
+    if context is not None:
+        windows = [Window(0, 1, context.size), *sliding_windows(tokens.shape[1], context.size, context.stride)]
+    for start, first, stop in windows:
+        nll = -model(tokens[:, start:stop]).logits.log_softmax(dim=-1)
+        found[:, first:stop] = nll[:, first - start - 1 : -1]
+    return found.detach()
+
+
+def expected_scores(weighting, long, short):
+    return ((-long).exp() * weighting.score(long, short)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("contrast", ["trained", "scorer"])
+@pytest.mark.parametrize("scoring", ["self", "another"])
+@pytest.mark.parametrize("weighting", [Gain(0.5), BoundedGain(), Dense()], ids=str)
+def test_a_scorer_gives_the_divergence_of_its_own_predictions(weighting, scoring, contrast):
+    model = models.tiny()
+    other = models.tiny("qwen3", seed=1) if scoring == "another" else model
+    long, short = distributions(other, TOKENS), distributions(other, TOKENS, CONTEXT)
+    scores = expected_scores(weighting, long, short)
+    assert scores[:, CONTEXT.size :].min() > 0
+    scores[:, : CONTEXT.size] = 0
+    bind(model, Expected(weighting), Scorer(other, CONTEXT), contrast=contrast)
+    expect(model, weighting.weights(scores, MASK).where(MASK, 0), model(input_ids=TOKENS, labels=TOKENS), models.tiny())
+
+
+@pytest.mark.parametrize("scoring", ["self", "another"])
+def test_a_divergence_and_losses_are_scored_together(scoring):
+    model = models.tiny()
+    other = models.tiny("qwen3", seed=1) if scoring == "another" else model
+    bind(model, Mix(Expected(Gain()), Dense(), share=0.25), Scorer(other, CONTEXT))
+    output = model(input_ids=TOKENS, labels=TOKENS)
+    long = token_nll(models.tiny(), TOKENS)
+    short = Scorer(other, CONTEXT)(TOKENS, long_nll=long if scoring == "self" else None)
+    alone = bind(other if scoring == "self" else models.tiny(), Expected(Gain()), Scorer(other, CONTEXT))
+    weights = 0.25 * alone(input_ids=TOKENS, labels=TOKENS).weights + 0.75 * Dense()(long, short, MASK)
+    torch.testing.assert_close(output.weights, weights, **CLOSE)
+    torch.testing.assert_close(output.short_nll, short, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("weighting", "contrast", "given", "missing"),
     [
@@ -192,17 +237,20 @@ def noisy(noise):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("self_scored", [True, False])
 @pytest.mark.parametrize("noise", ["dropout", "adapter", "neftune"])
-@pytest.mark.parametrize("weighting", [Dense(), LongCE()], ids=str)
+@pytest.mark.parametrize("weighting", [Dense(), LongCE(), Expected(Gain())], ids=str)
 def test_noise_of_the_trained_pass_is_in_the_loss_and_never_in_the_weights(weighting, noise, self_scored, caplog):
     model, around = noisy(noise)
     scores = {} if self_scored else some_scores("short_nll")
+    if isinstance(weighting, Expected):
+        scores = {} if self_scored else some_scores("divergence")
     bind(model, weighting, Scorer(model, CONTEXT) if self_scored else None)
-    assert "without this noise" in caplog.text
+    assert ("without this noise" in caplog.text) == (self_scored or not isinstance(weighting, Expected))
     expected = around.eval()(input_ids=TOKENS, labels=TOKENS, **scores)
     around.train()
     outputs = [around(input_ids=TOKENS, labels=TOKENS, **scores) for _ in range(2)]
     for output in outputs:
         torch.testing.assert_close(output.weights, expected.weights, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(output.short_nll, expected.short_nll, rtol=1e-11, atol=1e-11)
+        if weighting.uses_short:
+            torch.testing.assert_close(output.short_nll, expected.short_nll, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(output.loss, (output.weights * output.long_nll).sum() / 36, rtol=1e-12, atol=0)
     assert (outputs[0].long_nll - outputs[1].long_nll).abs().max() > 1e-3

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from tokenweight.models.causal import CausalParts, causal_parts, evaluating
 from tokenweight.models.inputs import OF_THE_LOSS, SCORE_OPTIONS, Batch, check_names, documents_of, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.processes import sum_over_processes
-from tokenweight.models.scorer import Scorer
+from tokenweight.models.scorer import Scorer, ShortStates
 
 logger = logging.getLogger(__name__)
 CONTRASTS = ("trained", "scorer")
@@ -133,6 +134,11 @@ class _Binding:
         """Whether weights compare the trained model's loss with another score of the token."""
         return self.weighting.of_losses and self.contrast == "trained" and bool(self.columns)
 
+    @property
+    def reads_trained_pass(self) -> bool:
+        """Whether weights are made of what the trained model predicts, and need a pass of their own if it is noisy."""
+        return self.compares or (self.self_scored and self.weighting.divergence_of is not None)
+
 
 def score_columns(weighting: Weighting, contrast: str = "trained") -> frozenset[str]:
     """Those of `SCORES` that weights are made of.
@@ -197,7 +203,7 @@ def with_weighted_loss(
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
     replaced = vars(model).get("forward") if bound is None else bound.replaced
     model._token_weighting = _binding(model, weighting, scorer, context, contrast, replaced)
-    if model._token_weighting.compares and (noise := find_noise(model)):
+    if model._token_weighting.reads_trained_pass and (noise := find_noise(model)):
         logger.warning(
             "%s: weights are made without this noise, which costs a forward pass more in each step: set it to 0 where "
             "it is not needed",
@@ -393,8 +399,9 @@ def _loss(model: Any, bound: _Binding, own: Callable[..., Any], given: dict[str,
     scores = weighted and not bound.columns <= batch.scores.keys()
     batch.check(scored=weighted and bool(bound.columns), scorer=scores)
     # Before the pass that keeps activations, so that both are not in memory at once.
-    values = _values(model, bound, batch, scores=scores) if weighted else _Values(None, None, {})
+    values = _values(model, bound, batch) if weighted else _Values()
     terms = _states(model, bound, own, batch, given)
+    values = _with_divergence(bound, batch, values, terms.hidden)
     mask, share = batch.mask, batch.share
     split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}
     targets = batch.labels.where(mask, -100)
@@ -427,10 +434,12 @@ def _can_weigh(bound: _Binding, batch: Batch) -> bool:
         ValueError: where gradients are recorded, and they cannot.
     """
     scored = set() if bound.scorer is None else {"short_nll", "long_nll"}
+    if scored and bound.weighting.divergence_of is not None:
+        scored.add("divergence")
     missing = [name for name in SCORES if name in bound.columns - batch.scores.keys() - scored]
     if missing and torch.is_grad_enabled():
         name = missing[0]
-        other = ", or bind the model with a Scorer" if name in ("short_nll", "long_nll") else ""
+        other = "" if name == "ref_nll" else ", or bind the model with a Scorer"
         raise ValueError(
             f"weighting {bound.weighting} needs {_NEEDED[name]} of every token, but no {name} column reached the model"
             f"{' and it has no scorer' if other else ''}: a collator, packing or remove_unused_columns dropped it, or "
@@ -443,37 +452,66 @@ def _can_weigh(bound: _Binding, batch: Batch) -> bool:
 class _Values(NamedTuple):
     """What weights are made of, of whole sequences."""
 
-    short: ShortLosses | None
-    long: Tensor | None
+    short: ShortLosses | None = None
+    long: Tensor | None = None
     """None: the losses of the pass that is trained."""
-    used: dict[str, Tensor]
+    used: Mapping[str, Tensor] = MappingProxyType({})
     """What else the weighting uses, by name."""
+    scored: tuple[Scorer, Tensor | None, ShortStates] | None = None
+    """States with the long and the short context, of which the divergence is still to be made, and who made them; in
+    place of None, the long ones are those of the pass that is trained."""
 
 
-def _values(model: Any, bound: _Binding, batch: Batch, *, scores: bool) -> _Values:
-    """What weights are made of: columns of the batch; or, with `scores`, what the bound scorer finds."""
+def _values(model: Any, bound: _Binding, batch: Batch) -> _Values:
+    """What weights are made of: columns of the batch; else, what the bound scorer finds."""
     used = {name: values for name, values in batch.scores.items() if name not in ("short_nll", "long_nll")}
     if "positions" in bound.weighting.uses:
         positions = None if batch.share is not None else documents_of(batch.position_ids, batch.attention_mask)
         used["positions"] = document_positions(batch.labels, positions)
     stored, long = batch.scores.get("short_nll"), batch.scores.get("long_nll")
-    short = None if stored is None else ShortLosses(stored)
-    if scores:
-        short, long = _scored(model, bound, batch)
-    if long is None and bound.compares and find_noise(model, now=True):
-        long = _long_without_noise(model, bound, batch)
-    return _Values(short, long, used)
+    values = _Values(None if stored is None else ShortLosses(stored), long, used)
+    if not bound.columns <= batch.scores.keys():
+        values = _scored(model, bound, batch, values)
+    if values.long is None and bound.compares and find_noise(model, now=True):
+        values = values._replace(long=_long_without_noise(model, bound, batch))
+    return values
 
 
-def _scored(model: Any, bound: _Binding, batch: Batch) -> tuple[ShortLosses, Tensor | None]:
-    """The short losses of the bound scorer, and, if weights are made of both of its losses, its long ones."""
+def _scored(model: Any, bound: _Binding, batch: Batch, values: _Values) -> _Values:
+    """The values with what the bound scorer finds; of both of its losses, if weights are made of these."""
     assert bound.scorer is not None
     scorer = bound.scorer.of(model) if bound.self_scored else bound.scorer
-    given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-    short = scorer.short_losses(batch.tokens, **given, self_scored=bound.self_scored)
-    long = scorer.long_nll(batch.tokens, **given) if bound.contrast == "scorer" else None
+    given: dict[str, Any] = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    # Whether the long losses that short ones are compared with, if any are, come from the same model.
+    of_both = {**given, "self_scored": bound.self_scored or bound.contrast == "scorer"}
+    if bound.weighting.divergence_of is not None:
+        of_both["self_scored"] |= not bound.weighting.uses_short
+        trained = bound.self_scored and not find_noise(model, now=True)
+        long_states = None if trained else scorer.long_states(batch.tokens, **given)
+        values = values._replace(scored=(scorer, long_states, scorer.short_states(batch.tokens, **of_both)))
+    elif bound.weighting.uses_short:
+        values = values._replace(short=scorer.short_losses(batch.tokens, **of_both))
+    if "long_nll" in bound.columns:
+        values = values._replace(long=scorer.long_nll(batch.tokens, **given))
     bound.scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
-    return short, long
+    return values
+
+
+def _with_divergence(bound: _Binding, batch: Batch, values: _Values, hidden: Tensor) -> _Values:
+    """The values with the divergence of the states that a scorer found, and the short losses that it gives on the way.
+
+    Args:
+        hidden: the states of the pass that is trained.
+    """
+    if values.scored is None:
+        return values
+    scorer, long, short = values.scored
+    assert bound.weighting.divergence_of is not None
+    long = hidden if long is None else long
+    divergence, short_losses = scorer.divergence(batch.tokens, bound.weighting.divergence_of, long, short)
+    return values._replace(
+        short=short_losses if bound.weighting.uses_short else None, used={**values.used, "divergence": divergence}
+    )
 
 
 def find_noise(model: nn.Module, *, now: bool = False) -> str | None:

@@ -3,20 +3,22 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.method import (
     Pass,
     Reading,
+    ScoreWeighting,
     ShortContext,
     ShortLosses,
     check_finite,
+    linear_divergence,
     linear_nll,
     plan_passes,
     read_passes,
@@ -29,6 +31,16 @@ from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
+
+
+class ShortStates(NamedTuple):
+    """What predicts tokens with the short context."""
+
+    states: Float[Tensor, "batch seq dim"]
+    scored: Bool[Tensor, "batch seq"]
+    """Where windows scored a token."""
+    skipped: bool
+    """Whether the first window of a document was not read, in which both contexts are the same."""
 
 
 class Scorer:
@@ -147,23 +159,121 @@ class Scorer:
 
         The other arguments and errors are those of a call.
         """
-        self._check(tokens)
-        position_ids = documents_of(position_ids, attention_mask)
         dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
         short_nll = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
+
+        def write(hidden: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> None:
+            losses = linear_nll(hidden, self.parts.head.weight, tokens.flatten()[target], **self.parts.head.after)
+            short_nll.view(-1)[target] = losses.to(dtype)
+
+        scored, skipped = self._read_windows(write, tokens, position_ids, attention_mask, skip_first=self_scored)
+        check_finite({"the short loss": short_nll}, scored)
+        return ShortLosses(short_nll, ~scored if skipped else None)
+
+    @torch.no_grad()
+    def short_states(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+        self_scored: bool = True,
+    ) -> ShortStates:
+        """The states that predict each token with the short context, for `divergence`.
+
+        Args, Raises: as for short losses.
+        """
+        head = self.parts.head.weight
+        states = torch.zeros(*tokens.shape, head.shape[1], dtype=head.dtype, device=tokens.device)
+
+        def write(hidden: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> None:
+            states.flatten(0, 1)[target] = hidden.to(head.dtype)
+
+        scored, skipped = self._read_windows(write, tokens, position_ids, attention_mask, skip_first=self_scored)
+        return ShortStates(states, scored, skipped)
+
+    @torch.no_grad()
+    def long_states(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The states that predict each token with the whole sequence (or packed document) as context.
+
+        Args, Raises: as for a call.
+        """
+        self._check(tokens)
+        states: dict[int, Tensor] = {}
+
+        def read(rows: list[int]) -> None:
+            positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
+            with evaluating(self.model):
+                states.update(zip(rows, self.parts.states(tokens[rows], positions, mask)))
+
+        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
+        return torch.stack([states[row] for row in range(len(tokens))])
+
+    def divergence(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        weighting: ScoreWeighting,
+        long: Float[Tensor, "batch seq dim"],
+        short: ShortStates,
+    ) -> tuple[Float[Tensor, "batch seq"], ShortLosses]:
+        """The divergence of each token's two distributions, as `Expected(weighting)` weighs by; and its short loss.
+
+        Args:
+            weighting: of whose score the divergence is the expectation over the distribution with the long context.
+            long: of `long_states`, or from the pass that is trained.
+            short: of `short_states`.
+
+        Returns:
+            Nats, float32; 0 where the short context is the long one.
+
+        Raises:
+            NonFinite: for a value that is not finite, with row and position.
+        """
+        head, targets = self.parts.head, tokens.where(short.scored, -100).flatten()
+        states = (long.detach().flatten(0, 1), short.states.flatten(0, 1))
+        _, short_nll, divergence = linear_divergence(*states, head.weight, targets, weighting, **head.after)
+        short_nll, divergence = short_nll.view_as(tokens), divergence.view_as(tokens)
+        check_finite({"the short loss": short_nll, "the divergence": divergence}, short.scored)
+        return divergence, ShortLosses(short_nll, ~short.scored if short.skipped else None)
+
+    def _read_windows(
+        self,
+        write: Callable[[Tensor, Tensor], None],
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None,
+        *,
+        skip_first: bool,
+    ) -> tuple[Bool[Tensor, "batch seq"], bool]:
+        """Call `write` with the states that predict the tokens which windows score, and the places of these.
+
+        Args:
+            skip_first: do not read the first window of a document, unless it depends on the length of what is read.
+
+        Returns:
+            Which tokens were scored; whether first windows were skipped.
+        """
+        self._check(tokens)
+        position_ids = documents_of(position_ids, attention_mask)
+        skip_first = skip_first and not rope_depends_on_length(self.model.config)
         scored = torch.zeros_like(tokens, dtype=torch.bool)
-        skip_first = self_scored and not rope_depends_on_length(self.model.config)
         passes = plan_passes(tokens, position_ids, self.context, skip_first=skip_first)
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
+
+        def read(batch: list[Pass]) -> None:
+            hidden, target = self._read(batch, tokens, position_ids if skips else None)
+            write(hidden, target)
+            scored.view(-1)[target] = True
+
         with evaluating(self.model):
-            self._in_batches(
-                passes,
-                lambda item: item.num_tokens,
-                lambda batch: self._score(batch, tokens, position_ids if skips else None, short_nll, scored),
-                tokens.device,
-            )
-        check_finite({"the short loss": short_nll}, scored)
-        return ShortLosses(short_nll, ~scored if skip_first else None)
+            self._in_batches(passes, lambda item: item.num_tokens, read, tokens.device)
+        return scored, skip_first
 
     def long_nll(
         self,
@@ -224,19 +334,16 @@ class Scorer:
             self.max_tokens = len(batch) // 2 * longest
             logger.warning("out of memory: from now on %d tokens in one pass", self.max_tokens)
 
-    def _score(
-        self, passes: list[Pass], tokens: Tensor, position_ids: Tensor | None, short_nll: Tensor, scored: Tensor
-    ) -> None:
-        """Read the windows in one forward pass and write the losses of their scored parts."""
+    def _read(
+        self, passes: list[Pass], tokens: Tensor, position_ids: Tensor | None
+    ) -> tuple[Float[Tensor, "n dim"], Int[Tensor, " n"]]:
+        """Read windows in one forward pass: the states that predict the tokens they score, and the places of these."""
         reading = read_passes(passes, tokens, position_ids, self.prefix)
         lengths = [one.num_tokens for one in passes]
         if min(lengths) < max(lengths) and reading.position_ids is None and self.parts.packs_without_mask:
             reading = _packed(reading, lengths)
         hidden = self.parts.states(reading.tokens, reading.position_ids).flatten(0, 1)
-        hidden = hidden[reading.inside.to(tokens.device)]
-        losses = linear_nll(hidden, self.parts.head.weight, tokens.flatten()[reading.target], **self.parts.head.after)
-        short_nll.view(-1)[reading.target] = losses.to(short_nll.dtype)
-        scored.view(-1)[reading.target] = True
+        return hidden[reading.inside.to(tokens.device)], reading.target
 
     def _check(self, tokens: Tensor) -> None:
         """Refuse a model whose head was replaced, and tokens that it does not know."""

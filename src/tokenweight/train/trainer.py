@@ -77,7 +77,7 @@ class WeightedTrainer(Trainer):
                 "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
             )
         bound = self.model._token_weighting
-        if self.args.neftune_noise_alpha and bound.compares:
+        if self.args.neftune_noise_alpha and bound.reads_trained_pass:
             logger.warning(
                 "trainer.neftune_noise_alpha %g: weights are made without this noise, which costs a forward pass more "
                 "in each step",
