@@ -30,6 +30,7 @@ from .method import Weighting as Weighting
 from .method import linear_nll as linear_nll
 from .method import parse_weighting as parse_weighting
 from .method import weighted_linear_cross_entropy as weighted_linear_cross_entropy
+from .models import CountScorer as CountScorer
 from .models import Scorer as Scorer
 from .models import extend_context as extend_context
 from .models import load_model as load_model

@@ -1,0 +1,3 @@
+from .contrast import Contrast as Contrast
+from .contrast import ContrastScorer as ContrastScorer
+from .count import CountScorer as CountScorer
