@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
 from tokenweight.method import ShortContext, check_finite, document_positions, prediction_mask
-from tokenweight.models import Scorer, numbered_from
+from tokenweight.models import Contrast, ContrastScorer, Scorer, numbered_from
 
 
 class ContextGain(NamedTuple):
@@ -36,13 +36,14 @@ class RowScorer:
 
     - for each context the short losses, token-aligned, in a column that is named by its size: `short_nll_1024`;
     - with the long losses: `long_nll`, and for each context the fields of `ContextGain`, such as `gain_mean_1024`: one
-      number for each row, over the tokens that have more tokens before them than the short context holds.
+      number for each row, over the tokens that have more tokens before them than the short context holds;
+    - of a scorer that gives it, for each context the divergence, token-aligned: `divergence_1024`.
 
     Args:
-        model: that scores.
+        scorer: a model that scores, or what supplies both losses itself, such as `CountScorer`.
         contexts: one or several short contexts.
         prefix: as for `Scorer`.
-        with_long: also the losses with the whole row as context.
+        with_long: also the losses with the whole row as context; those of a `ContrastScorer` are always there.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -51,7 +52,7 @@ class RowScorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        scorer: PreTrainedModel | ContrastScorer,
         contexts: Sequence[ShortContext],
         *,
         prefix: Sequence[int] = (),
@@ -61,23 +62,30 @@ class RowScorer:
         sizes = [context.size for context in contexts]
         if not sizes or len(set(sizes)) < len(sizes):
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
-        self.max_tokens, self.with_long = max_tokens, with_long
-        suffixes = [f"_{size}" for size in sizes]
-        scorer = Scorer(model, contexts[0], prefix=prefix, max_tokens=max_tokens)
-        self.scorers = {suffix: scorer.with_context(context) for suffix, context in zip(suffixes, contexts)}
+        self.max_tokens = max_tokens
+        self._contexts = {f"_{context.size}": context for context in contexts}
+        self._contrast = self._scorer = None
+        if isinstance(scorer, ContrastScorer):
+            self._contrast = scorer
+        else:
+            self._scorer = Scorer(scorer, contexts[0], prefix=prefix, max_tokens=max_tokens)
+            for context in contexts[1:]:
+                self._scorer.with_context(context)  # raises, before any work
+        self.with_long = with_long or self._contrast is not None
+        self._diverges = self._contrast is not None and "divergence" in self._contrast.provenance
 
     @property
     def contexts(self) -> list[dict[str, int]]:
         """Sizes and strides, as they stand in `scores.json`."""
-        contexts = [scorer.context for scorer in self.scorers.values()]
-        return [{"size": context.size, "stride": context.stride} for context in contexts]
+        return [{"size": context.size, "stride": context.stride} for context in self._contexts.values()]
 
     @property
     def features(self) -> dict[str, Any]:
         """The added columns and their types."""
-        each_token = ["long_nll"] * self.with_long + [f"short_nll{suffix}" for suffix in self.scorers]
+        sized = ["short_nll", *["divergence"] * self._diverges]
+        each_token = ["long_nll"] * self.with_long + [name + suffix for name in sized for suffix in self._contexts]
         each_row = (
-            [f"{name}{suffix}" for suffix in self.scorers for name in ContextGain._fields] if self.with_long else []
+            [name + suffix for suffix in self._contexts for name in ContextGain._fields] if self.with_long else []
         )
         losses = {name: datasets.List(datasets.Value("float32")) for name in each_token}
         return losses | {name: datasets.Value("float32") for name in each_row}
@@ -98,7 +106,7 @@ class RowScorer:
         """The added columns; and, with long losses, for each context: how many tokens count, the sum of their
         |long - short| in nats, and how many differ by more than 2 nats."""
         columns: dict[str, list] = {name: [] for name in self.features}
-        totals = {suffix: np.zeros(3) for suffix in self.scorers} if self.with_long else {}
+        totals = {suffix: np.zeros(3) for suffix in self._contexts} if self.with_long else {}
         batch = _without_masks(batch)
         for start, stop in _equal_lengths(batch["input_ids"]):
             equal = {name: batch[name][start:stop] for name in COLUMNS if name in batch}
@@ -107,21 +115,36 @@ class RowScorer:
         return columns, {suffix: values.tolist() for suffix, values in totals.items()}
 
     def _score(self, batch: dict[str, Any], columns: dict[str, list], totals: dict[str, np.ndarray]) -> None:
-        device = next(iter(self.scorers.values())).model.device
+        device = torch.device("cpu") if self._scorer is None else self._scorer.model.device
         tokens, positions, predicted = row_tensors(batch, device)
+        for number, (suffix, found) in enumerate(self._contrasts(tokens, positions)):
+            columns[f"short_nll{suffix}"] += _rows(found.short_nll)
+            if self._diverges:
+                assert found.divergence is not None
+                columns[f"divergence{suffix}"] += _rows(found.divergence)
+            if not self.with_long:
+                continue
+            columns["long_nll"] += _rows(found.long_nll) if number == 0 else []
+            mask = predicted & (document_positions(tokens, positions) >= self._contexts[suffix].size)
+            for name, values in gains_of_rows(found.long_nll, found.short_nll, mask)._asdict().items():
+                columns[f"{name}{suffix}"] += values.tolist()
+            difference = (found.long_nll - found.short_nll)[mask].abs().double()
+            totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
+
+    def _contrasts(self, tokens: Tensor, positions: Tensor | None) -> Iterator[tuple[str, Contrast]]:
+        """What is found with each context; without long losses, the short ones are in their place."""
         long_nll = None
-        for suffix, scorer in self.scorers.items():
+        for suffix, context in self._contexts.items():
+            if self._contrast is not None:
+                yield suffix, self._contrast(tokens, context, position_ids=positions)
+                continue
+            assert self._scorer is not None
             if self.with_long and long_nll is None:
-                long_nll = scorer.long_nll(tokens, position_ids=positions)
-                columns["long_nll"] += _rows(long_nll)
+                long_nll = self._scorer.long_nll(tokens, position_ids=positions)
+            scorer = self._scorer.with_context(context)
             short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll)
-            columns[f"short_nll{suffix}"] += _rows(short_nll)
-            if long_nll is not None:
-                mask = predicted & (document_positions(tokens, positions) >= scorer.context.size)
-                for name, values in gains_of_rows(long_nll, short_nll, mask)._asdict().items():
-                    columns[f"{name}{suffix}"] += values.tolist()
-                difference = (long_nll - short_nll)[mask].abs().double()
-                totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
+            self._scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
+            yield suffix, Contrast(short_nll if long_nll is None else long_nll, short_nll)
 
 
 def _without_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:

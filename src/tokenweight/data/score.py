@@ -29,11 +29,13 @@ from tokenweight.data.shards import (
 from tokenweight.data.tokenize import text_prefix
 from tokenweight.method import ShortContext
 from tokenweight.models import (
+    CountScorer,
     check_length,
     check_stale_rows,
     check_tokenizer,
     check_tokens,
     config_fingerprint,
+    count_scorer,
     find_tokenizer,
     identity,
     load_model,
@@ -99,6 +101,7 @@ def score_folder(
 
     Args:
         folder: that `prepare` wrote, or any other of `datasets` or of Parquet files with a column `input_ids`.
+        model_name: of a model; or count, which needs none, as in count:order=4 (`CountScorer`).
         contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
 
     Raises:
@@ -108,19 +111,41 @@ def score_folder(
     longest = contents.longest or 0
     contexts = _contexts(contexts, longest, announce)
     size = max(context.size for context in contexts)
-    tokenizer = find_tokenizer(model_name, revision=revision)
-    check_tokenizer(tokenizer, model_name, made, folder)
-    model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-    check_tokens(model.config, *contents.token_range, folder)
-    check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
-    check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
-    prefix = text_prefix(tokenizer, made)
-    provenance = {**_made_by(model, model_name, made, prefix), "rows": str(folder)}
-    provenance |= {"rows_fingerprint": contents.fingerprint, "environment": environment()}
-    scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
+    scorer: RowScorer
+    if (counts := count_scorer(model_name)) is not None:
+        given = {"revision": revision, "attn_implementation": attn_implementation}
+        given |= {"dtype": None if dtype == "auto" else dtype}
+        _check_count(counts, model_name, given, contents.token_range[1], folder)
+        scorer = RowScorer(counts, contexts, max_tokens=max_tokens)
+        provenance = {**counts.provenance, **_tokenized_by(made)}
+    else:
+        tokenizer = find_tokenizer(model_name, revision=revision)
+        check_tokenizer(tokenizer, model_name, made, folder)
+        model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        check_tokens(model.config, *contents.token_range, folder)
+        check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
+        check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
+        prefix = text_prefix(tokenizer, made)
+        provenance = _made_by(model, model_name, made, prefix)
+        scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
+    provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
+
+
+def _check_count(
+    scorer: CountScorer, name: str, given: dict[str, str | None], largest: int, folder: str | os.PathLike[str]
+) -> None:
+    """Refuse what says how to load a model, of a scorer without one; and tokens that it does not know."""
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"{option} {value}: {name} scores without a model, and has none: leave it out")
+    if largest >= scorer.vocab_size:
+        raise ValueError(
+            f"{folder}: token {largest} is not in the vocabulary of {scorer}: expected a larger one, as in "
+            f"count:vocab_size={largest + 1}"
+        )
 
 
 def _made_by(model: Any, name: str, made: dict[str, Any], prefix: list[int]) -> dict[str, Any]:
@@ -128,10 +153,14 @@ def _made_by(model: Any, name: str, made: dict[str, Any], prefix: list[int]) -> 
     return {
         **identity(model, name),
         "config_fingerprint": config_fingerprint(model.config),
-        "tokenizer": made.get("tokenizer"),
-        "tokenizer_fingerprint": made.get("tokenizer_fingerprint"),
+        **_tokenized_by(made),
         "prefix": prefix,
     }
+
+
+def _tokenized_by(made: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer of rows, as far as it is known."""
+    return {name: made.get(name) for name in ("tokenizer", "tokenizer_fingerprint")}
 
 
 def _contexts(

@@ -134,7 +134,7 @@ def read_rows(
         first: number of the first row, from 0.
         num: of rows; fewer, where the folder ends.
         model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
-            those that are not stored.
+            those that are not stored. Refused for scores that are comparable with each other only (docs/data.md).
         size: of the short context; by default the only one that is stored.
         attn_implementation: attention kernel of the model; by default the choice of transformers.
 
@@ -146,6 +146,13 @@ def read_rows(
         raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
     verify(folder, range(first, first + num))
     name = model_name or provenance.get("model")
+    if provenance.get("contrast") == "scorer":  # its losses are comparable with each other only
+        if model_name is not None:
+            raise ValueError(
+                f"model {model_name}: {folder} was scored by {provenance.get('model')}, whose short losses cannot be "
+                "compared with the long ones of a model: expected no model"
+            )
+        name = provenance.get("tokenizer")
     revision = provenance.get("revision") if name == provenance.get("model") else None
     tokenizer = None if name is None else find_tokenizer(name, revision=revision)
     check_tokenizer(tokenizer, str(name), provenance, folder)

@@ -45,3 +45,4 @@ from .scorer import Scorer as Scorer
 from .scorers import Contrast as Contrast
 from .scorers import ContrastScorer as ContrastScorer
 from .scorers import CountScorer as CountScorer
+from .scorers import count_scorer as count_scorer

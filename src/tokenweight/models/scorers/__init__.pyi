@@ -1,3 +1,4 @@
 from .contrast import Contrast as Contrast
 from .contrast import ContrastScorer as ContrastScorer
 from .count import CountScorer as CountScorer
+from .count import count_scorer as count_scorer

@@ -66,7 +66,7 @@ class CountScorer:
     @property
     def provenance(self) -> dict[str, Any]:
         """What the scores depend on, for `scores.json`."""
-        return {"scorer": str(self), "contrast": "scorer", **({"divergence": "kl"} if self.divergence else {})}
+        return {"model": str(self), "contrast": "scorer", **({"divergence": "kl"} if self.divergence else {})}
 
     def __call__(
         self,
@@ -146,3 +146,21 @@ def _parts(items: Sequence[Item], num_tokens: Callable[[Item], int]) -> Iterator
         total += num_tokens(item)
     if items:
         yield items[first:]
+
+
+def count_scorer(name: str) -> CountScorer | None:
+    """The scorer that is called `count`, `count:order=4` or `count:order=4,vocab_size=50000`; None for other names.
+
+    Raises:
+        ValueError: for a setting that it does not have, or a value that is none.
+    """
+    kind, _, text = name.partition(":")
+    if kind != "count":
+        return None
+    settings: dict[str, int] = {}
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key.strip() not in ("order", "vocab_size") or not value.strip().isdecimal() or key.strip() in settings:
+            raise ValueError(f"scorer {name}: found {item!r}: expected numbers, as in count:order=4,vocab_size=50000")
+        settings[key.strip()] = int(value)
+    return CountScorer(**settings)
