@@ -42,6 +42,7 @@ from .rope import extend_context as extend_context
 from .rope import rope_depends_on_length as rope_depends_on_length
 from .rope_check import verify_rope as verify_rope
 from .scorer import Scorer as Scorer
+from .scorers import AlignedScorer as AlignedScorer
 from .scorers import Contrast as Contrast
 from .scorers import ContrastScorer as ContrastScorer
 from .scorers import CountScorer as CountScorer

@@ -154,12 +154,25 @@ class UnknownToken(ValueError):
         )
 
 
+class RowError(ValueError):
+    """What is wrong with a row, by its place in the batch."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(row, reason)
+        self.row, self.reason = row, reason
+
+    def __str__(self) -> str:
+        return f"row {self.row}: {self.reason}"
+
+
 @contextlib.contextmanager
 def numbered_from(first: int) -> Iterator[None]:
-    """Number the rows in errors about a loss or a token from `first` on, the number of the first row of the batch."""
+    """Number rows in errors about a row, a loss or a token from `first` on, the number of the first of the batch."""
     try:
         yield
     except NonFinite as error:
         raise NonFinite(error.name, first + error.row, error.position, error.value) from None
     except UnknownToken as error:
         raise UnknownToken(error.token, first + error.row, error.position, error.known) from None
+    except RowError as error:
+        raise RowError(first + error.row, error.reason) from None

@@ -159,6 +159,24 @@ class Scorer:
 
         The other arguments and errors are those of a call.
         """
+        position_ids, passes, skipped = self._plan(tokens, position_ids, attention_mask, skip_first=self_scored)
+        short_nll, scored = self.of_windows(passes, tokens, position_ids)
+        return ShortLosses(short_nll, ~scored if skipped else None)
+
+    @torch.no_grad()
+    def of_windows(
+        self,
+        passes: Sequence[Pass],
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """The losses of the tokens that windows score, 0 for others; and which they are.
+
+        Args:
+            passes: the windows, in documents of `tokens`.
+
+        The other arguments and errors are those of a call.
+        """
         dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
         short_nll = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
 
@@ -166,9 +184,9 @@ class Scorer:
             losses = linear_nll(hidden, self.parts.head.weight, tokens.flatten()[target], **self.parts.head.after)
             short_nll.view(-1)[target] = losses.to(dtype)
 
-        scored, skipped = self._read_windows(write, tokens, position_ids, attention_mask, skip_first=self_scored)
+        scored = self._read_windows(passes, tokens, position_ids, write)
         check_finite({"the short loss": short_nll}, scored)
-        return ShortLosses(short_nll, ~scored if skipped else None)
+        return short_nll, scored
 
     @torch.no_grad()
     def short_states(
@@ -189,8 +207,8 @@ class Scorer:
         def write(hidden: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> None:
             states.flatten(0, 1)[target] = hidden.to(head.dtype)
 
-        scored, skipped = self._read_windows(write, tokens, position_ids, attention_mask, skip_first=self_scored)
-        return ShortStates(states, scored, skipped)
+        position_ids, passes, skipped = self._plan(tokens, position_ids, attention_mask, skip_first=self_scored)
+        return ShortStates(states, self._read_windows(passes, tokens, position_ids, write), skipped)
 
     @torch.no_grad()
     def long_states(
@@ -242,28 +260,29 @@ class Scorer:
         check_finite({"the short loss": short_nll, "the divergence": divergence}, short.scored)
         return divergence, ShortLosses(short_nll, ~short.scored if short.skipped else None)
 
-    def _read_windows(
-        self,
-        write: Callable[[Tensor, Tensor], None],
-        tokens: Int[Tensor, "batch seq"],
-        position_ids: Int[Tensor, "batch seq"] | None,
-        attention_mask: Shaped[Tensor, "batch seq"] | None,
-        *,
-        skip_first: bool,
-    ) -> tuple[Bool[Tensor, "batch seq"], bool]:
-        """Call `write` with the states that predict the tokens which windows score, and the places of these.
-
-        Args:
-            skip_first: do not read the first window of a document, unless it depends on the length of what is read.
-
-        Returns:
-            Which tokens were scored; whether first windows were skipped.
-        """
-        self._check(tokens)
+    def _plan(
+        self, tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, *, skip_first: bool
+    ) -> tuple[Tensor | None, list[Pass], bool]:
+        """The positions of documents and all windows; and whether first windows are left out, as `skip_first` asks for:
+        not if their losses depend on the length of what is read."""
         position_ids = documents_of(position_ids, attention_mask)
         skip_first = skip_first and not rope_depends_on_length(self.model.config)
+        return position_ids, plan_passes(tokens, position_ids, self.context, skip_first=skip_first), skip_first
+
+    def _read_windows(
+        self,
+        passes: Sequence[Pass],
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None,
+        write: Callable[[Tensor, Tensor], None],
+    ) -> Bool[Tensor, "batch seq"]:
+        """Call `write` with the states that predict the tokens which windows score, and the places of these.
+
+        Returns:
+            Which tokens were scored.
+        """
+        self._check(tokens)
         scored = torch.zeros_like(tokens, dtype=torch.bool)
-        passes = plan_passes(tokens, position_ids, self.context, skip_first=skip_first)
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
 
         def read(batch: list[Pass]) -> None:
@@ -273,7 +292,7 @@ class Scorer:
 
         with evaluating(self.model):
             self._in_batches(passes, lambda item: item.num_tokens, read, tokens.device)
-        return scored, skip_first
+        return scored
 
     def long_nll(
         self,
@@ -300,7 +319,7 @@ class Scorer:
 
     def _in_batches(
         self,
-        items: list[Item],
+        items: Sequence[Item],
         num_tokens: Callable[[Item], int],
         run: Callable[[list[Item]], None],
         device: torch.device,

@@ -1,3 +1,4 @@
+from .aligned import AlignedScorer as AlignedScorer
 from .contrast import Contrast as Contrast
 from .contrast import ContrastScorer as ContrastScorer
 from .count import CountScorer as CountScorer
