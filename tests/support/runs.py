@@ -1,5 +1,9 @@
 """Batches, and that training does not depend on how a step is split, stored, interrupted or described."""
 
+import os
+import subprocess
+import sys
+
 import datasets
 
 # Float64 weights: two orders of the same sums differ by about 1e-15 of a gradient, and AdamW divides a gradient by its
@@ -13,3 +17,11 @@ def packed(rows, *groups):
     columns = {name: [[value for i in group for value in rows[i][name]] for group in groups] for name in rows.features}
     columns["position_ids"] = [[t for i in group for t in range(len(rows[i]["input_ids"]))] for group in groups]
     return datasets.Dataset.from_dict(columns)
+
+
+def torchrun(*words, **environ):
+    """Run Python with these words in two processes, which have to succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]

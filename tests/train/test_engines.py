@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from distributed import some_rows
 from engines import CASES, PLANS, Run, fit
+from runs import torchrun
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 
@@ -31,13 +29,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 COMMANDS = [shlex.split(line.removeprefix("$ ")) for line in re.findall(r"^\$ torchrun .*$", PAGE, re.MULTILINE)]
 SETTINGS = ["max_steps", "4", "save_steps", "2", "learning_rate", "1e-2", "warmup_steps", "1", "disable_tqdm", "true"]
 QUICK = [word if i % 2 else f"--trainer.{word}" for i, word in enumerate(SETTINGS)]
-
-
-def torchrun(*words, **environ):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def filled(words, folder, out):

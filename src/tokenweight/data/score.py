@@ -29,7 +29,6 @@ from tokenweight.data.shards import (
 from tokenweight.data.tokenize import text_prefix
 from tokenweight.method import ShortContext
 from tokenweight.models import (
-    CountScorer,
     check_length,
     check_stale_rows,
     check_tokenizer,
@@ -114,8 +113,8 @@ def score_folder(
     scorer: RowScorer
     if (counts := count_scorer(model_name)) is not None:
         given = {"revision": revision, "attn_implementation": attn_implementation}
-        given |= {"dtype": None if dtype == "auto" else dtype}
-        _check_count(counts, model_name, given, contents.token_range[1], folder)
+        _refuse(model_name, {**given, "dtype": None if dtype == "auto" else dtype})
+        counts.check_tokens(contents.token_range[1], folder)
         scorer = RowScorer(counts, contexts, max_tokens=max_tokens)
         provenance = {**counts.provenance, **_tokenized_by(made)}
     else:
@@ -134,18 +133,11 @@ def score_folder(
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
 
 
-def _check_count(
-    scorer: CountScorer, name: str, given: dict[str, str | None], largest: int, folder: str | os.PathLike[str]
-) -> None:
-    """Refuse what says how to load a model, of a scorer without one; and tokens that it does not know."""
+def _refuse(name: str, given: dict[str, str | None]) -> None:
+    """Raise a ValueError for what says how to load a model, of a scorer without one."""
     for option, value in given.items():
         if value is not None:
             raise ValueError(f"{option} {value}: {name} scores without a model, and has none: leave it out")
-    if largest >= scorer.vocab_size:
-        raise ValueError(
-            f"{folder}: token {largest} is not in the vocabulary of {scorer}: expected a larger one, as in "
-            f"count:vocab_size={largest + 1}"
-        )
 
 
 def _made_by(model: Any, name: str, made: dict[str, Any], prefix: list[int]) -> dict[str, Any]:

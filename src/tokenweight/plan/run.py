@@ -19,7 +19,14 @@ from tokenweight.method import (
     parse_weighting,
     sliding_windows,
 )
-from tokenweight.models import check_length, context_length, extend_context, load_config, rope_depends_on_length
+from tokenweight.models import (
+    check_length,
+    context_length,
+    count_scorer,
+    extend_context,
+    load_config,
+    rope_depends_on_length,
+)
 from tokenweight.plan.alternatives import Advice, Alternative, alternatives, recomputes
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
@@ -157,8 +164,8 @@ class _Recipe:
     @classmethod
     def read(cls, settings: TrainSettings, hardware: Hardware) -> "_Recipe":
         weighting = parse_weighting(settings.weighting)
-        if settings.scorer not in ("stored", "self"):
-            raise ValueError(f"scorer {settings.scorer!r}: expected stored or self, as only these can be planned")
+        if settings.scorer not in ("stored", "self") and count_scorer(settings.scorer) is None:
+            raise ValueError(f"scorer {settings.scorer!r}: expected stored, self or count: only these can be planned")
         if settings.lora:
             raise ValueError("lora: the cost of an adapter cannot be planned: leave it out to plan that of all weights")
         dtype = getattr(torch, settings.dtype, None)

@@ -74,8 +74,8 @@ def _trained(
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         record.update(identities(run, model, scoring))
     trained = _adapted(model, run.lora)
-    scorer = None
-    if context is not None and run.scored:
+    scorer, counts = None, run.counts
+    if context is not None and run.scored and counts is None:
         prefix = text_prefix(tokenizer, sequences.provenance)
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix)
     with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast)
@@ -85,10 +85,10 @@ def _trained(
         args=arguments,
         train_dataset=rows,
         eval_dataset=None if held_out is None else HeldOut(held_out.rows, held_out.contents.longest or 0, at_once),
-        data_collator=DataCollatorWithScores(),
+        data_collator=DataCollatorWithScores() if counts is None else DataCollatorWithScores(counts, context),
         processing_class=tokenizer,
         callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
-        size=sequences.sources[0].context.get("size"),
+        size=context.size if counts is not None and context is not None else sequences.sources[0].context.get("size"),
         sources=sequences.names if len(sequences.sources) > 1 else (),
     )
     batch = trainer.get_total_train_batch_size(arguments)
@@ -127,6 +127,8 @@ def _opened(
         scoring, theirs = load_model(run.scoring_model, attn_implementation=kernel), find_tokenizer(run.scoring_model)
     read = [*sequences.sources, *([] if sequences.held_out is None else [sequences.held_out])]
     for source in read:
+        if run.counts is not None:
+            run.counts.check_tokens(source.contents.token_range[1], source.folder)
         fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
         longest = source.contents.longest
         check_fit(model.config, tokenizer, name, **fits, longest=longest, provenance=source.provenance)

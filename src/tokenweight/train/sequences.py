@@ -25,8 +25,8 @@ from tokenweight.data import (
     translated,
     verify,
 )
-from tokenweight.method import SCORES
-from tokenweight.models import pack_bits
+from tokenweight.method import SCORES, ShortContext
+from tokenweight.models import Contrast, ContrastScorer, numbered_from, pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
 
@@ -143,6 +143,13 @@ def _contrast(run: Run) -> str:
         ValueError: if scores that are comparable with themselves only are to be compared with the trained model.
     """
     given, own = run.settings.contrast, list[str]()
+    if run.counts is not None:
+        if given == "trained" and run.weighting.of_losses:
+            raise ValueError(
+                f"contrast trained: the losses of the scorer {run.settings.scorer} cannot be compared with those of "
+                "the model that is trained: expected scorer, or no contrast"
+            )
+        return "scorer"
     if run.columns():
         own = [folder for folder in run.shares if read_provenance(folder).get("contrast") == "scorer"]
     if own and given == "trained" and run.weighting.of_losses:
@@ -313,6 +320,11 @@ class DataCollatorWithScores:
     documents. Where no sequence is packed, padding stays at the last position: beside skipped positions, a new document
     would raise.
 
+    Args:
+        scorer: supplies both losses of each sequence, as they are read, so that none are stored: such as
+            `CountScorer()`, whose losses are those that `tokenweight score --model count` would store.
+        context: the short context of the scorer.
+
     Example:
         >>> collator = DataCollatorWithScores()
         >>> batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
@@ -320,6 +332,13 @@ class DataCollatorWithScores:
         [[-100, 6, 7], [-100, 9, -100]]
         >>> trainer = transformers.Trainer(model, args, data_collator=collator, train_dataset=rows)  # doctest: +SKIP
     """
+
+    scorer: ContrastScorer | None = None
+    context: ShortContext | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scorer is None) != (self.context is None):
+            raise ValueError(f"scorer {self.scorer}, context {self.context}: expected both or none")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch.
@@ -333,6 +352,8 @@ class DataCollatorWithScores:
                 contradict each other.
         """
         features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
+        if self.scorer is not None:
+            features = [self._scored(number, row) for number, row in enumerate(features)]
         columns = [name for name in _COLUMNS[1:] if any(name in row for row in features)]
         length = max(len(row["input_ids"]) for row in features)
         padded = any(len(row["input_ids"]) < length for row in features)
@@ -359,6 +380,18 @@ class DataCollatorWithScores:
         if padded and "position_ids" not in columns:
             batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in features]
         return {name: torch.stack(values) for name, values in batch.items()}
+
+    def _scored(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A sequence with the columns that the scorer gives."""
+        assert self.scorer is not None
+        assert self.context is not None
+        if there := [name for name in Contrast._fields if name in row]:
+            raise ValueError(f"row {number} of the batch has a column {there[0]}: expected none beside a scorer")
+        tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)[None]
+        positions = torch.as_tensor(row["position_ids"], dtype=torch.long)[None] if "position_ids" in row else None
+        with numbered_from(number):
+            found = self.scorer(tokens, self.context, position_ids=positions)._asdict()
+        return {**row, **{name: values[0] for name, values in found.items() if values is not None}}
 
 
 def _check_columns(number: int, row: Mapping[str, Any], columns: list[str]) -> None:

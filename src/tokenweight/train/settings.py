@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from tokenweight.method import ShortContext, Weighting
+    from tokenweight.models import CountScorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,12 @@ class TrainSettings:
     """A weighting of docs/weightings.md, with settings as in sparse:keep=0.1 or mix(dense, uniform, share=0.5); or
     package.module.function."""
     scorer: str = "stored"
-    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), or a model."""
+    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), a model, or
+    "count", as in count:order=4, which needs none (docs/data.md)."""
     contrast: str | None = None
     """Whose long losses weights compare with the short ones: "trained", the model's as it is trained (the paper), or
-    "scorer", the scorer's own; by default trained, unless the stored scores say scorer (docs/train.md)."""
+    "scorer", the scorer's own; by default trained, unless the scorer is count or stored scores say scorer
+    (docs/train.md)."""
     size: OptionalTokens = None
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: OptionalTokens = None
@@ -111,9 +114,20 @@ class Run:
         return models.score_columns(self.weighting, self.settings.contrast or "trained") - {"ref_nll"} != set()
 
     @property
+    def counts(self) -> "CountScorer | None":
+        """What scores sequences as they are read, if that is done without a model."""
+        found = models.count_scorer(self.settings.scorer)
+        return (
+            dataclasses.replace(found, divergence="divergence" in self.weighting.uses)
+            if found and self.scored
+            else None
+        )
+
+    @property
     def scoring_model(self) -> str | None:
         """The name of the model that scores, if it is another than the one that is trained."""
-        return self.settings.scorer if self.settings.scorer not in ("stored", "self") and self.scored else None
+        scorer = self.settings.scorer
+        return scorer if scorer not in ("stored", "self") and self.scored and self.counts is None else None
 
     def check_scores(self, stored: bool, folder: str) -> None:
         """Raise a ValueError if a folder has stored scores, `stored`, but the short losses are to come from a model."""
@@ -156,6 +170,7 @@ def resolve(settings: TrainSettings) -> Run:
         )
     run = Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
     run.columns()  # raises for an unknown contrast
+    models.count_scorer(settings.scorer)  # for settings that it does not have
     return run
 
 

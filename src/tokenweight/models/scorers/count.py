@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -67,6 +68,14 @@ class CountScorer:
     def provenance(self) -> dict[str, Any]:
         """What the scores depend on, for `scores.json`."""
         return {"model": str(self), "contrast": "scorer", **({"divergence": "kl"} if self.divergence else {})}
+
+    def check_tokens(self, largest: int, folder: str | os.PathLike[str]) -> None:
+        """Raise a ValueError if a folder holds tokens, up to `largest`, that the vocabulary does not have."""
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"{folder}: token {largest} is not in the vocabulary of {self}: expected a larger one, as in "
+                f"count:vocab_size={largest + 1}"
+            )
 
     def __call__(
         self,
@@ -157,7 +166,7 @@ def count_scorer(name: str) -> CountScorer | None:
     kind, _, text = name.partition(":")
     if kind != "count":
         return None
-    settings: dict[str, int] = {}
+    settings: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key.strip() not in ("order", "vocab_size") or not value.strip().isdecimal() or key.strip() in settings:
