@@ -24,7 +24,7 @@ from tokenweight.cli.prepare import Prepare
 from tokenweight.cli.report import Figures, Report
 from tokenweight.cli.score import Score
 from tokenweight.cli.show import Show
-from tokenweight.cli.stats import Stats
+from tokenweight.cli.stats import CompareScores, Stats
 from tokenweight.cli.train import GROUPS, Train, read_config, with_groups
 from tokenweight.train import TrainSettings, trainer_field
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "show": Show,
     "stats": Stats,
+    "compare-scores": CompareScores,
     "figures": Figures,
     "eval": Eval,
     "report": Report,
@@ -203,7 +204,7 @@ def _overview() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<9}{(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<16}{(command.__doc__ or '').splitlines()[0]}")
     lines += ["", "tokenweight COMMAND --help lists the options of a command."]
     lines += ["tokenweight --version prints versions and the device; tokenweight doctor all that a bug report needs."]
     lines += ["tokenweight --print-completion bash, zsh or fish prints a script that completes commands and options."]

@@ -1,4 +1,4 @@
-"""The command `stats`."""
+"""The commands `stats` and `compare-scores`, which sum up scored folders."""
 
 import csv
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from tokenweight import records, view
-from tokenweight.cli.common import OptionalTokens
+from tokenweight.cli.common import OptionalTokens, token_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,7 @@ class Stats:
 
         if not self.folders:
             raise ValueError("name at least one folder that `tokenweight score --long` has written")
-        if self.save is not None and self.save.suffix.lower() not in (".json", ".csv"):
-            raise ValueError(f"--save {self.save}: expected a name that ends in .json or .csv")
-        if self.save is not None and not self.save.parent.is_dir():
-            raise ValueError(f"--save {self.save}: no such folder")
+        _check(self.save, ".json", ".csv")
         names = view.name_folders(self.folders)
         gains = [
             gain
@@ -52,6 +49,48 @@ class Stats:
         console.print(*view.corpus_view(gains), sep="\n")
         if self.save is not None:
             _write(view.corpus_records(gains), self.save)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareScores:
+    """Compare two scorers by the scores of the same sequences: do they put the same tokens first?
+
+    It says, for the tokens beyond the first window, how their ranks correlate, how many of the 5 and 20 % that each
+    puts first are the same, what of the key tokens of LongPPL and of the net benefit of one scorer is among those that
+    the other puts first, and which tokens they differ about most.
+    """
+
+    first: tyro.conf.Positional[Path]
+    """Folder that `score --long` has written: of the scorer that the other is compared with."""
+    second: tyro.conf.Positional[Path]
+    """Another of the same sequences; or the same, with two sizes."""
+    size: str | None = None
+    """Tokens of the short context, by default the only one that is stored. Two, as in 1k,512, are one for each."""
+    top: int = 8
+    """Number of tokens in each of the two lists of those that the scorers differ about."""
+    save: Path | None = None
+    """File to write the numbers to as well (.json)."""
+
+    def run(self) -> None:
+        """Print the numbers and the lists."""
+        from rich.console import Console
+
+        _check(self.save, ".json")
+        sizes = [None] if self.size is None else token_counts("size", self.size)
+        if len(sizes) > 2:
+            raise ValueError(f"--size {self.size}: expected one number of tokens, or one for each of the two folders")
+        agreement = view.compare_scores(self.first, self.second, sizes=(sizes[0], sizes[-1]), top=self.top)
+        Console().print(*view.agreement_view(agreement), sep="\n")
+        if self.save is not None:
+            records.write_json(self.save, agreement.as_json())
+
+
+def _check(path: Path | None, *endings: str) -> None:
+    """Raise what prevents that file before anything is computed."""
+    if path is not None and path.suffix.lower() not in endings:
+        raise ValueError(f"--save {path}: expected a name that ends in {' or '.join(endings)}")
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--save {path}: no such folder")
 
 
 def _write(numbers: list[dict], path: Path) -> None:

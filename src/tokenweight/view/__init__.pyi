@@ -1,3 +1,8 @@
+from .agreement import Agreement as Agreement
+from .agreement import Comparison as Comparison
+from .agreement import Losses as Losses
+from .agreement import agreement_view as agreement_view
+from .agreement import compare_scores as compare_scores
 from .corpus import CorpusGain as CorpusGain
 from .corpus import corpus_gains as corpus_gains
 from .corpus import corpus_records as corpus_records
