@@ -1,8 +1,5 @@
-from .bind import CONTRASTS as CONTRASTS
 from .bind import WeightedLossOutput as WeightedLossOutput
-from .bind import find_noise as find_noise
 from .bind import load_weighting_state as load_weighting_state
-from .bind import score_columns as score_columns
 from .bind import weighting_state as weighting_state
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_weighted_loss as without_weighted_loss
@@ -41,9 +38,12 @@ from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
 from .rope import rope_depends_on_length as rope_depends_on_length
 from .rope_check import verify_rope as verify_rope
-from .scorer import Scorer as Scorer
 from .scorers import AlignedScorer as AlignedScorer
 from .scorers import Contrast as Contrast
 from .scorers import ContrastScorer as ContrastScorer
 from .scorers import CountScorer as CountScorer
 from .scorers import count_scorer as count_scorer
+from .scorers.scorer import Scorer as Scorer
+from .values import CONTRASTS as CONTRASTS
+from .values import find_noise as find_noise
+from .values import score_columns as score_columns

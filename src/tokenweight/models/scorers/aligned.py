@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenweight.method import NonFinite, Pass, ShortContext, Window, sliding_windows
 from tokenweight.models.checks import RowError, tokenizer_fingerprint
 from tokenweight.models.rope import context_length, rope_depends_on_length
-from tokenweight.models.scorer import Scorer
 from tokenweight.models.scorers.contrast import Contrast
+from tokenweight.models.scorers.scorer import Scorer
 from tokenweight.models.scorers.token_bytes import TokenBytes, without_unicode_forms
 
 _FILL = 0.75  # of the documents that are read in one pass, the shortest is at least so long, beside the longest
