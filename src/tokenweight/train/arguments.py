@@ -249,7 +249,7 @@ def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"lora: PEFT is missing ({error}): pip install 'tokenweight[lora]'") from error
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
-    names = {**{name: name for name in fields}, **{name.removeprefix("lora_"): name for name in fields}}
+    names = {**{name.removeprefix("lora_"): name for name in fields}, **{name: name for name in fields}}
     hints, found = typing.get_type_hints(LoraConfig), {}
     for key, value in given.items():
         check_known(key, list(names), "lora")
