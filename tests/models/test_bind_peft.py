@@ -150,3 +150,46 @@ def test_a_stock_trainer_trains_the_adapter_alone_by_the_tokens_of_the_whole_ste
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     trained = dict(wrapped.named_parameters())
     assert not any(torch.equal(trained[name], parameter) for name, parameter in adapter.items())
+
+
+@pytest.mark.parametrize("contrast", ["trained", "scorer"])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("weighting", ["dense:interpolation=0.5", "expected(gain)"])
+def test_the_base_of_an_adapter_is_a_frozen_scorer_without_a_second_copy(contrast, settings, weighting):
+    tokens, context = models.some_tokens(2, 24), ShortContext(8, 3)
+    wrapped = adapted(models.tiny(), **settings).train()
+    model = wrapped.get_base_model()
+    with_weighted_loss(model, weighting, Scorer(models.tiny(), context), contrast=contrast)
+    torch.manual_seed(0)
+    expected = wrapped(input_ids=tokens, labels=tokens)
+    with_weighted_loss(model, weighting, Scorer(model, context, adapters=False), contrast=contrast)
+    torch.manual_seed(0)
+    found = wrapped(input_ids=tokens, labels=tokens)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.long_nll, expected.long_nll, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    with_weighted_loss(model, weighting, Scorer(model, context), contrast=contrast)
+    other = wrapped(input_ids=tokens, labels=tokens)
+    assert (other.weights - expected.weights).abs().max() > 0.01
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert all(gradient.count_nonzero() for gradient in torch.autograd.grad(found.loss, trained))
+
+
+def test_a_scorer_without_adapters_leaves_them_as_they_were():
+    wrapped, tokens = adapted(models.tiny()), models.some_tokens(2, 24)
+    model = wrapped.get_base_model()
+    scorer, base = Scorer(model, ShortContext(8, 3), adapters=False), Scorer(models.tiny(), ShortContext(8, 3))
+    before, trained = wrapped(tokens).logits, [one.requires_grad for one in wrapped.parameters()]
+    torch.testing.assert_close(scorer(tokens), base(tokens))
+    torch.testing.assert_close(scorer.long_nll(tokens), base.long_nll(tokens))
+    assert torch.equal(wrapped(tokens).logits, before)
+    assert [one.requires_grad for one in wrapped.parameters()] == trained
+    with wrapped.disable_adapter():
+        scorer(tokens)
+        assert torch.equal(wrapped(tokens).logits, models.tiny()(tokens).logits)
+
+
+def test_a_scorer_without_adapters_needs_a_model_that_has_some():
+    model = models.tiny()
+    with pytest.raises(ValueError, match="adapters=False: the model has no adapter"):
+        Scorer(model, ShortContext(8, 3), adapters=False)(models.some_tokens(1, 24))

@@ -109,3 +109,37 @@ def test_without_peft_the_command_that_installs_it_is_named(short_run, monkeypat
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"^lora: PEFT is missing .*: pip install 'tokenweight\[lora\]'$"):
         resolve(dataclasses.replace(short_run, lora=LORA))
+
+
+def test_the_base_of_the_adapter_scores_as_a_frozen_copy_of_it_does(adapted, corpus, tmp_path):
+    lora = {**LORA, "dropout": 0.0}
+    given = dataclasses.replace(adapted, data=str(corpus / "long"), size=10, stride=7, lora=lora)
+    for name, scorer in (("base", "base"), ("copy", adapted.model)):
+        train(dataclasses.replace(given, scorer=scorer, out=str(tmp_path / name)))
+    assert losses(tmp_path / "base") == losses(tmp_path / "copy")
+    assert "without the adapter" in (tmp_path / "base" / "README.md").read_text()
+    train(dataclasses.replace(given, scorer="self", out=str(tmp_path / "self")))
+    assert losses(tmp_path / "base")[1:] != losses(tmp_path / "self")[1:]
+
+
+@pytest.mark.parametrize(
+    ("lora", "found"), [({}, "there is no adapter"), ({**LORA, "bias": "all"}, "lora.bias all trains biases")]
+)
+def test_a_base_that_is_trained_is_no_frozen_scorer(lora, found, adapted, corpus):
+    with pytest.raises(ValueError, match=f"scorer base: {found}"):
+        resolve(dataclasses.replace(adapted, data=str(corpus / "long"), scorer="base", lora=lora))
+
+
+def test_the_seed_of_the_run_draws_the_adapter(adapted, tmp_path):
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        trainer = {**adapted.trainer, "seed": seed, "data_seed": 0}
+        lora = {**LORA, "dropout": 0.0}
+        train(dataclasses.replace(adapted, trainer=trainer, lora=lora, out=str(tmp_path / str(number))))
+        found.append(losses(tmp_path / str(number)))
+    assert found[0] == found[1] != found[2]
+
+
+def test_bias_is_the_field_of_that_name(adapted):
+    assert resolve(dataclasses.replace(adapted, lora={**LORA, "bias": "lora_only"})).lora["bias"] == "lora_only"

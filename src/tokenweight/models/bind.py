@@ -169,8 +169,8 @@ def _binding(
     binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
     if scorer is None:
         return binding
-    self_scored = scorer.model is model
-    return dataclasses.replace(binding, scorer=scorer.of(None) if self_scored else scorer, self_scored=self_scored)
+    own = scorer.model is model
+    return dataclasses.replace(binding, scorer=scorer.of(None) if own else scorer, self_scored=own and scorer.adapters)
 
 
 def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:

@@ -161,6 +161,29 @@ def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return in_mode(model, training=False)
 
 
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Switch adapters of PEFT off for a while: the model is its base. Nothing else changes, as `requires_grad` would by
+    `PeftModel.disable_adapter`, in the middle of a step.
+
+    Raises:
+        ValueError: if the model has none.
+
+    Source: `BaseTunerLayer.enable_adapters` and `AuxiliaryTrainingWrapper.enable_adapters` of peft 0.21.2.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    if not layers:
+        raise ValueError("adapters=False: the model has no adapter: expected one, as of peft.get_peft_model")
+    were_off = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, off in zip(layers, were_off):
+            layer._disable_adapters = off
+
+
 def causal_parts(model: PreTrainedModel) -> CausalParts:
     """Decoder, head, and what happens to the logits after it, verified once per model and kept on it.
 

@@ -140,7 +140,9 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any], scorer: dict[str, An
     context = data.get("context", {}) if stored else settings
     size, stride = context.get("size"), context.get("stride")
     who = f"`{data.get('model') if stored else name}`, frozen"
-    if name == "self" or (stored and not data.get("model")):
+    if name == "base":
+        who = "the model itself without the adapter, frozen"
+    elif name == "self" or (stored and not data.get("model")):
         who = "the model itself, as it is trained" if name == "self" else "stored"
     given = [f"windows of {size} tokens" if size else "", f"stride {stride}" if stride else ""]
     weights = data if stored else scorer

@@ -208,7 +208,8 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any], scores: str | None) 
     """Where short losses come from, and with which windows."""
     if scores is None:
         return "none: the weights need no short losses"
-    name = {"self": "the model itself, as it is trained"}.get(scores, scores)
+    own = {"self": "the model itself, as it is trained", "base": "the model itself, without the adapter"}
+    name = own.get(scores, scores)
     windows = settings
     if scores == "stored":
         windows, by = data.get("context", {}), data.get("model")

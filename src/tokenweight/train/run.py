@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tokenweight.data import text_prefix, tokenizer_note
@@ -73,11 +80,13 @@ def _trained(
     record["rows"]["epoch"] = len(rows)
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         record.update(identities(run, model, scoring))
+    set_seed(arguments.seed)  # the first weights of an adapter are drawn, before the Trainer would set it
     trained = _adapted(model, run.lora)
     scorer, counts = None, run.counts
     if context is not None and run.scored and counts is None:
         prefix = text_prefix(tokenizer, sequences.provenance)
-        scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix)
+        adapters = run.settings.scorer != "base"
+        scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix, adapters=adapters)
     with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast)
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(

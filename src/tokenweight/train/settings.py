@@ -58,8 +58,8 @@ class TrainSettings:
     """A weighting of docs/weightings.md, with settings as in sparse:keep=0.1 or mix(dense, uniform, share=0.5); or
     package.module.function."""
     scorer: str = "stored"
-    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), a model, or
-    "count", as in count:order=4, which needs none (docs/data.md)."""
+    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), "base" (the same
+    without the adapter of `lora`), a model, or "count", as in count:order=4, which needs none (docs/data.md)."""
     contrast: str | None = None
     """Whose long losses weights compare with the short ones: "trained", the model's as it is trained (the paper), or
     "scorer", the scorer's own; by default trained, unless the scorer is count or stored scores say scorer
@@ -127,7 +127,7 @@ class Run:
     def scoring_model(self) -> str | None:
         """The name of the model that scores, if it is another than the one that is trained."""
         scorer = self.settings.scorer
-        return scorer if scorer not in ("stored", "self") and self.scored and self.counts is None else None
+        return scorer if scorer not in ("stored", "self", "base") and self.scored and self.counts is None else None
 
     def check_scores(self, stored: bool, folder: str) -> None:
         """Raise a ValueError if a folder has stored scores, `stored`, but the short losses are to come from a model."""
@@ -163,6 +163,9 @@ def resolve(settings: TrainSettings) -> Run:
             "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
             f"context: expected a base that is extended already, as load_model({settings.model!r}, extend=…) saves it"
         )
+    if settings.scorer == "base" and (not lora or lora.get("bias", "none") != "none"):
+        found = f"lora.bias {lora['bias']} trains biases of the base" if lora else "there is no adapter"
+        raise ValueError(f"scorer base: {found}: expected lora, whose base stays as it is, or another scorer")
     if len(shares) > 1 and arguments.train_sampling_strategy != "random":
         raise ValueError(
             f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: a mixture has an order of its own, "

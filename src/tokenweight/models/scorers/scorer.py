@@ -1,9 +1,11 @@
 """The loss of every token when the model sees only a short context."""
 
+import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -23,7 +25,7 @@ from tokenweight.method import (
     plan_passes,
     read_passes,
 )
-from tokenweight.models.causal import causal_parts, evaluating
+from tokenweight.models.causal import causal_parts, evaluating, without_adapters
 from tokenweight.models.checks import UnknownToken
 from tokenweight.models.inputs import documents_of
 from tokenweight.models.processes import any_process, is_sharded
@@ -31,6 +33,18 @@ from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _with_its_adapters(method: Method) -> Method:
+    """A method of a `Scorer` in which adapters are switched off, if the scorer is without them."""
+
+    @functools.wraps(method)
+    def called(self: "Scorer", *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if self.adapters else without_adapters(self.model):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, called)
 
 
 class ShortStates(NamedTuple):
@@ -54,6 +68,8 @@ class Scorer:
         stride: tokens that a window scores; three quarters of `size` by default, as in the paper.
         prefix: ids of the special tokens with which a text begins: they replace the first tokens of a window, in
             documents that begin with them. By default nothing is replaced.
+        adapters: False switches adapters of PEFT off while the model scores: its base, as it was, is a frozen scorer
+            without a second copy.
         max_tokens: that one forward pass reads at most; at least one window is read. When memory does not suffice, the
             scorer halves it and goes on, with a warning.
 
@@ -76,6 +92,7 @@ class Scorer:
         size: int | None = None,
         stride: int | None = None,
         prefix: Sequence[int] = (),
+        adapters: bool = True,
         max_tokens: int = 32768,
     ) -> None:
         if context is None:
@@ -90,14 +107,15 @@ class Scorer:
             raise ValueError(f"prefix {list(prefix)}: expected fewer tokens than size, {context.size}")
         check_stale_windows(model.config, context.size)
         self.context, self.max_tokens = context, max_tokens
-        self.model, self.prefix = model, tuple(prefix)
+        self.model, self.prefix, self.adapters = model, tuple(prefix), adapters
         self.parts = causal_parts(model)
 
     def __repr__(self) -> str:
         name = "the bound model"
         if self.model is not None:  # else of `of`
             name = self.model.config.name_or_path or type(self.model).__name__
-        return f"Scorer({name!r}, size={self.context.size}, stride={self.context.stride})"
+        without = "" if self.adapters else ", adapters=False"
+        return f"Scorer({name!r}, size={self.context.size}, stride={self.context.stride}{without})"
 
     def with_context(self, context: ShortContext) -> "Scorer":
         """A scorer of the same model with another short context."""
@@ -163,6 +181,7 @@ class Scorer:
         short_nll, scored = self.of_windows(passes, tokens, position_ids)
         return ShortLosses(short_nll, ~scored if skipped else None)
 
+    @_with_its_adapters
     @torch.no_grad()
     def of_windows(
         self,
@@ -188,6 +207,7 @@ class Scorer:
         check_finite({"the short loss": short_nll}, scored)
         return short_nll, scored
 
+    @_with_its_adapters
     @torch.no_grad()
     def short_states(
         self,
@@ -210,6 +230,7 @@ class Scorer:
         position_ids, passes, skipped = self._plan(tokens, position_ids, attention_mask, skip_first=self_scored)
         return ShortStates(states, self._read_windows(passes, tokens, position_ids, write), skipped)
 
+    @_with_its_adapters
     @torch.no_grad()
     def long_states(
         self,
@@ -233,6 +254,7 @@ class Scorer:
         self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
         return torch.stack([states[row] for row in range(len(tokens))])
 
+    @_with_its_adapters
     def divergence(
         self,
         tokens: Int[Tensor, "batch seq"],
@@ -294,6 +316,7 @@ class Scorer:
             self._in_batches(passes, lambda item: item.num_tokens, read, tokens.device)
         return scored
 
+    @_with_its_adapters
     def long_nll(
         self,
         tokens: Int[Tensor, "batch seq"],
