@@ -15,7 +15,7 @@ from tokenweight.method import PPMI, Dense, Sparse
 from tokenweight.view import draw
 from tokenweight.view.summaries import by_position, difference_histogram
 
-SCORES = ["differences", "weight-by-kind", "weight-by-position"]
+SCORES = ["differences", "passage", "weight-by-kind", "weight-by-position"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_smooth_averages_over_windows_and_labels_say_how_many_sequences_and_what
         (line,) = figures["scored-weight-by-position"].axes[0].lines
         assert list(line.get_ydata()) == [part.mean_weight for part in by_position(rows, weights, windows=windows)]
         labels = {name: figure.get_label() for name, figure in figures.items()}
+        assert labels.pop("scored-passage").startswith("1 of 7 sequences, number 3, from token ")
         assert all(label.startswith("2 of 7 sequences.") for label in labels.values())
         assert ("saw-tooth of 5 tokens" in labels["scored-weight-by-position"]) == (not smooth)
     screen = draw([runs / "scored"], dense, num_rows=2, style="screen")

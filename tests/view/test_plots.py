@@ -29,6 +29,12 @@ SHARES = {
     "dense": [KindShare("name", 9, 0.1, 0.125, 1.25), KindShare("word start", 80, 0.8, 0.75, 1.1)],
     "longce": [KindShare("name", 9, 0.1, 0.25, 2.5), KindShare("word start", 80, 0.8, 0.5, 0.6)],
 }
+PIECES = [" the", " answer", "\n", "42", "$", " \u00e9t\u00e9"]
+WEIGHTS = {
+    "uniform": [1.0] * 6,
+    "sparse:keep=0.2": [0.0, 5.0, 0, 0, 0, 0],
+    "longce": [0.02, 1.5, 12.25, 0.2, 123.4, 0.095],
+}
 RUNS = {
     "plain": [{"step": 1, "loss": 3.0}, {"step": 5, "loss": 2.5}],
     "dense": [
@@ -61,6 +67,7 @@ FIGURES = {
     "differences": lambda style: plots.difference_figure(HISTOGRAM, style=style),
     "position": lambda style: plots.position_figure(BINS, window=60, style=style),
     "kinds": lambda style: plots.kind_figure(SHARES, style=style),
+    "passage": lambda style: plots.passage_figure(PIECES, WEIGHTS, style=style),
     "steps": lambda style: plots.step_figure(RUNS, style=style),
     "losses": lambda style: plots.loss_figure(table(), EDGES, style=style),
     "one model": lambda style: plots.loss_figure(table()[:1], EDGES, style=style),
@@ -110,6 +117,27 @@ def test_bars_of_kinds_are_as_long_as_the_shares():
     middles = [bar.get_y() + bar.get_height() / 2 for bars in axes.containers for bar in bars]
     assert [round(middle) for middle in middles] == [0, 1] * 3
     assert len(set(middles)) == 6
+
+
+def test_each_token_of_a_passage_has_its_weights_in_numbers_and_in_colors():
+    (axes,) = plots.passage_figure(PIECES, WEIGHTS).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "·the",
+        "·answer",
+        "↵",
+        "42",
+        r"\$",
+        "·\u00e9t\u00e9",
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(WEIGHTS)
+    written = {(text.get_position()[0], text.get_position()[1]): text.get_text() for text in axes.texts}
+    assert [written[2.5, line + 0.5] for line in range(6)] == ["0", "1.5", "12.2", "0.2", "123", "0.1"]
+    assert [written[1.5, line + 0.5] for line in range(6)] == ["", "5.0", "", "", "", ""]
+    assert len(axes.patches) == 5
+    mesh = axes.collections[0]
+    uniform, kept, most = (mesh.cmap(mesh.norm(mesh.get_array().reshape(6, 3)[1, column])) for column in (0, 1, 2))
+    assert uniform == pytest.approx((1, 1, 1, 1), abs=0.01)
+    assert kept[2] < most[2] < 1  # the more above 1, the less blue is in it
 
 
 def test_losses_by_step_are_those_that_were_logged_and_shares_have_a_panel_of_their_own():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from tokenweight.data import ScoredRow, read_rows, token_pieces
 from tokenweight.evaluate import read_table
@@ -13,6 +14,9 @@ from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
 from tokenweight.view.excerpt import about_windows, windows_of
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
+
+PASSAGE = 20
+"""Tokens of the passage that is drawn token by token."""
 
 
 def draw(
@@ -71,9 +75,9 @@ def score_figures(
     windows: ShortContext | None = None,
     style: str = "paper",
 ) -> dict[str, Figure]:
-    """Draw the differences beyond the first window, and the weight by position and by kind of token.
+    """Draw the differences beyond the first window, the weight by position and by kind of token, and a passage.
 
-    Without a tokenizer there are no kinds.
+    Without a tokenizer there are no kinds and no passage.
 
     Args:
         window: tokens of the short context.
@@ -99,7 +103,26 @@ def score_figures(
         kinds = [row_kinds(row, token_pieces(row.tokens[0].tolist(), row.tokenizer)) for row in rows]
         shares = {name: by_kind(rows, own, kinds) for name, own in weights.items()}
         figures["weight-by-kind"] = plots.kind_figure(shares, note=note, style=style)
+        figures["passage"] = _passage(beyond, {name: own[0] for name, own in weights.items()}, style)
     return figures
+
+
+def _passage(rows: Sequence[ScoredRow], weights: dict[str, Tensor], style: str) -> Figure:
+    """The tokens of the first row around the one whose losses differ most.
+
+    Args:
+        rows: whose masks leave out the first window.
+        weights: of the first row.
+    """
+    row = rows[0]
+    difference = (row.long_nll - row.short_nll).abs().where(row.mask, 0)[0]
+    first = max(0, min(int(difference.argmax()) - PASSAGE * 3 // 4, len(difference) - PASSAGE))
+    shown = slice(first, first + PASSAGE)
+    pieces = token_pieces(row.tokens[0].tolist(), row.tokenizer)[shown]
+    of = "" if row.num_rows is None else f"1 of {row.num_rows:,} sequences, number {row.number}, "
+    note = f"{of}from token {first}."
+    of_tokens = {name: own[0, shown].tolist() for name, own in weights.items()}
+    return plots.passage_figure(pieces, of_tokens, note=note, style=style)
 
 
 def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figure]:

@@ -6,13 +6,15 @@ from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from tokenweight.evaluate import Entry, short_names
 from tokenweight.plan import Cost
 from tokenweight.view.charts import MINUS
-from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, add_head, add_note, line_looks, new_panels, styled
+from tokenweight.view.style import BLACK, BLUE, GRAY, ORANGE, STYLES, add_head, add_note, line_looks, new_panels, styled
 from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 
@@ -112,6 +114,44 @@ def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, note: str = "", st
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("share (a token may be of several kinds)")
         add_head(figure, axes, style, "Which kinds of tokens have the weight")
+        add_note(figure, style, note)
+    return figure
+
+
+def passage_figure(
+    pieces: Sequence[str], weights: Mapping[str, Sequence[float]], *, note: str = "", style: str = "screen"
+) -> Figure:
+    """Draw a passage token by token, with its weight under each weighting: orange above 1, blue below, gray 0.
+
+    Args:
+        pieces: text of each token.
+        weights: of the same tokens, by the name of the weighting.
+        note: what else to say (`add_note`).
+        style: one of `STYLES`.
+    """
+    names, rows = list(weights), list(zip(*weights.values()))
+    with styled(style):
+        figure, (axes,) = new_panels(style, [0.045 * len(pieces) + 0.3])
+        # Evenly by ratio: 8 times the mean is as far from white as an eighth of it.
+        shades = [[min(1, max(-1, math.log(max(weight, 1e-9)) / math.log(8))) for weight in row] for row in rows]
+        colors = LinearSegmentedColormap.from_list("weights", [BLUE, "white", ORANGE])
+        axes.pcolormesh(shades, cmap=colors, vmin=-1, vmax=1, edgecolors="white", linewidth=1)
+        size = min(0.8 * STYLES[style].font, 120 * STYLES[style].width / (7 * len(names)))
+        for line, row in enumerate(rows):
+            for column, weight in enumerate(row):
+                if weight == 0:
+                    axes.add_patch(Rectangle((column, line), 1, 1, facecolor=GRAY, edgecolor="white", linewidth=1))
+                light = abs(shades[line][column]) < 0.6 or shades[line][column] > 0 or weight == 0
+                text = f"{weight:.1f}" if 0.095 <= weight < 99.95 else f"{weight:.0f}" if weight else ""
+                place = (column + 0.5, line + 0.5)
+                axes.text(*place, text, ha="center", va="center", size=size, color=BLACK if light else "white")
+        axes.set_xticks([column + 0.5 for column in range(len(names))], names, rotation=90)
+        axes.set_yticks([line + 0.5 for line in range(len(pieces))], map(_shown, pieces))
+        axes.invert_yaxis()
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        add_head(figure, axes, style, "Weight of each token of one passage")
         add_note(figure, style, note)
     return figure
 
@@ -247,6 +287,12 @@ def _values(entries: Sequence[Entry], field: str) -> list[float]:
 
 def _tokens(number: int) -> str:
     return f"{number // 1024}k" if number and number % 1024 == 0 else str(number)
+
+
+def _shown(piece: str) -> str:
+    """The text of a token on an axis: its spaces can be seen, and a dollar sign begins no formula."""
+    text = "".join("·" if char == " " else char if char.isprintable() else "↵" for char in piece[:16])
+    return text.replace("$", r"\$")
 
 
 def _thousands(numbers: Sequence[int]) -> str:
