@@ -20,8 +20,8 @@ class Score:
     rows: tyro.conf.Positional[Path]
     """Folder of sequences: of `prepare`, of `datasets`, or of Parquet files with a column input_ids."""
     model: str
-    """Folder, hub id or .gguf file of the scoring model; or count, as in count:order=4, which scores by what
-    is repeated within a document, without a model (docs/data.md)."""
+    """Folder, hub id or .gguf file of the scoring model, whose tokenizer may be another than that of the sequences; or
+    count, as in count:order=4, which scores by what is repeated within a document, without a model (docs/data.md)."""
     out: Path
     """Folder for the scored sequences."""
     size: str | None = None
@@ -30,8 +30,8 @@ class Score:
     stride: str | None = None
     """Tokens that each window scores, one number per size; by default three quarters of the size."""
     long: bool = False
-    """Also store the losses with the full context, and the mean gain from it per sequence. Implied by several sizes
-    and by count."""
+    """Also store the losses with the full context, and the mean gain from it per sequence. Implied by several sizes,
+    by count, and by a model with another tokenizer."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: str = "auto"

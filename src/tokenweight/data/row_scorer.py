@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
 from tokenweight.method import ShortContext, check_finite, document_positions, prediction_mask
-from tokenweight.models import Contrast, ContrastScorer, Scorer, numbered_from
+from tokenweight.models import AlignedScorer, Contrast, ContrastScorer, Scorer, numbered_from
 
 
 class ContextGain(NamedTuple):
@@ -78,6 +78,12 @@ class RowScorer:
     def contexts(self) -> list[dict[str, int]]:
         """Sizes and strides, as they stand in `scores.json`."""
         return [{"size": context.size, "stride": context.stride} for context in self._contexts.values()]
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Of an `AlignedScorer`, the groups of tokens of all rows so far, and how many hold several of ours."""
+        aligned = self._contrast
+        return (aligned.groups, aligned.shared_groups) if isinstance(aligned, AlignedScorer) else (0, 0)
 
     @property
     def features(self) -> dict[str, Any]:

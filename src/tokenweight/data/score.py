@@ -12,8 +12,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED
+from tokenweight.data.contents import Contents
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import (
@@ -26,9 +28,10 @@ from tokenweight.data.shards import (
     read_note,
     unlock,
 )
-from tokenweight.data.tokenize import text_prefix
+from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ShortContext
 from tokenweight.models import (
+    AlignedScorer,
     check_length,
     check_stale_rows,
     check_tokenizer,
@@ -38,6 +41,7 @@ from tokenweight.models import (
     find_tokenizer,
     identity,
     load_model,
+    load_tokenizer,
     numbered_from,
     own_device,
 )
@@ -63,6 +67,8 @@ class ScoreSummary:
     """Not there yet: the shares of other processes."""
     differences: dict[str, list[float]] = field(default_factory=dict)
     """With long losses: `RowScorer.score` of all rows, for each context by the suffix of its columns."""
+    groups: list[int] = field(default_factory=lambda: [0, 0])
+    """Of a scorer with another tokenizer: `RowScorer.groups` of all rows."""
 
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.new_tokens:,} of them scored now"]
@@ -74,6 +80,8 @@ class ScoreSummary:
                 f"mean |difference| {total / number:.3f} nats, {above / number:.2%} above 2" if number else "no token"
             )
             lines.append(f"{context}{found} (beyond the first window)")
+        if self.groups[0]:
+            lines.append(f"{self.groups[1] / self.groups[0]:.1%} of the groups of aligned tokens hold several of ours")
         if self.missing_shards:
             lines.append(f"{self.missing_shards} of {self.shards} shards are not there yet: other processes' shares")
         return "; ".join(lines)
@@ -100,16 +108,15 @@ def score_folder(
 
     Args:
         folder: that `prepare` wrote, or any other of `datasets` or of Parquet files with a column `input_ids`.
-        model_name: of a model; or count, which needs none, as in count:order=4 (`CountScorer`).
+        model_name: of a model, whose tokenizer may be another (`AlignedScorer`); or count, which needs none, as in
+            count:order=4 (`CountScorer`).
         contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
 
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
     (rows, contents), made = open_rows(folder), read_provenance(folder)
-    longest = contents.longest or 0
-    contexts = _contexts(contexts, longest, announce)
-    size = max(context.size for context in contexts)
+    contexts = _contexts(contexts, contents.longest or 0, announce)
     scorer: RowScorer
     if (counts := count_scorer(model_name)) is not None:
         given = {"revision": revision, "attn_implementation": attn_implementation}
@@ -119,18 +126,56 @@ def score_folder(
         provenance = {**counts.provenance, **_tokenized_by(made)}
     else:
         tokenizer = find_tokenizer(model_name, revision=revision)
-        check_tokenizer(tokenizer, model_name, made, folder)
+        of_rows = _other_tokenizer(tokenizer, model_name, made, folder)
         model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-        check_tokens(model.config, *contents.token_range, folder)
-        check_length(model.config, longest if with_long else size, "long: rows" if with_long else "size: windows")
-        check_stale_rows(model.config, row_lengths(rows).tolist() if with_long else [])
-        prefix = text_prefix(tokenizer, made)
-        provenance = _made_by(model, model_name, made, prefix)
-        scorer = RowScorer(model.to(own_device()), contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
+        model = model.to(own_device())
+        if tokenizer is None or of_rows is None:
+            prefix = text_prefix(tokenizer, made)
+            _check_fit(model.config, rows, contents, contexts, folder, with_long=with_long)
+            scorer = RowScorer(model, contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
+            provenance = _made_by(model, model_name, made, prefix)
+        else:
+            announce(f"{model_name} has another tokenizer than {folder}: their tokens are aligned by bytes")
+            options: dict[str, Any] = {"tokenize": text_tokens, "prefix": text_prefix(tokenizer, {})}
+            aligned = AlignedScorer(model, tokenizer, of_rows, max_tokens=max_tokens, **options)
+            scorer = RowScorer(aligned, contexts, max_tokens=max_tokens)
+            provenance = {**_made_by(model, model_name, made, aligned.prefix), **aligned.provenance}
     provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
+
+
+def _other_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, name: str, made: dict[str, Any], folder: str | os.PathLike[str]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the rows, if that of the model is another; None if it is the same, or one of them is unknown."""
+    try:
+        check_tokenizer(tokenizer, name, made, folder)
+        return None
+    except ValueError as error:
+        try:
+            of_rows = load_tokenizer(made["tokenizer"])
+        except ValueError as reason:
+            raise ValueError(f"{error}, or make that of the rows available to align the two ({reason})") from None
+    check_tokenizer(of_rows, made["tokenizer"], made, folder)
+    return of_rows
+
+
+def _check_fit(
+    config: Any,
+    rows: datasets.Dataset,
+    contents: Contents,
+    contexts: Sequence[ShortContext],
+    folder: str | os.PathLike[str],
+    *,
+    with_long: bool,
+) -> None:
+    """Raise a ValueError if a model cannot read the rows, or windows of them."""
+    size, longest = max(context.size for context in contexts), contents.longest or 0
+    check_tokens(config, *contents.token_range, folder)
+    check_length(config, longest if with_long else size, "long: rows" if with_long else "size: windows")
+    check_stale_rows(config, row_lengths(rows).tolist() if with_long else [])
 
 
 def _refuse(name: str, given: dict[str, str | None]) -> None:
@@ -251,12 +296,14 @@ def _write_shard(
 ) -> int:
     """Score the batches of one shard, and return its number of tokens."""
     with new_shard(file, schema) as (written, note):
-        note["differences"] = {}
+        note["differences"], before = {}, scorer.groups
         for batch in batches:
             table, totals = _scored(rows, batch, scorer)
             written.write(table)
             _add(note["differences"], totals)
             progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+        if scorer.groups != before:
+            note["groups"] = [after - known for after, known in zip(scorer.groups, before)]
     return note["tokens"]
 
 
@@ -361,6 +408,7 @@ def _finished(out: Path, files: list[Path], summary: ScoreSummary) -> ScoreSumma
         summary.rows += note["rows"]
         summary.tokens += note["tokens"]
         _add(summary.differences, note["differences"])
+        summary.groups = [a + b for a, b in zip(summary.groups, note.get("groups", (0, 0)))]
     if not summary.missing_shards:
         finish_dataset(out, [file.name for file in files])
         unlock(out)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.method import NonFinite, Pass, ShortContext, Window, sliding_windows
 from tokenweight.models.checks import RowError, tokenizer_fingerprint
-from tokenweight.models.rope import context_length, rope_depends_on_length
+from tokenweight.models.rope import check_stale_rows, context_length, rope_depends_on_length
 from tokenweight.models.scorers.contrast import Contrast
 from tokenweight.models.scorers.scorer import Scorer
 from tokenweight.models.scorers.token_bytes import TokenBytes, without_unicode_forms
@@ -74,6 +74,7 @@ class AlignedScorer:
         self._same = _same_control(self._ours, self._theirs, rows_tokenizer, tokenizer)
         # Its own context is never used: each call has one.
         self._scorer = Scorer(model, ShortContext(len(self.prefix) + 2), prefix=prefix, max_tokens=max_tokens)
+        self._lengths: set[int] = set()
         self.groups = 0
         """Groups of all tokens that were scored."""
         self.shared_groups = 0
@@ -179,8 +180,10 @@ class AlignedScorer:
             with _of_row(row):
                 document = self._document(row, first, ends, parts, read)
             documents.append(document)
+            self._lengths.add(len(document.tokens))
             self.groups += len(document.firsts)
             self.shared_groups += document.shared
+        check_stale_rows(self.model.config, self._lengths)
         return documents
 
     def _spelled(self, ids: list[int], first: int) -> tuple[np.ndarray, list[str | int]]:
