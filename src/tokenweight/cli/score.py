@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,6 +32,12 @@ class Score:
     long: bool = False
     """Also store the losses with the full context, and the mean gain from it per sequence. Implied by several sizes,
     by count, and by a model with another tokenizer."""
+    divergence: str | None = None
+    """Also store the divergence of the two predictions of each token, for weightings such as expected(gain): kl, tv,
+    absolute, or the weighting within expected(…). Implies --long; count stores kl anyway."""
+    as_: Annotated[Literal["reference"] | None, tyro.conf.arg(name="as")] = None
+    """What the model is, if it is not the scorer: reference, whose losses with the full context weightings such as
+    rho1 read. The sequences may be scored already."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: str = "auto"
@@ -61,6 +67,8 @@ class Score:
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
                 with_long=self.long or len(contexts or ()) > 1,
+                divergence=None if self.divergence is None else method.parse_divergence(self.divergence),
+                as_reference=self.as_ is not None,
                 max_tokens=self.max_tokens,
                 shard_tokens=self.shard_tokens,
                 format=self.format,

@@ -30,6 +30,11 @@ _MEANT = re.compile(
 _MEANT_OF_ROW = re.compile(r"(loss|token|sample)_?(weight|scale)s?")
 
 
+def is_score(column: str) -> bool:
+    """Whether a column holds a score of each token."""
+    return _SCORES.fullmatch(column) is not None
+
+
 def check_types(rows: datasets.Dataset, folder: Any) -> None:
     """Raise a ValueError that names a column of another type than expected, or one that would be ignored though it
     changes what a row means. Other columns with a value for each token are warned of. One row is read.
@@ -41,7 +46,7 @@ def check_types(rows: datasets.Dataset, folder: Any) -> None:
         numbers = ints or (values is not None and (pa.types.is_floating(values) or pa.types.is_boolean(values)))
         if name in COLUMNS and not ints:
             raise ValueError(f"{folder}: {name} holds {kind}: expected a list of whole numbers in each row")
-        if (name in TRANSLATED or _SCORES.fullmatch(name)) and not numbers:
+        if (name in TRANSLATED or is_score(name)) and not numbers:
             raise ValueError(f"{folder}: {name} holds {kind}: expected a list of numbers in each row")
         if _of_token(name) or name in (*TRANSLATED, *_HARMLESS):
             continue
@@ -175,7 +180,7 @@ def _says_nothing(rows: datasets.Dataset, name: str) -> bool:
 
 def _of_token(name: str) -> bool:
     """Whether a column is ours and has a value for each token."""
-    return name in COLUMNS or _SCORES.fullmatch(name) is not None
+    return name in COLUMNS or is_score(name)
 
 
 def _element(kind: pa.DataType | None) -> pa.DataType | None:

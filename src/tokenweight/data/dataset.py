@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
-from tokenweight.method import SCORES
+from tokenweight.method import SCORES, Weighting, divergence_kind
 from tokenweight.models import SCORE_OPTIONS
 from tokenweight.records import read_json, replaced, writing_to
 
@@ -256,6 +256,16 @@ def _with_all(
             f"{folder} has no column {column}: score it with `tokenweight score {folder}{SCORE_OPTIONS[name]}`"
         )
     return rows
+
+
+def check_divergence(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if a folder holds another divergence than the one that a weighting is made of."""
+    of, stored = weighting.divergence_of, provenance.get("divergence")
+    if of is not None and stored is not None and stored != (wanted := divergence_kind(of)):
+        raise ValueError(
+            f"{folder} holds the divergence {stored!r}, but weighting {weighting} needs {wanted!r}: score its "
+            f"sequences with `tokenweight score --divergence {wanted}`"
+        )
 
 
 def has_scores(rows: datasets.Dataset) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
-from tokenweight.method import ShortContext, check_finite, document_positions, prediction_mask
+from tokenweight.method import ScoreWeighting, ShortContext, check_finite, document_positions, prediction_mask
 from tokenweight.models import AlignedScorer, Contrast, ContrastScorer, Scorer, numbered_from
 
 
@@ -27,6 +27,9 @@ class ContextGain(NamedTuple):
     """The 90th percentile."""
     key_token_ratio: Float[Tensor, " batch"]
     """The fraction of `key_tokens`."""
+    longfilter: Float[Tensor, " batch"]
+    """The mean of the gain times the probability with the long context: what LongFilter selects documents by (Deng et
+    al. 2025, arXiv 2510.25804, Eq. 7, where the tokens of the first window count too, with a gain of 0)."""
 
 
 class RowScorer:
@@ -37,13 +40,18 @@ class RowScorer:
     - for each context the short losses, token-aligned, in a column that is named by its size: `short_nll_1024`;
     - with the long losses: `long_nll`, and for each context the fields of `ContextGain`, such as `gain_mean_1024`: one
       number for each row, over the tokens that have more tokens before them than the short context holds;
-    - of a scorer that gives it, for each context the divergence, token-aligned: `divergence_1024`.
+    - with `divergence`, and of `CountScorer`, for each context that of the two predictions of a token, token-aligned:
+      `divergence_1024`;
+    - with `as_reference`, none of these, but its losses with the whole row as context: `ref_nll`.
 
     Args:
         scorer: a model that scores, or what supplies both losses itself, such as `CountScorer`.
         contexts: one or several short contexts.
         prefix: as for `Scorer`.
         with_long: also the losses with the whole row as context; those of a `ContrastScorer` are always there.
+        divergence: of a model, the weighting of whose score the divergence is the expectation, as for `Expected`; it
+            implies `with_long`.
+        as_reference: whether a model is the reference of `Rho1`, which reads whole rows alone; without contexts then.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -57,10 +65,14 @@ class RowScorer:
         *,
         prefix: Sequence[int] = (),
         with_long: bool = False,
+        divergence: ScoreWeighting | None = None,
+        as_reference: bool = False,
         max_tokens: int = 32768,
     ) -> None:
         sizes = [context.size for context in contexts]
-        if not sizes or len(set(sizes)) < len(sizes):
+        if as_reference and (sizes or with_long or divergence is not None or isinstance(scorer, ContrastScorer)):
+            raise ValueError("as_reference: found other scores beside it: expected a model, and nothing else")
+        if not (sizes or as_reference) or len(set(sizes)) < len(sizes):
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens = max_tokens
         self._contexts = {f"_{context.size}": context for context in contexts}
@@ -68,11 +80,16 @@ class RowScorer:
         if isinstance(scorer, ContrastScorer):
             self._contrast = scorer
         else:
-            self._scorer = Scorer(scorer, contexts[0], prefix=prefix, max_tokens=max_tokens)
+            first = ShortContext(2) if as_reference else contexts[0]  # of which a reference reads no window
+            self._scorer = Scorer(scorer, first, prefix=() if as_reference else prefix, max_tokens=max_tokens)
             for context in contexts[1:]:
                 self._scorer.with_context(context)  # raises, before any work
-        self.with_long = with_long or self._contrast is not None
-        self._diverges = self._contrast is not None and "divergence" in self._contrast.provenance
+        if divergence is not None and self._contrast is not None:
+            raise ValueError("divergence: expected none, of a scorer that gives its own")
+        self.divergence, self.as_reference = divergence, as_reference
+        self.with_long = with_long or divergence is not None or self._contrast is not None
+        own = self._contrast is not None and "divergence" in self._contrast.provenance
+        self._diverges = own or divergence is not None
 
     @property
     def contexts(self) -> list[dict[str, int]]:
@@ -88,6 +105,8 @@ class RowScorer:
     @property
     def features(self) -> dict[str, Any]:
         """The added columns and their types."""
+        if self.as_reference:
+            return {"ref_nll": datasets.List(datasets.Value("float32"))}
         sized = ["short_nll", *["divergence"] * self._diverges]
         each_token = ["long_nll"] * self.with_long + [name + suffix for name in sized for suffix in self._contexts]
         each_row = (
@@ -123,6 +142,9 @@ class RowScorer:
     def _score(self, batch: dict[str, Any], columns: dict[str, list], totals: dict[str, np.ndarray]) -> None:
         device = torch.device("cpu") if self._scorer is None else self._scorer.model.device
         tokens, positions, predicted = row_tensors(batch, device)
+        if self.as_reference:
+            assert self._scorer is not None
+            columns["ref_nll"] += _rows(self._scorer.long_nll(tokens, position_ids=positions))
         for number, (suffix, found) in enumerate(self._contrasts(tokens, positions)):
             columns[f"short_nll{suffix}"] += _rows(found.short_nll)
             if self._diverges:
@@ -139,18 +161,25 @@ class RowScorer:
 
     def _contrasts(self, tokens: Tensor, positions: Tensor | None) -> Iterator[tuple[str, Contrast]]:
         """What is found with each context; without long losses, the short ones are in their place."""
-        long_nll = None
+        long_nll = states = divergence = None
         for suffix, context in self._contexts.items():
             if self._contrast is not None:
                 yield suffix, self._contrast(tokens, context, position_ids=positions)
                 continue
             assert self._scorer is not None
+            if self.divergence is not None and states is None:
+                states = self._scorer.long_states(tokens, position_ids=positions)
             if self.with_long and long_nll is None:
-                long_nll = self._scorer.long_nll(tokens, position_ids=positions)
+                long_nll = self._scorer.long_nll(tokens, position_ids=positions, states=states)
             scorer = self._scorer.with_context(context)
-            short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll)
+            if states is not None and long_nll is not None and self.divergence is not None:
+                windows = scorer.short_states(tokens, position_ids=positions)
+                divergence, short = scorer.divergence(tokens, self.divergence, states, windows)
+                short_nll = short.filled(long_nll)
+            else:
+                short_nll = scorer(tokens, position_ids=positions, long_nll=long_nll)
             self._scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
-            yield suffix, Contrast(short_nll if long_nll is None else long_nll, short_nll)
+            yield suffix, Contrast(short_nll if long_nll is None else long_nll, short_nll, divergence)
 
 
 def _without_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -239,4 +268,5 @@ def gains_of_rows(
         gain_positive=share(gain > 0),
         gain_p90=gain.masked_fill(~mask, torch.nan).nanquantile(0.9, dim=1),
         key_token_ratio=share(key_tokens(long_nll, short_nll, mask)),
+        longfilter=(gain * (-long_nll.double()).exp() * mask).sum(dim=1) / number,
     )

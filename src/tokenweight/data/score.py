@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenweight.data.columns import COLUMNS, TRANSLATED
+from tokenweight.data.columns import COLUMNS, TRANSLATED, is_score
 from tokenweight.data.contents import Contents
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
@@ -29,7 +29,7 @@ from tokenweight.data.shards import (
     unlock,
 )
 from tokenweight.data.tokenize import text_prefix, text_tokens
-from tokenweight.method import ShortContext
+from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
     AlignedScorer,
     check_length,
@@ -97,6 +97,8 @@ def score_folder(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     with_long: bool = False,
+    divergence: ScoreWeighting | None = None,
+    as_reference: bool = False,
     max_tokens: int = 32768,
     shard_tokens: int | None = None,
     format: str = "arrow",
@@ -111,39 +113,75 @@ def score_folder(
         model_name: of a model, whose tokenizer may be another (`AlignedScorer`); or count, which needs none, as in
             count:order=4 (`CountScorer`).
         contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
+        divergence: as for `RowScorer`, and so is `as_reference`, of rows that may be scored already.
 
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
     (rows, contents), made = open_rows(folder), read_provenance(folder)
-    contexts = _contexts(contexts, contents.longest or 0, announce)
-    scorer: RowScorer
+    if as_reference:
+        _refuse("a reference reads whole sequences", {"size": contexts, "long": with_long, "divergence": divergence})
+    contexts = () if as_reference else _contexts(contexts, contents.longest or 0, announce)
+    loading: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation}
     if (counts := count_scorer(model_name)) is not None:
-        given = {"revision": revision, "attn_implementation": attn_implementation}
-        _refuse(model_name, {**given, "dtype": None if dtype == "auto" else dtype})
+        given = {**loading, "dtype": dtype != "auto" and dtype, "as": as_reference and "reference"}
+        _refuse(f"{model_name} scores without a model", {**given, "divergence": divergence})
         counts.check_tokens(contents.token_range[1], folder)
         scorer = RowScorer(counts, contexts, max_tokens=max_tokens)
         provenance = {**counts.provenance, **_tokenized_by(made)}
     else:
         tokenizer = find_tokenizer(model_name, revision=revision)
         of_rows = _other_tokenizer(tokenizer, model_name, made, folder)
-        model = load_model(model_name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-        model = model.to(own_device())
-        if tokenizer is None or of_rows is None:
-            prefix = text_prefix(tokenizer, made)
-            _check_fit(model.config, rows, contents, contexts, folder, with_long=with_long)
-            scorer = RowScorer(model, contexts, prefix=prefix, with_long=with_long, max_tokens=max_tokens)
-            provenance = _made_by(model, model_name, made, prefix)
-        else:
-            announce(f"{model_name} has another tokenizer than {folder}: their tokens are aligned by bytes")
-            options: dict[str, Any] = {"tokenize": text_tokens, "prefix": text_prefix(tokenizer, {})}
-            aligned = AlignedScorer(model, tokenizer, of_rows, max_tokens=max_tokens, **options)
-            scorer = RowScorer(aligned, contexts, max_tokens=max_tokens)
-            provenance = {**_made_by(model, model_name, made, aligned.prefix), **aligned.provenance}
+        options: dict[str, Any] = {"divergence": divergence, "as_reference": as_reference, "with_long": with_long}
+        if of_rows is not None:
+            other = f"{model_name} has another tokenizer than {folder}"
+            _refuse(other, {"as": as_reference and "reference", "divergence": divergence})
+            announce(f"{other}: their tokens are aligned by bytes")
+        model = load_model(model_name, dtype=dtype, **loading).to(own_device())
+        whole = with_long or as_reference or divergence is not None
+        if of_rows is None:
+            _check_fit(model.config, rows, contents, contexts, folder, with_long=whole)
+        scorer, provenance = _by_model(model, model_name, (tokenizer, of_rows), made, contexts, max_tokens, options)
+    if as_reference:
+        provenance = {**(made if _is_scored(made) else _tokenized_by(made)), "reference": provenance}
+    elif "reference" in made:
+        provenance["reference"] = made["reference"]
     provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
+
+
+def _by_model(
+    model: PreTrainedModel,
+    name: str,
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
+    made: dict[str, Any],
+    contexts: Sequence[ShortContext],
+    max_tokens: int,
+    options: dict[str, Any],
+) -> tuple[RowScorer, dict[str, Any]]:
+    """The scorer of rows by a model, and its provenance.
+
+    Args:
+        tokenizers: of the model; and of the rows, if it is another.
+        options: of `RowScorer`, if it is not.
+    """
+    tokenizer, of_rows = tokenizers
+    if tokenizer is None or of_rows is None:
+        prefix = text_prefix(tokenizer, made)
+        scorer = RowScorer(model, contexts, prefix=prefix, max_tokens=max_tokens, **options)
+        kind = {} if scorer.divergence is None else {"divergence": divergence_kind(scorer.divergence)}
+        return scorer, {**_made_by(model, name, made, prefix), **kind}
+    prefix = text_prefix(tokenizer, {})
+    aligned = AlignedScorer(model, tokenizer, of_rows, max_tokens=max_tokens, tokenize=text_tokens, prefix=prefix)
+    provenance = {**_made_by(model, name, made, aligned.prefix), **aligned.provenance}
+    return RowScorer(aligned, contexts, max_tokens=max_tokens), provenance
+
+
+def _is_scored(made: dict[str, Any]) -> bool:
+    """Whether the provenance of rows is that of scores."""
+    return "contexts" in made
 
 
 def _other_tokenizer(
@@ -172,17 +210,19 @@ def _check_fit(
     with_long: bool,
 ) -> None:
     """Raise a ValueError if a model cannot read the rows, or windows of them."""
-    size, longest = max(context.size for context in contexts), contents.longest or 0
     check_tokens(config, *contents.token_range, folder)
-    check_length(config, longest if with_long else size, "long: rows" if with_long else "size: windows")
+    if with_long:
+        check_length(config, contents.longest or 0, "long: rows")
+    else:
+        check_length(config, max(context.size for context in contexts), "size: windows")
     check_stale_rows(config, row_lengths(rows).tolist() if with_long else [])
 
 
-def _refuse(name: str, given: dict[str, str | None]) -> None:
-    """Raise a ValueError for what says how to load a model, of a scorer without one."""
+def _refuse(why: str, given: dict[str, Any]) -> None:
+    """Raise a ValueError for an option that a scorer does not have."""
     for option, value in given.items():
-        if value is not None:
-            raise ValueError(f"{option} {value}: {name} scores without a model, and has none: leave it out")
+        if value:
+            raise ValueError(f"{option} {value}: {why}: leave it out")
 
 
 def _made_by(model: Any, name: str, made: dict[str, Any], prefix: list[int]) -> dict[str, Any]:
@@ -248,12 +288,14 @@ def score_rows(
     out = Path(out)
     check_name(out)
     check_format(format)
-    if there := [name for name in scorer.features if name in rows.column_names]:
+    scores = set(filter(is_score, rows.column_names))
+    if there := sorted(scores & scorer.features.keys() if scorer.as_reference else scores - {"ref_nll"}):
         raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
     lengths = row_lengths(rows)
     shard_tokens = shard_tokens or _shard_tokens(lengths)
-    settings = {"contexts": scorer.contexts, "long": scorer.with_long, "shard_tokens": shard_tokens, "format": format}
-    _claim(out, {**provenance, **settings})
+    contexts, with_long = [*provenance.get("contexts", ()), *scorer.contexts], scorer.with_long
+    settings = {"contexts": contexts, "long": provenance.get("long", with_long), "shard_tokens": shard_tokens}
+    _claim(out, {**provenance, **settings, "format": format})
     shards = _shards(lengths, shard_tokens)
     files = [out / f"scores-{number:05d}-of-{len(shards):05d}.{format}" for number in range(len(shards))]
     _announce(share, len(shards), announce)

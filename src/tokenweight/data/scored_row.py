@@ -1,7 +1,8 @@
 """Single rows with their losses, as a figure or a table of them reads them: of a scored folder, or of texts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import load_rows, load_scores, row_lengths
+from tokenweight.data.dataset import check_divergence, load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
 from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
@@ -61,6 +62,8 @@ class ScoredRow(NamedTuple):
     """Its losses by a reference model, if they are stored."""
     divergence: Float[Tensor, "1 seq"] | None = None
     """That of its predictions with the short context from those with the long one, if it is stored."""
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    """Who scored it, and how, if it is from a folder."""
 
     def weigh(self, weighting: Weighting) -> Float[Tensor, "1 seq"]:
         """The weights of its tokens.
@@ -68,6 +71,7 @@ class ScoredRow(NamedTuple):
         Raises:
             ValueError: for a score that is not finite, or that the weighting uses and the row does not have.
         """
+        check_divergence(weighting, self.provenance, self.provenance.get("folder", "the row"))
         positions = document_positions(self.tokens, self.position_ids)
         used: dict[str, Any] = {"ref_nll": self.ref_nll, "divergence": self.divergence, "positions": positions}
         return weighting(self.long_nll, self.short_nll, self.mask, **used)
@@ -173,8 +177,10 @@ def read_rows(
         losses = long_nll.float().cpu(), columns["short_nll"].float()
         windows = context.get("size"), context.get("stride")
         place = first + len(found), len(rows)
-        others = [columns[name].float() if name in columns else None for name in ("ref_nll", "divergence")]
-        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place, *others))
+        others: dict[str, Any] = {name: columns[name].float() for name in ("ref_nll", "divergence") if name in columns}
+        made = {**provenance, "folder": str(folder)}
+        row_of = ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place, provenance=made, **others)
+        found.append(row_of)
     return found
 
 

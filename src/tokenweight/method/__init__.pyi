@@ -11,6 +11,7 @@ from .kin.combine import Warmup as Warmup
 from .kin.custom import Custom as Custom
 from .kin.custom import as_weighting as as_weighting
 from .kin.exact import EXACT as EXACT
+from .kin.expected import DIVERGENCES as DIVERGENCES
 from .kin.expected import Expected as Expected
 from .kin.expected import divergence_kind as divergence_kind
 from .kin.expected import linear_divergence as linear_divergence
@@ -20,6 +21,7 @@ from .kin.gain import KeyTokens as KeyTokens
 from .kin.gain import LongFilter as LongFilter
 from .kin.longce import LongCE as LongCE
 from .kin.parse import WEIGHTINGS as WEIGHTINGS
+from .kin.parse import parse_divergence as parse_divergence
 from .kin.parse import parse_weighting as parse_weighting
 from .kin.parse import weighting_names as weighting_names
 from .kin.pmi import NPMI as NPMI

@@ -105,10 +105,20 @@ class CausalParts:
         attention_mask: Shaped[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq"]:
         """The loss of every token given all tokens before it in its row or document: `model.token_nll`."""
-        targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
         with evaluating(self.decoder):
-            hidden = self.states(tokens, position_ids, attention_mask).flatten(0, 1)
-        return linear_nll(hidden, self.head.weight, targets, **self.head.after).view_as(tokens)
+            hidden = self.states(tokens, position_ids, attention_mask)
+        return self.nll_of(hidden, tokens, position_ids)
+
+    @torch.no_grad()
+    def nll_of(
+        self,
+        states: Float[Tensor, "batch seq dim"],
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq"]:
+        """The loss of every token, given the `states` that predict it; 0 for the first of a document."""
+        targets = tokens.where(prediction_mask(tokens, position_ids), -100).flatten()
+        return linear_nll(states.flatten(0, 1), self.head.weight, targets, **self.head.after).view_as(tokens)
 
 
 def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_packed_rows: float) -> Tensor | None:

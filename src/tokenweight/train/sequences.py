@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from tokenweight.data import (
     TRANSLATED,
     Contents,
+    check_divergence,
     choose_scores,
     has_scores,
     open_rows,
@@ -25,7 +26,7 @@ from tokenweight.data import (
     translated,
     verify,
 )
-from tokenweight.method import SCORES, ShortContext
+from tokenweight.method import SCORES, ShortContext, Weighting
 from tokenweight.models import Contrast, ContrastScorer, numbered_from, pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
@@ -121,6 +122,7 @@ def open_sequences(run: Run) -> Sequences:
         run.check_scores(has_scores(rows), folder)
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
+            check_divergence(run.weighting, scores, folder)
         sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
     first = sources[0]
     for source in sources[1:] if needed else ():
@@ -129,7 +131,9 @@ def open_sequences(run: Run) -> Sequences:
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
-    held_out = None if settings.eval_data is None else _held_out(needed, settings.eval_data, first.context)
+    held_out = (
+        None if settings.eval_data is None else _held_out(run.weighting, needed, settings.eval_data, first.context)
+    )
     if run.arguments.process_index == 0:  # the others would read and compare the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
@@ -144,6 +148,7 @@ def _contrast(run: Run) -> str:
     """
     given, own = run.settings.contrast, list[str]()
     if run.counts is not None:
+        check_divergence(run.weighting, run.counts.provenance, f"scorer {run.settings.scorer}")
         if given == "trained" and run.weighting.of_losses:
             raise ValueError(
                 f"contrast trained: the losses of the scorer {run.settings.scorer} cannot be compared with those of "
@@ -169,12 +174,14 @@ def _windows(source: Source) -> str:
     return ", ".join(f"{name} {value}" for name, value in source.context.items())
 
 
-def _held_out(needed: Set[str], folder: str, context: dict[str, Any]) -> Source:
+def _held_out(weighting: Weighting, needed: Set[str], folder: str, context: dict[str, Any]) -> Source:
     """Held-out sequences, with scores of the same windows as those of the data, if they have them."""
     (rows, contents), scores = open_rows(folder), dict[str, Any]()
     if any(name.startswith((*needed,)) for name in rows.column_names):
         try:
-            rows, scores = choose_scores(rows, folder, **context, needed=needed)
+            chosen, scores_there = choose_scores(rows, folder, **context, needed=needed)
+            check_divergence(weighting, scores_there, folder)
+            rows, scores = chosen, scores_there
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)
     rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])

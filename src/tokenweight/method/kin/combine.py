@@ -29,7 +29,7 @@ class Combination(Weighting):
             if field.type is Weighting:
                 require(self, field.name, isinstance(getattr(self, field.name), Weighting), "a weighting")
         of = [part.divergence_of for part in self.parts if part.divergence_of is not None]
-        kinds = [divergence_kind(one) or one for one in of]  # all parts read one column
+        kinds = [divergence_kind(one) for one in of]  # all parts read one column
         if any(kind != kinds[0] for kind in kinds):
             found = " and ".join(map(str, of))
             raise ValueError(f"{type(self).__name__}: found the divergences of {found}: expected one and the same")

@@ -11,12 +11,8 @@ from tokenweight.method.kin.gain import BoundedGain, Gain
 from tokenweight.method.loss import BUFFER_BYTES, CAST_BYTES, Logits, active_rows
 from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Weighting, require
 
-_DIVERGENCES: dict[type[ScoreWeighting], str] = {
-    Gain: "kl",
-    BoundedGain: "tv",
-    Dense: "absolute",
-    Sparse: "absolute",
-}
+DIVERGENCES: dict[str, ScoreWeighting] = {"kl": Gain(), "tv": BoundedGain(), "absolute": Dense()}
+"""Weightings of whose scores the divergences with a name of their own are the expectations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +52,10 @@ class Expected(Weighting):
         return _expectation(self.weighting, _Distribution(long_logits), _Distribution(short_logits))
 
 
-def divergence_kind(weighting: ScoreWeighting) -> str | None:
-    """The name of the expectation of a weighting's score: "kl", "tv" or "absolute"; None if it has none of these."""
-    return _DIVERGENCES.get(type(weighting))
+def divergence_kind(weighting: ScoreWeighting) -> str:
+    """The name of the expectation of a weighting's score, which is one of `DIVERGENCES`, or the weighting itself."""
+    kind = Dense if type(weighting) is Sparse else type(weighting)  # they have the same score
+    return next((name for name, one in DIVERGENCES.items() if type(one) is kind), str(weighting))
 
 
 def linear_divergence(

@@ -11,12 +11,12 @@ from typing import Any
 from tokenweight.method.kin.combine import FirstWindow, Floor, Mix, Normalized, Warmup
 from tokenweight.method.kin.custom import as_weighting
 from tokenweight.method.kin.exact import EXACT
-from tokenweight.method.kin.expected import Expected
+from tokenweight.method.kin.expected import DIVERGENCES, Expected
 from tokenweight.method.kin.gain import BoundedGain, Gain, KeyTokens, LongFilter
 from tokenweight.method.kin.longce import LongCE
 from tokenweight.method.kin.pmi import NPMI, PPMI
 from tokenweight.method.kin.selection import ESLM, Rho1
-from tokenweight.method.weightings import Dense, Sparse, Uniform, Weighting
+from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Uniform, Weighting
 
 WEIGHTINGS: tuple[type[Weighting], ...] = (
     *(Uniform, Dense, Sparse, LongCE, PPMI, NPMI, Gain, BoundedGain, LongFilter, KeyTokens, EXACT, Rho1, ESLM),
@@ -37,6 +37,20 @@ def parse_weighting(text: str) -> Weighting:
         return _of_call(_call(text))
     name, settings = _short(text)
     return _build(name, [], settings, text)
+
+
+def parse_divergence(text: str) -> ScoreWeighting:
+    """The weighting of whose score a divergence is the expectation: of kl, tv or absolute, or a weighting itself."""
+    if text in DIVERGENCES:
+        return DIVERGENCES[text]
+    expected = f"expected one of {', '.join(DIVERGENCES)}, or a weighting whose weights follow from a score"
+    try:
+        weighting = parse_weighting(text)
+    except ValueError as error:
+        raise ValueError(f"divergence {text!r}: {expected}: {error}") from None
+    if not isinstance(weighting, ScoreWeighting):
+        raise ValueError(f"divergence {text!r}: {expected}")
+    return weighting
 
 
 def weighting_names(text: str) -> list[str]:

@@ -323,10 +323,12 @@ class Scorer:
         *,
         position_ids: Int[Tensor, "batch seq"] | None = None,
         attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+        states: Float[Tensor, "batch seq dim"] | None = None,
     ) -> Float[Tensor, "batch seq"]:
         """The loss of every token with the whole sequence (or packed document) as context, by the same model.
 
         Args, Returns, Raises: as for the short loss.
+            states: of `long_states`, if they are known.
         """
         self._check(tokens)
         losses: dict[int, Tensor] = {}
@@ -335,8 +337,11 @@ class Scorer:
             positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
             losses.update(zip(rows, self.parts.nll(tokens[rows], positions, mask)))
 
-        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
-        long_nll = torch.stack([losses[row] for row in range(len(tokens))])
+        if states is None:
+            self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
+            long_nll = torch.stack([losses[row] for row in range(len(tokens))])
+        else:
+            long_nll = self.parts.nll_of(states, tokens, position_ids)
         check_finite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool))
         return long_nll
 
