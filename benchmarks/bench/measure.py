@@ -21,12 +21,16 @@ GIVEN_BACK = "freed memory given back"
 
 
 def alternately(
-    runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[str], Any] = lambda name: None
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[str], Any] = lambda name: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each run in each of `rounds` rounds, after a round that is not counted.
 
     All runs take turns in one process, so that a slow minute of the machine hits all of them; every other round goes
     backwards, so that none always follows the same one. `before(name)` is called ahead of each run and not timed.
+    `clock` is that of the wall; `time.process_time`, that of the processor, where a run has one thread.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -34,10 +38,10 @@ def alternately(
             before(name)
             gc.collect()
             _finish_on_gpu()
-            begin = time.perf_counter()
+            begin = clock()
             runs[name]()
             _finish_on_gpu()
-            duration = time.perf_counter() - begin
+            duration = clock() - begin
             if number:
                 seconds[name].append(duration)
             print(f"round {number} of {rounds}: {name} {duration:.3f} s", file=sys.stderr)
