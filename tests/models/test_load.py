@@ -20,12 +20,14 @@ from transformers import (
 )
 
 import models
+from texts import trained_tokenizer
 from tokenweight import load_model, load_tokenizer, token_nll
 from tokenweight.method import prediction_mask
 from tokenweight.models import (
     causal_parts,
     config_fingerprint,
     evaluating,
+    find_tokenizer,
     load_config,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -351,3 +353,31 @@ def test_the_config_of_an_adapter_is_that_of_its_base(tmp_path):
     note = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
     (tmp_path / "adapter" / "adapter_config.json").write_text(note)
     assert load_config(tmp_path / "adapter").to_dict() == load_config(tmp_path / "base").to_dict()
+
+
+def test_a_config_alone_is_a_model_whose_weights_are_drawn_by_the_seed(tmp_path, caplog):
+    path = tmp_path / "small.json"
+    models.tiny().config.to_json_file(path)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(load_model(path).lm_head.weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert "small.json: a config without weights, which are drawn at random" in caplog.text
+    assert load_config(path).vocab_size == models.VOCABULARY
+    model = load_model(path, dtype="bfloat16", attn_implementation="eager", extend={"length": 256, "method": "yarn"})
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert model.config.max_position_embeddings == 256
+
+
+def test_the_tokenizer_of_a_config_is_that_in_its_folder(tmp_path):
+    models.tiny().config.to_json_file(tmp_path / "small.json")
+    assert find_tokenizer(tmp_path / "small.json") is None
+    trained_tokenizer().save_pretrained(tmp_path)
+    assert find_tokenizer(tmp_path / "small.json").get_vocab() == trained_tokenizer().get_vocab()
+
+
+def test_a_config_that_is_not_there_is_no_name_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"missing.json': no such file"):
+        load_model(tmp_path / "missing.json")

@@ -66,9 +66,11 @@ def load_model(
     """Load a causal language model: a plain transformers model that can be trained and saved.
 
     Args:
-        name: a folder, a hub id, or a `.gguf` file. A `.gguf` file is de-quantized once and kept as an ordinary folder
-            in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a second. An adapter (of
-            PEFT) is added to the weights of its base, in their dtype, and all of them can be trained.
+        name: a folder, a hub id, a `.gguf` file, or a `.json` file with the config of a model, whose weights are then
+            drawn at random, with a warning, to train it from scratch. A `.gguf` file is de-quantized once and kept as
+            an ordinary folder in the user's cache (`$XDG_CACHE_HOME/tokenweight`), so that the second start takes a
+            second. An adapter (of PEFT) is added to the weights of its base, in their dtype, and all of them can be
+            trained.
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
         revision: of a hub model.
@@ -127,16 +129,22 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
 
 
 def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None if it is a folder that holds no tokenizer. Of an adapter without one, its base's.
+    """The tokenizer of a model; None if it is a folder that holds no tokenizer. Of an adapter without one, its base's;
+    of a config (`.json`), that in its folder.
 
     Raises:
         ValueError: if there are files of a tokenizer that cannot be loaded.
     """
-    folder = Path(name)
+    folder = Path(name).parent if is_config(name) else Path(name)
     if folder.is_dir() and not has_tokenizer_files(folder):
         base = adapter_base(str(name))
         return None if base is None else find_tokenizer(base)
-    return load_tokenizer(name, revision=revision)
+    return load_tokenizer(folder if is_config(name) else name, revision=revision)
+
+
+def is_config(name: str | os.PathLike[str]) -> bool:
+    """Whether the name of a model is that of a config alone, whose weights are drawn at random."""
+    return Path(name).suffix == ".json"
 
 
 def own_device() -> torch.device:
@@ -159,9 +167,10 @@ def _reported(what: str, name: str | os.PathLike[str], load: Callable[[str], Any
     Loaders raise what the packages under them do: SafetensorError, UnpicklingError, EOFError, Exception itself.
     """
     path = Path(name)
-    if path.suffix == ".gguf" and not path.is_file():
+    of_file = path.suffix == ".gguf" or (is_config(path) and what == "model")
+    if of_file and not path.is_file():
         raise ValueError(f"{what} {str(name)!r}: no such file")
-    if path.suffix != ".gguf" and path.exists() and not path.is_dir():
+    if not of_file and path.exists() and not path.is_dir():
         raise ValueError(f"{what} {str(name)!r} is a file: expected a folder, a hub id or a .gguf file")
     try:
         for text in ("vocab.txt", "merges.txt"):  # as which a pointer would be read without an error
@@ -186,13 +195,24 @@ class _Model:
 
     @staticmethod
     def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
-        """The model of a folder or hub id."""
+        """The model of a folder or hub id, or a random one of a config."""
+        if is_config(path):
+            return _of_config(path, **kwargs)
         allowed = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         check_loaded(model, info, allowed)
         return model
+
+
+def _of_config(path: str, *, config: PreTrainedConfig | None = None, dtype: Any = "auto", **kwargs: Any) -> Any:
+    """A model with random weights."""
+    logger.warning("%s: a config without weights, which are drawn at random", path)
+    kwargs.pop("revision", None)
+    config = AutoConfig.from_pretrained(path) if config is None else config
+    dtype = getattr(torch, dtype, torch.float32) if isinstance(dtype, str) else dtype
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
 
 
 def _converted(path: Path) -> Path:

@@ -27,6 +27,7 @@ from tokenweight.models import (
     adapter_base,
     check_fit,
     find_tokenizer,
+    is_config,
     load_config,
     load_model,
     with_weighted_loss,
@@ -80,7 +81,7 @@ def _trained(
     record["rows"]["epoch"] = len(rows)
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         record.update(identities(run, model, scoring))
-    set_seed(arguments.seed)  # the first weights of an adapter are drawn, before the Trainer would set it
+    set_seed(arguments.seed)  # which draws the first weights of an adapter
     trained = _adapted(model, run.lora)
     scorer, counts = None, run.counts
     if context is not None and run.scored and counts is None:
@@ -127,6 +128,9 @@ def _opened(
             "load_model(…).save_pretrained(…) makes of it"
         )
     before, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
+    if tokenizer is None and is_config(name) and sequences.provenance.get("tokenizer") is not None:
+        tokenizer = find_tokenizer(sequences.provenance["tokenizer"])  # a model from scratch has no other
+    set_seed(run.arguments.seed)  # which draws the weights of a config, before the Trainer would set it
     dtype, extension = run.settings.dtype, run.extension
     model = load_model(name, dtype=dtype, revision=revision, extend=extension, attn_implementation=kernel)
     if run.extension and tokenizer is not None:  # or whoever truncates by the saved tokenizer cuts at the old length

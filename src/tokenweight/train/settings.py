@@ -48,7 +48,8 @@ class TrainSettings:
     """
 
     model: str
-    """Folder, hub id or .gguf file of the model to train."""
+    """Folder, hub id or .gguf file of the model to train; or a config (.json), to train one from scratch
+    (docs/train.md)."""
     data: str | list[dict[str, Any]]
     """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
     each folder with its share of the tokens: A:0.6 B:0.4, in YAML a list of {path, share}."""
