@@ -18,7 +18,7 @@ from tokenweight.evaluate.comparison import Judge, Measure
 from tokenweight.evaluate.intervals import Sums, document_sums, row_sums
 from tokenweight.evaluate.settings import EvalPlan
 from tokenweight.method import LongCE, ShortContext, document_positions
-from tokenweight.models import Scorer, numbered_from
+from tokenweight.models import ContrastScorer, Scorer, numbered_from
 
 PAPER_CONTEXT = ShortContext(size=4096 + 1024, stride=1024)
 """The short context of LongPPL's authors, `trunc_len=4096, sliding_window=1024`: 4096 to 5119 tokens.
@@ -242,18 +242,27 @@ def pair_measures(measures: Sequence[Measure], weights: np.ndarray, baseline: np
 
 
 def find_key_tokens(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ContrastScorer,
     plan: EvalPlan,
     rows: Rows,
     weights: np.ndarray,
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Let a model that is not measured itself find the key tokens, and fill in `weights`, its `TOKEN_WEIGHTS`."""
-    finder = _finder(model, plan, rows)
+    """Let a model that is not measured itself find the key tokens, and fill in `weights`, its `TOKEN_WEIGHTS`.
+
+    Args:
+        model: the evaluator; or, with another tokenizer than the rows have, what aligns the two.
+    """
+    finder = None if isinstance(model, ContrastScorer) else _finder(model, plan, rows)
     for numbers, place in rows.batches():
         with numbered_from(numbers.start):
-            weights[place] = _token_weights(finder, _read(finder, rows.data[numbers]))
+            if finder is not None:
+                weights[place] = _token_weights(finder, _read(finder, rows.data[numbers]))
+            else:
+                tokens, positions, mask = row_tensors(rows.data[numbers], torch.device("cpu"))
+                found = model(tokens, ShortContext(*plan.long_context), position_ids=positions)
+                weights[place] = _weights_of(found.long_nll, found.short_nll, mask)
         progress(place.stop - place.start)
 
 
@@ -270,8 +279,14 @@ def _read(scorer: Scorer, batch: dict[str, Any]) -> _Batch:
 def _token_weights(finder: Scorer, batch: _Batch) -> np.ndarray:
     """`TOKEN_WEIGHTS` of the tokens of a batch."""
     tokens, positions, mask, long_nll = batch
-    short_nll = finder(tokens, position_ids=positions, long_nll=long_nll)
-    weights = np.empty(tokens.numel(), dtype=TOKEN_WEIGHTS)
+    return _weights_of(long_nll, finder(tokens, position_ids=positions, long_nll=long_nll), mask)
+
+
+def _weights_of(
+    long_nll: Float[Tensor, "rows seq"], short_nll: Float[Tensor, "rows seq"], mask: Bool[Tensor, "rows seq"]
+) -> np.ndarray:
+    """`TOKEN_WEIGHTS` of tokens from both of their losses."""
+    weights = np.empty(long_nll.numel(), dtype=TOKEN_WEIGHTS)
     weights["key"] = key_tokens(long_nll, short_nll, mask).flatten().cpu().numpy()
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
     weights["nll"] = long_nll.flatten().float().cpu().numpy()

@@ -19,6 +19,7 @@ from tokenweight.data import (
     row_lengths,
     scan_contents,
     text_prefix,
+    text_tokens,
     verify,
 )
 from tokenweight.evaluate.comparison import GRID, Entry, Judge, Measure, compare
@@ -29,6 +30,7 @@ from tokenweight.evaluate.settings import EvalPlan, EvalSettings, make_plan
 from tokenweight.evaluate.suites import suite_measures
 from tokenweight.evaluate.tables import csv_text, grid_markdown, markdown
 from tokenweight.models import (
+    AlignedScorer,
     check_stale_rows,
     check_stale_windows,
     check_tokenizer,
@@ -55,6 +57,8 @@ class _Task(NamedTuple):
     """The models that read all rows, the evaluator first; if there is an earlier evaluation, it need not run again."""
     evaluator: str | None
     """The one model that finds the key tokens for all; None where each model and the first do."""
+    aligned: PreTrainedTokenizerBase | None
+    """The tokenizer of the evaluator, if it is another than that of the models."""
     plan: EvalPlan
     rows: Rows
     tokenizer: PreTrainedTokenizerBase | None
@@ -117,15 +121,19 @@ def _open(settings: EvalSettings) -> _Task:
     names = [settings.model] if earlier or not settings.baseline else [settings.baseline, settings.model]
     evaluator = earlier["evaluator"]["model"] if earlier else settings.evaluator
     loaded = list(dict.fromkeys(names if earlier or evaluator is None else [evaluator, *names]))
-    tokenizer = _common_tokenizer(loaded, settings)
+    aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
+    readers = [name for name in loaded if aligned is None or name != evaluator]
+    tokenizer = _common_tokenizer(readers, settings)
+    if aligned is not None and tokenizer is None:
+        raise ValueError(f"evaluator {evaluator}: has a tokenizer, and {names[0]} none: expected one to align the two")
     rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
-    for name in loaded:
+    for name in readers:
         _check_model(name, settings, plan, rows, contents)
     probes = _make_probes(settings, plan, tokenizer)
     comparable = {**plan.comparable(), **_fingerprints(rows, contents, tokenizer)}
     if earlier and (found := differences(earlier["settings"], comparable)):
         raise ValueError(f"baseline {settings.baseline}: was evaluated with other settings ({found})")
-    return _Task(names, loaded, evaluator, plan, rows, tokenizer, probes, comparable, earlier)
+    return _Task(names, loaded, evaluator, aligned, plan, rows, tokenizer, probes, comparable, earlier)
 
 
 def _open_data(settings: EvalSettings) -> tuple[datasets.Dataset, Contents]:
@@ -157,6 +165,14 @@ def _earlier(settings: EvalSettings) -> dict[str, Any] | None:
             "expected the same evaluator, or none"
         )
     return record
+
+
+def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the evaluator, unless it is that of the model."""
+    found, own = (find_tokenizer(str(name)) for name in (evaluator, settings.model))
+    if found is None or own is None or tokenizer_fingerprint(found) == tokenizer_fingerprint(own):
+        return None
+    return found
 
 
 def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTokenizerBase | None:
@@ -274,14 +290,27 @@ def _measured(
         )
         found = identity(model, name)
         if finds:
-            judge = found
+            judge = (
+                found
+                if task.aligned is None
+                else {**found, "tokenizer_fingerprint": tokenizer_fingerprint(task.aligned)}
+            )
         if name in task.names:
             judging = _judging(task, weights, name, found["weights_fingerprint"], judge)
             records[name] = {**found, **measure_model(name, model, task, judging, progress=progress)}
         else:
-            find_key_tokens(model, task.plan, task.rows, weights[0], progress=progress)
+            find_key_tokens(_finder(model, task), task.plan, task.rows, weights[0], progress=progress)
         del model  # before the next one is loaded
     return [records[name] for name in task.names], judge
+
+
+def _finder(model: PreTrainedModel, task: _Task) -> PreTrainedModel | AlignedScorer:
+    """The evaluator; with another tokenizer, each token has the losses of the group that it is in."""
+    if task.aligned is None:
+        return model
+    assert task.tokenizer is not None
+    options: dict[str, Any] = {"tokenize": text_tokens, "prefix": text_prefix(task.aligned, {})}
+    return AlignedScorer(model, task.aligned, task.tokenizer, whole=True, max_tokens=task.rows.max_tokens, **options)
 
 
 def _judging(task: _Task, weights: np.memmap, name: str, fingerprint: str, judge: dict[str, Any]) -> Judging:

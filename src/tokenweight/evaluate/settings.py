@@ -34,7 +34,8 @@ class EvalSettings:
     short: OptionalTokens = None
     """Tokens of the short range; by default 1024, or a quarter of sequences of less than 4096 tokens."""
     evaluator: str | None = None
-    """A third model that finds the key tokens of LongPPL for all; by default each model and its baseline do, alike."""
+    """A third model that finds the key tokens of LongPPL for all, whose tokenizer may be another; by default each model
+    and its baseline do, alike."""
     long_size: OptionalTokens = None
     """Window of LongPPL; by default that of its authors (5120) for longer sequences, else a quarter of a sequence."""
     long_stride: OptionalTokens = None
