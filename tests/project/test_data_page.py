@@ -74,7 +74,11 @@ def test_rows_are_chosen_by_what_the_context_gives_them(folders, monkeypatch):
     score_folder(folders / "rows", str(folders / "model"), contexts, folders / "ladder", with_long=True)
     monkeypatch.chdir(folders)
     found = {}  # a random model has no key tokens
-    exec(FILTER.replace("key_token_ratio_1024", "gain_positive_8").replace("0.01", "0.5"), found)
+    block = FILTER.replace("key_token_ratio_1024", "gain_positive_8").replace("0.01", "0.5")
+    exec(block.replace("longfilter_1024", "longfilter_8"), found)
     shares = np.array(found["rows"]["gain_positive_8"])
     assert np.array_equal(found["useful"]["gain_positive_8"], shares[shares > 0.5])
     assert 0 < len(found["useful"]) < len(shares)
+    scores = np.array(found["rows"]["longfilter_8"])
+    assert sorted(found["most"]["longfilter_8"]) == sorted(scores)[-len(found["most"]) :]
+    assert 0 < len(found["most"]) < len(scores)

@@ -1,4 +1,4 @@
-"""The Python of the method page runs as it stands there, on a tiny model; links lead somewhere, in the site too."""
+"""The Python of the pages on the method runs as it stands there, on a tiny model; links lead somewhere, also in the site."""
 
 import re
 import runpy
@@ -13,13 +13,17 @@ from tokenweight.data import score_folder
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "method.md").read_text(), flags=re.DOTALL)
-LOOP, TRAINER, FUNCTION, DATACLASS = BLOCKS
+BLOCKS = [
+    block
+    for page in ("method.md", "weightings.md")
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+]
+LOOP, TRAINER, FUNCTION, DATACLASS, OTHERS = BLOCKS
 SITE = runpy.run_path(str(ROOT / "tools/docs_site.py"))
 PAGES = sorted([*(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md")), *SITE["PAGES"]])
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["loop", "trainer", "function", "dataclass"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["loop", "trainer", "function", "dataclass", "others"])
 def test_python_blocks_run(block, folders, monkeypatch):
     monkeypatch.chdir(folders)
     Path("model").rename("MODEL")
@@ -40,6 +44,18 @@ def test_the_example_weightings_do_what_their_docstrings_say():
     weights = known["surprise"](long, short, mask)
     assert (weights * mask).sum(dim=1).tolist() == pytest.approx(mask.sum(dim=1).tolist())
     assert known["Above"](nats=0.5)(long, short, mask).bool().tolist() == ((short - long > 0.5) & mask).tolist()
+    exec(compile(OTHERS, "weightings.md", "exec"), known)
+    assert torch.allclose(known["focal"](long, short, mask), (1 - (-long).exp()) ** 2)
+    positions = torch.arange(9).expand(3, 9)
+    assert torch.equal(known["Later"](4)(long, short, mask, positions=positions), (mask & (positions >= 4)).double())
+    divergence = torch.rand(3, 9, dtype=torch.float64)
+    weights = known["entropy"](long, short, mask, divergence=divergence)
+    assert torch.allclose(
+        weights, divergence * mask * mask.sum(1, keepdim=True) / (divergence * mask).sum(1, keepdim=True)
+    )
+    logits = torch.randn(5, 7, dtype=torch.float64)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(known["entropy"].weighting.of_logits(logits, torch.randn_like(logits)), entropy)
 
 
 def anchors(page):
