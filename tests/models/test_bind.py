@@ -14,6 +14,7 @@ from models import CLOSE, assert_close
 from tokenweight import (
     NPMI,
     PPMI,
+    CountScorer,
     Dense,
     LongCE,
     Scorer,
@@ -348,3 +349,8 @@ def test_a_model_that_would_let_the_trainer_divide_by_accumulation_steps_does_no
     model = Denies(models.tiny().config)
     assert not transformers.Trainer(model, arguments).model_accepts_loss_kwargs
     assert transformers.Trainer(bind(model, Uniform()), arguments).model_accepts_loss_kwargs
+
+
+def test_a_scorer_that_gives_both_losses_itself_is_for_the_collator(unchecked):
+    with pytest.raises(ValueError, match=r"scorer count:order=4.*: expected a Scorer; .*DataCollatorWithScores"):
+        bind(models.tiny(), Dense(), CountScorer(), contrast="scorer")

@@ -156,7 +156,7 @@ def test_it_is_a_scorer_that_says_what_its_scores_depend_on():
     scorer = CountScorer(2, vocab_size=99)
     assert isinstance(scorer, ContrastScorer)
     assert not isinstance(models.tiny(), ContrastScorer)
-    assert scorer.provenance == {"scorer": "count:order=2,vocab_size=99", "contrast": "scorer", "divergence": "kl"}
+    assert scorer.provenance == {"model": "count:order=2,vocab_size=99", "contrast": "scorer", "divergence": "kl"}
 
 
 @pytest.mark.parametrize(("given", "named"), [({"order": -1}, "order=-1"), ({"vocab_size": 0}, "vocab_size=0")])

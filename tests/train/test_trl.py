@@ -94,6 +94,18 @@ def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain
         sft(tmp_path, some_rows(), "models.ByColumns")
 
 
+@pytest.mark.parametrize("weighting", ["dense", "expected(gain)"])
+def test_scores_by_counts_while_sequences_are_read_are_the_stored_ones(weighting, tmp_path):
+    rows = packed(some_rows((17, 9, 21, 30, 12), scored=False), [1, 0], [2], [3], [1, 2, 4])
+    rows.save_to_disk(str(tmp_path / "rows"))
+    score_folder(tmp_path / "rows", "count:order=1", [ShortContext(8, 5)], tmp_path / "scored")
+    stored, _ = load_scores(tmp_path / "scored")
+    given = {"scorer": "count:order=1", "size": 8, "stride": 5, "contrast": "scorer"}
+    assert_same(sft(tmp_path, rows, weighting, **given), plain(tmp_path, stored, weighting, contrast="scorer"))
+    with pytest.raises(ValueError, match="contrast trained: the losses of the scorer count"):
+        sft(tmp_path, rows, "dense", **{**given, "contrast": "trained"})
+
+
 def test_packed_documents_stay_apart_as_in_the_plain_trainer(tmp_path):
     rows = packed(some_rows((17, 9, 21, 30, 12)), [1, 0], [2], [3], [1, 2, 4])
     assert_same(sft(tmp_path, rows, "uniform"), plain(tmp_path, rows, "uniform"))

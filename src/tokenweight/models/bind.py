@@ -155,6 +155,11 @@ def _binding(
 ) -> Binding:
     """What the model is bound to, verified."""
     score_columns(weighting, contrast)  # raises for an unknown contrast
+    if scorer is not None and not isinstance(scorer, Scorer):
+        raise ValueError(
+            f"scorer {scorer}: expected a Scorer; what gives both losses itself scores sequences as they are read: "
+            "tokenweight.train.DataCollatorWithScores(scorer, context)"
+        )
     if scorer is not None and context is not None:
         raise ValueError(
             "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "

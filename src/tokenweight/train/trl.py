@@ -1,5 +1,7 @@
 """TRL's SFTTrainer with a token-weighted loss."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +11,12 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from tokenweight.data import TRANSLATED, text_prefix
-from tokenweight.method import SCORES, parse_weighting
+from tokenweight.method import SCORES, ShortContext, parse_weighting
 from tokenweight.models import (
+    CountScorer,
     Scorer,
     check_tokenizer,
+    count_scorer,
     find_tokenizer,
     load_model,
     score_columns,
@@ -53,7 +57,8 @@ class TokenWeightedSFTConfig(SFTConfig):
         default="stored",
         metadata={
             "help": 'Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), '
-            "or the folder or hub id of a model."
+            '"base" (the same without its adapter), "count" (no model; with contrast "scorer"), or the folder or hub '
+            "id of a model."
         },
     )
     size: int | None = field(
@@ -80,8 +85,21 @@ class TokenWeightedSFTConfig(SFTConfig):
         scored = score_columns(parse_weighting(self.weighting), self.contrast) - {"ref_nll"}
         if self.scorer != "stored" and scored and self.size is None:
             raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
+        if self.counts is not None and self.contrast == "trained" and parse_weighting(self.weighting).of_losses:
+            raise ValueError(
+                f"contrast trained: the losses of the scorer {self.scorer} cannot be compared with those of the model "
+                "that is trained: expected scorer"
+            )
         if self.scorer == "stored" and (self.size, self.stride) != (None, None):
             raise ValueError(f"size {self.size}, stride {self.stride}: expected neither, as the scores are stored")
+
+    @property
+    def counts(self) -> CountScorer | None:
+        """What scores sequences as they are read, if that is done without a model."""
+        weighting, found = parse_weighting(self.weighting), count_scorer(self.scorer)
+        if found is None or not score_columns(weighting, self.contrast) - {"ref_nll"}:
+            return None
+        return dataclasses.replace(found, divergence="divergence" in weighting.uses)
 
 
 class TokenWeightedSFTTrainer(SFTTrainer):
@@ -136,7 +154,11 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             )
         check_processes(args)
         _check_columns(args, train_dataset, given.get("eval_dataset"))
-        super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": _collate})
+        collator = DataCollatorWithScores()
+        if args.counts is not None and args.size is not None:
+            collator = DataCollatorWithScores(args.counts, ShortContext(args.size, args.stride))
+        collate = functools.partial(_collate, collator)
+        super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": collate})
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
@@ -150,14 +172,17 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
-        if args.scorer == "stored" or not score_columns(parse_weighting(args.weighting), args.contrast) - {"ref_nll"}:
+        if args.counts is not None or args.scorer == "stored":
+            return None
+        if not score_columns(parse_weighting(args.weighting), args.contrast) - {"ref_nll"}:
             return None
         scoring = base
-        if args.scorer != "self":
+        if args.scorer not in ("self", "base"):
             made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
             check_tokenizer(find_tokenizer(args.scorer), args.scorer, made, "train_dataset")
             scoring = load_model(args.scorer).to(args.device)
-        return Scorer(scoring, size=args.size, stride=args.stride, prefix=text_prefix(self._tokenizer, {}))
+        given: dict[str, Any] = {"prefix": text_prefix(self._tokenizer, {}), "adapters": args.scorer != "base"}
+        return Scorer(scoring, size=args.size, stride=args.stride, **given)
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
@@ -198,13 +223,13 @@ def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_datase
             )
 
 
-def _collate(features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _collate(collator: DataCollatorWithScores, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if "seq_lengths" in features[0]:
         raise ValueError(
             "train_dataset: the sequences were packed by TRL (seq_lengths), which drops scores: expected sequences of "
             "`tokenweight prepare --short pack`, whose position_ids keep documents apart"
         )
-    return DataCollatorWithScores()(features)
+    return collator(features)
 
 
 def _base(model: Any) -> Any:
