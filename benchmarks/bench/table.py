@@ -11,7 +11,7 @@ from bench.results import Results, by_length
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
-README, DOCS = ROOT / "README.md", ROOT / "docs/evidence.md"
+README, DOCS, SCORERS = ROOT / "README.md", ROOT / "docs/evidence.md", ROOT / "docs/scorers.md"
 BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -228,6 +228,29 @@ def summary(results: Results) -> list[str]:
     return lines
 
 
+def scorers_table(results: Results) -> list[str]:
+    """A table for each set of texts: a line for each scorer and each way to read it."""
+    shares = [f"{what} in the top {top} %" for what in ("key tokens", "net benefit") for top in (5, 20)]
+    forms = {**dict.fromkeys(shares, "{:.0%}"), "rank correlation": "{:+.2f}", "time per million tokens": "{:,.0f}"}
+    found = {key[1:]: row for key, row in results.rows.items() if key[0] == "scorers"}
+    lines = []
+    for x in results.all_settings("scorers"):
+        lines += [
+            f"{x}:",
+            "",
+            "| | puts first by | key tokens in the top 5 % | top 20 % | net benefit in the top 5 % | ",
+        ]
+        lines[-1] += "top 20 % | rank correlation | s per million tokens |"
+        lines.append("|" + "---|" * 8)
+        for name in results.implementations("scorers", x):
+            rows = [(form, found.get((name, metric, x))) for metric, form in forms.items()]
+            if rows[-1][1] is not None:
+                cells = ("" if row is None else form.format(float(row["p50"])) for form, row in rows)
+                lines.append(f"| {name.replace('; ', ' | ')} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines[:-1]
+
+
 def tables(results: Results) -> list[str]:
     """The tables of all benchmarks that have results."""
     makers = {
@@ -241,13 +264,14 @@ def tables(results: Results) -> list[str]:
         "precision": precision_table,
         "startup": startup_table,
     }
-    measured = {key[0] for key in results.rows}
+    measured = {key[0] for key in results.rows} - {"scorers"}  # which has a page of its own
     return [line for name, make in makers.items() if name in measured for line in [*make(results), ""]]
 
 
 def conditions(results: Results) -> list[str]:
+    measured = {key[0] for key in results.rows} - {"scorers"}
     spread = "Medians of a few rounds on a shared machine; a tenth may be noise (results.csv has p20 and p80)."
-    return [spread, *results.conditions({key[0] for key in results.rows})]
+    return [spread, *results.conditions(measured)]
 
 
 def pages() -> dict[Path, str]:
@@ -256,6 +280,7 @@ def pages() -> dict[Path, str]:
     return {
         README: "\n".join([*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results))]),
         DOCS: "\n".join([*tables(results), *conditions(results)]),
+        SCORERS: "\n".join([*scorers_table(results), "", *results.conditions({"scorers"})]),
     }
 
 

@@ -1,4 +1,4 @@
-"""The Python of the pages on the method runs as it stands there, on a tiny model; links lead somewhere, also in the site."""
+"""The Python of the pages on the method runs, on a tiny model; links lead somewhere, in the site too."""
 
 import re
 import runpy

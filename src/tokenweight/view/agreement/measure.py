@@ -152,7 +152,7 @@ class Comparison:
             sequences=self.sequences,
             tokens=self.tokens,
             key_tokens=(int(self._keys[0]), int(self._keys[1])),
-            mean_gain=(self._benefit[0] / self.tokens, self._benefit[1] / self.tokens),
+            mean_gain=(float(self._benefit[0] / self.tokens), float(self._benefit[1] / self.tokens)),
             rank_correlation={name: _ratio(*one) for name, one in self._correlation.items() if any(self._known[name])},
             picks=[self._picks(name, share) for name in RANKINGS if any(self._known[name]) for share in SHARES],
             more=[],
