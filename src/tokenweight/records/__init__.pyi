@@ -1,5 +1,6 @@
 from .counts import OptionalTokens as OptionalTokens
 from .counts import Tokens as Tokens
+from .counts import counted as counted
 from .counts import token_count as token_count
 from .files import new_folder as new_folder
 from .files import reached as reached

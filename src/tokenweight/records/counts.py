@@ -23,6 +23,11 @@ def token_count(text: Any) -> int:
     return number
 
 
+def counted(number: int, name: str) -> str:
+    """A number of things in words, as in "1 step" and "1,024 steps"."""
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+
+
 def _constructor(*, optional: bool) -> PrimitiveConstructorSpec[Any]:
     """Reads an option. An optional one is no union with None, which tyro would spell out in help and errors."""
 
