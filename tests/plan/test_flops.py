@@ -12,6 +12,7 @@ import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
 from tokenweight.method import Window, sliding_windows
 from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops
+from tokenweight.train import with_adapter
 
 LENGTH, CONTEXT = 64, ShortContext(size=16, stride=12)
 EAGER = {"attn_implementation": "eager"}  # torch counts its products; it has no count for the flash kernel of a CPU
@@ -31,7 +32,7 @@ def test_a_small_model_counts_as_by_hand():
     # Of 2 frequencies: older versions of transformers make the angles by a product.
     angles = forward.linear - 2 * 2 * per_layer
     assert angles in (0, 2 * 2)
-    assert forward[1:] == (2 * 16 * 61, (layer, layer))
+    assert forward[1:] == (2 * 16 * 61, (layer, layer), None)
     # 5 tokens see 1 + 2 + 3 + 4 + 5 tokens: two products of 4 heads x 4 dimensions for each pair, in 2 layers.
     assert forward.attended(5) == 2 * 15 * 2 * 2 * 16
     long, head = 5 * forward.linear + forward.attended(5), 4 * forward.head
@@ -54,8 +55,8 @@ def test_pairs_are_those_that_a_mask_leaves(length, window):
 class Square(Forward):
     """Every pair of tokens is attended to, as eager attention computes, which masks afterwards."""
 
-    def attended(self, length):
-        return sum(2.0 * layer.width * length**2 for layer in self.attention)
+    def attended(self, length, layers=None):
+        return sum((2.0 * layer.width * length**2 for layer in (self.attention if layers is None else layers)), 0.0)
 
 
 def product(added, one, other, **kwargs):
@@ -92,6 +93,32 @@ def test_a_step_computes_what_is_counted_from_its_config(kind, weighting, mode):
     expected = step_flops(forward, LENGTH, parse_weighting(weighting), scored).total
     # Exact in most; a hundredth leaves room for what a model multiplies for its positions.
     assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "weighting"),
+    [
+        ("llama", {"target_modules": "all-linear"}, "uniform"),
+        # With q_proj alone, eager attention leaves a product out in the first layer, as a flash kernel does not.
+        ("llama", {"target_modules": ["q_proj", "k_proj", "v_proj"]}, "sparse:keep=0.3"),
+        # Nothing before the last layer has a gradient, and nothing of the first layer has a backward pass.
+        ("llama", {"target_modules": ["o_proj"], "layers_to_transform": [1]}, "dense"),
+        ("llama", {"target_modules": ["down_proj"], "bias": "all"}, "longce"),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "dense"),
+        ("gemma2", {"target_modules": ["up_proj"], "use_dora": True}, "dense"),
+    ],
+    ids=str,
+)
+def test_a_step_with_an_adapter_computes_what_is_counted_from_its_config(kind, lora, weighting):
+    pytest.importorskip("peft")
+    lora = {"r": 3, "task_type": "CAUSAL_LM", **lora}
+    model = models.tiny(kind, dtype=torch.float32, **EAGER)
+    adapted = with_adapter(model, lora)
+    forward = Square(*count_forward(config_of(kind), lora))
+    assert forward.adapted.num_trained == adapted.get_nb_trainable_parameters()[0]
+    expected = step_flops(forward, LENGTH, parse_weighting(weighting))
+    assert counted(model, weighting) == pytest.approx(expected.total, rel=0.01)
+    assert expected.backward < step_flops(forward._replace(adapted=None), LENGTH, parse_weighting(weighting)).backward
 
 
 def moe():

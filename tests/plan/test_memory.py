@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
+from tokenweight.plan.flops import count_forward
 from tokenweight.plan.gpus import Fixed, Peak, fixed_bytes, peak
 from tokenweight.plan.memory import Held, hold
-from tokenweight.train import training_arguments
+from tokenweight.train import training_arguments, with_adapter
 
 LENGTH, CONTEXT = 768, ShortContext(size=192, stride=144)
 SIZES = {
@@ -33,6 +34,7 @@ GPT2 = {
     "embd_pdrop": 0,
     "attn_pdrop": 0,
 }
+LORA = {"r": 8, "target_modules": "all-linear", "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
 KEEP_INPUTS = {"use_reentrant": False}
 
 
@@ -40,10 +42,13 @@ def config_of(kind, **changes):
     return AutoConfig.for_model(kind, **{**SIZES, **(GPT2 if kind == "gpt2" else {}), **changes})
 
 
-def measured(config, tmp_path, *, scored=False, checkpointing=None, autocast=None, batch=1, accumulated=False):
+def measured(
+    config, tmp_path, *, lora=None, scored=False, checkpointing=None, autocast=None, batch=1, accumulated=False
+):
     """Largest sum of all bytes that the allocator has given and not got back, in forward and backward pass."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    with_adapter(model, lora or {})
     if checkpointing is not None:
         models.enable_checkpointing(model, checkpointing)
     with_weighted_loss(model, parse_weighting("dense"), Scorer(model, CONTEXT) if scored else None)
@@ -74,6 +79,8 @@ def measured(config, tmp_path, *, scored=False, checkpointing=None, autocast=Non
         ("llama", {"autocast": torch.bfloat16, "batch": 2}),
         ("gpt2", {}),
         ("qwen3", {"checkpointing": KEEP_INPUTS, "accumulated": True}),
+        ("llama", {"lora": LORA}),
+        ("llama", {"lora": LORA, "checkpointing": KEEP_INPUTS, "autocast": torch.bfloat16}),
     ],
     ids=str,
 )
@@ -149,6 +156,33 @@ def test_weights_gradients_and_states_are_those_of_a_trainer(tmp_path):
     assert fixed_bytes(config, accumulating, torch.float32, 1) == Fixed(whole, 2 * whole, whole, whole)
     several = fixed_bytes(config, arguments(tmp_path), torch.float32, 4)
     assert several == Fixed(whole, 2 * whole, whole, 2 * whole)
+
+
+def test_of_an_adapter_alone_there_are_gradients_and_states(tmp_path):
+    pytest.importorskip("peft")
+    config = config_of("llama")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with_adapter(model, LORA)
+    frozen, trained = (
+        sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad == wanted)
+        for wanted in (False, True)
+    )
+    # PEFT keeps an adapter in float32.
+    assert trained == 4 * count_forward(config, LORA).adapted.num_trained < frozen / 5
+
+    def fixed(num_gpus, **settings):
+        return fixed_bytes(config, arguments(tmp_path, **settings), torch.bfloat16, num_gpus, LORA)
+
+    assert fixed(1) == Fixed(frozen + trained, 2 * trained, 0, trained)
+    assert fixed(1, gradient_accumulation_steps=2) == Fixed(frozen + trained, 2 * trained, trained, trained)
+    assert fixed(4) == Fixed(frozen + trained, 2 * trained, trained, 2 * trained)
+    # Of three layers two are gathered, and all that is in none; nothing of it is trained.
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    whole, adapter = sum(parameter.numel() for parameter in model.parameters()), trained / 4
+    sharded = fixed(4, fsdp=True, bf16=True)
+    assert sharded[:4] == ((frozen + trained) / 4 + 2 * (whole - layer), trained / 2, trained / 4, trained / 4)
+    assert sharded[4:] == (adapter / 3 * (2 + 4), 0)
+    assert hold(config, 64, lora=LORA).loss == hold(config, 64).loss - 4 * 1500 * 160  # a frozen head's gradient
 
 
 def test_fsdp_slices_all_but_what_is_gathered(tmp_path):

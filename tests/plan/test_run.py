@@ -246,9 +246,26 @@ def test_a_speed_that_the_recipe_cannot_have_is_said(gpu, trainer, said, place):
     )
 
 
+def test_an_adapter_costs_less_than_all_weights(place, capsys):
+    pytest.importorskip("peft")
+    words = ["--model", "blank", "--length", "64", "--lengths", "128", "--json", "plan.json"]
+    assert run(*words, "--lora.r", "2", "--lora.target_modules", "q_proj", "v_proj") == 0
+    # Of each of 2 layers: 16 x 2 and 2 x 16 for queries, 16 x 2 and 2 x 8 for values.
+    assert "an adapter of 224 parameters is trained" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((place / "plan.json").read_text())
+    assert found["adapter"] == 224
+    full = plan(settings(), length=64, lengths=[128])
+    assert full.adapter is None
+    for cost, whole in zip(found["run"] + found["growth"], full.run + full.growth, strict=True):
+        assert cost["flops"]["total"] < whole.flops.total
+        assert cost["peak"]["total"] < whole.peak.total
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--model", "blank", "--lora.r", "2", "--extend.length", "256"], "extend: an adapter is saved without"),
+        (["--model", "blank", "--lora.target_modules", "nowhere"], "lora: Target modules"),
         (["--model", "blank", "--length", "1"], "length 1: expected at least 2"),
         (["--model", "blank", "--length", "999"], "999"),
         (["--model", "blank", "--length", "64", "--size", "64"], "--size 64: sequences hold 64 tokens"),

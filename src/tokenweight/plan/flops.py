@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from tokenweight.method import Weighting, Window
 from tokenweight.models import CausalParts
+from tokenweight.train import with_adapter
 
 _COUNTED_TOKENS = 64
 _NAME = "tokenweight_blank"
@@ -31,20 +32,44 @@ class Attention(NamedTuple):
     window: int | None
 
 
+class Backward(NamedTuple):
+    """FLOPs of a backward pass through weights that are frozen, and an adapter that is not."""
+
+    linear: float
+    """Of the decoder's matrix products, per token."""
+    attention: tuple[Attention, ...]
+    """Layers with something to train in them or before them."""
+    trains_head: bool
+    num_trained: int
+    """Parameters that are trained."""
+
+
 class Forward(NamedTuple):
     """FLOPs of a forward pass: of the decoder's matrix products, and of one product with the head, both per token."""
 
     linear: float
     head: float
     attention: tuple[Attention, ...]
+    adapted: Backward | None = None
+    """The backward pass if an adapter is trained; if all weights are, it is twice the forward pass."""
 
-    def attended(self, length: int) -> float:
+    def attended(self, length: int, layers: tuple[Attention, ...] | None = None) -> float:
         """FLOPs of attention over a sequence: 2 x width for each pair of a query and a key that it sees."""
-        return sum(2.0 * layer.width * _pairs(length, layer.window) for layer in self.attention)
+        layers = self.attention if layers is None else layers
+        return sum((2.0 * layer.width * _pairs(length, layer.window) for layer in layers), 0.0)
 
     def decoder(self, length: int) -> float:
         """FLOPs of the decoder over a sequence, without the head."""
         return self.linear * length + self.attended(length)
+
+    def attended_backward(self, length: int) -> float:
+        """FLOPs of the backward pass of attention: twice the forward pass of the layers that have one."""
+        return 2 * self.attended(length, None if self.adapted is None else self.adapted.attention)
+
+    def decoder_backward(self, length: int) -> float:
+        """FLOPs of the backward pass of the decoder."""
+        linear = 2 * self.linear if self.adapted is None else self.adapted.linear
+        return linear * length + self.attended_backward(length)
 
 
 class Step(NamedTuple):
@@ -55,7 +80,7 @@ class Step(NamedTuple):
     scoring: float
     """Windows of the short context, with their losses."""
     backward: float
-    """Backward pass of the decoder: twice its forward pass."""
+    """Backward pass of the decoder: twice its forward pass, or less if an adapter is trained."""
     head: float
     """The loss: products with the output head, forward and backward."""
     recompute: float
@@ -83,20 +108,21 @@ def step_flops(
     With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
     3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
     (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k.
+    With an adapter, h is one product less for each gradient of the head, and the backward pass what torch counts.
 
     Args:
         scored: what the model reads to score itself; empty where short losses are stored or not needed.
         num_sequences: of the step, on all GPUs.
     """
-    num_predicted, products = length - 1, 3.0
+    num_predicted, products = length - 1, 3.0 if forward.adapted is None or forward.adapted.trains_head else 2.0
     if not weighting.pointwise:
-        products = 1 + 3 * max(1, int(getattr(weighting, "keep", 1) * num_predicted)) / num_predicted
-    long, scoring, passes = forward.decoder(length), window_flops(forward, scored), 4 if checkpointing else 3
-    attended = passes * forward.attended(length) + sum(
-        forward.attended(window.stop - window.start) for window in scored
-    )
+        products = 1 + products * max(1, int(getattr(weighting, "keep", 1) * num_predicted)) / num_predicted
+    long, scoring, passes = forward.decoder(length), window_flops(forward, scored), 2 if checkpointing else 1
+    attended = passes * forward.attended(length) + forward.attended_backward(length)
+    attended += sum(forward.attended(window.stop - window.start) for window in scored)
     head, recompute = products * forward.head * num_predicted, long if checkpointing else 0.0
-    return Step(*(num_sequences * part for part in (long, scoring, 2 * long, head, recompute, attended)))
+    backward = forward.decoder_backward(length)
+    return Step(*(num_sequences * part for part in (long, scoring, backward, head, recompute, attended)))
 
 
 def window_flops(forward: Forward, scored: Sequence[Window]) -> float:
@@ -105,17 +131,25 @@ def window_flops(forward: Forward, scored: Sequence[Window]) -> float:
     return read + forward.head * sum(window.stop - window.first for window in scored)
 
 
-def count_forward(config: PreTrainedConfig) -> Forward:
+def count_forward(config: PreTrainedConfig, lora: dict[str, Any] | None = None) -> Forward:
     """Count the FLOPs of a causal model of transformers, from its config alone.
+
+    Args:
+        lora: arguments of peft.LoraConfig, if an adapter is trained in place of the weights.
 
     Raises:
         ValueError: if it has layers whose attention does not go through transformers' interface, or none.
     """
     tokens = _COUNTED_TOKENS
     found: list[Attention] = []
-    with blank_model(config, torch.bfloat16, seen=found.append) as model:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, explained(config):
-            parts_of(model).states(torch.zeros(1, tokens, dtype=torch.long))
+    passed: list[Attention] = []
+    with blank_model(config, torch.bfloat16, lora, seen=found.append, passed=passed.append) as model:
+        with torch.set_grad_enabled(bool(lora)), explained(config):
+            with FlopCounterMode(display=False) as counter:
+                states = parts_of(model).states(torch.zeros(1, tokens, dtype=torch.long))
+            with FlopCounterMode(display=False) as backward:
+                if lora:
+                    states.sum().backward()
         head = model.get_output_embeddings().weight
         num_layers = config.get_text_config().num_hidden_layers
         if len(found) != num_layers:
@@ -123,7 +157,11 @@ def count_forward(config: PreTrainedConfig) -> Forward:
                 f"model: {config.model_type} has {num_layers} layers, {len(found)} with the attention of "
                 "transformers: what the others compute cannot be counted"
             )
-        return Forward(counter.get_total_flops() / tokens, 2.0 * head.numel(), tuple(found))
+        adapted = None
+        if lora:
+            num = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            adapted = Backward(backward.get_total_flops() / tokens, tuple(passed), head.requires_grad, num)
+        return Forward(counter.get_total_flops() / tokens, 2.0 * head.numel(), tuple(found), adapted)
 
 
 def parts_of(model: PreTrainedModel) -> CausalParts:
@@ -135,12 +173,19 @@ def parts_of(model: PreTrainedModel) -> CausalParts:
 
 @contextlib.contextmanager
 def blank_model(
-    config: PreTrainedConfig, dtype: torch.dtype, seen: Callable[[Attention], None] = lambda layer: None
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    lora: dict[str, Any] | None = None,
+    *,
+    seen: Callable[[Attention], None] = lambda layer: None,
+    passed: Callable[[Attention], None] = lambda layer: None,
 ) -> Iterator[PreTrainedModel]:
     """The model of a config, of fake tensors on a CPU, while the context lasts.
 
     Args:
+        lora: arguments of peft.LoraConfig: an adapter is put into the model, and its weights are frozen.
         seen: is called with each attention layer that runs.
+        passed: is called with each whose backward pass runs.
 
     Raises:
         ValueError: if transformers has no causal language model of that config.
@@ -148,15 +193,37 @@ def blank_model(
     config = type(config).from_dict(config.to_dict())
     _straighten(config)
     # Under a name that transformers has no mask for: none is made, and a sliding window comes as an argument.
-    AttentionInterface.register(_NAME, functools.partial(_attention, seen))
+    AttentionInterface.register(_NAME, functools.partial(_attention, seen, passed))
     ExpertsInterface.register(_NAME, _experts)
     names = {"attn_implementation": _NAME}
     if hasattr(config, "_experts_implementation"):
         names["experts_implementation"] = _NAME
-    with FakeTensorMode():
-        with explained(config):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **names)
+    mode = FakeTensorMode()
+    # PEFT converts what it adds, which tensors of the meta device allow, and fake ones do not.
+    with torch.device("meta") if lora else mode, explained(config):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **names)
+    if lora:
+        with torch.device("meta"):
+            with_adapter(model, lora)
+        with mode:
+            _replace_tensors(model)
+    with mode:
         yield model
+
+
+def _replace_tensors(model: nn.Module) -> None:
+    """Put new tensors, of the mode that is active, in the place of those of the meta device; tied ones stay tied."""
+    known: dict[int, Tensor] = {}
+
+    def new(tensor: Tensor) -> Any:
+        if id(tensor) not in known:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            known[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        return known[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: new(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 @contextlib.contextmanager
@@ -190,23 +257,32 @@ class _Flash(torch.autograd.Function):
     """Computes nothing; keeps what a flash kernel keeps: queries, keys, values, result, a number per head and token."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, passed: Callable[[], None]) -> Tensor:
+        ctx.passed = passed
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.passed()
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
 
 
 def _attention(
-    seen: Callable[[Attention], None], module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    seen: Callable[[Attention], None],
+    passed: Callable[[Attention], None],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    width = query.shape[1] * (query.shape[3] + value.shape[3])
-    seen(Attention(width, kwargs.get("sliding_window")))
-    return _Flash.apply(query, key, value), None
+    layer = Attention(query.shape[1] * (query.shape[3] + value.shape[3]), kwargs.get("sliding_window"))
+    seen(layer)
+    return _Flash.apply(query, key, value, functools.partial(passed, layer)), None
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What each GPU holds: weights, gradients, optimizer states, a step's peak memory."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from tokenweight.plan.flops import blank_model
@@ -65,7 +65,13 @@ def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
     return max(phases, key=lambda phase: phase.total)
 
 
-def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: torch.dtype, num_gpus: int) -> Fixed:
+def fixed_bytes(
+    config: PreTrainedConfig,
+    arguments: TrainingArguments,
+    dtype: torch.dtype,
+    num_gpus: int,
+    lora: dict[str, Any] | None = None,
+) -> Fixed:
     """Weights, optimizer states and gradients on each GPU, as a `transformers.Trainer` with these arguments has them.
 
     - One GPU: all; gradients only from the backward pass on, unless they are accumulated.
@@ -79,8 +85,11 @@ def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: t
       the backward pass to its end, those of head and norm, and at last of the embeddings. What is reduced at once, a
       block or all that is in none, exists once more in the dtype of the reduction.
 
+    Gradients, their buckets and optimizer states are those of what is trained: an adapter's, if one is.
+
     Args:
         dtype: of the weights.
+        lora: arguments of peft.LoraConfig, if an adapter is trained in place of the weights.
 
     Raises:
         ValueError: for CPU offload, DeepSpeed, or an optimizer whose states cannot be counted.
@@ -88,31 +97,47 @@ def fixed_bytes(config: PreTrainedConfig, arguments: TrainingArguments, dtype: t
     if arguments.deepspeed is not None:
         raise ValueError("trainer: deepspeed cannot be planned: expected fsdp, or neither")
     accumulating, autocast = arguments.gradient_accumulation_steps > 1, autocast_dtype(arguments)
-    with blank_model(config, dtype) as model:
+    with blank_model(config, dtype, lora) as model:
         kinds = set(getattr(model, "_no_split_modules", None) or ())
         blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
         embedding, head = (module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()))
-        untied = 0 if embedding is head else embedding.numel()
-        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-    num = sum(map(math.prod, shapes))
-    every, states = float(num * dtype.itemsize), _optimizer_bytes(shapes, dtype, arguments)
+        whole, trained = _Parameters.of(model, blocks), _Parameters.of(model, blocks, trained=True)
+        untied = embedding.numel() if embedding is not head and embedding.requires_grad else 0
+        tensors = [(tuple(one.shape), one.dtype) for one in model.parameters() if one.requires_grad]
+    states = _optimizer_bytes(tensors, arguments)
     if not arguments.fsdp:
-        buckets = every if num_gpus > 1 else 0.0
-        return Fixed(every, states, buckets + (every if accumulating else 0.0), buckets + every)
+        buckets = trained.bytes if num_gpus > 1 else 0.0
+        return Fixed(whole.bytes, states, buckets + (trained.bytes if accumulating else 0.0), buckets + trained.bytes)
     settings: Any = arguments.fsdp_config
     if settings.get("cpu_offload"):
         raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
     resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
     computed, reduced = (autocast or dtype).itemsize, (torch.float32 if autocast else dtype).itemsize
-    block, rest = max(sizes, default=0), num - sum(sizes)
-    gathered = rest + 2 * block if resharded else num
-    waiting, made = (num * reduced, 0) if accumulating else (0, computed)
-    own = every / num_gpus
-    passing, last = block * (made + reduced) + (rest - untied) * made, rest * (made + reduced)
-    return Fixed(
-        own + gathered * computed, states / num_gpus, own + waiting, own + waiting, float(passing), float(last)
-    )
+    gathered = whole.rest + 2 * whole.block if resharded else whole.all
+    waiting, made = (trained.all * reduced, 0) if accumulating else (0, computed)
+    own = trained.bytes / num_gpus
+    passing = trained.block * (made + reduced) + (trained.rest - untied) * made
+    last = trained.rest * (made + reduced)
+    weights = whole.bytes / num_gpus + gathered * computed
+    return Fixed(weights, states / num_gpus, own + waiting, own + waiting, float(passing), float(last))
+
+
+class _Parameters(NamedTuple):
+    """Numbers of parameters: all, those of the largest block, those in no block; and the bytes of all."""
+
+    all: int
+    block: int
+    rest: int
+    bytes: float
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: list[nn.Module], *, trained: bool = False) -> "_Parameters":
+        def those(module: nn.Module) -> list[Tensor]:
+            return [parameter for parameter in module.parameters() if parameter.requires_grad or not trained]
+
+        sizes = [sum(parameter.numel() for parameter in those(block)) for block in blocks]
+        num = sum(parameter.numel() for parameter in those(model))
+        return cls(num, max(sizes, default=0), num - sum(sizes), float(sum(one.nbytes for one in those(model))))
 
 
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
@@ -120,13 +145,13 @@ def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
-def _optimizer_bytes(shapes: list[tuple[int, ...]], dtype: torch.dtype, arguments: TrainingArguments) -> float:
+def _optimizer_bytes(tensors: list[tuple[tuple[int, ...], torch.dtype]], arguments: TrainingArguments) -> float:
     """Make one update on the meta device, and count the states that it leaves."""
     kind_name = getattr(arguments.optim, "value", arguments.optim)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         settings.pop("fused", None)  # has the same states, but no kernel on the meta device
-        parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes]
+        parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in tensors]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer = kind(parameters, **settings)

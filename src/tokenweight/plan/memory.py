@@ -75,9 +75,10 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, num_rows: int, capped: bool) -> Tensor:
-        inputs = [tensor for tensor in (hidden, head, bias) if tensor is not None]
-        ctx.grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in inputs]
-        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        # Of a head that an adapter leaves frozen there is none.
+        wanted = [tensor if needed else None for tensor, needed in zip((hidden, head, bias), ctx.needs_input_grad)]
+        ctx.grads = [None if tensor is None else torch.zeros_like(tensor, dtype=torch.float32) for tensor in wanted]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in wanted]
         buffers = _logits(hidden, head, num_rows, capped)
         buffers.append(hidden.new_empty(len(buffers[0]), hidden.shape[1], dtype=torch.float32))
         return hidden.new_zeros((), dtype=torch.float32)
@@ -85,8 +86,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         made, ctx.grads = ctx.grads, None
-        made = [grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes)]
-        return *made, *[None] * (5 - len(made))
+        return *(None if grad is None else grad.to(dtype) for grad, dtype in zip(made, ctx.dtypes)), None, None
 
 
 def _logits(hidden: Tensor, head: Tensor, num_rows: int, capped: bool) -> list[Tensor]:
@@ -100,6 +100,7 @@ def hold(
     config: PreTrainedConfig,
     length: int,
     *,
+    lora: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     checkpointing: dict[str, Any] | None = None,
@@ -113,6 +114,7 @@ def hold(
 
     Args:
         length: tokens of a sequence.
+        lora: arguments of peft.LoraConfig, if an adapter is trained in place of the weights.
         dtype: dtype of the weights.
         autocast: dtype of the decoder's computation, if it is another.
         checkpointing: arguments of gradient checkpointing; None keeps all activations.
@@ -124,7 +126,7 @@ def hold(
     Raises:
         ValueError: for a model that does not run on fake tensors.
     """
-    with blank_model(config, dtype) as model, explained(config):
+    with blank_model(config, dtype, lora) as model, explained(config):
         model.train()
         if checkpointing is not None:
             _checkpoint(model, checkpointing)
@@ -164,7 +166,7 @@ def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[]
         else:
             parameter.grad = None
 
-    for parameter in model.parameters():
+    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(made)
     return lambda: total
 

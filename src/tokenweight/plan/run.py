@@ -32,7 +32,7 @@ from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, win
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
-from tokenweight.train import TrainSettings, extension_arguments, shares_of, training_arguments
+from tokenweight.train import TrainSettings, extension_and_adapter, shares_of, training_arguments
 
 MODES = ("uniform", "precomputed", "self-scored")
 """Plain cross-entropy; the recipe's weighting with stored scores; and with the model that is trained as its scorer."""
@@ -86,6 +86,8 @@ class Budget:
     """For each length at which the recipe's mode does not fit the GPU: the first change that does."""
     notes: list[str]
     """What the numbers leave out, in this recipe."""
+    adapter: int | None = None
+    """Parameters of the adapter that is trained; None if all weights are."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and dicts; FLOPs and bytes as numbers, with their totals."""
@@ -141,6 +143,7 @@ def plan(
         growth=[cost for number in lengths for cost in costs[number]],
         advice=advice,
         notes=recipe.notes(every[-1], length, flops_per_s),
+        adapter=None if recipe.forward.adapted is None else recipe.forward.adapted.num_trained,
     )
 
 
@@ -150,6 +153,8 @@ class _Recipe:
 
     settings: TrainSettings
     config: PreTrainedConfig
+    lora: dict[str, Any]
+    """Arguments of peft.LoraConfig; empty if all weights are trained."""
     weighting: Weighting
     arguments: TrainingArguments
     hardware: Hardware
@@ -164,26 +169,26 @@ class _Recipe:
     @classmethod
     def read(cls, settings: TrainSettings, hardware: Hardware) -> "_Recipe":
         weighting = parse_weighting(settings.weighting)
-        if settings.scorer not in ("stored", "self") and count_scorer(settings.scorer) is None:
-            raise ValueError(f"scorer {settings.scorer!r}: expected stored, self or count: only these can be planned")
-        if settings.lora:
-            raise ValueError("lora: the cost of an adapter cannot be planned: leave it out to plan that of all weights")
+        if settings.scorer not in ("stored", "self", "base") and count_scorer(settings.scorer) is None:
+            raise ValueError(
+                f"scorer {settings.scorer!r}: expected stored, self, base or count: only these can be planned"
+            )
         dtype = getattr(torch, settings.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
         arguments, num_sequences = _arguments(settings), None
         config = load_config(settings.model, revision=settings.revision)
         length = (context_length(config), "the model's context length")
-        if settings.extend:
-            extension = extension_arguments(settings.extend)
+        extension, lora = extension_and_adapter(settings)
+        if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
         folders = shares_of(settings)
         if all(folder and Path(folder).exists() for folder in folders):
             contents = sum(map(read_contents, folders), Contents())
             length, num_sequences = (contents.longest, "data"), contents.rows
-        fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus)
-        forward = count_forward(config)
-        return cls(settings, config, weighting, arguments, hardware, length, num_sequences, forward, fixed, {})
+        fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus, lora)
+        forward = count_forward(config, lora)
+        return cls(settings, config, lora, weighting, arguments, hardware, length, num_sequences, forward, fixed, {})
 
     @property
     def num_gpus(self) -> int:
@@ -249,6 +254,7 @@ class _Recipe:
         dtype, autocast = getattr(torch, self.settings.dtype), autocast_dtype(self.arguments)
         asked = {
             # FSDP gathers weights in the dtype of the computation: autocast holds no copies of them.
+            "lora": self.lora,
             "dtype": (autocast or dtype) if sharded else dtype,
             "autocast": None if sharded else autocast,
             "checkpointing": self.checkpointing,
@@ -306,7 +312,7 @@ class _Recipe:
         settings = dataclasses.replace(self.settings, trainer={**self.settings.trainer, **change.trainer})
         arguments = _arguments(settings)
         hardware = dataclasses.replace(self.hardware, num_gpus=change.num_gpus)
-        fixed = fixed_bytes(self.config, arguments, getattr(torch, settings.dtype), change.num_gpus)
+        fixed = fixed_bytes(self.config, arguments, getattr(torch, settings.dtype), change.num_gpus, self.lora)
         changed = dataclasses.replace(self, settings=settings, arguments=arguments, hardware=hardware, fixed=fixed)
         held = changed.peak(length, self.mode)
         return bool(hardware.fits(held.total)), held

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tokenweight.plan.alternatives import MOST_GPUS, Advice
 from tokenweight.plan.run import Budget, Cost
+from tokenweight.records import counted
 
 _GIB = 2**30
 
@@ -27,12 +28,14 @@ _PARTS = {
 def plan_tables(budget: Budget) -> list[Any]:
     """What `tokenweight plan` prints: whether it fits, tables of FLOPs, memory, time, cost and growth, and notes."""
     size, stride, hardware = budget.context.size, budget.context.stride, budget.hardware
-    steps = "number of steps unknown" if budget.num_steps is None else f"{budget.num_steps:,} steps"
+    steps = "number of steps unknown" if budget.num_steps is None else counted(budget.num_steps, "step")
     head = (
-        f"{budget.model}: {steps} of {budget.sequences_per_step:,} sequences of {budget.length:,} tokens "
+        f"{budget.model}: {steps} of {counted(budget.sequences_per_step, 'sequence')} of {budget.length:,} tokens "
         f"(by {budget.length_from}); weighting {budget.weighting}, {budget.mode}; short context {size:,}, "
         f"stride {stride:,}"
     )
+    if budget.adapter is not None:
+        head += f"; an adapter of {budget.adapter:,} parameters is trained"
     tables: list[Any] = [head, _answer(budget), _MODES.format(weighting=budget.weighting)]
     tables.append(_by_mode("TFLOP of one optimizer step, on all GPUs together", budget.run, _flops))
     limit = "" if hardware.memory is None else f", of {hardware.memory / _GIB:,.1f} ({hardware.name})"
@@ -62,7 +65,8 @@ def _advised(advice: Advice, budget: Budget) -> str:
     if advice.change is None or advice.peak is None:
         return text + (
             f"Nor do they with checkpointing, 16-bit products, one sequence at a time and FSDP over {MOST_GPUS} GPUs: "
-            "shorten the sequences, train an adapter, or divide each sequence among GPUs (context parallelism)."
+            f"shorten the sequences, {'' if budget.adapter else 'train an adapter (--lora.r 16), '}or divide each "
+            "sequence among GPUs (context parallelism)."
         )
     names, gpus = " and ".join(advice.change.names), ""
     if advice.change.num_gpus != budget.hardware.num_gpus:

@@ -82,7 +82,7 @@ def _trained(
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         record.update(identities(run, model, scoring))
     set_seed(arguments.seed)  # which draws the first weights of an adapter
-    trained = _adapted(model, run.lora)
+    trained = with_adapter(model, run.lora)
     scorer, counts = None, run.counts
     if context is not None and run.scored and counts is None:
         prefix = text_prefix(tokenizer, sequences.provenance)
@@ -154,7 +154,7 @@ def _opened(
     return before, tokenizer, model, scoring
 
 
-def _adapted(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
+def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
     """The model, within a `PeftModel` if an adapter is to be trained in place of its weights.
 
     Raises:

@@ -149,6 +149,21 @@ class Run:
         return method.ShortContext.of(length, self.settings.size, self.settings.stride)
 
 
+def extension_and_adapter(settings: TrainSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `extend_context` and of peft.LoraConfig, read and checked; empty where there are none.
+
+    Raises:
+        ValueError: for one that does not exist or cannot have that value, or for both together.
+    """
+    extension, lora = extension_arguments(settings.extend), lora_arguments(settings.lora)
+    if extension and lora:
+        raise ValueError(
+            "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
+            f"context: expected a base that is extended already, as load_model({settings.model!r}, extend=…) saves it"
+        )
+    return extension, lora
+
+
 def resolve(settings: TrainSettings) -> Run:
     """Resolve the text of settings to objects, and check what can be checked without a file.
 
@@ -158,12 +173,7 @@ def resolve(settings: TrainSettings) -> Run:
     """
     arguments = training_arguments(settings.trainer, settings.out, held_out=settings.eval_data is not None)
     check_run(arguments, settings.eval_data)
-    extension, lora, shares = extension_arguments(settings.extend), lora_arguments(settings.lora), shares_of(settings)
-    if extension and lora:
-        raise ValueError(
-            "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
-            f"context: expected a base that is extended already, as load_model({settings.model!r}, extend=…) saves it"
-        )
+    (extension, lora), shares = extension_and_adapter(settings), shares_of(settings)
     if settings.scorer == "base" and (not lora or lora.get("bias", "none") != "none"):
         found = f"lora.bias {lora['bias']} trains biases of the base" if lora else "there is no adapter"
         raise ValueError(f"scorer base: {found}: expected lora, whose base stays as it is, or another scorer")
