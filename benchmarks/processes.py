@@ -15,10 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import datasets
@@ -64,34 +62,26 @@ def command_times(report: Report, texts: list[str], length: int, rounds: int, re
             report.add_ratio(**setting, metric=f"tokens per second / {one}", over=values, under=speeds[one])
 
 
-def serial_shares(report: Report, texts: list[str], length: int, rounds: int) -> None:
-    """CPU time that neither threads nor processes can share: what more cores gain follows by Amdahl's law.
-
-    CPU time does not depend on what else the machine does. Threads share what the tokenizers library does, processes
-    all but what the first process does while others tokenize.
-    """
+def serial_share(report: Report, texts: list[str], length: int, rounds: int) -> None:
+    """CPU time of the first process while others tokenize, of all that one alone takes: Amdahl's law makes of it what
+    more cores gain. It does not depend on what else the machine does."""
     tokenizer = load_tokenizer(str(packaged_model()))
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
-    shares: dict[str, list[float]] = {"threads of the tokenizer": [], "prepare --num_proc N": []}
+    shares = []
     with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": "false"}):
 
-        def seconds(run: Callable[[], Any]) -> float:
+        def seconds(num_proc: int) -> float:
             begin = time.process_time()
-            run()
-            shutil.rmtree(f"{name}/rows", ignore_errors=True)
+            prepare_rows(documents, tokenizer, length, f"{name}/rows", num_proc=num_proc)
+            shutil.rmtree(f"{name}/rows")
             return time.process_time() - begin
 
         for _ in range(rounds + 1):
-            alone, beside = (
-                seconds(lambda: prepare_rows(documents, tokenizer, length, f"{name}/rows", num_proc=num))  # noqa: B023
-                for num in (1, 2)
-            )
-            tokens = seconds(lambda: tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-            for share, value in zip(shares.values(), (1 - tokens / alone, beside / alone)):
-                share.append(value)
-    setting = {"what": "texts to rows, what remains in one process", "x": f"SmolLM2 tokenizer, {len(texts)} texts"}
-    for run, values in shares.items():
-        report.add(**setting, implementation=run, metric="CPU time / all CPU time", unit="1", values=values[1:])
+            alone = seconds(1)
+            shares.append(seconds(2) / alone)
+    what, x = "texts to rows, what remains in one process", f"SmolLM2 tokenizer, {len(texts)} texts"
+    setting = {"what": what, "x": x, "implementation": "prepare --num_proc N"}
+    report.add(**setting, metric="CPU time / all CPU time", unit="1", values=shares[1:])
 
 
 @dataclass
@@ -103,7 +93,7 @@ class Processes(Bench):
         texts = [document.text for document in sotu_texts()[: 6 if self.quick else None]]
         datasets.disable_progress_bars()
         length = 256 if self.quick else 4096
-        serial_shares(report, texts, length, self.rounds)
+        serial_share(report, texts, length, self.rounds)
         command_times(report, texts, length, self.rounds, 1 if self.quick else 2)
         report.finish()
 
