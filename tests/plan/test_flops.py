@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
-from tokenweight.method import Window, sliding_windows
+from tokenweight.method import SCORES, Window, sliding_windows
 from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops
 from tokenweight.train import with_adapter
 
@@ -63,20 +63,24 @@ def product(added, one, other, **kwargs):
     return 2 * one[0] * one[1] * other[1]
 
 
-def counted(model, weighting, scorer=None):
+def counted(model, weighting, scorer=None, contrast="trained"):
     """What torch counts in a step of a bound model, with values."""
-    with_weighted_loss(model.train(), parse_weighting(weighting), scorer)
+    with_weighted_loss(model.train(), parse_weighting(weighting), scorer, contrast=contrast)
     tokens = models.some_tokens(1, LENGTH)
-    short_nll = None if scorer else torch.rand(1, LENGTH)
+    scores = {} if scorer else {name: torch.rand(1, LENGTH) for name in SCORES}
     # The loss adds its gradients in place, a product that torch knows under another name only.
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
-        model(input_ids=tokens, labels=tokens, short_nll=short_nll).loss.backward()
+        model(input_ids=tokens, labels=tokens, **scores).loss.backward()
     return counter.get_total_flops()
 
 
 FROZEN = [("llama", weighting) for weighting in ("uniform", "dense", "longce", "sparse:keep=0.3")]
 FROZEN += [(kind, "dense") for kind in ("gpt2", "phi", "qwen2", "gemma2", "mistral", "mixtral")]
-SELF_SCORED = [("llama", "dense"), ("llama", "longce"), ("phi", "sparse:keep=0.3")]
+FROZEN += [
+    ("llama", weighting) for weighting in ("exact:threshold=8", "expected(gain)", "expected(sparse)", "rho1:keep=0.3")
+]
+SELF_SCORED = [("llama", "dense"), ("llama", "longce"), ("phi", "sparse:keep=0.3"), ("llama", "expected(boundedgain)")]
+KNOWN = ["dense", "longce", "sparse:keep=0.3"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,17 @@ def test_a_step_computes_what_is_counted_from_its_config(kind, weighting, mode):
     expected = step_flops(forward, LENGTH, parse_weighting(weighting), scored).total
     # Exact in most; a hundredth leaves room for what a model multiplies for its positions.
     assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("weighting", KNOWN)
+def test_weights_that_are_known_before_the_losses_cost_less(weighting):
+    model = models.tiny("llama", dtype=torch.float32, **EAGER)
+    forward = Square(*count_forward(config_of("llama")))
+    costs = [
+        step_flops(forward, LENGTH, parse_weighting(weighting), contrast=one).total for one in ("scorer", "trained")
+    ]
+    assert counted(model, weighting, contrast="scorer") == pytest.approx(costs[0], rel=0.01)
+    assert costs[0] <= costs[1] * (1 if weighting == "longce" else 0.99)
 
 
 @pytest.mark.parametrize(

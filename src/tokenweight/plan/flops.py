@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from tokenweight.method import Weighting, Window
+from tokenweight.method import Expected, Weighting, Window
 from tokenweight.models import CausalParts
 from tokenweight.train import with_adapter
 
@@ -100,6 +100,7 @@ def step_flops(
     weighting: Weighting,
     scored: Sequence[Window] = (),
     *,
+    contrast: str = "trained",
     checkpointing: bool = False,
     num_sequences: int = 1,
 ) -> Step:
@@ -108,15 +109,25 @@ def step_flops(
     With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
     3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
     (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k.
-    With an adapter, h is one product less for each gradient of the head, and the backward pass what torch counts.
+    Where weights are known before the losses (contrast scorer, a divergence), tokens without one cost a product and the
+    others three: 1 + 2 k. With an adapter, h is one product less for each gradient of the head, and the backward pass
+    what torch counts. A divergence that the model scores itself takes a second product of the tokens of the windows.
 
     Args:
         scored: what the model reads to score itself; empty where short losses are stored or not needed.
+        contrast: whose long losses weights are made of (`with_weighted_loss`).
         num_sequences: of the step, on all GPUs.
     """
     num_predicted, products = length - 1, 3.0 if forward.adapted is None or forward.adapted.trains_head else 2.0
-    if not weighting.pointwise:
-        products = 1 + products * max(1, int(getattr(weighting, "keep", 1) * num_predicted)) / num_predicted
+    selection = weighting.weighting if isinstance(weighting, Expected) else weighting
+    kept = max(1, int(getattr(selection, "keep", 1) * num_predicted)) / num_predicted
+    known = contrast == "scorer" if weighting.of_losses else bool(weighting.uses)
+    if known:
+        products = 1 - kept + products * kept
+    elif not weighting.pointwise:
+        products = 1 + products * kept
+    if weighting.divergence_of is not None:
+        products += sum(window.stop - window.first for window in scored) / num_predicted
     long, scoring, passes = forward.decoder(length), window_flops(forward, scored), 2 if checkpointing else 1
     attended = passes * forward.attended(length) + forward.attended_backward(length)
     attended += sum(forward.attended(window.stop - window.start) for window in scored)

@@ -26,6 +26,7 @@ from tokenweight.models import (
     extend_context,
     load_config,
     rope_depends_on_length,
+    score_columns,
 )
 from tokenweight.plan.alternatives import Advice, Alternative, alternatives, recomputes
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
@@ -197,9 +198,20 @@ class _Recipe:
     @property
     def mode(self) -> str:
         """What the recipe does, of `MODES`."""
-        if not self.weighting.uses_short:
+        if isinstance(self.weighting, Uniform):
             return "uniform"
-        return "self-scored" if self.settings.scorer == "self" else "precomputed"
+        return "self-scored" if self.settings.scorer in ("self", "base") and self.scored_columns else "precomputed"
+
+    @property
+    def contrast(self) -> str:
+        """Whose long losses weights are made of."""
+        of_scorer = count_scorer(self.settings.scorer) is not None
+        return self.settings.contrast or ("scorer" if of_scorer else "trained")
+
+    @property
+    def scored_columns(self) -> frozenset[str]:
+        """What a scorer gives; nothing, if the weighting reads none of it."""
+        return score_columns(self.weighting, self.contrast)
 
     @property
     def sequences_per_step(self) -> int:
@@ -235,7 +247,8 @@ class _Recipe:
         weighting = Uniform() if mode == "uniform" else self.weighting
         scored = self.scored(length, first=rope_depends_on_length(self.config)) if mode == "self-scored" else []
         checkpointing, num = self.checkpointing is not None, self.sequences_per_step
-        return step_flops(self.forward, length, weighting, scored, checkpointing=checkpointing, num_sequences=num)
+        counted: dict[str, Any] = {"checkpointing": checkpointing, "num_sequences": num}
+        return step_flops(self.forward, length, weighting, scored, contrast=self.contrast, **counted)
 
     def flops_per_s(self, length: int) -> float | None:
         """What all GPUs compute in a second; None if no speed is known."""
@@ -277,7 +290,8 @@ class _Recipe:
             step, held = self.step(mode, length), self.peak(length, mode)
             cost = Cost(length, mode, step, held, fits=self.hardware.fits(held.total))
             if flops_per_s is not None:
-                before = self.scoring_flops(length) if mode == "precomputed" else 0.0
+                stored = mode == "precomputed" and self.settings.scorer == "stored" and self.scored_columns
+                before = self.scoring_flops(length) if stored else 0.0
                 cost = self.priced(cost, step.total / flops_per_s, before / flops_per_s)
             costs.append(cost)
         return costs
@@ -334,7 +348,7 @@ class _Recipe:
                 )
             elif computed == torch.bfloat16 and not self.hardware.has_bfloat16:
                 notes.append(f"{self.hardware.name} has no bfloat16: set trainer.fp16 in place of trainer.bf16")
-        if self.settings.scorer == "stored" and self.weighting.uses_short:
+        if self.settings.scorer == "stored" and self.scored_columns:
             notes.append("precomputed scores are taken to be those of the trained model; a smaller scorer costs less")
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
             notes.append("sliding windows are counted as in a flash kernel; torch's own (sdpa) computes all pairs")
