@@ -104,6 +104,7 @@ def test_weights_that_need_no_scores_count_nothing(folders, short_run, monkeypat
     ("changes", "message"),
     [
         ({"contrast": "trained"}, "contrast trained: the losses of the scorer count:order=2 cannot be compared"),
+        ({"weighting": "expected(dense)"}, "scorer count:order=2 holds the divergence 'kl', but .* needs 'absolute'"),
         ({"scorer": "count:depth=2"}, "scorer count:depth=2: found 'depth=2'"),
         ({"scorer": "count:vocab_size=9"}, r"repeated: token 11 .* count:vocab_size=12"),
         ({"size": 80, "stride": None}, "size 80"),

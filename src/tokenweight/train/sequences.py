@@ -148,12 +148,6 @@ def _contrast(run: Run) -> str:
     """
     given, own = run.settings.contrast, list[str]()
     if run.counts is not None:
-        check_divergence(run.weighting, run.counts.provenance, f"scorer {run.settings.scorer}")
-        if given == "trained" and run.weighting.of_losses:
-            raise ValueError(
-                f"contrast trained: the losses of the scorer {run.settings.scorer} cannot be compared with those of "
-                "the model that is trained: expected scorer, or no contrast"
-            )
         return "scorer"
     if run.columns():
         own = [folder for folder in run.shares if read_provenance(folder).get("contrast") == "scorer"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tokenweight import method, models
+from tokenweight import data, method, models
 from tokenweight.records import OptionalTokens
 from tokenweight.train.arguments import (
     as_numbers,
@@ -117,12 +117,7 @@ class Run:
     @property
     def counts(self) -> "CountScorer | None":
         """What scores sequences as they are read, if that is done without a model."""
-        found = models.count_scorer(self.settings.scorer)
-        return (
-            dataclasses.replace(found, divergence="divergence" in self.weighting.uses)
-            if found and self.scored
-            else None
-        )
+        return counts_of(self.settings.scorer, self.weighting, self.settings.contrast)
 
     @property
     def scoring_model(self) -> str | None:
@@ -164,6 +159,25 @@ def extension_and_adapter(settings: TrainSettings) -> tuple[dict[str, Any], dict
     return extension, lora
 
 
+def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "CountScorer | None":
+    """The scorer of that name, if it is one without a model, which scores sequences as they are read, and is needed.
+
+    Raises:
+        ValueError: for a setting that it does not have; if its losses were to be compared with those of the model that
+            is trained, or the weighting is made of another divergence than its own.
+    """
+    found = models.count_scorer(name)
+    if found is None or not models.score_columns(weighting, contrast or "scorer") - {"ref_nll"}:
+        return None
+    if contrast == "trained" and weighting.of_losses:
+        raise ValueError(
+            f"contrast trained: the losses of the scorer {name} cannot be compared with those of the model that is "
+            "trained: expected scorer"
+        )
+    data.check_divergence(weighting, found.provenance, f"scorer {name}")
+    return dataclasses.replace(found, divergence="divergence" in weighting.uses)
+
+
 def resolve(settings: TrainSettings) -> Run:
     """Resolve the text of settings to objects, and check what can be checked without a file.
 
@@ -184,7 +198,7 @@ def resolve(settings: TrainSettings) -> Run:
         )
     run = Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
     run.columns()  # raises for an unknown contrast
-    models.count_scorer(settings.scorer)  # for settings that it does not have
+    counts_of(settings.scorer, run.weighting, settings.contrast)  # raises, too
     return run
 
 

@@ -1,6 +1,5 @@
 """TRL's SFTTrainer with a token-weighted loss."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from tokenweight.models import (
     CountScorer,
     Scorer,
     check_tokenizer,
-    count_scorer,
     find_tokenizer,
     load_model,
     score_columns,
@@ -26,6 +24,7 @@ from tokenweight.models import (
 from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
+from tokenweight.train.settings import counts_of
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
@@ -82,24 +81,17 @@ class TokenWeightedSFTConfig(SFTConfig):
             found = getattr(self, name)
             if found != expected and (found or expected):  # eval_packing may be False
                 raise ValueError(f"{name} {found!r}: expected {expected!r}, which keeps scores with their tokens")
+        counts_of(self.scorer, parse_weighting(self.weighting), self.contrast)  # raises
         scored = score_columns(parse_weighting(self.weighting), self.contrast) - {"ref_nll"}
         if self.scorer != "stored" and scored and self.size is None:
             raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
-        if self.counts is not None and self.contrast == "trained" and parse_weighting(self.weighting).of_losses:
-            raise ValueError(
-                f"contrast trained: the losses of the scorer {self.scorer} cannot be compared with those of the model "
-                "that is trained: expected scorer"
-            )
         if self.scorer == "stored" and (self.size, self.stride) != (None, None):
             raise ValueError(f"size {self.size}, stride {self.stride}: expected neither, as the scores are stored")
 
     @property
     def counts(self) -> CountScorer | None:
         """What scores sequences as they are read, if that is done without a model."""
-        weighting, found = parse_weighting(self.weighting), count_scorer(self.scorer)
-        if found is None or not score_columns(weighting, self.contrast) - {"ref_nll"}:
-            return None
-        return dataclasses.replace(found, divergence="divergence" in weighting.uses)
+        return counts_of(self.scorer, parse_weighting(self.weighting), self.contrast)
 
 
 class TokenWeightedSFTTrainer(SFTTrainer):
