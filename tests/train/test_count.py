@@ -14,7 +14,7 @@ from runs import packed, torchrun
 import models
 from tokenweight import CountScorer, ShortContext
 from tokenweight.data import load_scores, score_folder
-from tokenweight.models import unpack_bits
+from tokenweight.models import Contrast, unpack_bits
 from tokenweight.train import DataCollatorWithScores, config_text, train
 
 PROPER = "mix(uniform, expected(gain), share=0.5)"
@@ -132,6 +132,19 @@ def test_the_collator_of_any_trainer_gives_what_is_stored(folders):
     assert batch.keys() == stored.keys()
     for name, values in stored.items():
         assert torch.equal(unpack_bits(batch[name]).nan_to_num(9), unpack_bits(values).nan_to_num(9)), name
+
+
+def test_any_function_may_score():
+    def halved(tokens, context, *, position_ids=None):
+        long = tokens / 8.0
+        return Contrast(long, long + (torch.arange(tokens.shape[1]) >= context.size))
+
+    rows = [{"input_ids": [3, 4, 5, 6]}, {"input_ids": [7, 8]}]
+    batch = DataCollatorWithScores(halved, ShortContext(2))(rows)
+    assert torch.equal(unpack_bits(batch["long_nll"])[0], torch.tensor([3, 4, 5, 6]) / 8)
+    assert torch.equal(unpack_bits(batch["short_nll"])[0], torch.tensor([3, 4, 13, 14]) / 8)
+    assert unpack_bits(batch["short_nll"])[1, 2:].isnan().all()
+    assert "divergence" not in batch
 
 
 def test_a_collator_with_half_a_scorer_or_with_scores_already_is_refused(folders):

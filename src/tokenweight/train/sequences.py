@@ -27,7 +27,7 @@ from tokenweight.data import (
     verify,
 )
 from tokenweight.method import SCORES, ShortContext, Weighting
-from tokenweight.models import Contrast, ContrastScorer, numbered_from, pack_bits
+from tokenweight.models import Contrast, numbered_from, pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
 
@@ -323,7 +323,8 @@ class DataCollatorWithScores:
 
     Args:
         scorer: supplies both losses of each sequence, as they are read, so that none are stored: such as
-            `CountScorer()`, whose losses are those that `tokenweight score --model count` would store.
+            `CountScorer()`, whose losses are those that `tokenweight score --model count` would store; or any function
+            that is called and answers as it does.
         context: the short context of the scorer.
 
     Example:
@@ -334,7 +335,7 @@ class DataCollatorWithScores:
         >>> trainer = transformers.Trainer(model, args, data_collator=collator, train_dataset=rows)  # doctest: +SKIP
     """
 
-    scorer: ContrastScorer | None = None
+    scorer: Callable[..., Contrast] | None = None
     context: ShortContext | None = None
 
     def __post_init__(self) -> None:
