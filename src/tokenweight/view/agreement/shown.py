@@ -27,7 +27,7 @@ def agreement_view(agreement: Agreement) -> list[RenderableType]:
         f"{name} ({'short context not noted' if size is None else f'{size:,} tokens'})"
         for name, size in zip((first, second), agreement.sizes)
     )
-    title = f"{shown}: {agreement.tokens:,} tokens of {agreement.sequences:,} sequences, beyond the first window"
+    title = f"{shown}: {agreement.tokens:,} tokens of {agreement.sequences:,} rows, beyond the first window"
     table = _plain(caption=_note(agreement))
     table.add_column("tokens put first by")
     for name in agreement.rank_correlation:
@@ -48,11 +48,11 @@ def agreement_lines(agreement: Agreement) -> Iterator[tuple[str, list[str]]]:
     for share in dict.fromkeys(one.share for one in agreement.picks):
         own = {one.ranking: one for one in agreement.picks if one.share == share}
         picks = [own[name] for name in rankings]
-        yield f"top {share:.0%}: the same tokens", [_share(one.overlap) for one in picks]
+        yield f"top {100 * share:.0f} %: the same tokens", [_share(one.overlap) for one in picks]
         for place, name, other in ((0, first, second), (1, second, first)):
             keys = [_share(one.key_tokens[place]) for one in picks]
-            yield f"  key tokens of {name} in the top of {other}", keys
-            yield f"  net benefit of {name} there", [_benefit(one, place) for one in picks]
+            yield f"  {name} in the top of {other}: key tokens", keys
+            yield f"  {name} in the top of {other}: net benefit", [_benefit(one, place) for one in picks]
 
 
 def _benefit(picks: Picks, place: int) -> str:
