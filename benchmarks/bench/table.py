@@ -251,27 +251,29 @@ def scorers_table(results: Results) -> list[str]:
     return lines[:-1]
 
 
+MAKERS = {
+    "loss": loss_table,
+    "training": training_table,
+    "gpu": gpu_table,
+    "reference": reference_table,
+    "growth": growth_table,
+    "scoring": corpus_table,
+    "evaluation": evaluation_table,
+    "precision": precision_table,
+    "startup": startup_table,
+}
+"""The tables of docs/evidence.md, by their benchmarks; that of `corpus` is with `scoring`."""
+
+
 def tables(results: Results) -> list[str]:
     """The tables of all benchmarks that have results."""
-    makers = {
-        "loss": loss_table,
-        "training": training_table,
-        "gpu": gpu_table,
-        "reference": reference_table,
-        "growth": growth_table,
-        "scoring": corpus_table,
-        "evaluation": evaluation_table,
-        "precision": precision_table,
-        "startup": startup_table,
-    }
-    measured = {key[0] for key in results.rows} - {"scorers"}  # which has a page of its own
-    return [line for name, make in makers.items() if name in measured for line in [*make(results), ""]]
+    measured = {key[0] for key in results.rows}
+    return [line for name, make in MAKERS.items() if name in measured for line in [*make(results), ""]]
 
 
 def conditions(results: Results) -> list[str]:
-    measured = {key[0] for key in results.rows} - {"scorers"}
     spread = "Medians of a few rounds on a shared machine; a tenth may be noise (results.csv has p20 and p80)."
-    return [spread, *results.conditions(measured)]
+    return [spread, *results.conditions({*MAKERS, "corpus"})]
 
 
 def pages() -> dict[Path, str]:
