@@ -103,8 +103,8 @@ class Scorers(Bench):
         return {f"{REFERENCE}, {self.size:,}": self.own(self.size), **counts}
 
     def dear(self) -> dict[str, Measure]:
-        """The scorers that read few texts; and counts beside them."""
-        found = {f"{REFERENCE}, {size:,}": self.own(size) for size in self.sizes}
+        """The scorers that read few texts; and the reference and counts beside them."""
+        found = {f"{REFERENCE}, {size:,}": self.own(size) for size in (self.size, *self.sizes)}
         if self.bfloat16:
             found[f"{REFERENCE} in bfloat16, {self.size:,}"] = self.own(self.size, "bfloat16")
         if self.other is not None:
