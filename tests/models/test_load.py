@@ -381,3 +381,14 @@ def test_the_tokenizer_of_a_config_is_that_in_its_folder(tmp_path):
 def test_a_config_that_is_not_there_is_no_name_of_the_hub(tmp_path):
     with pytest.raises(ValueError, match=r"missing.json': no such file"):
         load_model(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "supported", "slow"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)]
+)
+def test_a_dtype_that_this_cpu_only_emulates_is_said_to_be_slow(dtype, supported, slow, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    models.tiny(dtype=torch.float32).save_pretrained(tmp_path)
+    assert load_model(tmp_path, dtype=dtype).dtype == getattr(torch, dtype)
+    assert ("set dtype to float32" in caplog.text) == slow

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenweight import records
+from tokenweight import models, records
 from tokenweight.cli.demo import packaged_model
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -123,6 +123,8 @@ def _bfloat16() -> str:
     )
     if product.float().ne(8).any():
         return "no: a product of ones is wrong"
+    if models.is_emulated(torch.bfloat16):
+        return "emulated on this CPU, tens of times slower than float32: set dtype to float32"
     emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "emulated only, slow: set trainer.fp16 in its place" if emulated else "yes"
 

@@ -24,6 +24,7 @@ from .inputs import unpack_bits as unpack_bits
 from .load import find_tokenizer as find_tokenizer
 from .load import identity as identity
 from .load import is_config as is_config
+from .load import is_emulated as is_emulated
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer

@@ -147,6 +147,15 @@ def is_config(name: str | os.PathLike[str]) -> bool:
     return Path(name).suffix == ".json"
 
 
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this machine has no accelerator, and a CPU without products in a 16-bit dtype: they then take tens of
+    times as long as in float32."""
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in known or torch.accelerator.is_available():
+        return False
+    return not getattr(torch.ops.mkldnn, known[dtype])()
+
+
 def own_device() -> torch.device:
     """The GPU of this process, where torchrun starts several the one of its rank; without a GPU, the CPU."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -203,6 +212,9 @@ class _Model:
             path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         check_loaded(model, info, allowed)
+        if is_emulated(model.dtype):
+            name = str(model.dtype).removeprefix("torch.")
+            logger.warning("%s: slow on this CPU, which has no products in %s: set dtype to float32", path, name)
         return model
 
 
