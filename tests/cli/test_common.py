@@ -1,8 +1,22 @@
-"""What the commands share: numbers of tokens as text."""
+"""What the commands share: numbers of tokens as text, and how far they are."""
+
+import time
 
 import pytest
 
-from tokenweight.cli.common import token_counts
+from tokenweight.cli.common import progress_bar, token_counts
+
+
+def test_the_log_of_a_job_gets_a_line_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress_bar("tokens") as advance:
+        for seconds in (30, 61, 100, 150):
+            now[0] = float(seconds)
+            advance(3000, 12_000)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == ["6,000 of 12,000 tokens, 98.4 a second", "12,000 of 12,000 tokens, 80 a second"]
 
 
 @pytest.mark.parametrize(

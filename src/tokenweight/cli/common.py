@@ -1,6 +1,8 @@
 """What several commands share: progress bars, numbers of tokens as text, and the extra that figures need."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 from tokenweight import records
@@ -21,13 +23,35 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:
+        yield _Lines(unit)
+        return
+    with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(unit, total=None)
 
         def advance(done: int, total: int | None = None) -> None:
             bars.update(task, advance=done, total=total)
 
         yield advance
+
+
+class _Lines:
+    """Where there is no terminal, as in the log of a job: a line a minute."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._done = unit, 0
+        self._total: int | None = None
+        self._begin = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        self._done += done
+        self._total = self._total if total is None else total
+        now = time.monotonic()
+        if now - self._last >= 60:
+            self._last = now
+            reached = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
+            rate = self._done / (now - self._begin)
+            print(f"{reached} {self._unit}, {rate:,.3g} a second", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
