@@ -317,14 +317,19 @@ def test_files_of_a_folder_are_chosen_by_a_pattern(glob, tmp_path):
 
 def test_a_pattern_that_nothing_matches_or_that_has_no_folder_is_refused(tmp_path, caplog):
     (tmp_path / "a.py").write_text("a")
-    with pytest.raises(ValueError, match=r"found no text in this folder: .*set glob to choose '\*\.py'"):
+    with pytest.raises(ValueError, match=r"found no text in this folder: .*read by --glob '\*\.py'$"):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"found no text in this folder: nothing matches \*\.rs"):
         read(tmp_path, glob=["*.rs"])
     with pytest.raises(ValueError, match=r"^glob \*\.py: applies to folders"):
         read(tmp_path / "a.py", glob=["*.py"])
-    with pytest.raises(ValueError, match=r"\*\.py: no such file or folder; .*set glob"):
+    with pytest.raises(ValueError, match=r"\*\.py: no such file or folder; .*--glob"):
         read(tmp_path / "*.py")
+    (tmp_path / "b.pyc").write_bytes(b"\xa7\r\r\n\0\0")
+    (tmp_path / "c.html").write_text("<p>")
+    (tmp_path / "d.1.gz").write_bytes(gzip.compress(b".TH"))
+    with pytest.raises(ValueError, match=r"read by --glob '\*\.py' or --glob '\*\.gz'$"):  # no programs, no pages
+        read(tmp_path)
     assert read(tmp_path / "a.py") == read(tmp_path, glob=["*.py"])  # what is chosen is read alike
 
 
@@ -342,7 +347,7 @@ def test_an_archive_is_not_taken_for_a_text(name, tmp_path, caplog):
         find_sources([tmp_path / name])
     (tmp_path / "a.txt").write_text("a")
     assert [name for name, _ in read(tmp_path)] == [f"{tmp_path}/a.txt"]
-    assert f"left out 1 files that are no text, such as {tmp_path}/{name}" in caplog.text
+    assert f"left out 1 file of no text, such as {tmp_path}/{name}" in caplog.text
 
 
 def test_suffixes_mean_the_same_in_upper_case(tmp_path):
@@ -390,10 +395,12 @@ def test_documents_that_are_no_text_are_left_out_and_counted_if_asked(tmp_path, 
     (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xe9"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xe9")
     (tmp_path / "c.txt").write_bytes(b"sea")
+    with pytest.raises(ValueError, match=r"b\.txt: not UTF-8 text .*; --skip_invalid leaves such documents out$"):
+        read(tmp_path / "b.txt")
     found = read(tmp_path, skip_invalid=True)
     assert [text for _, text in found] == [*(f"good {number}" for number in range(len(bad))), "sea"]
     assert found[1].name == f"{tmp_path}/a.jsonl:3"
-    assert "left out 9 documents that are no text, such as " in caplog.text
+    assert "left out 9 documents of no text, such as " in caplog.text
     assert f"{tmp_path}/a.jsonl, line 2: column 'text' holds null" in caplog.text
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"whale")[:-9])
     with pytest.raises(ValueError, match=r"d\.txt\.gz: cannot be read"):  # who knows how much is lost
@@ -409,7 +416,7 @@ def test_linked_folders_are_followed_once_and_links_to_nothing_are_told(tmp_path
         (tmp_path / "texts" / name).symlink_to(target)
     (tmp_path / "elsewhere" / "back").symlink_to("../texts")
     assert [text for _, text in read(tmp_path / "texts")] == ["sea", "whale"]
-    assert f"left out 1 links to nothing, such as {tmp_path}/texts/gone.txt" in caplog.text
+    assert f"left out 1 file behind broken links, such as {tmp_path}/texts/gone.txt" in caplog.text
     assert f"1 files are named twice or linked, and taken once, such as {tmp_path}/texts/c.txt" in caplog.text
     with pytest.raises(ValueError, match=r"gone\.txt: a link to nowhere\.txt, which does not exist"):
         find_sources([tmp_path / "texts" / "gone.txt"])
@@ -454,7 +461,7 @@ def test_what_a_folder_holds_besides_texts_is_said(tmp_path, caplog):
     for name in ("a.txt", "b.json", "c.csv", ".hidden"):
         (tmp_path / name).write_text("a")
     assert [document.name for document in read(tmp_path)] == [f"{tmp_path}/a.txt"]
-    assert f"left out 2 files that are no text, such as {tmp_path}/b.json" in caplog.text
+    assert f"left out 2 files of no text, such as {tmp_path}/b.json" in caplog.text
 
 
 def test_half_a_character_is_refused_by_line(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenweight.records import token_count
+from tokenweight.records import counted, token_count
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,7 @@ def test_numbers_of_tokens_are_read_with_their_unit(text, expected):
 def test_what_is_no_number_of_tokens_is_refused(text):
     with pytest.raises(ValueError, match=r"^expected a number of tokens, as in 4096, 32k or 8M, found"):
         token_count(text)
+
+
+def test_one_thing_has_a_name_of_its_own():
+    assert [counted(number, "step") for number in (0, 1, 1024)] == ["0 steps", "1 step", "1,024 steps"]

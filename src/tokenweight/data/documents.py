@@ -5,6 +5,7 @@ import collections
 import contextlib
 import csv
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenweight.records import read_json
+from tokenweight.records import counted, read_json
 
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
@@ -102,7 +103,7 @@ def find_sources(
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in _FILES:
             sources.append(Source(name, "hub"))
         else:
-            hint = "; for a pattern, name the folder and set glob" if re.search(r"[*?[]", name) else ""
+            hint = "; for a pattern, name the folder, and the pattern as --glob" if re.search(r"[*?[]", name) else ""
             raise ValueError(f"{_shown(name)}: no such file or folder{hint}")
     return _once(sources)
 
@@ -145,13 +146,14 @@ def read_documents(
                 if isinstance(found, Document):
                     yield found
                 elif not skip_invalid:
-                    raise found
+                    hint = "" if "column" in str(found) else "; --skip_invalid leaves such documents out"
+                    raise ValueError(f"{found}{hint}")
                 else:
                     num_invalid += 1
                     invalid[1:] = [found]
     finally:
         if num_invalid:
-            logger.warning("left out %d documents that are no text, such as %s", num_invalid, invalid[0])
+            logger.warning("left out %s of no text, such as %s", counted(num_invalid, "document"), invalid[0])
 
 
 def shuffled(
@@ -240,37 +242,47 @@ def _in_folder(folder: Path, text_column: str, glob: Sequence[str]) -> list[Sour
         splits = ", ".join(read_json(folder / "dataset_dict.json").get("splits", ()))
         raise ValueError(f"{_shown(folder)} holds several splits ({splits}): name one of its folders")
     found: list[Source] = []
-    left_out: dict[str, list[str]] = {"files that are no text": [], "links to nothing": []}
+    others: list[Path] = []
+    broken: list[Path] = []
     pattern = re.compile("|".join(map(_regex, glob)) or "(?s:.*)")
     for file in sorted(_files(folder)):
         if not pattern.fullmatch(file.relative_to(folder).as_posix()):
             continue
         if not file.exists():
-            left_out["links to nothing"].append(_shown(file))
+            broken.append(file)
         elif file.is_file() and glob:
             found.append(_chosen(file, text_column))
         elif file.is_file() and (kind := _kind(file, text_column)):
             found.append(Source(str(file), kind))
         else:
-            left_out["files that are no text"].append(_shown(file))
-    others = left_out["files that are no text"]
-    chosen = f"; set glob to choose {', '.join(_patterns(others))}" if others else ""
+            others.append(file)
+    patterns = _patterns(others)
+    chosen = f"; read by {' or '.join(f'--glob {pattern}' for pattern in patterns)}" if patterns else ""
     if not found:
         expected = (
             f"nothing matches {' '.join(glob)}" if glob else f"expected .txt, .md, .jsonl, .csv or .parquet{chosen}"
         )
         raise ValueError(f"{_shown(folder)}: found no text in this folder: {expected}")
-    for what, files in left_out.items():
+    for files, what, hint in ((others, "of no text", chosen), (broken, "behind broken links", "")):
         if files:
-            hint = chosen if files is others else ""
-            logger.warning("%s: left out %d %s, such as %s%s", _shown(folder), len(files), what, files[0], hint)
+            number, example = counted(len(files), "file"), _shown(files[0])
+            logger.warning("%s: left out %s %s, such as %s%s", _shown(folder), number, what, example, hint)
     return found
 
 
-def _patterns(files: Sequence[str]) -> list[str]:
-    """Patterns for the most frequent suffixes of files that were left out."""
-    suffixes = collections.Counter(Path(file).suffix for file in files)
-    return [f"'*{suffix}'" for suffix, _ in suffixes.most_common(3)]
+def _patterns(files: Sequence[Path]) -> list[str]:
+    """Patterns for the most frequent suffixes of files that were left out and look like text."""
+    suffixes = collections.Counter(file.suffix for file in files if _suffix(file) not in _REMEDIES)
+    first = {file.suffix: file for file in reversed(files) if _suffix(file) not in _REMEDIES}
+    common = [suffix for suffix, _ in suffixes.most_common() if suffix]
+    return [f"'*{suffix}'" for suffix in itertools.islice(filter(lambda one: _is_text(first[one]), common), 3)]
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file begins like one; a byte of 0 is in no text, and in most pictures and programs."""
+    with contextlib.suppress(OSError, ValueError), _opened(file) as opened:
+        return b"\0" not in opened.read(4096)
+    return False
 
 
 def _regex(glob: str) -> str:

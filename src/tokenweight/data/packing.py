@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenweight.records import counted
+
 HELD_ROWS = 4
 """As many rows' tokens are held back, so that pieces can be found that fill a row."""
 
@@ -36,9 +38,9 @@ class RowSummary:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens from {self.documents:,} documents; {self.dropped_tokens:,} of "
-            f"their tokens are in no row; {self.short_documents:,} documents are shorter than a row "
-            f"({self.empty_documents:,} of them empty)"
+            f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'document')}; "
+            f"{self.dropped_tokens:,} of their tokens are in no row; documents shorter than a row: "
+            f"{self.short_documents:,} ({self.empty_documents:,} of them empty)"
         )
 
 

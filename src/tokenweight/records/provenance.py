@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tokenweight.records.counts import counted
 from tokenweight.records.files import read_json
 
 _KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
@@ -49,7 +50,7 @@ def device_name() -> str:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def source_commit() -> str | None:
