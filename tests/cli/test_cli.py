@@ -75,8 +75,8 @@ def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
     data, note = datasets.load_from_disk(str(place / "rows")), read_json(place / "rows" / "rows.json")
     assert (len(data), note["length"], note["texts"]) == (note["rows"], 64, ["book.txt"])
     assert rows == (
-        f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 documents; {note['dropped_tokens']} of their tokens "
-        "are in no row; 0 documents are shorter than a row (0 of them empty)\n"
+        f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 document; {note['dropped_tokens']} of their tokens "
+        "are in no row; documents shorter than a row: 0 (0 of them empty)\n"
     )
     assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
 
@@ -205,6 +205,14 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
         (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght: unknown option: did you mean"),
+        (
+            ["prepare", "book.txt", *PREPARE, "--out", "out", "--skip_invalid", "true"],
+            "--skip_invalid true: a switch, which takes no value: expected --skip_invalid alone",
+        ),
+        (
+            ["prepare", "book.txt", *PREPARE, "--out", "out", "--skip_invalid", "False"],
+            "--skip_invalid False: a switch, which takes no value: expected --no_skip_invalid",
+        ),
         ([*SCORE[:4], "--size", "64", "--stride", "48", "--out", "out"], "--size 64: sequences hold 64 tokens"),
         ([*SCORE[:4], "--size", "8", "--stride", "8", "--out", "out"], "stride=8 does not fit size=8"),
         ([*SCORE[:4], "--size", "small", "--stride", "8", "--out", "out"], "--size small: expected a number of tokens"),

@@ -153,8 +153,18 @@ def parse(words: Sequence[str]) -> Any:
         command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, **{name: {} for name in GROUPS}}))
         command, unknown = with_groups(command, recipe, unknown)
     if unknown:
+        _check_switch(argv, unknown[0])
         raise ValueError(f"{unknown[0]}: unknown option: {_meant(unknown[0].partition('=')[0], name)}")
     return command
+
+
+def _check_switch(argv: Sequence[str], word: str) -> None:
+    """Raise a ValueError if a word that no option took is the value that somebody gave to a switch."""
+    before = argv[argv.index(word) - 1] if word in argv[1:] else ""
+    if before.startswith("--") and word.lower() in ("true", "false"):
+        opposite = f"--no_{before.removeprefix('--')}"
+        expected = f"{before} alone" if word.lower() == "true" else opposite
+        raise ValueError(f"{before} {word}: a switch, which takes no value: expected {expected}")
 
 
 def _meant(option: str, command: str) -> str:

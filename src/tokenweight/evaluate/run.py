@@ -221,7 +221,8 @@ def _make_probes(
     try:
         return grid.make(tokenizer)
     except ValueError as error:
-        raise ValueError(f"probe_lengths: {error}; or probes none") from None
+        lengths = ",".join(map(str, plan.probe_lengths))
+        raise ValueError(f"probe_lengths {lengths}: {error}; or --probes none") from None
 
 
 def _fingerprints(rows: Rows, contents: Contents, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
