@@ -127,10 +127,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_as_if_undisturbed(
         ({"size": 8, "model": "n"}, False, "model is 'm' there, 'n' now"),
         ({"size": 8, "model": "m", "dtype": "float64"}, False, "dtype is None there, 'float64' now"),
         ({"size": 8, "model": "m"}, True, "long is False there, True now"),
+        ({"size": 8, "model": "m", "rows_fingerprint": "b"}, False, "of other sequences, books; name a new folder"),
     ],
 )
 def test_going_on_with_another_setting_is_refused_by_its_name(now, with_long, message, shards_of_two, tmp_path):
-    before = {"size": 8, "model": "m", "environment": {"date": "yesterday"}}
+    before = {"size": 8, "model": "m", "rows": "books", "environment": {"date": "yesterday"}}
     with pytest.raises(KeyboardInterrupt):
         score_rows(some_rows(), tiny_scorer(Interrupted), tmp_path / "scored", provenance=before)
     kept = {file.name: file.read_bytes() for file in (tmp_path / "scored").iterdir()}

@@ -387,7 +387,10 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
             if not path.is_file():
                 write_json(path, provenance)
     # The rows are compared by their fingerprint, not by the path that led to them.
-    if found := differences(read_json(path), provenance, ignored=("environment", "rows")):
+    noted = read_json(path)
+    if noted.get("rows_fingerprint") != provenance.get("rows_fingerprint"):
+        raise ValueError(f"out {out}: already holds scores of other sequences, {noted.get('rows')}; name a new folder")
+    if found := differences(noted, provenance, ignored=("environment", "rows")):
         raise ValueError(f"out {out}: already holds scores computed with other settings ({found}); name a new folder")
 
 
