@@ -121,7 +121,7 @@ class Steps:
         if name in OTHERS:
             OTHERS[name][1](self.model, self.tokens).backward()
         else:
-            run_step(self.model, self.tokens, self.short_nll if STEPS[name].reads_stored else None, autocast=False)
+            run_step(self.model, self.tokens, dict.fromkeys(STEPS[name].columns, self.short_nll), autocast=False)
 
     def peak_bytes(self, name: str) -> int | None:
         """Peak of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""

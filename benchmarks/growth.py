@@ -49,7 +49,7 @@ class Steps:
         with_weighted_loss(self.model, STEPS[kind].weighting, scorer)
 
     def run(self, kind: str) -> None:
-        run_step(self.model, self.tokens, self.short_nll if STEPS[kind].reads_stored else None, autocast=False)
+        run_step(self.model, self.tokens, dict.fromkeys(STEPS[kind].columns, self.short_nll), autocast=False)
 
 
 def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:

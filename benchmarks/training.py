@@ -1,6 +1,7 @@
 """One training step (forward and backward, no optimizer) under several weightings, beside what arithmetic says.
 
     python benchmarks/training.py            about 20 minutes on two cores, 8 GiB of memory
+    python benchmarks/training.py --others   the same for weightings beyond those of the paper
     python benchmarks/training.py --quick    seconds, on a tiny model: says nothing
 
 The arithmetic counts multiply-adds only. With B the decoder's forward pass over the row, H one product with the output
@@ -8,11 +9,13 @@ head for every predicted token, k the share of tokens with a weight, and S scori
 the windows read, head on those they score; the first window is not read when the model scores itself):
 
     uniform, longce    3 B + 3 H                one pass: the weight is known, or follows from the token's own losses
-    dense              3 B + 4 H                the weights need all losses first
-    sparse             3 B + (1 + 3 k) H        gradients for tokens with a weight only
-    self-scored        the same + S
+    dense, gain, …     3 B + 4 H                the weights need all losses first
+    sparse, rho1, …    3 B + (1 + 3 k) H        gradients for tokens with a weight only
+    of the scorer      3 B + (1 + 2 k) H        contrast scorer, divergences, positions: weights are known before
+    self-scored        the same + S, and for a divergence H once more for the tokens of the windows
 
-A frozen scorer costs nothing here: its losses are a column of the data. The ratios are to the uniform step; "measured /
+A frozen scorer costs nothing here: its scores are columns of the data. Those of a selection are drawn, as its k is what
+counts. The ratios are to the uniform step; "measured /
 arithmetic" above 1 is time that multiply-adds do not explain. Under --autocast the decoder runs in bfloat16 and, on a
 CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic says little.
 """
@@ -31,6 +34,7 @@ from bench.models import model_and_row
 from bench.report import Bench
 from tokenweight import Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
 from tokenweight.method import sliding_windows
+from tokenweight.models import score_columns
 from tokenweight.plan import count_forward, step_flops
 
 UNIFORM = "uniform"
@@ -38,54 +42,76 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Step:
-    """A weighting, and whether the model scores itself or finds the scores of a frozen model in the data."""
+    """A weighting, whether the model scores itself or finds scores in the data, and the contrast."""
 
     weighting: Weighting
-    self_scored: bool
+    self_scored: bool = False
+    contrast: str = "trained"
 
     @property
-    def reads_stored(self) -> bool:
-        """Whether it needs the column of short losses."""
-        return self.weighting.uses_short and not self.self_scored
+    def columns(self) -> frozenset[str]:
+        """The columns of the data that it needs."""
+        return frozenset() if self.self_scored else score_columns(self.weighting, self.contrast)
 
 
 STEPS = {
-    UNIFORM: Step(parse_weighting("uniform"), self_scored=False),
-    "frozen dense": Step(parse_weighting("dense:interpolation=0.75"), self_scored=False),
-    "frozen longce": Step(parse_weighting("longce"), self_scored=False),
-    "frozen sparse": Step(parse_weighting("sparse:keep=0.2"), self_scored=False),
+    UNIFORM: Step(parse_weighting("uniform")),
+    "frozen dense": Step(parse_weighting("dense:interpolation=0.75")),
+    "frozen longce": Step(parse_weighting("longce")),
+    "frozen sparse": Step(parse_weighting("sparse:keep=0.2")),
     "self-scored dense": Step(parse_weighting("dense:interpolation=0.75"), self_scored=True),
     "self-scored sparse": Step(parse_weighting("sparse:keep=0.2"), self_scored=True),
 }
+KIN = {
+    UNIFORM: STEPS[UNIFORM],
+    "frozen dense": STEPS["frozen dense"],
+    "dense of the scorer": Step(parse_weighting("dense:interpolation=0.75"), contrast="scorer"),
+    "sparse of the scorer": Step(parse_weighting("sparse:keep=0.2"), contrast="scorer"),
+    "exact": Step(parse_weighting("exact:threshold=512")),
+    "eslm": Step(parse_weighting("eslm:keep=0.9")),
+    "rho1": Step(parse_weighting("rho1:keep=0.6")),
+    "frozen gain": Step(parse_weighting("gain")),
+    "frozen longfilter": Step(parse_weighting("longfilter")),
+    "frozen mix": Step(parse_weighting("mix(dense, uniform, share=0.5)")),
+    "frozen expected gain": Step(parse_weighting("expected(gain)")),
+    "self-scored dense": STEPS["self-scored dense"],
+    "self-scored expected gain": Step(parse_weighting("expected(gain)"), self_scored=True),
+    "self-scored expected boundedgain": Step(parse_weighting("expected(boundedgain)"), self_scored=True),
+}
+"""Weightings beyond those of the paper, beside dense."""
 
 
 def flops_of(model: Any, step: Step, length: int, context: ShortContext, *, checkpointing: bool = False) -> float:
     """FLOPs of a step: the table at the top of this file."""
     scored = sliding_windows(length, context.size, context.stride) if step.self_scored else []
     forward = count_forward(model.config)
-    return step_flops(forward, length, step.weighting, scored, checkpointing=checkpointing).total
+    counted: dict[str, Any] = {"contrast": step.contrast, "checkpointing": checkpointing}
+    return step_flops(forward, length, step.weighting, scored, **counted).total
 
 
-def run_step(model: Any, tokens: torch.Tensor, short_nll: torch.Tensor | None, autocast: bool) -> None:
+def run_step(model: Any, tokens: torch.Tensor, scores: dict[str, torch.Tensor], autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-        loss = model(input_ids=tokens, labels=tokens, short_nll=short_nll).loss
+        loss = model(input_ids=tokens, labels=tokens, **scores).loss
     loss.backward()
 
 
 def measure(
-    model: Any, tokens: torch.Tensor, context: ShortContext, rounds: int, autocast: bool
+    model: Any, tokens: torch.Tensor, context: ShortContext, rounds: int, autocast: bool, steps: dict[str, Step]
 ) -> dict[str, list[float]]:
     scorer = Scorer(model, context)
-    short_nll = scorer(tokens)
+    long_nll = scorer.long_nll(tokens)
+    drawn = {name: torch.rand(tokens.shape) for name in ("ref_nll", "divergence")}  # no cost depends on their values
+    columns = {"long_nll": long_nll, "short_nll": scorer(tokens, long_nll=long_nll), **drawn}
 
     def prepare(name: str) -> None:
         model.zero_grad(set_to_none=True)
-        with_weighted_loss(model, STEPS[name].weighting, scorer if STEPS[name].self_scored else None)
+        step = steps[name]
+        with_weighted_loss(model, step.weighting, scorer if step.self_scored else None, contrast=step.contrast)
 
     runs: dict[str, Callable[[], Any]] = {}
-    for name, step in STEPS.items():
-        column = short_nll if step.reads_stored else None
-        runs[name] = functools.partial(run_step, model, tokens, column, autocast)
+    for name, step in steps.items():
+        scores = {column: columns[column] for column in step.columns}
+        runs[name] = functools.partial(run_step, model, tokens, scores, autocast)
     return alternately(runs, rounds, prepare)
 
 
@@ -97,14 +123,18 @@ class Training(Bench):
     """Tokens of the sequence, a multiple of 16; windows read a quarter and score 3/16 of it."""
     autocast: bool = False
     """Run the forward pass under bfloat16 autocast."""
+    others: bool = False
+    """Weightings beyond those of the paper."""
 
     def run(self) -> None:
-        report, length = self.report("training"), self.length // 16 if self.quick else self.length
+        report = self.report("weightings" if self.others else "training")
+        length = self.length // 16 if self.quick else self.length
         context = ShortContext(size=length // 4, stride=3 * length // 16)
         name, model, tokens = model_and_row(length, quick=self.quick)
         model.train()
-        seconds = measure(model, tokens, context, self.rounds, self.autocast)
-        flops = {run: flops_of(model, step, length, context) for run, step in STEPS.items()}
+        steps = KIN if self.others else STEPS
+        seconds = measure(model, tokens, context, self.rounds, self.autocast, steps)
+        flops = {run: flops_of(model, step, length, context) for run, step in steps.items()}
         x = f"{name}, 1 x {length} tokens, windows {context.size}/{context.stride}, "
         x += "bfloat16 autocast" if self.autocast else "float32"
         for run, values in seconds.items():

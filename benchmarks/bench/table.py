@@ -35,18 +35,22 @@ def loss_table(results: Results) -> list[str]:
     return [*lines, "", f"At 32,768 tokens the loss needs {longest:.2f} GiB over inputs and gradients."]
 
 
-def training_table(results: Results) -> list[str]:
+def weightings_table(results: Results) -> list[str]:
+    return training_table(results, "weightings")
+
+
+def training_table(results: Results, benchmark: str = "training") -> list[str]:
     metrics = ("time / uniform", "arithmetic / uniform", "measured / arithmetic")
     lines = []
-    for x in results.all_settings("training"):
+    for x in results.all_settings(benchmark):
         lines += [
             f"Training step, forward and backward ({x}), relative to the uniform step:",
             "",
             "| | time | FLOP estimate | time / FLOP estimate |",
             "|---|---|---|---|",
         ]
-        for name in results.implementations("training", x):
-            cells = (f"{results.value('training', name, metric, x):.3f}" for metric in metrics)
+        for name in results.implementations(benchmark, x):
+            cells = (f"{results.value(benchmark, name, metric, x):.3f}" for metric in metrics)
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return lines[:-1]
@@ -254,6 +258,7 @@ def scorers_table(results: Results) -> list[str]:
 MAKERS = {
     "loss": loss_table,
     "training": training_table,
+    "weightings": weightings_table,
     "gpu": gpu_table,
     "reference": reference_table,
     "growth": growth_table,

@@ -57,6 +57,13 @@ def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_path, mo
     assert_complete(name, METRICS[name], capsys.readouterr().out, tmp_path / "rows.csv")
 
 
+def test_other_weightings_have_rows_under_a_name_of_their_own(tmp_path, monkeypatch, uncollected, capsys):
+    monkeypatch.setattr(sys, "argv", ["training.py", "--quick", "--others"])
+    load("training").Training(quick=True, others=True, csv=tmp_path / "rows.csv").run()
+    printed = capsys.readouterr().out
+    assert_complete("weightings", METRICS["training"], printed, tmp_path / "rows.csv", script="training")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_METRICS)
 def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
@@ -78,7 +85,7 @@ def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
         assert_memory_of_full_logits(tmp_path / "rows.csv")
 
 
-def assert_complete(name, metrics, output, path):
+def assert_complete(name, metrics, output, path, script=None):
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -87,7 +94,7 @@ def assert_complete(name, metrics, output, path):
     for row in rows:
         assert all(row.values()), row
         assert row["benchmark"] == name
-        assert row["command"].startswith(f"python benchmarks/{name}.py --quick")
+        assert row["command"].startswith(f"python benchmarks/{script or name}.py --quick")
         values = [float(row[column]) for column in ("p50", "p20", "p80")]
         assert all(map(math.isfinite, values)), row
         assert name == "scorers" or min(values) > 0, row  # agreement can be negative
