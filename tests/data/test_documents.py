@@ -244,7 +244,7 @@ def test_files_of_a_form_that_is_not_read_are_refused_with_what_mends_it(name, r
 
 def test_a_json_file_with_other_columns_is_refused_by_them(tmp_path):
     (tmp_path / "a.json").write_text('{"body": "a"}\n')
-    with pytest.raises(ValueError, match=r"a\.json: no column 'text': found body; set text_column"):
+    with pytest.raises(ValueError, match=r"a\.json: no column 'text': found body; name another with --text_column"):
         read(tmp_path / "a.json")
 
 

@@ -110,7 +110,7 @@ def test_empty_text_is_refused_and_leaves_nothing(texts, framed, tmp_path):
 def test_documents_that_are_all_too_short_are_refused_with_the_longest(framed, tmp_path):
     documents = [Document("a", of_tokens(5)), Document("b", of_tokens(9))]
     longest = 9 + framed
-    message = f"^length 16: none of the 2 documents is that long; the longest has {longest} tokens"
+    message = f"^length 16: none of 2 documents is that long; the longest has {longest} tokens"
     with pytest.raises(ValueError, match=message):
         prepare_rows(documents, trained_tokenizer(framed=framed), 16, tmp_path / "rows")
     assert list(tmp_path.iterdir()) == []

@@ -406,7 +406,9 @@ def _without(text_column: str, columns: Iterable[str], where: str) -> ValueError
     """What is said of columns without one of texts."""
     if chat := next((name for name in _CHATS if name in columns), None):
         return ValueError(f"{where}: {_CHAT.format(chat)}")
-    return ValueError(f"{where}: no column {text_column!r}: found {', '.join(columns)}; set text_column to one of them")
+    return ValueError(
+        f"{where}: no column {text_column!r}: found {', '.join(columns)}; name another with --text_column"
+    )
 
 
 def _decoded(content: bytes, where: str) -> str | ValueError:

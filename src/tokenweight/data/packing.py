@@ -97,9 +97,9 @@ class Cutter:
         if count.documents == count.empty_documents:
             raise ValueError(f"the text is empty ({count.documents} documents without a token)")
         if count.rows == 0:
-            held = f", all together {self._num_held()}" if self.pack else "; lower it, or set short to pack"
+            held = f", all together {self._num_held()}" if self.pack else "; lower it, or pack them by --short pack"
             raise ValueError(
-                f"length {self.length}: none of the {count.documents} documents is that long; the longest has "
+                f"length {self.length}: none of {counted(count.documents, 'document')} is that long; the longest has "
                 f"{count.longest_document} tokens{held}"
             )
 
