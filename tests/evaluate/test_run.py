@@ -69,6 +69,20 @@ def test_the_attention_of_both_models_is_recorded(place, tmp_path):
     assert record["settings"]["attn_implementation"] == "eager"
 
 
+@pytest.mark.parametrize("same", ["path", "rows", "fingerprint", "mixture", "none"])
+def test_sequences_that_a_model_was_trained_on_are_no_measure_of_it(same, place, tmp_path, caplog):
+    shutil.copytree(place / "trained", tmp_path / "run")
+    fingerprint = evaluate_module.open_rows(place / "rows")[1].fingerprint
+    data = {"path": str(place / "rows") if same == "path" else "elsewhere", "share": 1.0}
+    made = {"rows": str(place / "rows")} if same == "rows" else {"rows_fingerprint": fingerprint}
+    record = {"settings": {"data": data["path"]}, "data": made if same in ("rows", "fingerprint") else {}}
+    if same == "mixture":
+        record = {"settings": {"data": [data, data]}, "data": {}, "mixture": {"a": {"data": {}}, "b": {"data": made}}}
+    write_json(tmp_path / "run" / "run.json", record)
+    evaluate(settings(place, tmp_path / "out", model=str(tmp_path / "run")))
+    assert ("was trained on these sequences" in caplog.text) == (same != "none")
+
+
 def test_a_copy_of_the_baseline_changes_by_exactly_nothing(place, tmp_path):
     record = evaluate(settings(place, tmp_path / "out", model="copy", baseline="base"))
     entries = record["comparison"][1]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from tokenweight.models import (
 )
 from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
 
+logger = logging.getLogger(__name__)
 _WEIGHTS = "token_weights.npy"
 
 
@@ -129,6 +131,7 @@ def _open(settings: EvalSettings) -> _Task:
     rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
     for name in readers:
         _check_model(name, settings, plan, rows, contents)
+        _warn_of_training_data(name, settings, contents)
     probes = _make_probes(settings, plan, tokenizer)
     comparable = {**plan.comparable(), **_fingerprints(rows, contents, tokenizer)}
     if earlier and (found := differences(earlier["settings"], comparable)):
@@ -186,6 +189,22 @@ def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTok
         listed = ", ".join(f"{name} ({digits})" for name, digits in prints.items())
         raise ValueError(f"the models have different tokenizers: {listed}; their losses cannot be compared")
     return next(iter(found.values()), None)
+
+
+def _warn_of_training_data(name: str, settings: EvalSettings, contents: Contents) -> None:
+    """Say so if a model was trained by `train` on the sequences that it is to be measured on."""
+    record = read_json(Path(name) / "run.json") if (Path(name) / "run.json").is_file() else {}
+    data = record.get("settings", {}).get("data", [])
+    paths = [data] if isinstance(data, str) else [one["path"] for one in data]
+    made = [record.get("data", {}), *(one["data"] for one in record.get("mixture", {}).values())]
+    paths += [str(one["rows"]) for one in made if "rows" in one]  # those that were scored
+    here = any(Path(path).resolve() == settings.data.resolve() for path in paths)
+    if here or contents.fingerprint in [one.get("rows_fingerprint") for one in made]:
+        logger.warning(
+            "data %s: %s was trained on these sequences, and its losses on them say little: expected held-out ones",
+            settings.data,
+            name,
+        )
 
 
 def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, contents: Contents) -> None:
