@@ -83,14 +83,7 @@ class Weighting(ABC):
             used: what `uses` names beyond "short_nll", and `history` if there is one.
         """
 
-    def observe(
-        self,
-        long: Float[Tensor, "batch seq"],
-        short: Float[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch seq"],
-        *args: Any,
-        **used: Any,
-    ) -> Float[Tensor, " history"]:
+    def observe(self, long: Tensor, short: Tensor, mask: Tensor, *args: Any, **used: Any) -> Float[Tensor, " history"]:
         """What a batch adds to the history, in float64; a pointwise weighting must not read the losses."""
         raise NotImplementedError(f"{type(self).__name__} has a history and no method observe")
 
