@@ -15,10 +15,14 @@ from tokenweight.method import (
     KeyTokens,
     LongCE,
     LongFilter,
+    Mix,
     Sparse,
+    divergence_kind,
     linear_divergence,
     linear_nll,
     loss,
+    parse_divergence,
+    vanishes,
     weighted_loss,
 )
 from tokenweight.method.kin import expected as expected_module
@@ -47,6 +51,29 @@ def written_out(weighting, long_logits, short_logits):
     for one, other in zip(long, short):
         rows.append(sum((-a).exp() * weighting.score(a, b) for a, b in zip(one, other)))
     return torch.stack(rows)
+
+
+def test_one_score_is_one_divergence_whatever_is_made_of_it():
+    same = [(LongFilter(0.5), LongFilter()), (PPMI(0.1), PPMI(0.2, 7)), (Sparse(), Dense(0.1)), (Gain(0.1), Gain())]
+    for one, other in same:
+        assert Mix(Expected(one), Expected(other)).divergence_of == one
+        assert divergence_kind(one) == divergence_kind(other)
+        assert divergence_kind(parse_divergence(divergence_kind(one))) == divergence_kind(one)
+    for one, other in (
+        (PPMI(shift=2.0), PPMI()),
+        (LongCE(2.0), LongCE()),
+        (KeyTokens(1.0), KeyTokens()),
+        (Gain(), Dense()),
+    ):
+        with pytest.raises(ValueError, match="expected one and the same"):
+            Mix(Expected(one), Expected(other))
+
+
+def test_where_both_losses_are_the_same_these_scores_are_0_and_those_are_not():
+    assert all(
+        map(vanishes, [Dense(), Sparse(), PPMI(), NPMI(shift=1.5), LongFilter(), KeyTokens(), Gain(), BoundedGain()])
+    )
+    assert not any(map(vanishes, [LongCE(), NPMI(shift=0.5), KeyTokens(-1.0)]))
 
 
 @pytest.mark.parametrize("weighting", SCORED, ids=str)

@@ -1,8 +1,11 @@
 """Weights against the reference numbers, against the paper's worked example, and against what every scheme promises."""
 
+import dataclasses
 import json
 import math
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -300,6 +303,28 @@ def test_text_that_is_no_weighting_is_refused_in_one_line_that_says_why(text, me
     with pytest.raises(ValueError, match=message) as refusal:
         parse_weighting(text)
     assert "\n" not in str(refusal.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed(Weighting):
+    """Settings of several types."""
+
+    flag: bool = False
+    cap: float | None = None
+    num: int = 0
+    word: str = "a"
+
+    def weigh(self, long, short, mask):
+        return torch.ones_like(long)
+
+
+def test_settings_of_a_weighting_of_ones_own_have_the_types_that_it_says(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(Typed=Typed))
+    assert parse_weighting("own.Typed:flag=true,cap=5,num=3,word=0.5") == Typed(True, 5.0, 3, "0.5")
+    assert parse_weighting("own.Typed(flag=False, word='b')") == Typed(word="b")
+    for text in ("flag=0", "cap=x", "num=0.5"):
+        with pytest.raises(ValueError, match=f"{text[:3]}.* is not"):
+            parse_weighting(f"own.Typed:{text}")
 
 
 @pytest.mark.parametrize("text", [".emphasize", "..a.b", "collections.OrderedDict", "tokenweight.method.Weighting"])

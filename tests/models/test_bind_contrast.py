@@ -10,7 +10,20 @@ import models
 from models import CLOSE
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, token_nll
 from tokenweight import with_weighted_loss as bind
-from tokenweight.method import BoundedGain, Expected, Gain, Head, Mix, Weighting, weighted_loss
+from tokenweight.method import (
+    ESLM,
+    EXACT,
+    NPMI,
+    BoundedGain,
+    Expected,
+    FirstWindow,
+    Gain,
+    Head,
+    KeyTokens,
+    Mix,
+    Weighting,
+    weighted_loss,
+)
 from tokenweight.method import loss as head_loss
 from tokenweight.method.windows import Window, sliding_windows
 
@@ -140,16 +153,37 @@ def expected_scores(weighting, long, short):
 
 @pytest.mark.parametrize("contrast", ["trained", "scorer"])
 @pytest.mark.parametrize("scoring", ["self", "another"])
-@pytest.mark.parametrize("weighting", [Gain(0.5), BoundedGain(), Dense()], ids=str)
+@pytest.mark.parametrize(
+    "weighting", [Gain(0.5), BoundedGain(), Dense(), LongCE(), NPMI(0.5, shift=0.5), KeyTokens(-1.0, -5.0)], ids=str
+)
 def test_a_scorer_gives_the_divergence_of_its_own_predictions(weighting, scoring, contrast):
     model = models.tiny()
     other = models.tiny("qwen3", seed=1) if scoring == "another" else model
     long, short = distributions(other, TOKENS), distributions(other, TOKENS, CONTEXT)
     scores = expected_scores(weighting, long, short)
     assert scores[:, CONTEXT.size :].min() > 0
-    scores[:, : CONTEXT.size] = 0
+    if isinstance(weighting, Dense):  # its score is 0 where both losses are the same
+        scores[:, : CONTEXT.size] = 0
     bind(model, Expected(weighting), Scorer(other, CONTEXT), contrast=contrast)
     expect(model, weighting.weights(scores, MASK).where(MASK, 0), model(input_ids=TOKENS, labels=TOKENS), models.tiny())
+
+
+@pytest.mark.parametrize("weighting", [EXACT(1.0, threshold=8), FirstWindow(LongCE(), 4, 0.5)], ids=str)
+def test_positions_do_not_depend_on_a_mask_that_says_who_sees_whom(weighting):
+    model, scores = bind(models.tiny(), weighting), some_scores("short_nll")
+    expected = model(input_ids=TOKENS, labels=TOKENS, **scores).weights
+    seen = torch.ones(19, 19, dtype=torch.bool).tril()[None, None].expand(2, 1, 19, 19)
+    again = bind(models.tiny(), weighting)
+    torch.testing.assert_close(again(input_ids=TOKENS, labels=TOKENS, attention_mask=seen, **scores).weights, expected)
+    assert expected[:, 1:].unique().numel() > 1
+
+
+def test_a_scorer_reads_whole_rows_once_for_losses_and_divergence():
+    model, other, read = models.tiny(), models.tiny("qwen3", seed=1), []
+    bind(model, Mix(Expected(Gain()), Dense()), Scorer(other, CONTEXT), contrast="scorer")
+    other.model.register_forward_hook(lambda *given, **named: read.append(tuple(given[-1].last_hidden_state.shape)))
+    model(input_ids=TOKENS, labels=TOKENS)
+    assert [shape[1] for shape in read].count(TOKENS.shape[1]) == 1
 
 
 @pytest.mark.parametrize("scoring", ["self", "another"])
@@ -237,7 +271,7 @@ def noisy(noise):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("self_scored", [True, False])
 @pytest.mark.parametrize("noise", ["dropout", "adapter", "neftune"])
-@pytest.mark.parametrize("weighting", [Dense(), LongCE(), Expected(Gain())], ids=str)
+@pytest.mark.parametrize("weighting", [Dense(), LongCE(), Expected(Gain()), ESLM(0.5)], ids=str)
 def test_noise_of_the_trained_pass_is_in_the_loss_and_never_in_the_weights(weighting, noise, self_scored, caplog):
     model, around = noisy(noise)
     scores = {} if self_scored else some_scores("short_nll")

@@ -189,7 +189,12 @@ def test_a_scorer_without_adapters_leaves_them_as_they_were():
         assert torch.equal(wrapped(tokens).logits, models.tiny()(tokens).logits)
 
 
-def test_a_scorer_without_adapters_needs_a_model_that_has_some():
+def test_a_scorer_without_adapters_needs_a_model_that_has_some_and_a_base_that_stays_as_it_is():
     model = models.tiny()
+    for bias in ("all", "lora_only"):
+        trained = models.tiny("gpt2")
+        peft.get_peft_model(trained, peft.LoraConfig(task_type="CAUSAL_LM", r=2, bias=bias))
+        with pytest.raises(ValueError, match=r"adapters=False: .*bias of the base is trained"):
+            Scorer(trained, ShortContext(8, 3), adapters=False)
     with pytest.raises(ValueError, match="adapters=False: the model has no adapter"):
         Scorer(model, ShortContext(8, 3), adapters=False)(models.some_tokens(1, 24))

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, Trainer
 
 import models
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, with_weighted_loss
-from tokenweight.method import parse_weighting
+from tokenweight.method import Uniform, as_weighting, parse_weighting
 from tokenweight.train import DataCollatorWithScores, training_arguments
 
 LENGTHS = (40, 9, 25, 33, 40, 17, 5, 28)
 WEIGHTINGS = {"dense": Dense(), "sparse": Sparse(), "longce": LongCE(), "columns": models.ByColumns()}
+WEIGHTINGS |= {"uniform": Uniform(), "a 64th": as_weighting(models.a_64th)}
 WEIGHTINGS["history"] = parse_weighting("mix(warmup(eslm(keep=0.5), tokens=200), exact(threshold=8), share=0.5)")
 
 

@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sparse, self, in parts": {"weighting": "sparse", "scorer": "self", "gradient_accumulation_steps": 2},
     "longce, self": {"weighting": "longce", "scorer": "self", "kind": "gpt2"},
     "columns": {"weighting": "columns", "scorer": "stored"},
+    "uniform": {"weighting": "uniform", "scorer": "stored"},
+    "a 64th": {"weighting": "a 64th", "scorer": "stored"},
     "history": {"weighting": "history", "scorer": "stored"},
     "sparse, of the scorer": {"weighting": "sparse", "scorer": "stored", "contrast": "scorer"},
 }

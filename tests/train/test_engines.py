@@ -84,7 +84,16 @@ def test_two_processes_make_the_steps_of_one(engine, case, ran, alone):
     assert_same(run.trained, expected.trained, **SAME_TRAINED)
     num_tokens = {len(tokens) for _, tokens in run.weights}
     assert len(num_tokens) > 3  # so that the processes' shares of a step differ
-    assert any(weights[1:].unique().numel() > 1 for weights in run.weights.values())
+    if case not in ("uniform", "a 64th"):
+        assert any(weights[1:].unique().numel() > 1 for weights in run.weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["alone", "ddp", "fsdp2"])
+def test_weights_of_a_64th_scale_the_gradient_by_a_64th_exactly(engine, ran, alone):
+    small, whole = (alone[case] if engine == "alone" else ran.found[engine, case] for case in ("a 64th", "uniform"))
+    assert 64 * small.norms[0] == whole.norms[0] > 0
+    assert {weight for weights in small.weights.values() for weight in weights[1:].tolist()} == {1 / 64}
 
 
 @pytest.mark.slow

@@ -229,7 +229,8 @@ def test_a_run_can_be_repeated_from_its_record(settings, tmp_path):
     settings = dataclasses.replace(settings, trainer={**settings.trainer, "learning_rate": 2e-5})
     trained = train(settings)
     record = read_json(Path(settings.out) / "run.json")
-    assert record["settings"] == {**dataclasses.asdict(settings), "weighting": "dense:interpolation=0.75"}
+    resolved = {"weighting": "dense:interpolation=0.75", "contrast": "trained"}
+    assert record["settings"] == {**dataclasses.asdict(settings), **resolved}
     assert record["data"]["context"]["size"] == 10
     assert record["versions"]["torch"] == torch.__version__
     assert [line["step"] for line in logged(settings.out)] == [1, 2, 3, 4]

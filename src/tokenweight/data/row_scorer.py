@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
-from tokenweight.method import ScoreWeighting, ShortContext, check_finite, document_positions, prediction_mask
+from tokenweight.method import ScoreWeighting, ShortContext, check_finite, document_positions, prediction_mask, vanishes
 from tokenweight.models import AlignedScorer, Contrast, ContrastScorer, Scorer, numbered_from
 
 
@@ -173,7 +173,8 @@ class RowScorer:
                 long_nll = self._scorer.long_nll(tokens, position_ids=positions, states=states)
             scorer = self._scorer.with_context(context)
             if states is not None and long_nll is not None and self.divergence is not None:
-                windows = scorer.short_states(tokens, position_ids=positions)
+                same = vanishes(self.divergence)
+                windows = scorer.short_states(tokens, position_ids=positions, self_scored=same)
                 divergence, short = scorer.divergence(tokens, self.divergence, states, windows)
                 short_nll = short.filled(long_nll)
             else:

@@ -15,6 +15,7 @@ from .kin.expected import DIVERGENCES as DIVERGENCES
 from .kin.expected import Expected as Expected
 from .kin.expected import divergence_kind as divergence_kind
 from .kin.expected import linear_divergence as linear_divergence
+from .kin.expected import vanishes as vanishes
 from .kin.gain import BoundedGain as BoundedGain
 from .kin.gain import Gain as Gain
 from .kin.gain import KeyTokens as KeyTokens

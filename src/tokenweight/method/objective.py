@@ -65,26 +65,22 @@ def weighted_loss(
         used: what else the weighting uses, by name, of whole sequences and aligned with tokens.
         long: the long losses that weights are made of, if not those of the trained model.
         history: from what these rows add to the history of the weighting to the one that they are weighed with.
-        own: where ranks split sequences: from whole ones, aligned with tokens, to what stands at this rank's states.
-        whole: the inverse of `own`. In one process both return what they are given.
+        own: from whole sequences to what stands at this rank's states, where ranks split them; `whole` is its inverse.
 
     Raises:
         NonFinite: if a loss or a weight under `mask` is not finite; a ValueError if the weighting lacks what it uses.
     """
     hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
     if long is not None or (used and not weighting.of_losses):  # weights are known before the losses
-        given = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device) if long is None else long
-        of_short = given if short is None else short.filled(given)
-        weights = weighting(given, of_short, mask, history=history, **used)
+        weights, of_short = _known_weights(hidden.dtype, mask, weighting, short, used, long, history)
         loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten())
         long_nll = whole(nll.view(len(mask), -1))
-        short_nll = long_nll if short is None else of_short
+        short_nll = long_nll if of_short is None else of_short
         check_finite({"the long loss": long_nll}, mask)
     elif weighting.pointwise:
         known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
         of_rows = {name: own(values).flatten() for name, values in used.items()}
-        nothing = torch.zeros(mask.shape, device=mask.device)
-        past = {"history": history(weighting.observe(nothing, nothing, mask, **used))} if weighting.history else {}
+        past = _past(weighting, mask, used, history)
         loss, *of_states = _in_one_pass(hidden, head, own_targets, weighting, known, of_rows, past)
         weights, long_nll, short_nll = (whole(values.view(len(mask), -1)) for values in of_states)
         check_finite({"the long loss": long_nll, **used, f"the weight by {weighting}": weights}, mask)
@@ -93,8 +89,30 @@ def weighted_loss(
         short_nll = long_nll if short is None else short.filled(long_nll)
         weights = weighting(long_nll, short_nll, mask, history=history, **used)
         loss = weighted_linear_cross_entropy(hidden, head.weight, own_targets, own(weights).flatten(), **head.after)
-    weights, long_nll, short_nll = (values.where(mask, 0.0) for values in (weights, long_nll, short_nll))
-    return WeightedLoss(loss, weights, long_nll, short_nll, mask)
+    return WeightedLoss(loss, weights.where(mask, 0.0), long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
+
+
+def _known_weights(
+    dtype: torch.dtype,
+    mask: Bool[Tensor, "batch seq"],
+    weighting: Weighting,
+    short: ShortLosses | None,
+    used: Mapping[str, Shaped[Tensor, "batch seq"]],
+    long: Float[Tensor, "batch seq"] | None,
+    history: History,
+) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"] | None]:
+    """The weights without the losses of the trained pass, and the short losses that they are made of, if any."""
+    given = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if long is None else long
+    of_short = None if short is None else short.filled(given)
+    return weighting(given, given if of_short is None else of_short, mask, history=history, **used), of_short
+
+
+def _past(
+    weighting: Weighting, mask: Tensor, used: Mapping[str, Tensor], history: History
+) -> dict[str, Float[Tensor, " history"]]:
+    """The history of a pointwise weighting, which reads no losses, as its keyword; nothing if it has none."""
+    nothing = torch.zeros(mask.shape, device=mask.device)
+    return {"history": history(weighting.observe(nothing, nothing, mask, **used))} if weighting.history else {}
 
 
 def _with_weights(

@@ -35,7 +35,7 @@ def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Te
 History = Callable[[Tensor], Tensor]
 """From what rows add to the history of a weighting to the history that they are weighed with."""
 SCORES = ("short_nll", "long_nll", "ref_nll", "divergence")
-"""Columns of a batch that hold a value for each token, in nats; those that a weighting does not use can be left out."""
+"""Columns of a batch that hold a value for each token; those that a weighting does not use can be left out."""
 
 
 class Weighting(ABC):
@@ -56,10 +56,17 @@ class Weighting(ABC):
     """The weighting of whose score the divergence is the expectation, where one is used."""
     history: ClassVar[int] = 0
     """Length of the vector that sums up what was trained on so far, a keyword of `weigh` where it is not 0."""
+    remembers: ClassVar[bool] = True
+    """False if that sum is of one batch alone, in all processes."""
     formula: ClassVar[str] = ""
     """One line in `long` and `short`, the losses of a token with the long and the short context; for model cards."""
     knob: ClassVar[tuple[str, tuple[float, ...]] | None] = None
     """The setting worth trying out, and the values to try, its default among them; `tokenweight report` shows each."""
+
+    @property
+    def remembered(self) -> list[bool]:
+        """For each number of the history, whether it is of all batches so far, rather than of one."""
+        return [self.remembers] * self.history
 
     @property
     def uses_short(self) -> bool:

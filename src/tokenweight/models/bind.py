@@ -28,7 +28,7 @@ from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, ver
 from tokenweight.models.scorers.scorer import Scorer
 from tokenweight.models.values import (
     Binding,
-    History,
+    Past,
     Values,
     can_weigh,
     find_noise,
@@ -93,36 +93,29 @@ def with_weighted_loss(
     It takes what it took before, and beside it, by name, the columns of `SCORES` and `num_items_in_batch`. The loss
     is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which a
     `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted
-    tokens of this batch; never by the sum of the weights. To this the model's own additions are added, as the balancing
-    loss of experts. Without labels the model answers as before. Under `torch.no_grad()`, as in `Trainer.evaluate()`,
-    `loss` is the unweighted loss, which may be compared between runs, and `weighted_loss` stands beside it.
+    tokens of this batch; never by the sum of the weights. The model's own additions, as the balancing loss of experts,
+    are added. Without labels the model answers as before. Under `torch.no_grad()`, as in `Trainer.evaluate()`, `loss`
+    is the unweighted loss, and `weighted_loss` stands beside it.
 
-    Short losses come from the column `short_nll` (`[batch, seq]`, nats, precomputed by `tokenweight score`), or from
-    `scorer`: with `Scorer(model, ...)` the model scores itself (online), with another model that one does. A weighting
-    that needs a column and does not get it raises: no token silently weighs 1. What it does not use is not read.
-
-    Dropout, and noise on embeddings, are in the loss, never in the weights: where there are any, the long losses that
-    weights are made of come from a pass of their own, which costs a forward pass.
+    Scores come from columns (`[batch, seq]`, of `tokenweight score`), or from `scorer`: with `Scorer(model, ...)` the
+    model scores itself (online). A weighting that needs a column and does not get it raises: no token silently weighs
+    1. Dropout and noise on embeddings never enter weights, which cost a forward pass more then.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
-        weighting: an instance such as `Dense()`, its text, as in "sparse:keep=0.1", or any function of (long, short,
-            mask).
-        scorer: scores sequences that come without a `short_nll` column.
-        context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. The model
-            then takes `shift_labels` and `position_ids` of this rank's tokens, and columns of these or of whole
-            sequences. Without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
+        weighting: an instance such as `Dense()`, its text ("sparse:keep=0.1"), or a function of (long, short, mask).
+        scorer: scores sequences that come without columns of scores.
+        context: the ranks over which sequences are split, `tokenweight.models.context_mesh(accelerator)`. It then takes
+            `shift_labels` and `position_ids` of this rank's tokens, and columns of these or of whole sequences; without
+            `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
         contrast: whose long loss weights are made of: "trained", that of this model as it is (the paper), or "scorer",
-            the column `long_nll`, else that of `scorer`. Then all of a weight comes from one scorer, of whatever kind,
-            and is known before the loss, which reads tokens of weight 0 once, and others three times.
+            the column `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
 
     Raises:
-        ValueError: if the weighting or the contrast is not one, or there are a scorer and a context; if the model is
-            not supported: with equal weights, loss and gradient would not be those of its own forward (verified on a
-            few tokens).
+        ValueError: if the weighting or the contrast is not one, or there are a scorer and a context; if with equal
+            weights, loss and gradient are not those of the model's own forward (verified on a few tokens).
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
         >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
         >>> model(input_ids=tokens, labels=tokens).loss.backward()
     """
@@ -133,11 +126,7 @@ def with_weighted_loss(
     replaced = vars(model).get("forward") if bound is None else bound.replaced
     model._token_weighting = _binding(model, weighting, scorer, context, contrast, replaced)
     if model._token_weighting.reads_trained_pass and (noise := find_noise(model)):
-        logger.warning(
-            "%s: weights are made without this noise, which costs a forward pass more in each step: set it to 0 where "
-            "it is not needed",
-            noise,
-        )
+        logger.warning("%s: weights are made without this noise, at a forward pass more in each step", noise)
     if bound is None:
         vars(model).pop("forward", None)
         kind: Any = type(model)
@@ -168,9 +157,7 @@ def _binding(
     parts = causal_parts(model)
     taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]
     names = frozenset().union(*taken, OF_THE_LOSS, ("labels", "shift_labels", "use_cache", "return_dict"))
-    binding = Binding(
-        weighting, None, False, parts, context, replaced, names, False, contrast, History(weighting.history)
-    )
+    binding = Binding(weighting, None, False, parts, context, replaced, names, False, contrast, Past(weighting))
     binding = dataclasses.replace(binding, adds_terms=_adds_terms(model, binding))
     if scorer is None:
         return binding

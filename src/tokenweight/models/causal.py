@@ -181,9 +181,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     Source: `BaseTunerLayer.enable_adapters` and `AuxiliaryTrainingWrapper.enable_adapters` of peft 0.21.2.
     """
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    if not layers:
-        raise ValueError("adapters=False: the model has no adapter: expected one, as of peft.get_peft_model")
+    layers = _adapted_layers(model)
     were_off = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -192,6 +190,30 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, off in zip(layers, were_off):
             layer._disable_adapters = off
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    if not layers:
+        raise ValueError("adapters=False: the model has no adapter: expected one, as of peft.get_peft_model")
+    return layers
+
+
+def check_base_is_frozen(model: nn.Module) -> None:
+    """Raise a ValueError if parameters are trained that remain when adapters are off, as biases of the base are."""
+    own: set[int] = set()
+    for layer in _adapted_layers(model):
+        for name in (
+            *getattr(layer, "adapter_layer_names", ()),
+            *getattr(layer, "other_param_names", ()),
+            "modules_to_save",
+        ):
+            part = getattr(layer, name, None)
+            own |= {id(one) for one in part.parameters()} if isinstance(part, nn.Module) else set()
+            own |= {id(one) for one in part.values()} if isinstance(part, nn.ParameterDict) else set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise ValueError(f"adapters=False: {name} of the base is trained: expected a base that stays as it is")
 
 
 def causal_parts(model: PreTrainedModel) -> CausalParts:

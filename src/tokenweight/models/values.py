@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tokenweight.method import SCORES, ShortLosses, Weighting, aligned_with_tokens, document_positions, linear_nll
+from tokenweight.method import (
+    SCORES,
+    ShortLosses,
+    Weighting,
+    aligned_with_tokens,
+    document_positions,
+    linear_nll,
+    vanishes,
+)
 from tokenweight.models.causal import CausalParts, evaluating
 from tokenweight.models.inputs import SCORE_OPTIONS, Batch, documents_of
 from tokenweight.models.processes import sum_over_processes
@@ -29,20 +37,26 @@ _NOISE = re.compile("drop|jitter|neftune_noise")
 """Names of attributes of modules that say how much noise there is where they train."""
 
 
-class History:
+class Past:
     """What a weighting keeps of all batches that were trained on, in all processes, as its `observe` sums them up."""
 
-    def __init__(self, length: int) -> None:
-        self.sum = torch.zeros(length, dtype=torch.float64)
+    def __init__(self, weighting: Weighting) -> None:
+        self.sum = torch.zeros(weighting.history, dtype=torch.float64)
+        self._remembered = torch.tensor(weighting.remembered, dtype=torch.bool)
 
     def read(self, observed: Tensor) -> Tensor:
-        """What was trained on before this batch."""
-        return self.sum.to(observed.device)
+        """What was trained on before this batch; or the batch, where it counts alone."""
+        return self._to(observed.device).sum.where(self._remembered, observed)
 
     def add(self, observed: Tensor, copies: int) -> Tensor:
         """What was trained on, this batch included, which `copies` processes read alike."""
-        self.sum = self.sum.to(observed.device) + sum_over_processes(observed) / copies
+        before = self._to(observed.device).sum.where(self._remembered, 0)
+        self.sum = before + sum_over_processes(observed) / copies
         return self.sum
+
+    def _to(self, device: torch.device) -> "Past":
+        self.sum, self._remembered = self.sum.to(device), self._remembered.to(device)
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Binding:
     adds_terms: bool
     """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
     contrast: str
-    history: History
+    history: Past
 
     @property
     def columns(self) -> frozenset[str]:
@@ -71,8 +85,8 @@ class Binding:
 
     @property
     def compares(self) -> bool:
-        """Whether weights compare the trained model's loss with another score of the token."""
-        return self.weighting.of_losses and self.contrast == "trained" and bool(self.columns)
+        """Whether weights are made of the trained model's loss."""
+        return self.weighting.of_losses and self.contrast == "trained"
 
     @property
     def reads_trained_pass(self) -> bool:
@@ -131,7 +145,9 @@ def values_of(model: Any, bound: Binding, batch: Batch) -> Values:
     """What weights are made of: columns of the batch; else, what the bound scorer finds."""
     used = {name: values for name, values in batch.scores.items() if name not in ("short_nll", "long_nll")}
     if "positions" in bound.weighting.uses:
-        positions = None if batch.share is not None else documents_of(batch.position_ids, batch.attention_mask)
+        positions = batch.position_ids if batch.share is None else None
+        if batch.share is None and batch.real is not None:
+            positions = documents_of(positions, batch.attention_mask)
         used["positions"] = document_positions(batch.labels, positions)
     stored, long = batch.scores.get("short_nll"), batch.scores.get("long_nll")
     values = Values(None if stored is None else ShortLosses(stored), long, used)
@@ -149,15 +165,16 @@ def _scored(model: Any, bound: Binding, batch: Batch, values: Values) -> Values:
     given: dict[str, Any] = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
     # Whether the long losses that short ones are compared with, if any are, come from the same model.
     of_both = {**given, "self_scored": bound.self_scored or bound.contrast == "scorer"}
-    if bound.weighting.divergence_of is not None:
-        of_both["self_scored"] |= not bound.weighting.uses_short
-        trained = bound.self_scored and not find_noise(model, now=True)
-        long_states = None if trained else scorer.long_states(batch.tokens, **given)
+    long_states = None
+    if (of := bound.weighting.divergence_of) is not None:
+        of_both["self_scored"] = (of_both["self_scored"] or not bound.weighting.uses_short) and vanishes(of)
+        if not bound.self_scored or find_noise(model, now=True):
+            long_states = scorer.long_states(batch.tokens, **given)
         values = values._replace(scored=(scorer, long_states, scorer.short_states(batch.tokens, **of_both)))
     elif bound.weighting.uses_short:
         values = values._replace(short=scorer.short_losses(batch.tokens, **of_both))
-    if "long_nll" in bound.columns:
-        values = values._replace(long=scorer.long_nll(batch.tokens, **given))
+    if "long_nll" in bound.columns or (bound.self_scored and bound.compares and long_states is not None):
+        values = values._replace(long=scorer.long_nll(batch.tokens, **given, states=long_states))
     bound.scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
     return values
 

@@ -19,6 +19,11 @@ class Combination(Weighting):
     """Length of what the combination itself keeps, in front of the histories of its parts."""
 
     @property
+    def remembered(self) -> list[bool]:
+        """That of its own history, then of its parts."""
+        return [True] * self.own_history + [one for part in self.parts for one in part.remembered]
+
+    @property
     def parts(self) -> list[Weighting]:
         """The weightings that it is made of."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]

@@ -47,7 +47,8 @@ class EXACT(Weighting):
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, *, positions: Tensor, history: Tensor) -> Tensor:
         """The formula of the class; of a bucket in which no target was, as if there had been one."""
-        tail = torch.tensor([begin >= self.threshold for begin in (0, *_EDGES)], device=history.device)
+        begins = torch.cat([history.new_zeros(1), _edges(history.device).double()])
+        tail = begins >= self.threshold
         counts = history.where(tail, 0)
         shares = counts.clamp(min=1) / counts.sum().clamp(min=1)
         rarity = shares**-self.gamma
@@ -61,8 +62,10 @@ class EXACT(Weighting):
         return ((_buckets(positions).flatten() == numbers) & mask.flatten()).sum(dim=1).double()
 
 
-_EDGES = [8 << number for number in range(BUCKETS - 1)]
+def _edges(device: torch.device) -> Tensor:
+    """Where buckets after the first begin; made on the device, which nothing waits for."""
+    return 8 << torch.arange(BUCKETS - 1, device=device)
 
 
 def _buckets(positions: Tensor) -> Tensor:
-    return torch.bucketize(positions.contiguous(), torch.tensor(_EDGES, device=positions.device), right=True)
+    return torch.bucketize(positions.contiguous(), _edges(positions.device), right=True)

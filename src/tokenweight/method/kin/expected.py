@@ -7,12 +7,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenweight.method.kin.gain import BoundedGain, Gain
+from tokenweight.method.kin.gain import BoundedGain, Gain, KeyTokens, LongFilter
+from tokenweight.method.kin.longce import LongCE
+from tokenweight.method.kin.pmi import NPMI, PPMI
 from tokenweight.method.loss import BUFFER_BYTES, CAST_BYTES, Logits, active_rows
 from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Weighting, require
 
 DIVERGENCES: dict[str, ScoreWeighting] = {"kl": Gain(), "tv": BoundedGain(), "absolute": Dense()}
 """Weightings of whose scores the divergences with a name of their own are the expectations."""
+_SCORE_SETTINGS: dict[type[ScoreWeighting], tuple[str, ...]] = {
+    LongFilter: (),
+    PPMI: ("shift",),
+    NPMI: ("shift",),
+    LongCE: ("cap",),
+    KeyTokens: ("alpha", "beta"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +62,20 @@ class Expected(Weighting):
 
 
 def divergence_kind(weighting: ScoreWeighting) -> str:
-    """The name of the expectation of a weighting's score, which is one of `DIVERGENCES`, or the weighting itself."""
+    """What tells the expectation of a weighting's score from others: a name of `DIVERGENCES`; else the weighting, of
+    ours with the settings that its score depends on."""
     kind = Dense if type(weighting) is Sparse else type(weighting)  # they have the same score
-    return next((name for name, one in DIVERGENCES.items() if type(one) is kind), str(weighting))
+    name = next((name for name, one in DIVERGENCES.items() if type(one) is kind), None)
+    if name is not None or kind not in _SCORE_SETTINGS:
+        return name or str(weighting)
+    settings = [f"{setting}={getattr(weighting, setting)}" for setting in _SCORE_SETTINGS[kind]]
+    return f"{kind.__name__.lower()}:{','.join(settings)}".removesuffix(":")
+
+
+def vanishes(weighting: ScoreWeighting) -> bool:
+    """Whether its score is 0 where both losses are the same, as they are in the first window of a document."""
+    losses = torch.tensor([0.0, 1e-3, 0.1, 1.0, 10.0], dtype=torch.float64)
+    return not weighting.score(losses, losses).any()
 
 
 def linear_divergence(

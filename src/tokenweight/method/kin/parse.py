@@ -150,11 +150,15 @@ def _setting(what: str, of: Any, value: "str | ast.expr") -> Any:
     """The value of one setting, of the type of its field."""
     if _is_part(of):
         return parse_weighting(value) if isinstance(value, str) else _of_call(value)
-    value = value if isinstance(value, str) else ast.unparse(value)
-    if not (of in (int, float) or isinstance(of, str)):
+    value, kind = value if isinstance(value, str) else ast.unparse(value), getattr(of, "__name__", str(of))
+    if kind == "str" or "Literal" in str(of):
         return value
+    if kind == "bool":
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{what}={value!r} is not true or false")
+        return value.lower() == "true"
     try:
-        return int(value) if of is int else float(value)
+        return int(value) if kind == "int" else float(value)
     except ValueError:
         raise ValueError(f"{what}={value!r} is not a number") from None
 

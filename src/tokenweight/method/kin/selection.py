@@ -1,4 +1,4 @@
-"""Weightings that keep the tokens of largest loss: in a row, or among all that were trained on."""
+"""Weightings that keep the tokens of largest loss: in a row, or in a batch on all ranks."""
 
 import dataclasses
 import math
@@ -17,22 +17,22 @@ BINS = 512
 class Rho1(Weighting):
     """Train only the tokens that lose most beside a reference model, long - ref, all with the same weight.
 
-    Of a row, the max(1, floor(keep * T)) largest of its T tokens are kept and the mean weight is 1. Of the batch, those
-    above the quantile 1 - keep of all tokens trained on so far, on all ranks, weigh 1 / keep: what is kept of one batch
-    varies, and the mean weight with it, which is 1 over the run.
+    Of a row, the max(1, floor(keep * T)) largest of its T tokens are kept and the mean weight is 1. Of the batch, on
+    all ranks, those above the quantile 1 - keep weigh 1 / keep, and its mean weight is 1, to the width of a bin.
 
     Args:
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
         over: "row" or "batch".
 
-    Source: Lin et al. 2024 (arXiv 2404.07965), which selects within the batch: 0.6 for 1.1B, 0.7 for 7B parameters. The
-    running quantile in place of that of one batch is ours.
+    Source: Lin et al. 2024 (arXiv 2404.07965), which selects within the batch: 0.6 for 1.1B, 0.7 for 7B parameters.
+    Batches that are accumulated count each by itself.
     """
 
     formula = "w = 1 / keep for the top share `keep` by long - ref, else 0"
     keep: float = 0.6
     over: Literal["row", "batch"] = "row"
     uses: ClassVar[frozenset[str]] = frozenset({"ref_nll"})
+    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
@@ -53,21 +53,23 @@ class Rho1(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class ESLM(Weighting):
-    """Train only the tokens of largest loss: those above the quantile 1 - keep of all tokens trained on so far.
+    """Train only the tokens of largest loss: those above the quantile 1 - keep of the batch, on all ranks.
 
-    They weigh 1 / keep, so that the mean weight is 1 over the run; the loss estimates the conditional value at risk.
+    They weigh 1 / keep, so that the mean weight is 1, to the width of a bin; the loss estimates the conditional value
+    at risk.
 
     Args:
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
 
-    Source: arXiv 2505.19893, read second-hand, where the quantile is that of the batch (alpha is 1 - `keep`, about 0.1
-    from memory). The running quantile is ours, and so is the default. Its variant by entropy is not here.
+    Source: arXiv 2505.19893, read second-hand (alpha there is 1 - `keep`, about 0.1 from memory; the default is ours).
+    Batches that are accumulated count each by itself. Its variant by entropy is not here.
     """
 
-    formula = "w = 1 / keep for the top share `keep` by long, among all tokens trained on so far; else 0"
+    formula = "w = 1 / keep for the top share `keep` by long, in the batch; else 0"
     keep: float = 0.9
     uses: ClassVar[frozenset[str]] = frozenset()
     history: ClassVar[int] = BINS
+    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")

@@ -16,7 +16,7 @@ class Contrast(NamedTuple):
     short_nll: Float[Tensor, "batch seq"]
     """With the short context."""
     divergence: Float[Tensor, "batch seq"] | None = None
-    """Between the two distributions of the next token, whichever it was, in nats."""
+    """Between the two distributions of the next token, whichever it was."""
 
 
 @runtime_checkable

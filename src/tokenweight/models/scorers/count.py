@@ -48,7 +48,7 @@ class CountScorer:
         >>> (contrast.short_nll - contrast.long_nll)[0, -1].item() > 1  # the 2 after the 1, from beyond the window
         True
 
-    Source: Witten & Bell 1991; the contrast of counts is ours (docs/score.md).
+    Source: Witten & Bell 1991; the contrast of counts is ours (docs/scorers.md).
     """
 
     order: int = 4

@@ -25,7 +25,7 @@ from tokenweight.method import (
     plan_passes,
     read_passes,
 )
-from tokenweight.models.causal import causal_parts, evaluating, without_adapters
+from tokenweight.models.causal import causal_parts, check_base_is_frozen, evaluating, without_adapters
 from tokenweight.models.checks import UnknownToken
 from tokenweight.models.inputs import documents_of
 from tokenweight.models.processes import any_process, is_sharded
@@ -74,7 +74,8 @@ class Scorer:
             scorer halves it and goes on, with a warning.
 
     Raises:
-        ValueError: if the model is not supported, or would read windows with frequencies of longer sequences.
+        ValueError: if the model is not supported, or would read windows with frequencies of longer sequences; without
+            adapters, if parameters of the base are trained.
 
     Example:
         >>> scorer = Scorer(model, size=1024)
@@ -107,6 +108,8 @@ class Scorer:
             raise ValueError(f"prefix {list(prefix)}: expected fewer tokens than size, {context.size}")
         check_stale_windows(model.config, context.size)
         self.context, self.max_tokens = context, max_tokens
+        if not adapters:
+            check_base_is_frozen(model)
         self.model, self.prefix, self.adapters = model, tuple(prefix), adapters
         self.parts = causal_parts(model)
 
@@ -270,7 +273,7 @@ class Scorer:
             short: of `short_states`.
 
         Returns:
-            Nats, float32; 0 where the short context is the long one.
+            Float32; a divergence where windows scored the token, else 0.
 
         Raises:
             NonFinite: for a value that is not finite, with row and position.
