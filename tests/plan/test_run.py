@@ -185,6 +185,7 @@ def test_what_does_not_fit_is_said_with_the_first_change_that_does(change, num_g
     assert "Fits: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_answer_is_given_for_every_length_and_for_none_where_nothing_helps(place, capsys):
     words = ["--model", "blank", "--length", "64", "--lengths", "128", "--num_gpus", "8"]
     assert run(*words, "--gpu_memory", "0.00001", "--json", "plan.json") == 0

@@ -468,6 +468,7 @@ def test_a_frozen_scorer_is_stored_scores_and_a_model_that_scores_itself_is_for_
     assert abs(runs["self"][-1] / stored[-1] - 1) > 1e-4  # by then the model that scores is another
 
 
+@pytest.mark.slow
 def test_checkpoints_and_the_trained_model_load_where_tokenweight_is_not_installed(settings, tmp_path):
     trained, tokens = train(settings), models.some_tokens(2, 30)
     script = """

@@ -86,6 +86,7 @@ def test_evaluating_changes_nothing_of_the_training(short_run, corpus, tmp_path)
         assert torch.equal(weight, alone.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_ten_evaluations_and_the_record_and_card_name_what_is_held_out(short_run, corpus):
     given = {**short_run.trainer, "max_steps": 20, "save_strategy": "no"}
     train(dataclasses.replace(short_run, eval_data=str(corpus / "scored-mixed"), trainer=given))

@@ -73,6 +73,7 @@ def test_scores_are_drawn_as_summaries_have_them_with_the_first_window_left_out_
     assert figures["scored-weight-by-position"].axes[0].patches[0].get_width() == 8
 
 
+@pytest.mark.slow
 def test_smooth_averages_over_windows_and_labels_say_how_many_sequences_and_what_the_saw_tooth_is(
     runs, capsys, tmp_path
 ):
