@@ -14,7 +14,7 @@ import models
 from tokenweight import Dense, LongCE, ShortContext, Sparse, Uniform, with_weighted_loss
 from tokenweight.data import export_weights, load_rows, load_scores, score_folder
 from tokenweight.data.export import weigh_rows
-from tokenweight.method import Custom
+from tokenweight.method import Custom, parse_weighting
 
 DOCS = Path(__file__).parents[2] / "docs/data.md"
 LENGTHS = [24, 9, 2, 17]
@@ -354,6 +354,10 @@ def infinite(long, short, mask):
     ("settings", "message"),
     [
         ({"format": "axolotl"}, "^format axolotl: expected one of hf, trl, llamafactory, ms-swift, tinker$"),
+        *(
+            ({"weighting": parse_weighting(text)}, "^weighting .*: keeps a history of training: expected one without$")
+            for text in ("exact", "eslm", "warmup(dense, tokens=1000)")
+        ),
         ({"out": "scored"}, "^out .*scored: exists already; name a new folder$"),
         (
             {"weighting": Custom(infinite)},

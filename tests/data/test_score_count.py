@@ -169,6 +169,17 @@ def test_a_row_has_the_pieces_of_the_tokenizer_of_the_rows(place, monkeypatch):
     assert np.array_equal(row.divergence[0], rows[0]["divergence"])
 
 
+@pytest.mark.parametrize("command", [["show", "referred"], ["export", "referred", "--format", "hf", "--out", "w2"]])
+def test_a_reference_is_never_compared_with_its_losses(command, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    if not (place / "referred").exists():
+        models.tiny(dtype=torch.float32, vocab_size=300, max_position_embeddings=256).save_pretrained("reference")
+        (place / "reference" / "tokenizer.json").write_bytes((place / "tokenizer" / "tokenizer.json").read_bytes())
+        score_folder("scored", "reference", None, "referred", as_reference=True)
+    assert cli.main([*command, "--weighting", "rho1"]) == 2
+    assert "in referred are comparable with each other only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["show", "scored"], ["report", "scored", "--out", "other.html"]])
 def test_long_losses_of_a_model_are_never_compared_with_its_short_ones(command, place, monkeypatch, capsys):
     monkeypatch.chdir(place)

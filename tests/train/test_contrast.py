@@ -79,6 +79,30 @@ def test_scores_that_are_comparable_with_themselves_only_set_the_contrast(scored
     one_step(short_run, data=scored["count"], contrast="trained", weighting="uniform", out=str(tmp_path / "uniform"))
 
 
+@pytest.mark.parametrize("weighting", ["rho1", "eslm"])
+def test_a_weighting_that_reads_no_short_loss_weighs_by_the_model_that_is_trained(
+    weighting, scored, short_run, tmp_path
+):
+    expected, _ = one_step(short_run, data=scored["model"], weighting=weighting)
+    loss, record = one_step(short_run, data=scored["count"], weighting=weighting, out=str(tmp_path / "count"))
+    assert (loss, record["settings"]["contrast"]) == (expected, "trained")
+
+
+@pytest.mark.parametrize("weighting", ["rho1", "mix(rho1, dense)"])
+def test_a_reference_is_not_compared_with_losses_that_are_comparable_with_themselves_only(weighting, scored, short_run):
+    with pytest.raises(ValueError, match="weighting .*: compares losses with those of a reference model, and .* count"):
+        one_step(short_run, data=scored["count"], weighting=weighting, contrast="scorer")
+
+
+def test_held_out_scores_that_the_model_cannot_be_compared_with_make_no_weighted_loss(scored, short_run, caplog):
+    held_out = {**short_run.trainer, "eval_steps": 1}
+    settings = dataclasses.replace(short_run, trainer=held_out, data=scored["model"], eval_data=scored["count"])
+    one_step(settings)
+    lines = (Path(short_run.out) / "metrics.jsonl").read_text()
+    assert "eval_loss" in lines and "eval_weighted_loss" not in lines
+    assert "eval_data: contrast trained" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("weighting", "contrast", "missing"),
     [("dense", "scorer", "long_nll"), ("models.ByColumns", "trained", "ref_nll")],

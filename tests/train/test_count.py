@@ -60,10 +60,10 @@ def test_a_run_without_stored_scores_is_that_with_stored_ones_however_many_worke
     stored, _ = fit(short_run, "stored", folders, weighting=weighting)
     counted, record = fit(short_run, "count:order=2", folders, weighting=weighting, trainer=trainer)
     assert counted == stored
-    settings = record["settings"]
+    settings, contrast = record["settings"], "trained" if weighting == PROPER else "scorer"
     assert {name: settings[name] for name in ("scorer", "contrast", "size", "stride")} == {
         "scorer": "count:order=2",
-        "contrast": "scorer",
+        "contrast": contrast,
         "size": 10,
         "stride": 7,
     }
@@ -95,15 +95,17 @@ def test_held_out_sequences_are_scored_as_they_are_read(folders, short_run):
     assert weighted["stored"] == weighted["count:order=2"]
 
 
-def test_weights_that_need_no_scores_count_nothing(folders, short_run, monkeypatch):
+@pytest.mark.parametrize("weighting", ["uniform", "eslm"])
+def test_weights_that_need_no_scores_count_nothing(weighting, folders, short_run, monkeypatch):
     monkeypatch.setattr(CountScorer, "__call__", None)
-    fit(short_run, "count:order=2", folders, weighting="uniform")
+    fit(short_run, "count:order=2", folders, weighting=weighting)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"contrast": "trained"}, "contrast trained: the losses of the scorer count:order=2 cannot be compared"),
+        ({"weighting": "mix(rho1, dense)"}, "compares losses with those of a reference model, and those of count"),
         ({"weighting": "expected(dense)"}, "scorer count:order=2 holds the divergence 'kl', but .* needs 'absolute'"),
         ({"scorer": "count:depth=2"}, "scorer count:depth=2: found 'depth=2'"),
         ({"scorer": "count:vocab_size=9"}, r"repeated: token 11 .* count:vocab_size=12"),

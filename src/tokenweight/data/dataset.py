@@ -268,6 +268,15 @@ def check_divergence(weighting: Weighting, provenance: Mapping[str, Any], folder
         )
 
 
+def check_contrast(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if a weighting would compare a reference model with losses that compare with no model's."""
+    if provenance.get("contrast") == "scorer" and weighting.of_losses and "ref_nll" in weighting.uses:
+        raise ValueError(
+            f"weighting {weighting}: compares losses with those of a reference model, and those of "
+            f"{provenance.get('model')} in {folder} are comparable with each other only: expected another weighting"
+        )
+
+
 def has_scores(rows: datasets.Dataset) -> bool:
     """Whether the rows have short losses, of one context or several."""
     return any(name.startswith("short_nll") for name in rows.column_names)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import check_divergence, choose_scores, load_rows, open_rows, row_lengths
+from tokenweight.data.dataset import check_contrast, check_divergence, choose_scores, load_rows, open_rows, row_lengths
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
 from tokenweight.method import SCORES, Weighting, check_finite, document_positions, prediction_mask
 from tokenweight.models import numbered_from, score_columns
@@ -92,7 +92,8 @@ def export_weights(
 
     Raises:
         ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
-            format cannot carry what a row holds.
+            format cannot carry what a row holds; for a weighting that keeps a history, and for one that compares
+            a reference model with losses that are comparable with each other only.
     """
     out = Path(out)
     if format not in _FORMATS:
@@ -100,9 +101,12 @@ def export_weights(
     check_name(out)
     if out.exists():
         raise ValueError(f"out {out}: exists already; name a new folder")
+    if weighting.history:
+        raise ValueError(f"weighting {weighting}: keeps a history of training: expected one without")
     needed = score_columns(weighting, "scorer")
     rows, provenance = choose_scores(load_rows(folder), folder, size=size, needed=needed)
     check_divergence(weighting, provenance, folder)
+    check_contrast(weighting, provenance, folder)
     verify(folder)
     summary = ExportSummary()
     with new_folder(out) as part:

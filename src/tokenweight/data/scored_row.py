@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import check_divergence, load_rows, load_scores, row_lengths
+from tokenweight.data.dataset import check_contrast, check_divergence, load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
 from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
@@ -71,7 +71,9 @@ class ScoredRow(NamedTuple):
         Raises:
             ValueError: for a score that is not finite, or that the weighting uses and the row does not have.
         """
-        check_divergence(weighting, self.provenance, self.provenance.get("folder", "the row"))
+        folder = self.provenance.get("folder", "the row")
+        check_divergence(weighting, self.provenance, folder)
+        check_contrast(weighting, self.provenance, folder)
         positions = document_positions(self.tokens, self.position_ids)
         used: dict[str, Any] = {"ref_nll": self.ref_nll, "divergence": self.divergence, "positions": positions}
         return weighting(self.long_nll, self.short_nll, self.mask, **used)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from tokenweight.data import (
     TRANSLATED,
     Contents,
+    check_contrast,
     check_divergence,
     choose_scores,
     has_scores,
@@ -122,7 +123,7 @@ def open_sequences(run: Run) -> Sequences:
         run.check_scores(has_scores(rows), folder)
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
-            check_divergence(run.weighting, scores, folder)
+            _check_scores(run.weighting, contrast, scores, folder)
         sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
     first = sources[0]
     for source in sources[1:] if needed else ():
@@ -131,9 +132,7 @@ def open_sequences(run: Run) -> Sequences:
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
-    held_out = (
-        None if settings.eval_data is None else _held_out(run.weighting, needed, settings.eval_data, first.context)
-    )
+    held_out = None if settings.eval_data is None else _held_out(run, contrast, needed, first.context)
     if run.arguments.process_index == 0:  # the others would read and compare the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
@@ -141,22 +140,24 @@ def open_sequences(run: Run) -> Sequences:
 
 
 def _contrast(run: Run) -> str:
-    """The contrast of a run: that of the settings, else that which its scores say.
+    """The contrast of a run: that of the settings, else that which its scores say."""
+    if run.settings.contrast is not None or not run.weighting.uses_short:  # the loss is that of the trained model
+        return run.settings.contrast or "trained"
+    stored = run.settings.scorer == "stored"
+    own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
+    return "scorer" if own or run.counts is not None else "trained"
 
-    Raises:
-        ValueError: if scores that are comparable with themselves only are to be compared with the trained model.
-    """
-    given, own = run.settings.contrast, list[str]()
-    if run.counts is not None:
-        return "scorer"
-    if run.columns():
-        own = [folder for folder in run.shares if read_provenance(folder).get("contrast") == "scorer"]
-    if own and given == "trained" and run.weighting.of_losses:
+
+def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], folder: str) -> None:
+    """Raise a ValueError if the scores of a folder are not comparable with what the weighting compares them with."""
+    check_divergence(weighting, scores, folder)
+    if contrast == "scorer":
+        check_contrast(weighting, scores, folder)
+    elif scores.get("contrast") == "scorer" and weighting.uses_short:
         raise ValueError(
-            f"contrast trained: {own[0]} was scored by {read_provenance(own[0]).get('model')}, whose losses cannot be "
-            "compared with those of the model that is trained: expected scorer, or no contrast"
+            f"contrast trained: {folder} was scored by {scores.get('model')}, whose losses cannot be compared with "
+            "those of the model that is trained: expected contrast scorer"
         )
-    return given or ("scorer" if own else "trained")
 
 
 def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
@@ -168,13 +169,14 @@ def _windows(source: Source) -> str:
     return ", ".join(f"{name} {value}" for name, value in source.context.items())
 
 
-def _held_out(weighting: Weighting, needed: Set[str], folder: str, context: dict[str, Any]) -> Source:
+def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]) -> Source:
     """Held-out sequences, with scores of the same windows as those of the data, if they have them."""
+    folder = str(run.settings.eval_data)
     (rows, contents), scores = open_rows(folder), dict[str, Any]()
     if any(name.startswith((*needed,)) for name in rows.column_names):
         try:
             chosen, scores_there = choose_scores(rows, folder, **context, needed=needed)
-            check_divergence(weighting, scores_there, folder)
+            _check_scores(run.weighting, contrast, scores_there, folder)
             rows, scores = chosen, scores_there
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)

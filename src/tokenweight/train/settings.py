@@ -167,14 +167,16 @@ def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "Count
             is trained, or the weighting is made of another divergence than its own.
     """
     found = models.count_scorer(name)
-    if found is None or not models.score_columns(weighting, contrast or "scorer") - {"ref_nll"}:
+    if found is None or not models.score_columns(weighting, contrast or "trained") - {"ref_nll"}:
         return None
-    if contrast == "trained" and weighting.of_losses:
+    if contrast == "trained" and weighting.uses_short:
         raise ValueError(
             f"contrast trained: the losses of the scorer {name} cannot be compared with those of the model that is "
             "trained: expected scorer"
         )
     data.check_divergence(weighting, found.provenance, f"scorer {name}")
+    if contrast == "scorer" or weighting.uses_short:
+        data.check_contrast(weighting, found.provenance, f"scorer {name}")
     return dataclasses.replace(found, divergence="divergence" in weighting.uses)
 
 
