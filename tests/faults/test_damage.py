@@ -165,7 +165,7 @@ def edited(folder):
 
 def test_rows_that_were_edited_do_not_join_scores_of_others(scored):
     edited(scored.parent / "rows").save_to_disk(str(scored.parent / "rows"))
-    refused(run(scored.parent, *LADDER), "out out: ", "rows_fingerprint is '")
+    refused(run(scored.parent, *LADDER), "out out: ", "scores of other sequences, rows")
 
 
 def test_scores_that_were_saved_again_are_refused_in_place_and_of_unknown_origin_elsewhere(scored):
