@@ -90,7 +90,7 @@ def test_a_weighting_that_reads_no_short_loss_weighs_by_the_model_that_is_traine
 
 @pytest.mark.parametrize("weighting", ["rho1", "mix(rho1, dense)"])
 def test_a_reference_is_not_compared_with_losses_that_are_comparable_with_themselves_only(weighting, scored, short_run):
-    with pytest.raises(ValueError, match="weighting .*: compares losses with those of a reference model, and .* count"):
+    with pytest.raises(ValueError, match=r"weighting .*: compares losses with those of a reference model, and .* count"):
         one_step(short_run, data=scored["count"], weighting=weighting, contrast="scorer")
 
 
@@ -99,7 +99,8 @@ def test_held_out_scores_that_the_model_cannot_be_compared_with_make_no_weighted
     settings = dataclasses.replace(short_run, trainer=held_out, data=scored["model"], eval_data=scored["count"])
     one_step(settings)
     lines = (Path(short_run.out) / "metrics.jsonl").read_text()
-    assert "eval_loss" in lines and "eval_weighted_loss" not in lines
+    assert "eval_loss" in lines
+    assert "eval_weighted_loss" not in lines
     assert "eval_data: contrast trained" in caplog.text
 
 

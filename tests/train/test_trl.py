@@ -102,6 +102,12 @@ def test_scores_by_counts_while_sequences_are_read_are_the_stored_ones(weighting
     stored, _ = load_scores(tmp_path / "scored")
     given = {"scorer": "count:order=1", "size": 8, "stride": 5, "contrast": "scorer"}
     assert_same(sft(tmp_path, rows, weighting, **given), plain(tmp_path, stored, weighting, contrast="scorer"))
+    del given["contrast"]
+    for scored, settings in ((rows, given), (stored, {}), (stored.select(range(len(stored))).map(lambda row: row), {})):
+        assert_same(sft(tmp_path, scored, weighting, **settings), plain(tmp_path, stored, weighting, contrast="scorer"))
+    if weighting == "dense":
+        with pytest.raises(ValueError, match="contrast trained: the data set was scored"):
+            sft(tmp_path, stored, weighting, contrast="trained")
     with pytest.raises(ValueError, match="contrast trained: the losses of the scorer count"):
         sft(tmp_path, rows, "dense", **{**given, "contrast": "trained"})
 

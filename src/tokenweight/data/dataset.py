@@ -25,6 +25,7 @@ from tokenweight.records import read_json, replaced, writing_to
 logger = logging.getLogger(__name__)
 _SIZED = ("short_nll", "divergence")
 """Scores that are stored for each short context, with its size at the end of the name."""
+_OWN_CONTRAST = "Losses of a scorer that are comparable with each other only: contrast scorer."
 _ROWS_READ = 64  # at a time, when all rows are looked at
 
 
@@ -185,7 +186,8 @@ def load_scores(
 
     The chosen scores are the column `short_nll`, and `divergence` if it is stored; `provenance["context"]` is the size
     and stride of their windows.
-    Another stride than the expected one is warned of.
+    Another stride than the expected one is warned of. If the losses of the scorer are comparable with each other only,
+    `info.description` of the rows says so, which `select` and `map` keep, and `noted_contrast` reads.
 
     Args:
         size: of the short context; by default the only one that is stored.
@@ -195,7 +197,16 @@ def load_scores(
         ValueError: if the folder is not finished, has no scores with a short context of that size, or was changed after
             it was scored.
     """
-    return choose_scores(load_rows(folder), folder, size=size, stride=stride)
+    rows, provenance = choose_scores(load_rows(folder), folder, size=size, stride=stride)
+    if provenance.get("contrast") == "scorer" and noted_contrast(rows) is None:
+        rows.info.description = f"{rows.info.description or ''}\n{_OWN_CONTRAST}".strip()
+    return rows, provenance
+
+
+def noted_contrast(rows: Any) -> str | None:
+    """The contrast that `load_scores` has noted with rows: "scorer", or None if it has noted none."""
+    info = getattr(rows, "info", None)
+    return "scorer" if _OWN_CONTRAST in (getattr(info, "description", None) or "") else None
 
 
 def choose_scores(

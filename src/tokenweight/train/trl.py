@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from tokenweight.data import TRANSLATED, text_prefix
+from tokenweight.data import TRANSLATED, noted_contrast, text_prefix
 from tokenweight.method import SCORES, ShortContext, parse_weighting
 from tokenweight.models import (
     CountScorer,
@@ -56,7 +56,7 @@ class TokenWeightedSFTConfig(SFTConfig):
         default="stored",
         metadata={
             "help": 'Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), '
-            '"base" (the same without its adapter), "count" (no model; with contrast "scorer"), or the folder or hub '
+            '"base" (the same without its adapter), "count" (no model), or the folder or hub '
             "id of a model."
         },
     )
@@ -66,11 +66,12 @@ class TokenWeightedSFTConfig(SFTConfig):
     stride: int | None = field(
         default=None, metadata={"help": "Tokens scored by each window; by default three quarters of size."}
     )
-    contrast: str = field(
-        default="trained",
+    contrast: str | None = field(
+        default=None,
         metadata={
             "help": 'Whose long losses weights compare with the short ones: "trained", those of the model as it is '
-            'trained, or "scorer", those of the scorer (the column long_nll).'
+            'trained, or "scorer", those of the scorer (the column long_nll); by default trained, unless the scorer is '
+            "count or the rows of `load_scores` were scored by it."
         },
     )
     max_length: int | None = field(default=None, metadata={"help": "None: sequences and scores are not truncated."})
@@ -81,8 +82,10 @@ class TokenWeightedSFTConfig(SFTConfig):
             found = getattr(self, name)
             if found != expected and (found or expected):  # eval_packing may be False
                 raise ValueError(f"{name} {found!r}: expected {expected!r}, which keeps scores with their tokens")
-        counts_of(self.scorer, parse_weighting(self.weighting), self.contrast)  # raises
-        scored = score_columns(parse_weighting(self.weighting), self.contrast) - {"ref_nll"}
+        scored = score_columns(parse_weighting(self.weighting), self.contrast or "trained") - {"ref_nll"}
+        counts = self.counts  # raises
+        if self.contrast is None and counts is not None and parse_weighting(self.weighting).uses_short:
+            self.contrast = "scorer"
         if self.scorer != "stored" and scored and self.size is None:
             raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
         if self.scorer == "stored" and (self.size, self.stride) != (None, None):
@@ -145,6 +148,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 "weighting and scorer in args"
             )
         check_processes(args)
+        _set_contrast(args, train_dataset, given.get("eval_dataset"))
         _check_columns(args, train_dataset, given.get("eval_dataset"))
         collator = DataCollatorWithScores()
         if args.counts is not None and args.size is not None:
@@ -158,7 +162,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             )
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
-        with_weighted_loss(base, weighting, self._scorer(base, args), contrast=args.contrast)
+        with_weighted_loss(base, weighting, self._scorer(base, args), contrast=args.contrast or "trained")
         if weighting.history:
             self.add_callback(WeightingState())
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
@@ -166,7 +170,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
         if args.counts is not None or args.scorer == "stored":
             return None
-        if not score_columns(parse_weighting(args.weighting), args.contrast) - {"ref_nll"}:
+        if not score_columns(parse_weighting(args.weighting), args.contrast or "trained") - {"ref_nll"}:
             return None
         scoring = base
         if args.scorer not in ("self", "base"):
@@ -178,8 +182,26 @@ class TokenWeightedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
-        columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast)
+        columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast or "trained")
         self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *TRANSLATED]
+
+
+def _data_sets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [rows for rows in (train_dataset, *evaluated) if rows is not None]
+
+
+def _set_contrast(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Leave no contrast open: that which the scores say, else trained. ValueError if they cannot be compared so."""
+    own = args.scorer == "stored" and parse_weighting(args.weighting).uses_short
+    noted = [noted_contrast(rows) for rows in _data_sets(train_dataset, eval_dataset)] if own else []
+    if args.contrast is None:
+        args.contrast = "scorer" if "scorer" in noted[:1] else "trained"
+    if args.contrast == "trained" and "scorer" in noted:
+        raise ValueError(
+            "contrast trained: the data set was scored by a scorer whose losses cannot be compared with those of the "
+            "model that is trained: expected scorer"
+        )
 
 
 def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -187,9 +209,7 @@ def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_datase
 
     TRL makes labels of masks when it prepares a data set. Where it does not, all tokens would be trained.
     """
-    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    given = [rows for rows in (train_dataset, *evaluated) if rows is not None]
-    columns = [set(getattr(rows, "column_names", None) or ()) for rows in given]
+    columns = [set(getattr(rows, "column_names", None) or ()) for rows in _data_sets(train_dataset, eval_dataset)]
     masked = [names & {"completion_mask", "assistant_masks"} for names in columns if "labels" not in names]
     skip = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
     if skip and any(masked):
@@ -199,7 +219,7 @@ def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_datase
         )
     if skip is None and not any(masked) and all("input_ids" in names for names in columns):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    needed = score_columns(parse_weighting(args.weighting), args.contrast)
+    needed = score_columns(parse_weighting(args.weighting), args.contrast or "trained")
     for names in filter(None, columns):
         stored = any(name.startswith("short_nll") for name in names)
         read = needed if args.scorer == "stored" else needed & {"ref_nll"}
