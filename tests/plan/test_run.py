@@ -11,7 +11,8 @@ import torch
 
 import models
 from tokenweight import cli
-from tokenweight.method import parse_weighting, sliding_windows
+from tokenweight.data import score_folder
+from tokenweight.method import ShortContext, parse_weighting, sliding_windows
 from tokenweight.plan import Hardware, plan
 from tokenweight.plan.alternatives import alternatives
 from tokenweight.plan.flops import count_forward, step_flops
@@ -121,6 +122,22 @@ def test_all_grows_with_the_length_of_sequences(place):
         assert uniform.flops.total < precomputed.flops.total < scored.flops.total
         assert uniform.peak.total == precomputed.peak.total <= scored.peak.total
     assert {cost.hours for cost in budget.run} == {None}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "products"),
+    [("sparse:keep=0.25", 1 + 2 * 5 / 23), ("rho1:keep=0.25", 1 + 3 * 5 / 23), ("uniform", 3)],
+)
+def test_stored_scores_by_counts_have_the_scorers_contrast_and_cost_nothing(weighting, products, place):
+    score_folder("rows", "count", [ShortContext(8, 6)], "counted")
+    settings = TrainSettings("blank", "counted", "run", weighting=weighting, size=8, trainer={"max_steps": 5})
+    found = plan(settings, hardware=Hardware("H100"))
+    uniform, precomputed = (
+        next(cost for cost in found.run if cost.mode == mode) for mode in ("uniform", "precomputed")
+    )
+    assert precomputed.flops.head / uniform.flops.head == pytest.approx(products / 3)
+    assert precomputed.hours * 3600 == pytest.approx(5 * precomputed.step_seconds)
+    assert not any("scoring the data once" in note for note in found.notes)
 
 
 def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
@@ -279,7 +296,7 @@ def test_an_adapter_costs_less_than_all_weights(place, capsys):
         (["--model", "blank", "--length", "64", "--gpu", "H100", "--mfu", "1.5"], "mfu 1.5: expected"),
         (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0: expected a number"),
         (["--model", "blank", "--length", "64", "--num_gpus", "0"], "num_gpus 0: expected at least 1"),
-        (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored or self"),
+        (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored, self, base or count"),
         (["--model", "blank", "--length", "64", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["--model", "blank", "--length", "64", "--dtype", "small"], "dtype 'small': expected float32"),
         (["--model", "blank", "--length", "64", "--trainer.max_step", "1"], "did you mean 'max_steps'?"),

@@ -90,7 +90,9 @@ def test_a_weighting_that_reads_no_short_loss_weighs_by_the_model_that_is_traine
 
 @pytest.mark.parametrize("weighting", ["rho1", "mix(rho1, dense)"])
 def test_a_reference_is_not_compared_with_losses_that_are_comparable_with_themselves_only(weighting, scored, short_run):
-    with pytest.raises(ValueError, match=r"weighting .*: compares losses with those of a reference model, and .* count"):
+    with pytest.raises(
+        ValueError, match=r"weighting .*: compares losses with those of a reference model, and .* count"
+    ):
         one_step(short_run, data=scored["count"], weighting=weighting, contrast="scorer")
 
 

@@ -8,9 +8,9 @@ from .dataset import choose_scores as choose_scores
 from .dataset import has_scores as has_scores
 from .dataset import load_rows as load_rows
 from .dataset import load_scores as load_scores
+from .dataset import noted_contrast as noted_contrast
 from .dataset import open_rows as open_rows
 from .dataset import read_contents as read_contents
-from .dataset import noted_contrast as noted_contrast
 from .dataset import row_lengths as row_lengths
 from .dataset import scan_contents as scan_contents
 from .documents import Document as Document

@@ -33,6 +33,7 @@ from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, win
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
+from tokenweight.records import read_provenance
 from tokenweight.train import TrainSettings, extension_and_adapter, shares_of, training_arguments
 
 MODES = ("uniform", "precomputed", "self-scored")
@@ -119,10 +120,7 @@ def plan(
         if number is not None and number < 2:
             raise ValueError(f"length {number}: expected at least 2")
     recipe = _Recipe.read(settings, hardware)
-    length, length_from = (length, "length") if length else recipe.length
-    if length is None:
-        raise ValueError("length: neither data, extend.length nor the model says how long a sequence is: name it")
-    check_length(recipe.config, length, "sequences")
+    length, length_from = recipe.choose_length(length)
     every, costs, advice = sorted({length, *lengths}), {}, []  # one that is too short raises first
     flops_per_s = recipe.flops_per_s(length)
     for number in every:
@@ -162,6 +160,10 @@ class _Recipe:
     length: tuple[int | None, str]
     """Tokens of a sequence, and where that was read."""
     num_sequences: int | None
+    own_contrast: bool
+    """Whether the data holds scores that are comparable with each other only."""
+    counted: bool
+    """Whether the data was scored by counts, which takes no GPU."""
     forward: Forward
     fixed: Fixed
     held: dict[tuple[Any, ...], Held]
@@ -184,12 +186,24 @@ class _Recipe:
         if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
         folders = shares_of(settings)
+        made: list[dict[str, Any]] = []
         if all(folder and Path(folder).exists() for folder in folders):
-            contents = sum(map(read_contents, folders), Contents())
+            contents, made = sum(map(read_contents, folders), Contents()), list(map(read_provenance, folders))
             length, num_sequences = (contents.longest, "data"), contents.rows
+        own_contrast = any(one.get("contrast") == "scorer" for one in made)
+        counted = bool(made) and all(count_scorer(str(one.get("model"))) is not None for one in made)
+        data = length, num_sequences, own_contrast, counted
         fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus, lora)
         forward = count_forward(config, lora)
-        return cls(settings, config, lora, weighting, arguments, hardware, length, num_sequences, forward, fixed, {})
+        return cls(settings, config, lora, weighting, arguments, hardware, *data, forward, fixed, {})
+
+    def choose_length(self, given: int | None) -> tuple[int, str]:
+        """Tokens of a sequence, and where they were read. ValueError if nothing says so, or the model cannot read it."""
+        length, source = (given, "length") if given else self.length
+        if length is None:
+            raise ValueError("length: neither data, extend.length nor the model says how long a sequence is: name it")
+        check_length(self.config, length, "sequences")
+        return length, source
 
     @property
     def num_gpus(self) -> int:
@@ -205,13 +219,21 @@ class _Recipe:
     @property
     def contrast(self) -> str:
         """Whose long losses weights are made of."""
-        of_scorer = count_scorer(self.settings.scorer) is not None
-        return self.settings.contrast or ("scorer" if of_scorer else "trained")
+        if self.settings.contrast is not None or not self.weighting.uses_short:
+            return self.settings.contrast or "trained"
+        stored = self.settings.scorer == "stored"
+        own = self.own_contrast if stored else count_scorer(self.settings.scorer) is not None
+        return "scorer" if own else "trained"
 
     @property
     def scored_columns(self) -> frozenset[str]:
         """What a scorer gives; nothing, if the weighting reads none of it."""
         return score_columns(self.weighting, self.contrast)
+
+    @property
+    def scored_before(self) -> bool:
+        """Whether windows are read by a model before training, which the precomputed mode counts."""
+        return self.settings.scorer == "stored" and bool(self.scored_columns - {"ref_nll"}) and not self.counted
 
     @property
     def sequences_per_step(self) -> int:
@@ -290,8 +312,7 @@ class _Recipe:
             step, held = self.step(mode, length), self.peak(length, mode)
             cost = Cost(length, mode, step, held, fits=self.hardware.fits(held.total))
             if flops_per_s is not None:
-                stored = mode == "precomputed" and self.settings.scorer == "stored" and self.scored_columns
-                before = self.scoring_flops(length) if stored else 0.0
+                before = self.scoring_flops(length) if mode == "precomputed" and self.scored_before else 0.0
                 cost = self.priced(cost, step.total / flops_per_s, before / flops_per_s)
             costs.append(cost)
         return costs
@@ -334,7 +355,7 @@ class _Recipe:
     def notes(self, longest: int, length: int, flops_per_s: float | None) -> list[str]:
         """What holds for this recipe and is not in the numbers."""
         notes = []
-        if flops_per_s is not None and self.num_steps is not None:
+        if flops_per_s is not None and self.num_steps is not None and self.scored_before:
             hours = self.num_steps * self.scoring_flops(length) / flops_per_s / 3600
             notes.append(f"of the hours with precomputed scores, {hours:,.3g} are for scoring the data once")
         if flops_per_s is not None and self.num_steps is None:
@@ -348,7 +369,7 @@ class _Recipe:
                 )
             elif computed == torch.bfloat16 and not self.hardware.has_bfloat16:
                 notes.append(f"{self.hardware.name} has no bfloat16: set trainer.fp16 in place of trainer.bf16")
-        if self.settings.scorer == "stored" and self.scored_columns:
+        if self.scored_before:
             notes.append("precomputed scores are taken to be those of the trained model; a smaller scorer costs less")
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
             notes.append("sliding windows are counted as in a flash kernel; torch's own (sdpa) computes all pairs")
