@@ -63,8 +63,7 @@ def test_its_commands_train_from_scratch_with_weights_from_the_first_step(place,
     assert losses["count"][0]["effective_share"] < 0.95 < losses["uniform"][0]["effective_share"]
     assert losses["count"][1]["unweighted_loss"] != losses["uniform"][1]["unweighted_loss"]
     record = json.loads((Path("runs/llama-33m-4k-count") / "run.json").read_text())
-    assert record["settings"]["contrast"] == "scorer"
-    assert record["scores"] == "count"
+    assert record["scores"] == "count:order=4,vocab_size=262144"
 
 
 def test_it_is_planned_and_has_the_size_that_its_name_says(monkeypatch):

@@ -166,7 +166,8 @@ def test_the_scorer_is_the_one_that_scored(given, said, folder):
     run = read_json(folder / "run.json")
     data = {**run["data"], **given.pop("data", {})}
     scorer = {"model": "judge", "revision": "a1"}
-    found = changed(folder, settings={**run["settings"], **given}, data=data, scorer=scorer).get("Short losses")
+    settings = {**run["settings"], **given}
+    found = changed(folder, settings=settings, scores=settings["scorer"], data=data, scorer=scorer).get("Short losses")
     assert found == said or said in found
 
 

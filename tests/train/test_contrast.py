@@ -18,6 +18,7 @@ from tokenweight.models import unpack_bits
 from tokenweight.train import DataCollatorWithScores, train
 
 CONTEXTS = [{"size": 8, "stride": 6}, {"size": 16, "stride": 12}]
+JUDGE = {"model": "judge", "revision": "a1"}
 CASES = [("models.ByColumns", "trained"), ("dense", "scorer"), ("sparse:keep=0.4", "scorer")]
 
 
@@ -37,7 +38,7 @@ def scored(corpus):
     rows = with_scores(some_rows((40, 24) * 4))
     return {
         "model": write(corpus / "by-model", rows, model="another"),
-        "count": write(corpus / "by-count", rows, model="count", contrast="scorer"),
+        "count": write(corpus / "by-count", rows, model="count", contrast="scorer", reference=JUDGE),
         "short": write(corpus / "by-short", rows.remove_columns(["long_nll", "divergence", "ref_nll"])),
     }
 
@@ -85,6 +86,10 @@ def test_a_weighting_that_reads_no_short_loss_weighs_by_the_model_that_is_traine
 ):
     expected, _ = one_step(short_run, data=scored["model"], weighting=weighting)
     loss, record = one_step(short_run, data=scored["count"], weighting=weighting, out=str(tmp_path / "count"))
+    card = (tmp_path / "count" / "README.md").read_text()
+    assert "| Short losses |" not in card
+    assert ("| Reference | `judge`, frozen, revision a1 |" in card) == (weighting == "rho1")
+    assert record.get("reference") == (JUDGE if weighting == "rho1" else None)
     assert (loss, record["settings"]["contrast"]) == (expected, "trained")
 
 

@@ -60,6 +60,10 @@ def test_a_run_without_stored_scores_is_that_with_stored_ones_however_many_worke
     stored, _ = fit(short_run, "stored", folders, weighting=weighting)
     counted, record = fit(short_run, "count:order=2", folders, weighting=weighting, trainer=trainer)
     assert counted == stored
+    assert record["scores"] == "count:order=2,vocab_size=262144"
+    short_losses = "`count:order=2,vocab_size=262144`, frozen, windows of 10 tokens, stride 7"
+    card = (Path(record["settings"]["out"]) / "README.md").read_text()
+    assert f"| Short losses | {short_losses}{'' if weighting == PROPER else ', contrast scorer'} |" in card
     settings, contrast = record["settings"], "trained" if weighting == PROPER else "scorer"
     assert {name: settings[name] for name in ("scorer", "contrast", "size", "stride")} == {
         "scorer": "count:order=2",

@@ -198,7 +198,7 @@ class _Recipe:
         return cls(settings, config, lora, weighting, arguments, hardware, *data, forward, fixed, {})
 
     def choose_length(self, given: int | None) -> tuple[int, str]:
-        """Tokens of a sequence, and where they were read. ValueError if nothing says so, or the model cannot read it."""
+        """Tokens of a sequence, and where they were read; a ValueError if nothing says so, or they are too many."""
         length, source = (given, "length") if given else self.length
         if length is None:
             raise ValueError("length: neither data, extend.length nor the model says how long a sequence is: name it")

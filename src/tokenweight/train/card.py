@@ -81,7 +81,8 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Base model": _base_model(run),
         "Context": _context(rope),
         "Weighting": f"`{settings['weighting']}`{_formula(settings['weighting'])}",
-        "Short losses": _scorer(settings, run.get("data", {}), run.get("scorer", {})),
+        "Short losses": _scorer(run),
+        "Reference": _reference(run.get("reference")),
         "Texts": _texts(run.get("texts", {})),
         "Rows": _rows(rows, run.get("data", {})),
         "Mixture": "; ".join(_part(name, part) for name, part in run.get("mixture", {}).items()),
@@ -132,14 +133,23 @@ def _formula(weighting: str) -> str:
     return f": {'; '.join(formulas)}" if formulas else ""
 
 
-def _scorer(settings: dict[str, Any], data: dict[str, Any], scorer: dict[str, Any]) -> str | None:
-    """Who scored, and with which windows."""
-    if settings["weighting"] == "uniform":
+def _reference(made: dict[str, Any] | None) -> str | None:
+    """The model of the reference losses; None if weights are made of none."""
+    if made is None:
+        return None
+    given = [f"{label} {made[key]}" for key, label in _WEIGHTS.items() if made.get(key)]
+    return ", ".join([f"`{made['model']}`, frozen" if made.get("model") else "stored", *given])
+
+
+def _scorer(run: dict[str, Any]) -> str | None:
+    """Who scored, with which windows, and whether weights compare losses of the scorer alone."""
+    settings, data, scorer = run["settings"], run.get("data", {}), run.get("scorer", {})
+    if settings["weighting"] == "uniform" or run.get("scores", "") is None:
         return None
     stored, name = settings["scorer"] == "stored", settings["scorer"]
     context = data.get("context", {}) if stored else settings
     size, stride = context.get("size"), context.get("stride")
-    who = f"`{data.get('model') if stored else name}`, frozen"
+    who = f"`{data.get('model') if stored else run.get('scores', name)}`, frozen"
     if name == "base":
         who = "the model itself without the adapter, frozen"
     elif name == "self" or (stored and not data.get("model")):
@@ -147,6 +157,7 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any], scorer: dict[str, An
     given = [f"windows of {size} tokens" if size else "", f"stride {stride}" if stride else ""]
     weights = data if stored else scorer
     given += [f"{label} {weights[key]}" for key, label in _WEIGHTS.items() if weights.get(key)]
+    given += ["contrast scorer"] if settings.get("contrast") == "scorer" else []
     return ", ".join([who, *filter(None, given)])
 
 
