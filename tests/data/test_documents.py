@@ -242,6 +242,12 @@ def test_files_of_a_form_that_is_not_read_are_refused_with_what_mends_it(name, r
         read(tmp_path / name) if chosen == "named" else read(tmp_path, glob=["*"])
 
 
+def test_what_a_file_is_called_does_not_decide_what_may_be_left_out(tmp_path):
+    (tmp_path / "columns.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"; --skip_invalid leaves such documents out$"):
+        read(tmp_path / "columns.jsonl")
+
+
 def test_a_json_file_with_other_columns_is_refused_by_them(tmp_path):
     (tmp_path / "a.json").write_text('{"body": "a"}\n')
     with pytest.raises(ValueError, match=r"a\.json: no column 'text': found body; name another with --text_column"):

@@ -55,6 +55,10 @@ _LONGEST_LINE = 1 << 28
 """Bytes of a first line, at most, that are looked at to find out whether a file holds JSON lines."""
 
 
+class ColumnError(ValueError):
+    """The column of texts is missing, or holds something else: mostly another one was meant."""
+
+
 class Document(NamedTuple):
     """One text; `name` says where it came from: a file, or a file and its line."""
 
@@ -146,7 +150,7 @@ def read_documents(
                 if isinstance(found, Document):
                     yield found
                 elif not skip_invalid:
-                    hint = "" if "column" in str(found) else "; --skip_invalid leaves such documents out"
+                    hint = "" if isinstance(found, ColumnError) else "; --skip_invalid leaves such documents out"
                     raise ValueError(f"{found}{hint}")
                 else:
                     num_invalid += 1
@@ -229,7 +233,7 @@ def _chosen(path: Path, text_column: str) -> Source:
         raise _without(text_column, _header(path), _shown(path))
     if kind is None and suffix in _REMEDIES:
         error = _first(path, text_column) if suffix == ".json" else None
-        if isinstance(error, ValueError) and "column" in str(error):
+        if isinstance(error, ColumnError):
             raise error
         raise ValueError(f"{_shown(path)}: such files are not read: {_REMEDIES[suffix].format(_shown(path.name))}")
     return Source(str(path), kind or "text")
@@ -393,8 +397,8 @@ def _of_record(record: Any, name: str, where: str, text_column: str) -> Document
     text = record[text_column]
     if not isinstance(text, str):
         if text_column in _CHATS and isinstance(text, list):
-            return ValueError(f"{where}: {_CHAT.format(text_column)}")
-        return ValueError(f"{where}: column {text_column!r} holds {_type(text)}: expected a text")
+            return ColumnError(f"{where}: {_CHAT.format(text_column)}")
+        return ColumnError(f"{where}: column {text_column!r} holds {_type(text)}: expected a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -402,11 +406,11 @@ def _of_record(record: Any, name: str, where: str, text_column: str) -> Document
     return Document(name, text)
 
 
-def _without(text_column: str, columns: Iterable[str], where: str) -> ValueError:
+def _without(text_column: str, columns: Iterable[str], where: str) -> ColumnError:
     """What is said of columns without one of texts."""
     if chat := next((name for name in _CHATS if name in columns), None):
-        return ValueError(f"{where}: {_CHAT.format(chat)}")
-    return ValueError(
+        return ColumnError(f"{where}: {_CHAT.format(chat)}")
+    return ColumnError(
         f"{where}: no column {text_column!r}: found {', '.join(columns)}; name another with --text_column"
     )
 
