@@ -108,13 +108,33 @@ def fixed_bytes(
     if not arguments.fsdp:
         buckets = trained.bytes if num_gpus > 1 else 0.0
         return Fixed(whole.bytes, states, buckets + (trained.bytes if accumulating else 0.0), buckets + trained.bytes)
+    dtypes = autocast or dtype, torch.float32 if autocast else dtype
+    return _sharded(whole, trained, states, untied, arguments, dtypes, num_gpus)
+
+
+def _sharded(
+    whole: "_Parameters",
+    trained: "_Parameters",
+    states: float,
+    untied: int,
+    arguments: TrainingArguments,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    num_gpus: int,
+) -> Fixed:
+    """`fixed_bytes` with FSDP2.
+
+    Args:
+        states: bytes of the optimizer.
+        untied: trained parameters of embeddings that are not the head.
+        dtypes: of the computation, and of the reduction of gradients.
+    """
     settings: Any = arguments.fsdp_config
     if settings.get("cpu_offload"):
         raise ValueError("trainer: fsdp with offload cannot be planned: expected weights that stay on the GPUs")
     resharded = settings.get("reshard_after_forward", True) in (True, "full_shard")
-    computed, reduced = (autocast or dtype).itemsize, (torch.float32 if autocast else dtype).itemsize
+    computed, reduced = (dtype.itemsize for dtype in dtypes)
     gathered = whole.rest + 2 * whole.block if resharded else whole.all
-    waiting, made = (trained.all * reduced, 0) if accumulating else (0, computed)
+    waiting, made = (trained.all * reduced, 0) if arguments.gradient_accumulation_steps > 1 else (0, computed)
     own = trained.bytes / num_gpus
     passing = trained.block * (made + reduced) + (trained.rest - untied) * made
     last = trained.rest * (made + reduced)

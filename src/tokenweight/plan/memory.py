@@ -130,19 +130,18 @@ def hold(
         model.train()
         if checkpointing is not None:
             _checkpoint(model, checkpointing)
-        done = _count_gradients(model, new_gradients)
         tokens = torch.zeros(batch, length, dtype=torch.long)
         with _Live(model) as live:
-            live.beside = done
+            live.beside = _count_gradients(model, new_gradients)
             with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 parts = parts_of(model)
-                capped = parts.softcap is not None
                 if context is not None:
                     _score(model, batch, length, context)
                 scoring = live.restart()
                 states = parts.states(tokens).flatten(0, 1)
                 forward, before = live.restart(), live.live
-                loss = _Loss.apply(states, parts.head.weight, parts.head.bias, batch * (length - 1), capped)
+                head, num_rows = parts.head, batch * (length - 1)
+                loss = _Loss.apply(states, head.weight, head.bias, num_rows, parts.softcap is not None)
             held = live.restart() - before
             del states
             loss.backward()
