@@ -10,7 +10,7 @@ from runs import packed
 
 import models
 from texts import trained_tokenizer
-from tokenweight import CountScorer, ShortContext, cli, token_nll
+from tokenweight import CountScorer, ShortContext, cli, parse_weighting, token_nll
 from tokenweight.data import RowScorer, export_weights, read_row, score_folder
 from tokenweight.method import (
     BoundedGain,
@@ -134,12 +134,22 @@ def test_losses_of_a_reference_are_a_column_of_their_own_beside_scores_or_before
 
 
 @pytest.mark.parametrize(
+    ("weighting", "option"),
+    [("expected(gain)", "--divergence kl"), ("expected(dense)", "--divergence absolute"), ("rho1", "--as reference")],
+)
+def test_a_row_without_what_a_weighting_uses_says_how_to_score_it(weighting, option, place, tmp_path):
+    score_folder(place / "rows", str(place / "model"), CONTEXTS[:1], tmp_path / "scored", with_long=True)
+    with pytest.raises(ValueError, match=f"scored has no column .*: score it with `tokenweight score {option}`"):
+        read_row(tmp_path / "scored", 0).weigh(parse_weighting(weighting))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "model", "--as", "reference", "--size", "8"], "size .*: a reference reads whole sequences"),
+        (["--model", "model", "--as", "reference", "--size", "8"], "size 8: a reference reads whole sequences"),
         (["--model", "model", "--as", "reference", "--long"], "long True: a reference reads whole sequences"),
         (["--model", "count", "--as", "reference"], "as reference: count scores without a model"),
-        (["--model", "count", "--divergence", "kl"], "divergence gain.*: count scores without a model"),
+        (["--model", "count", "--divergence", "tv"], "divergence tv: count stores kl, and no other"),
         (["--model", "model", "--divergence", "kld"], "divergence 'kld': expected one of kl, tv, absolute"),
         (["--model", "model", "--divergence", "uniform"], "divergence 'uniform': expected one of kl, tv, absolute"),
     ],

@@ -9,7 +9,7 @@ from scored import arrow_bytes
 
 import models
 from texts import EXCERPT, trained_tokenizer
-from tokenweight import CountScorer, ShortContext, cli
+from tokenweight import BoundedGain, CountScorer, Gain, ShortContext, cli
 from tokenweight.data import RowScorer, load_scores, read_row, score_folder, score_rows
 from tokenweight.data.row_scorer import gains_of_rows
 from tokenweight.method import document_positions, prediction_mask
@@ -52,7 +52,7 @@ def test_every_column_is_what_the_scorer_says(rows, folder, tmp_path):
 
 
 def test_the_folder_says_what_its_scores_are(folder, tmp_path):
-    score_folder(folder, "count", CONTEXTS[:1], tmp_path / "scored")
+    score_folder(folder, "count", CONTEXTS[:1], tmp_path / "scored", divergence=Gain())
     noted = read_json(tmp_path / "scored" / "scores.json")
     named = {name: noted[name] for name in ("model", "contrast", "divergence", "long", "contexts")}
     assert named == {
@@ -108,6 +108,7 @@ def test_an_interrupted_run_goes_on_and_shares_of_processes_add_up_to_the_same_f
         ("count:size=3", {}, "found 'size=3'"),
         ("count:order=1,order=2", {}, "found 'order=2'"),
         ("count:vocab_size=7", {}, r"rows: token 11 .* count:vocab_size=12"),
+        ("count", {"divergence": BoundedGain()}, "divergence tv: count stores kl, and no other"),
         ("count", {"revision": "main"}, "revision main: count scores without a model"),
         ("count", {"dtype": "bfloat16"}, "dtype bfloat16: count"),
         ("count", {"attn_implementation": "sdpa"}, "attn_implementation sdpa: count"),

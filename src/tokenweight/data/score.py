@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, is_score
 from tokenweight.data.contents import Contents
@@ -118,65 +118,99 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    (rows, contents), made = open_rows(folder), read_provenance(folder)
+    given = _Given(folder, *open_rows(folder), read_provenance(folder))
+    contents, made = given.contents, given.made
     if as_reference:
-        _refuse("a reference reads whole sequences", {"size": contexts, "long": with_long, "divergence": divergence})
+        sizes = ",".join(str(context.size) for context in contexts or ())
+        unused = {"size": sizes, "long": with_long, "divergence": divergence and divergence_kind(divergence)}
+        _refuse("a reference reads whole sequences", unused)
     contexts = () if as_reference else _contexts(contexts, contents.longest or 0, announce)
-    loading: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation}
-    if (counts := count_scorer(model_name)) is not None:
-        given = {**loading, "dtype": dtype != "auto" and dtype, "as": as_reference and "reference"}
-        _refuse(f"{model_name} scores without a model", {**given, "divergence": divergence})
-        counts.check_tokens(contents.token_range[1], folder)
-        scorer = RowScorer(counts, contexts, max_tokens=max_tokens)
-        provenance = {**counts.provenance, **_tokenized_by(made)}
+    options: dict[str, Any] = {"divergence": divergence, "as_reference": as_reference, "with_long": with_long}
+    loading: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation, "dtype": dtype}
+    if count_scorer(model_name) is not None:
+        scorer, provenance = _by_counts(model_name, given, contexts, max_tokens, options, loading)
     else:
-        tokenizer = find_tokenizer(model_name, revision=revision)
-        of_rows = _other_tokenizer(tokenizer, model_name, made, folder)
-        options: dict[str, Any] = {"divergence": divergence, "as_reference": as_reference, "with_long": with_long}
-        if of_rows is not None:
-            other = f"{model_name} has another tokenizer than {folder}"
-            _refuse(other, {"as": as_reference and "reference", "divergence": divergence})
-            announce(f"{other}: their tokens are aligned by bytes")
-        model = load_model(model_name, dtype=dtype, **loading).to(own_device())
-        whole = with_long or as_reference or divergence is not None
-        if of_rows is None:
-            _check_fit(model.config, rows, contents, contexts, folder, with_long=whole)
-        scorer, provenance = _by_model(model, model_name, (tokenizer, of_rows), made, contexts, max_tokens, options)
-    if as_reference:
-        provenance = {**(made if _is_scored(made) else _tokenized_by(made)), "reference": provenance}
-    elif "reference" in made:
-        provenance["reference"] = made["reference"]
+        scorer, provenance = _by_model(model_name, given, contexts, max_tokens, options, loading, announce)
+    provenance = _with_reference(provenance, made, as_reference=as_reference)
     provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
-    return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
+    return score_rows(given.rows, scorer, out, provenance=provenance, **shards, **told)
 
 
-def _by_model(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class _Given:
+    """What is to be scored."""
+
+    folder: str | os.PathLike[str]
+    rows: datasets.Dataset
+    contents: Contents
+    made: dict[str, Any]
+    """Its provenance."""
+
+
+def _by_counts(
     name: str,
-    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
-    made: dict[str, Any],
+    given: _Given,
     contexts: Sequence[ShortContext],
     max_tokens: int,
     options: dict[str, Any],
+    loading: dict[str, Any],
+) -> tuple[RowScorer, dict[str, Any]]:
+    """The scorer of rows by counts, and its provenance; the arguments are those of `_by_model`."""
+    counts = count_scorer(name)
+    assert counts is not None
+    dtype, of = loading["dtype"], options["divergence"]
+    unused = {**loading, "dtype": dtype != "auto" and dtype, "as": options["as_reference"] and "reference"}
+    _refuse(f"{name} scores without a model", unused)
+    if of is not None and (kind := divergence_kind(of)) != counts.provenance.get("divergence"):
+        raise ValueError(f"divergence {kind}: {name} stores kl, and no other: leave it out")
+    counts.check_tokens(given.contents.token_range[1], given.folder)
+    provenance = {**counts.provenance, **_tokenized_by(given.made)}
+    return RowScorer(counts, contexts, max_tokens=max_tokens), provenance
+
+
+def _by_model(
+    name: str,
+    given: _Given,
+    contexts: Sequence[ShortContext],
+    max_tokens: int,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    announce: Callable[[str], object],
 ) -> tuple[RowScorer, dict[str, Any]]:
     """The scorer of rows by a model, and its provenance.
 
     Args:
-        tokenizers: of the model; and of the rows, if it is another.
-        options: of `RowScorer`, if it is not.
+        options: of `RowScorer`, unless tokens are aligned.
+        loading: arguments of `load_model`.
     """
-    tokenizer, of_rows = tokenizers
+    made, folder, of = given.made, given.folder, options["divergence"]
+    tokenizer = find_tokenizer(name, revision=loading["revision"])
+    of_rows = _other_tokenizer(tokenizer, name, made, folder)
+    if of_rows is not None:
+        other = f"{name} has another tokenizer than {folder}"
+        _refuse(other, {"as": options["as_reference"] and "reference", "divergence": of and divergence_kind(of)})
+        announce(f"{other}: their tokens are aligned by bytes")
+    model = load_model(name, **loading).to(own_device())
     if tokenizer is None or of_rows is None:
+        whole = options["with_long"] or options["as_reference"] or of is not None
+        _check_fit(model.config, given.rows, given.contents, contexts, folder, with_long=whole)
         prefix = text_prefix(tokenizer, made)
         scorer = RowScorer(model, contexts, prefix=prefix, max_tokens=max_tokens, **options)
-        kind = {} if scorer.divergence is None else {"divergence": divergence_kind(scorer.divergence)}
+        kind = {} if of is None else {"divergence": divergence_kind(of)}
         return scorer, {**_made_by(model, name, made, prefix), **kind}
     prefix = text_prefix(tokenizer, {})
     aligned = AlignedScorer(model, tokenizer, of_rows, max_tokens=max_tokens, tokenize=text_tokens, prefix=prefix)
     provenance = {**_made_by(model, name, made, aligned.prefix), **aligned.provenance}
     return RowScorer(aligned, contexts, max_tokens=max_tokens), provenance
+
+
+def _with_reference(provenance: dict[str, Any], made: dict[str, Any], *, as_reference: bool) -> dict[str, Any]:
+    """The provenance of all scores: those of a reference stand beside those that are there, and the other way round."""
+    if as_reference:
+        return {**(made if _is_scored(made) else _tokenized_by(made)), "reference": provenance}
+    return {**provenance, **({"reference": made["reference"]} if "reference" in made else {})}
 
 
 def _is_scored(made: dict[str, Any]) -> bool:
@@ -288,9 +322,7 @@ def score_rows(
     out = Path(out)
     check_name(out)
     check_format(format)
-    scores = set(filter(is_score, rows.column_names))
-    if there := sorted(scores & scorer.features.keys() if scorer.as_reference else scores - {"ref_nll"}):
-        raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
+    _check_not_scored(rows, scorer)
     lengths = row_lengths(rows)
     shard_tokens = shard_tokens or _shard_tokens(lengths)
     contexts, with_long = [*provenance.get("contexts", ()), *scorer.contexts], scorer.with_long
@@ -304,6 +336,12 @@ def score_rows(
     summary.new_tokens = _score_missing(ours, rows, scorer, lengths, progress, check)
     summary.seconds = time.perf_counter() - begun
     return _finished(out, files, summary)
+
+
+def _check_not_scored(rows: datasets.Dataset, scorer: RowScorer) -> None:
+    scores = set(filter(is_score, rows.column_names))
+    if there := sorted(scores & scorer.features.keys() if scorer.as_reference else scores - {"ref_nll"}):
+        raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
 
 
 def _score_missing(

@@ -17,8 +17,9 @@ from tokenweight.data.dataset import check_contrast, check_divergence, load_rows
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
 from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
-from tokenweight.method import SCORES, ShortContext, Weighting, document_positions, prediction_mask
+from tokenweight.method import SCORES, ShortContext, Weighting, divergence_kind, document_positions, prediction_mask
 from tokenweight.models import (
+    SCORE_OPTIONS,
     Scorer,
     check_length,
     check_tokenizer,
@@ -74,8 +75,16 @@ class ScoredRow(NamedTuple):
         folder = self.provenance.get("folder", "the row")
         check_divergence(weighting, self.provenance, folder)
         check_contrast(weighting, self.provenance, folder)
+        stored = {"ref_nll": self.ref_nll, "divergence": self.divergence}
+        if missing := [name for name, values in stored.items() if values is None and name in weighting.uses]:
+            of, option = weighting.divergence_of, SCORE_OPTIONS[missing[0]]
+            if missing[0] == "divergence" and of is not None:
+                option = f" --divergence {divergence_kind(of)}"
+            raise ValueError(
+                f"weighting {weighting}: {folder} has no column {missing[0]}: score it with `tokenweight score{option}`"
+            )
         positions = document_positions(self.tokens, self.position_ids)
-        used: dict[str, Any] = {"ref_nll": self.ref_nll, "divergence": self.divergence, "positions": positions}
+        used: dict[str, Any] = {**stored, "positions": positions}
         return weighting(self.long_nll, self.short_nll, self.mask, **used)
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -151,6 +160,33 @@ def read_rows(
     if not 0 <= first < len(rows):
         raise ValueError(f"row {first}: {folder} has rows 0 to {len(rows) - 1}")
     verify(folder, range(first, first + num))
+    scored = model_name is None and "long_nll" in rows.column_names
+    tokenizer, model = _readers(folder, provenance, model_name, attn_implementation, scored=scored)
+    made = {**provenance, "folder": str(folder)}
+    context, last = provenance.get("context", {}), min(first + num, len(rows))
+    found: list[ScoredRow] = []
+    for number, row in enumerate(rows.select(range(first, last)), first):
+        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
+        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
+        long_nll = columns["long_nll"] if model is None else _long_nll(model, tokens, positions, f"{folder}: rows")
+        mask = prediction_mask(columns.get("labels", tokens), positions)
+        losses = long_nll.float().cpu(), columns["short_nll"].float()
+        place = context.get("size"), context.get("stride"), number, len(rows)
+        others: dict[str, Any] = {name: columns[name].float() for name in ("ref_nll", "divergence") if name in columns}
+        found.append(ScoredRow(tokens, *losses, mask, tokenizer, positions, *place, provenance=made, **others))
+    return found
+
+
+def _readers(
+    folder: str | os.PathLike[str],
+    provenance: dict[str, Any],
+    model_name: str | None,
+    attn_implementation: str | None,
+    *,
+    scored: bool,
+) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel | None]:
+    """The tokenizer of a scored folder, as far as it is known; and the model of its long losses, unless it is `scored`
+    with them."""
     name = model_name or provenance.get("model")
     if provenance.get("contrast") == "scorer":  # its losses are comparable with each other only
         if model_name is not None:
@@ -162,28 +198,13 @@ def read_rows(
     revision = provenance.get("revision") if name == provenance.get("model") else None
     tokenizer = None if name is None else find_tokenizer(name, revision=revision)
     check_tokenizer(tokenizer, str(name), provenance, folder)
-    model = None
-    if model_name or "long_nll" not in rows.column_names:
-        if name is None:
-            raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
-        dtype = provenance.get("dtype", "auto")
-        model = load_model(name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-        model = model.to(own_device())
-    found: list[ScoredRow] = []
-    context = provenance.get("context", {})
-    for row in rows.select(range(first, min(first + num, len(rows)))):
-        columns = {key: torch.as_tensor(np.array(value))[None] for key, value in row.items() if key in _NUMBERS}
-        tokens, positions = columns["input_ids"].long(), columns.get("position_ids")
-        long_nll = columns["long_nll"] if model is None else _long_nll(model, tokens, positions, f"{folder}: rows")
-        mask = prediction_mask(columns.get("labels", tokens), positions)
-        losses = long_nll.float().cpu(), columns["short_nll"].float()
-        windows = context.get("size"), context.get("stride")
-        place = first + len(found), len(rows)
-        others: dict[str, Any] = {name: columns[name].float() for name in ("ref_nll", "divergence") if name in columns}
-        made = {**provenance, "folder": str(folder)}
-        row_of = ScoredRow(tokens, *losses, mask, tokenizer, positions, *windows, *place, provenance=made, **others)
-        found.append(row_of)
-    return found
+    if scored:
+        return tokenizer, None
+    if name is None:
+        raise ValueError(f"model: {folder} stores no long losses and does not say which model scored it")
+    dtype = provenance.get("dtype", "auto")
+    model = load_model(name, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+    return tokenizer, model.to(own_device())
 
 
 def _long_nll(
