@@ -24,7 +24,9 @@ BEGIN = {"first-run-on-your-texts": "texts", "mixtures": "texts"}
 SMALL = {
     "32768": "64", "16384": "32", "8192": "16", "4096": "12", "2048": "8", "240": "2", "100": "20",
 }  # fmt: skip
-every_page = pytest.mark.parametrize("page", PAGES)
+LONG = ("choosing", "reading-results")
+"""Pages whose commands take long."""
+every_page = pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES])
 
 
 def blocks(page):

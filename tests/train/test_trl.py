@@ -75,8 +75,17 @@ def assert_same(trainer, other):
 SELF = {"scorer": "self", "size": 8, "stride": 5}
 
 
-@pytest.mark.parametrize("kwargs", [{"skip_prepare_dataset": False}, {}, None])
-@pytest.mark.parametrize(("weighting", "scored"), [("dense", False), ("sparse", True)])
+@pytest.mark.parametrize(
+    ("weighting", "scored", "kwargs"),
+    [
+        ("sparse", True, {}),
+        pytest.param("sparse", True, {"skip_prepare_dataset": False}, marks=pytest.mark.slow),
+        pytest.param("sparse", True, None, marks=pytest.mark.slow),
+        ("dense", False, None),
+        pytest.param("dense", False, {"skip_prepare_dataset": False}, marks=pytest.mark.slow),
+        pytest.param("dense", False, {}, marks=pytest.mark.slow),
+    ],
+)
 def test_training_is_that_of_the_plain_trainer(weighting, scored, kwargs, tmp_path):
     rows = some_rows(scored=scored).add_column("document", list("abcdefgh"))
     trainer = sft(tmp_path, rows, weighting, dataset_kwargs=kwargs, **({} if scored else SELF))
@@ -94,7 +103,7 @@ def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain
         sft(tmp_path, some_rows(), "models.ByColumns")
 
 
-@pytest.mark.parametrize("weighting", ["dense", "expected(gain)"])
+@pytest.mark.parametrize("weighting", ["expected(gain)", pytest.param("dense", marks=pytest.mark.slow)])
 def test_scores_by_counts_while_sequences_are_read_are_the_stored_ones(weighting, tmp_path):
     rows = packed(some_rows((17, 9, 21, 30, 12), scored=False), [1, 0], [2], [3], [1, 2, 4])
     rows.save_to_disk(str(tmp_path / "rows"))
@@ -127,6 +136,7 @@ def test_a_model_given_by_name_trains_with_its_own_tokenizer(place):
     assert trainer.processing_class.get_vocab() == trained_tokenizer().get_vocab()
 
 
+@pytest.mark.slow
 def test_another_model_scores_as_it_did_when_its_scores_were_stored(place):
     """Its weights are never trained, whereas the model that is trained scores otherwise after the first step."""
     some_rows((40,) * 6, scored=False).save_to_disk("even")  # where padding would be, windows lie otherwise
@@ -188,7 +198,7 @@ def test_a_column_of_scores_that_is_missing_or_would_not_be_used_is_an_error(tmp
     sft(tmp_path, some_rows(scored=False), "uniform")
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "loss_mask"])
+@pytest.mark.parametrize("name", ["loss_mask", pytest.param("attention_mask", marks=pytest.mark.slow)])
 def test_masks_that_trl_does_not_hear_are_heard(name, tmp_path):
     rows, first = some_rows(scored=False), 4  # of each sequence, tokens that count
     masked = rows.add_column(name, [[1] * first + [0] * (len(row) - first) for row in rows["input_ids"]])
