@@ -12,7 +12,7 @@ import transformers
 
 import models
 from tokenweight import Dense, LongCE, ShortContext, Sparse, Uniform, with_weighted_loss
-from tokenweight.data import export_weights, load_rows, load_scores, score_folder
+from tokenweight.data import export_rows, export_weights, load_rows, load_scores, score_folder
 from tokenweight.data.export import weigh_rows
 from tokenweight.method import Custom, parse_weighting
 
@@ -379,3 +379,11 @@ def test_weights_for_other_trainers_are_not_ignored_as_rows(format, packed, tmp_
     export_weights(packed[0], Dense(), tmp_path / "out", format=format)
     with pytest.raises(ValueError, match="out has a column loss_weights, which is not read"):
         load_rows(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_a_name_of_a_file_is_not_made_a_folder(format, tmp_path):
+    models.some_rows().save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(ValueError, match=r"rows\..*: a folder is written.*: expected a name without it"):
+        export_rows(tmp_path / "rows", tmp_path / f"rows.{format}", format=format)
+    assert not (tmp_path / f"rows.{format}").exists()

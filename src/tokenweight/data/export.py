@@ -137,6 +137,8 @@ def export_rows(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     out, folder = Path(out), Path(folder)
     if format not in COPIES:
         raise ValueError(f"format {format}: expected one of {', '.join(COPIES)}")
+    if out.suffix == f".{format}":
+        raise ValueError(f"out {out}: a folder is written, with files of that suffix in it: expected a name without it")
     check_name(out)
     if out.exists():
         raise ValueError(f"out {out}: exists already; name a new folder")
