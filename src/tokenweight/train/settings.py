@@ -64,7 +64,7 @@ class TrainSettings:
     contrast: str | None = None
     """Whose long losses weights compare with the short ones: "trained", the model's as it is trained (the paper), or
     "scorer", the scorer's own; by default trained, unless the scorer is count or stored scores say scorer
-    (docs/train.md)."""
+    (docs/weightings.md)."""
     size: OptionalTokens = None
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: OptionalTokens = None
