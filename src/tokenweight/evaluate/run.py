@@ -126,8 +126,6 @@ def _open(settings: EvalSettings) -> _Task:
     aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
     readers = [name for name in loaded if aligned is None or name != evaluator]
     tokenizer = _common_tokenizer(readers, settings)
-    if aligned is not None and tokenizer is None:
-        raise ValueError(f"evaluator {evaluator}: has a tokenizer, and {names[0]} none: expected one to align the two")
     rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
     for name in readers:
         _check_model(name, settings, plan, rows, contents)
