@@ -229,7 +229,9 @@ def _completion(shell: str) -> str:
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         words = ["--tyro-print-completion", shell]
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="tokenweight", args=words, use_underscores=True)
-    return script.getvalue().replace("complete -F ", "complete -o default -F ")
+    lines = script.getvalue().replace("complete -F ", "complete -o default -F ").splitlines()
+    # A line break within a description would make its second line a completion of its own.
+    return "\n".join(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
 
 
 def _versions() -> str:
