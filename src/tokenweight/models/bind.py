@@ -105,7 +105,7 @@ def with_weighted_loss(
         model: any causal language model of transformers with a decoder and an output head.
         weighting: an instance such as `Dense()`, its text ("sparse:keep=0.1"), or a function of (long, short, mask).
         scorer: scores sequences that come without columns of scores.
-        context: the ranks that split sequences (`context_mesh`). The model then takes `shift_labels`, `position_ids` and
+        context: the ranks that split sequences (`context_mesh`). The model then takes `shift_labels`, positions and
             columns of this rank's tokens; without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
         contrast: whose long loss weights are made of: "trained", that of this model as it is (the paper), or "scorer",
             the column `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
