@@ -191,7 +191,10 @@ def test_models_and_rows_of_different_tokenizers_are_refused(with_tokenizer, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probe_lengths": "100"}, "probe_lengths 100: length 100 is too short for probes 'single': they need at least "),
+        (
+            {"probe_lengths": "100"},
+            "probe_lengths 100: length 100 is too short for probes 'single': they need at least ",
+        ),
         ({}, "probe_lengths 110,220,440: length 110 is too short"),  # a quarter of a row
         ({"probe_lengths": "300,461"}, "probe_lengths: probes of 461 tokens: "),
         ({"probe_lengths": "125", "probe_by": "generation"}, "length 125 is too short"),  # enough by likelihood

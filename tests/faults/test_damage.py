@@ -185,9 +185,10 @@ def test_another_tokenizer_is_refused_by_both_names(scored):
     for command in (
         [*SHOW, "--model", "other"],
         ["train", "--model", "other", *TRAIN[3:]],
-        ["score", "rows", "--model", "other", "--size", "16", "--out", "new"],
     ):
         refused(run(scored.parent, *command), "tokenizer of model (", "but other has another (")
+    reference = ["score", "rows", "--model", "other", "--as", "reference", "--out", "new"]
+    refused(run(scored.parent, *reference), "as reference: other has another tokenizer than rows")
 
 
 def test_settings_that_changed_before_the_first_shard_was_there_are_taken(place):
