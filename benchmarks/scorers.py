@@ -11,7 +11,8 @@ The reference is SmolLM2-135M in float32 with 4,096 tokens beside windows of 1,0
 first 1,024. "key tokens" are those of LongPPL by the reference, "net benefit" is the sum of its short - long: what of
 them is among the 5 or 20 % of the tokens of each text that the scorer puts first, as `tokenweight compare-scores` says
 it. A scorer puts tokens first by its short - long, or by that times its probability with the long context; counts also
-by their divergence. p50 is over all tokens, p20 and p80 are over texts. Time is that of one processor, with both
+by their divergence. "overlap" is the
+share of the reference's own top that is in the scorer's. p50 is over all tokens, p20 and p80 are over texts. Time is that of one processor, with both
 contexts. The benchmark is not to be tuned on.
 """
 
@@ -186,6 +187,7 @@ class Scorers(Bench):
                 top = f"{100 * picks[0].share:.0f} %"
                 values[f"key tokens in the top {top}"] = [one.key_tokens[0] for one in picks]
                 values[f"net benefit in the top {top}"] = [one.benefit[0] for one in picks]
+                values[f"overlap of the top {top}"] = [one.overlap for one in picks]
             for metric, (over_all, *each) in values.items():
                 if over_all is not None:
                     report.add(**setting, metric=metric, unit="1", values=[one for one in each if one is not None])

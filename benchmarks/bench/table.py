@@ -235,6 +235,7 @@ def summary(results: Results) -> list[str]:
 def scorers_table(results: Results) -> list[str]:
     """A table for each set of texts: a line for each scorer and each way to read it."""
     shares = [f"{what} in the top {top} %" for what in ("key tokens", "net benefit") for top in (5, 20)]
+    shares.append("overlap of the top 20 %")
     forms = {**dict.fromkeys(shares, "{:.0%}"), "rank correlation": "{:+.2f}", "time per million tokens": "{:,.0f}"}
     found = {key[1:]: row for key, row in results.rows.items() if key[0] == "scorers"}
     lines = []
@@ -244,8 +245,8 @@ def scorers_table(results: Results) -> list[str]:
             "",
             "| | puts first by | key tokens in the top 5 % | top 20 % | net benefit in the top 5 % | ",
         ]
-        lines[-1] += "top 20 % | rank correlation | s per million tokens |"
-        lines.append("|" + "---|" * 8)
+        lines[-1] += "top 20 % | overlap of the top 20 % | rank correlation | s per million tokens |"
+        lines.append("|" + "---|" * 9)
         for name in results.implementations("scorers", x):
             rows = [(form, found.get((name, metric, x))) for metric, form in forms.items()]
             if rows[-1][1] is not None:
