@@ -11,9 +11,8 @@ The reference is SmolLM2-135M in float32 with 4,096 tokens beside windows of 1,0
 first 1,024. "key tokens" are those of LongPPL by the reference, "net benefit" is the sum of its short - long: what of
 them is among the 5 or 20 % of the tokens of each text that the scorer puts first, as `tokenweight compare-scores` says
 it. A scorer puts tokens first by its short - long, or by that times its probability with the long context; counts also
-by their divergence. "overlap" is the
-share of the reference's own top that is in the scorer's. p50 is over all tokens, p20 and p80 are over texts. Time is that of one processor, with both
-contexts. The benchmark is not to be tuned on.
+by their divergence. "overlap" is what part of the reference's own top is in the scorer's. p50 is over all tokens, p20
+and p80 are over texts. Time is that of one processor, with both contexts. The benchmark is not to be tuned on.
 """
 
 import functools
