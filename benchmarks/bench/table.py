@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from bench.results import Results, by_length
@@ -277,17 +277,23 @@ def tables(results: Results) -> list[str]:
     return [line for name, make in MAKERS.items() if name in measured for line in [*make(results), ""]]
 
 
-def conditions(results: Results) -> list[str]:
+SUMMARY = ("loss", "training", "reference", "scoring", "evaluation")
+"""The benchmarks that `summary` reads."""
+
+
+def conditions(results: Results, benchmarks: Collection[str]) -> list[str]:
     spread = "Medians of a few rounds on a shared machine; a tenth may be noise (results.csv has p20 and p80)."
-    return [spread, *results.conditions({*MAKERS, "corpus"})]
+    return [spread, *results.conditions(benchmarks)]
 
 
 def pages() -> dict[Path, str]:
     """The Markdown between the markers of each page."""
     results = Results()
     return {
-        README: "\n".join([*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results))]),
-        DOCS: "\n".join([*tables(results), *conditions(results)]),
+        README: "\n".join(
+            [*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results, SUMMARY))]
+        ),
+        DOCS: "\n".join([*tables(results), *conditions(results, {*MAKERS, "corpus"})]),
         SCORERS: "\n".join([*scorers_table(results), "", *results.conditions({"scorers"})]),
     }
 
