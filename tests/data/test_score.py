@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from scored import CONTEXT, OTHER_BATCH, arrow_bytes, tensor_of, tiny_scorer
+from scored import CONTEXT, OTHER_BATCH, Interrupted, arrow_bytes, tensor_of, tiny_scorer
 
 import models
 from models import LENGTH, NUM_ROWS, some_rows
@@ -83,18 +83,6 @@ def test_packed_documents_are_scored_apart(tmp_path):
     expected = short_losses(tokens, position_ids=positions, long_nll=long_nll)
     assert torch.equal(tensor_of(scored, "short_nll_8"), expected)
     assert (short_losses(tokens) - expected)[:3, 10:].abs().max() > 0.01
-
-
-class Interrupted(RowScorer):
-    """Scores two batches; an interruption is what stops a third."""
-
-    calls = 0
-
-    def score(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == 3:
-            raise KeyboardInterrupt
-        return super().score(*args, **kwargs)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_as_if_undisturbed(shards_of_two, tmp_path):

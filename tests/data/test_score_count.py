@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from runs import packed
-from scored import arrow_bytes
+from scored import Interrupted, arrow_bytes
 
 import models
 from texts import EXCERPT, trained_tokenizer
@@ -70,18 +70,6 @@ def test_the_order_of_settings_does_not_matter_but_their_values_do(folder, tmp_p
     assert (first.new_tokens, again.new_tokens) == (first.tokens, 0)
     with pytest.raises(ValueError, match=r"other settings \(model is"):
         score_folder(folder, "count:order=2,vocab_size=50", CONTEXTS, tmp_path / "scored")
-
-
-class Interrupted(RowScorer):
-    """An interruption is what stops a third batch."""
-
-    calls = 0
-
-    def score(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == 3:
-            raise KeyboardInterrupt
-        return super().score(*args, **kwargs)
 
 
 def test_an_interrupted_run_goes_on_and_shares_of_processes_add_up_to_the_same_files(rows, shards_of_two, tmp_path):

@@ -17,6 +17,18 @@ def tiny_scorer(kind=RowScorer, **settings):
     return kind(models.tiny(dtype=torch.float32), [CONTEXT], **settings)
 
 
+class Interrupted(RowScorer):
+    """Scores two batches; an interruption is what stops a third."""
+
+    calls = 0
+
+    def score(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return super().score(*args, **kwargs)
+
+
 def tensor_of(rows, name):
     return torch.as_tensor(np.stack(rows[name]))
 

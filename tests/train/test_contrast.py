@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,9 @@ def test_a_folder_without_a_column_that_weights_are_made_of_is_refused_by_name(
 
 def test_a_mixture_needs_only_the_columns_that_are_used(scored, short_run):
     data = [{"path": scored["model"], "share": 1}, {"path": scored["short"], "share": 1}]
-    one_step(short_run, data=data)
+    loss, record = one_step(short_run, data=data)
+    assert math.isfinite(loss)
+    assert len(record["mixture"]) == 2
 
 
 def test_an_unknown_contrast_is_refused(short_run):

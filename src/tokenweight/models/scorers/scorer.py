@@ -246,16 +246,8 @@ class Scorer:
 
         Args, Raises: as for a call.
         """
-        self._check(tokens)
-        states: dict[int, Tensor] = {}
-
-        def read(rows: list[int]) -> None:
-            positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
-            with evaluating(self.model):
-                states.update(zip(rows, self.parts.states(tokens[rows], positions, mask)))
-
-        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
-        return torch.stack([states[row] for row in range(len(tokens))])
+        with evaluating(self.model):
+            return self._of_rows(self.parts.states, tokens, position_ids, attention_mask)
 
     @_with_its_adapters
     def divergence(
@@ -333,20 +325,30 @@ class Scorer:
         Args, Returns, Raises: as for the short loss.
             states: of `long_states`, if they are known.
         """
-        self._check(tokens)
-        losses: dict[int, Tensor] = {}
-
-        def read(rows: list[int]) -> None:
-            positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
-            losses.update(zip(rows, self.parts.nll(tokens[rows], positions, mask)))
-
         if states is None:
-            self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
-            long_nll = torch.stack([losses[row] for row in range(len(tokens))])
+            long_nll = self._of_rows(self.parts.nll, tokens, position_ids, attention_mask)
         else:
             long_nll = self.parts.nll_of(states, tokens, position_ids)
         check_finite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool))
         return long_nll
+
+    def _of_rows(
+        self,
+        of_batch: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+        tokens: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None,
+    ) -> Shaped[Tensor, "batch seq *values"]:
+        """What `of_batch` finds in whole rows, as many at once as `max_tokens` allows."""
+        self._check(tokens)
+        found: dict[int, Tensor] = {}
+
+        def read(rows: list[int]) -> None:
+            positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
+            found.update(zip(rows, of_batch(tokens[rows], positions, mask)))
+
+        self._in_batches(list(range(len(tokens))), lambda row: tokens.shape[1], read, tokens.device)
+        return torch.stack([found[row] for row in range(len(tokens))])
 
     def _in_batches(
         self,
