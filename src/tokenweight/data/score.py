@@ -118,8 +118,7 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    given = _Given(folder, *open_rows(folder), read_provenance(folder))
-    contents, made = given.contents, given.made
+    (rows, contents), made = open_rows(folder), read_provenance(folder)
     if as_reference:
         sizes = ",".join(str(context.size) for context in contexts or ())
         unused = {"size": sizes, "long": with_long, "divergence": divergence and divergence_kind(divergence)}
@@ -127,83 +126,70 @@ def score_folder(
     contexts = () if as_reference else _contexts(contexts, contents.longest or 0, announce)
     options: dict[str, Any] = {"divergence": divergence, "as_reference": as_reference, "with_long": with_long}
     loading: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation, "dtype": dtype}
-    if count_scorer(model_name) is not None:
-        scorer, provenance = _by_counts(model_name, given, contexts, max_tokens, options, loading)
-    else:
-        scorer, provenance = _by_model(model_name, given, contexts, max_tokens, options, loading, announce)
+    task = _Task(model_name, folder, rows, contents, made, contexts, max_tokens, options, loading)
+    scorer, provenance = _by_model(task, announce) if count_scorer(model_name) is None else _by_counts(task)
     provenance = _with_reference(provenance, made, as_reference=as_reference)
     provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
-    return score_rows(given.rows, scorer, out, provenance=provenance, **shards, **told)
+    return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What is to be scored."""
+class _Task:
+    """Who scores what, and how."""
 
+    name: str
+    """Of the scorer."""
     folder: str | os.PathLike[str]
     rows: datasets.Dataset
     contents: Contents
     made: dict[str, Any]
-    """Its provenance."""
+    """The provenance of the rows."""
+    contexts: Sequence[ShortContext]
+    max_tokens: int
+    options: dict[str, Any]
+    """Of `RowScorer`, for a model with the tokenizer of the rows."""
+    loading: dict[str, Any]
+    """Arguments of `load_model`."""
 
 
-def _by_counts(
-    name: str,
-    given: _Given,
-    contexts: Sequence[ShortContext],
-    max_tokens: int,
-    options: dict[str, Any],
-    loading: dict[str, Any],
-) -> tuple[RowScorer, dict[str, Any]]:
-    """The scorer of rows by counts, and its provenance; the arguments are those of `_by_model`."""
-    counts = count_scorer(name)
+def _by_counts(task: _Task) -> tuple[RowScorer, dict[str, Any]]:
+    """The scorer of rows by counts, and its provenance."""
+    name, counts = task.name, count_scorer(task.name)
     assert counts is not None
-    dtype, of = loading["dtype"], options["divergence"]
-    unused = {**loading, "dtype": dtype != "auto" and dtype, "as": options["as_reference"] and "reference"}
+    dtype, of = task.loading["dtype"], task.options["divergence"]
+    unused = {**task.loading, "dtype": dtype != "auto" and dtype, "as": task.options["as_reference"] and "reference"}
     _refuse(f"{name} scores without a model", unused)
     if of is not None and (kind := divergence_kind(of)) != counts.provenance.get("divergence"):
         raise ValueError(f"divergence {kind}: {name} stores kl, and no other: leave it out")
-    counts.check_tokens(given.contents.token_range[1], given.folder)
-    provenance = {**counts.provenance, **_tokenized_by(given.made)}
-    return RowScorer(counts, contexts, max_tokens=max_tokens), provenance
+    counts.check_tokens(task.contents.token_range[1], task.folder)
+    provenance = {**counts.provenance, **_tokenized_by(task.made)}
+    return RowScorer(counts, task.contexts, max_tokens=task.max_tokens), provenance
 
 
-def _by_model(
-    name: str,
-    given: _Given,
-    contexts: Sequence[ShortContext],
-    max_tokens: int,
-    options: dict[str, Any],
-    loading: dict[str, Any],
-    announce: Callable[[str], object],
-) -> tuple[RowScorer, dict[str, Any]]:
-    """The scorer of rows by a model, and its provenance.
-
-    Args:
-        options: of `RowScorer`, unless tokens are aligned.
-        loading: arguments of `load_model`.
-    """
-    made, folder, of = given.made, given.folder, options["divergence"]
-    tokenizer = find_tokenizer(name, revision=loading["revision"])
+def _by_model(task: _Task, announce: Callable[[str], object]) -> tuple[RowScorer, dict[str, Any]]:
+    """The scorer of rows by a model, and its provenance."""
+    name, folder, made, options, max_tokens = task.name, task.folder, task.made, task.options, task.max_tokens
+    of = options["divergence"]
+    tokenizer = find_tokenizer(name, revision=task.loading["revision"])
     of_rows = _other_tokenizer(tokenizer, name, made, folder)
     if of_rows is not None:
         other = f"{name} has another tokenizer than {folder}"
         _refuse(other, {"as": options["as_reference"] and "reference", "divergence": of and divergence_kind(of)})
         announce(f"{other}: their tokens are aligned by bytes")
-    model = load_model(name, **loading).to(own_device())
+    model = load_model(name, **task.loading).to(own_device())
     if tokenizer is None or of_rows is None:
         whole = options["with_long"] or options["as_reference"] or of is not None
-        _check_fit(model.config, given.rows, given.contents, contexts, folder, with_long=whole)
+        _check_fit(model.config, task, with_long=whole)
         prefix = text_prefix(tokenizer, made)
-        scorer = RowScorer(model, contexts, prefix=prefix, max_tokens=max_tokens, **options)
+        scorer = RowScorer(model, task.contexts, prefix=prefix, max_tokens=max_tokens, **options)
         kind = {} if of is None else {"divergence": divergence_kind(of)}
         return scorer, {**_made_by(model, name, made, prefix), **kind}
     prefix = text_prefix(tokenizer, {})
     aligned = AlignedScorer(model, tokenizer, of_rows, max_tokens=max_tokens, tokenize=text_tokens, prefix=prefix)
     provenance = {**_made_by(model, name, made, aligned.prefix), **aligned.provenance}
-    return RowScorer(aligned, contexts, max_tokens=max_tokens), provenance
+    return RowScorer(aligned, task.contexts, max_tokens=max_tokens), provenance
 
 
 def _with_reference(provenance: dict[str, Any], made: dict[str, Any], *, as_reference: bool) -> dict[str, Any]:
@@ -234,22 +220,14 @@ def _other_tokenizer(
     return of_rows
 
 
-def _check_fit(
-    config: Any,
-    rows: datasets.Dataset,
-    contents: Contents,
-    contexts: Sequence[ShortContext],
-    folder: str | os.PathLike[str],
-    *,
-    with_long: bool,
-) -> None:
+def _check_fit(config: Any, task: _Task, *, with_long: bool) -> None:
     """Raise a ValueError if a model cannot read the rows, or windows of them."""
-    check_tokens(config, *contents.token_range, folder)
+    check_tokens(config, *task.contents.token_range, task.folder)
     if with_long:
-        check_length(config, contents.longest or 0, "long: rows")
+        check_length(config, task.contents.longest or 0, "long: rows")
     else:
-        check_length(config, max(context.size for context in contexts), "size: windows")
-    check_stale_rows(config, row_lengths(rows).tolist() if with_long else [])
+        check_length(config, max(context.size for context in task.contexts), "size: windows")
+    check_stale_rows(config, row_lengths(task.rows).tolist() if with_long else [])
 
 
 def _refuse(why: str, given: dict[str, Any]) -> None:
