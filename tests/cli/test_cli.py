@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import models
-from texts import EXCERPT, trained_tokenizer
+from texts import EXCERPT, chat_tokenizer, conversation, trained_tokenizer
 from tokenweight import cli
 from tokenweight.records import device_name, read_json
 
@@ -94,6 +94,27 @@ def test_prepare_given_again_says_that_it_is_complete(rows, run, place):
     status, _, errors = run("prepare", "more", *PREPARE, "--out", "of-more")
     assert status == 2
     assert "sources is {'files': 1, 'bytes': 3000} there, {'files': 2, 'bytes': 3001} now" in errors
+
+
+def test_chats_are_prepared_scored_trained_and_shown(run, place):
+    tokenizer = chat_tokenizer()
+    models.tiny(dtype=torch.float32, vocab_size=304).save_pretrained(place / "chat-model")
+    tokenizer.save_pretrained(place / "chat-model")
+    talks = [conversation("a" * number, "some years ago", "never", "mind") for number in (20, 9, 30)]
+    (place / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    of_model = ["--model", "chat-model"]
+    options = ["--tokenizer", "chat-model", "--length", "128", "--chat"]
+    status, printed, errors = run("prepare", "talks.jsonl", *options, "--out", "talks")
+    assert (status, errors) == (0, "")
+    note = read_json(place / "talks" / "rows.json")
+    assert f"talks: 3 rows, {note['tokens']} tokens from 3 conversations, {note['predicted_tokens']} of them" in printed
+    assert run("score", "talks", *of_model, "--size", "16", "--long", "--out", "talks-scored")[0] == 0
+    of_data = [*of_model, "--data", "talks-scored"]
+    assert run("train", *of_data, "--out", "of-talks", "--trainer.max_steps", "1")[0] == 0
+    status, printed, _ = run("show", "talks-scored", "--row", "1")
+    assert status == 0
+    assert "some years" in printed
+    assert run("prepare", "talks.jsonl", *options[:-1], "--out", "texts")[2].count("--chat reads it") == 1
 
 
 def test_numbers_of_tokens_are_typed_with_units_and_sequences_are_kept_in_parquet(run, place, own_cache):

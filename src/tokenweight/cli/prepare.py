@@ -25,8 +25,12 @@ class Prepare:
     """Tokens per sequence: the long context."""
     out: Path
     """New folder for the sequences."""
-    short: Literal["drop", "pack"] = "drop"
-    """Whether documents, and rests of documents, that are shorter than a sequence are dropped or packed together."""
+    short: Literal["drop", "pack", "keep"] | None = None
+    """Whether documents, and rests of documents, that are shorter than a sequence are dropped (the default) or packed
+    together. Chats are kept, each a sequence of its own length (the default), or packed."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read chats (columns messages, or prompt and completion): the tokenizer's chat template renders them, and only
+    answers are predicted."""
     text_column: str = "text"
     """Column that holds the text, in .jsonl, .csv and .parquet files and data sets."""
     glob: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -50,7 +54,8 @@ class Prepare:
         """Write the sequences and print what became of the documents."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
-        sources = data.find_sources(self.texts, text_column=self.text_column, glob=self.glob)
+        text_column = None if self.chat else self.text_column
+        sources = data.find_sources(self.texts, text_column=text_column, glob=self.glob)
         complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {
@@ -59,7 +64,7 @@ class Prepare:
             "hub": [source.name for source in sources if source.kind == "hub"],
             "glob": list(self.glob),
             "sources": data.sources_note(sources),
-            "text_column": self.text_column,
+            "text_column": text_column,
             "subset": self.subset,
             "split": self.split,
             "skip_invalid": self.skip_invalid,
@@ -68,7 +73,7 @@ class Prepare:
         }
         documents = data.read_documents(
             sources,
-            text_column=self.text_column,
+            text_column=text_column,
             subset=self.subset,
             split=self.split,
             skip_invalid=self.skip_invalid,
@@ -88,6 +93,7 @@ class Prepare:
                 self.length,
                 self.out,
                 short=self.short,
+                chat=self.chat,
                 max_rows=self.max_rows,
                 num_proc=self.num_proc,
                 format=self.format,

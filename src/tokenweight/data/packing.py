@@ -35,8 +35,20 @@ class RowSummary:
     """Documents shorter than a row."""
     empty_documents: int = 0
     longest_document: int = 0
+    predicted_tokens: int = 0
+    """Of conversations, in rows: those of answers."""
+    cut_documents: int = 0
+    """Conversations longer than a row, which end with an earlier answer."""
+    left_out_documents: int = 0
+    """Conversations of which no answer ends within a row."""
 
     def __str__(self) -> str:
+        if self.predicted_tokens or self.left_out_documents:
+            return (
+                f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'conversation')}, "
+                f"{self.predicted_tokens:,} of them in answers; longer than a row: {self.cut_documents:,} cut after an "
+                f"answer, {self.left_out_documents:,} left out ({self.dropped_tokens:,} tokens in no row)"
+            )
         return (
             f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'document')}; "
             f"{self.dropped_tokens:,} of their tokens are in no row; documents shorter than a row: "

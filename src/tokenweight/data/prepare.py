@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.data.chat import ChatCutter
 from tokenweight.data.documents import Document
 from tokenweight.data.packing import Cutter, RowSummary
 from tokenweight.data.shards import (
@@ -48,6 +49,8 @@ _SCHEMAS = {
         }
     ),
 }
+_SHORT = {False: ("drop", "pack"), True: ("keep", "pack")}
+"""What becomes of texts, and of chats, that are shorter than a row; the first by default."""
 
 
 def prepare_rows(
@@ -56,7 +59,8 @@ def prepare_rows(
     length: int,
     out: str | os.PathLike[str],
     *,
-    short: str = "drop",
+    short: str | None = None,
+    chat: bool = False,
     max_rows: int | None = None,
     num_proc: int = 1,
     format: str = "arrow",
@@ -75,8 +79,11 @@ def prepare_rows(
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
         length: tokens of a row.
-        short: "drop", each row belongs to one document, as in the paper; "pack", what fills no row of its own shares
-            rows, in which `position_ids` restart at 0 with each document.
+        short: "drop" (the default), each row belongs to one document, as in the paper; "pack", what fills no row of its
+            own shares rows, in which `position_ids` restart at 0 with each document. Of chats "keep" (the default),
+            each is a row of its own length, or "pack".
+        chat: whether documents are conversations, as `read_documents(..., text_column=None)` reads them. Then `labels`
+            are -100 but in answers (`chat_tokens`), and rows of at most `length` tokens hold whole ones (`ChatCutter`).
         max_rows: stop after so many.
         num_proc: processes that tokenize, beside this one; with 1, this one does. The rows are the same. The processes
             are spawned: a program that calls this does so under `if __name__ == "__main__"`.
@@ -89,9 +96,12 @@ def prepare_rows(
     """
     out, (prefix, suffix) = Path(out), special_tokens(tokenizer)
     check_name(out)
-    _check(short, format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
+    short = _SHORT[chat][0] if short is None else short
+    if short not in _SHORT[chat]:
+        raise ValueError(f"short {short}: expected {' or '.join(_SHORT[chat])} of {'chats' if chat else 'texts'}")
+    _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
-    settings |= {"prefix": prefix, "suffix": suffix, "format": format}
+    settings |= {"prefix": prefix, "suffix": suffix, "format": format, **({"chat": True} if chat else {})}
     if _is_complete(out, settings):
         return _summary(out)
     with _unfinished(out, settings) as folder:
@@ -110,20 +120,21 @@ def _make(
     settings: dict[str, Any],
 ) -> None:
     """Write what is missing of the shards, and make a data set of them."""
-    pack = settings["short"] == "pack"
-    cutter = Cutter(settings["length"], settings["prefix"], settings["suffix"], pack=pack)
-    with tokenizing(tokenizer, num_proc) as tokenize:
+    pack, chat = settings["short"] == "pack", "chat" in settings
+    if chat:  # a template frames its conversations
+        cutter: Cutter = ChatCutter(settings["length"], [], [], pack=pack)
+    else:
+        cutter = Cutter(settings["length"], settings["prefix"], settings["suffix"], pack=pack)
+    with tokenizing(tokenizer, num_proc, chat=chat) as tokenize:
         _write_shards(folder, _Read(documents), tokenize, cutter, settings)
     cutter.check_any_rows()
     write_json(folder / "rows.json", {**settings, **vars(cutter.summary)})
     finish_dataset(folder, [shard.name for shard in _shards(folder)])
 
 
-def _check(short: str, format: str, length: int, least: int, **numbers: int | None) -> None:
+def _check(format: str, length: int, least: int, **numbers: int | None) -> None:
     """Raise a ValueError for settings that make no sense."""
     check_format(format)
-    if short not in _SCHEMAS:
-        raise ValueError(f"short {short}: expected drop or pack")
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} {number}: expected at least 1")
@@ -187,7 +198,9 @@ def _shards(folder: Path) -> list[Path]:
 
 def _write_shards(folder: Path, source: "_Read", tokenize: Tokenize, cutter: Cutter, settings: dict[str, Any]) -> None:
     """Write the shards that are not there yet."""
-    schema = _SCHEMAS[settings["short"]]
+    schema = _SCHEMAS["pack" if settings["short"] == "pack" else "drop"]
+    if "chat" in settings:
+        schema = schema.append(pa.field("labels", _TOKENS))
     num_shards = _resume(folder, cutter, source, settings["format"])
     tables = _tables(source, tokenize, cutter, schema, settings["max_rows"])
     for number in itertools.count(num_shards):

@@ -183,7 +183,9 @@ class TokenWeightedSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
         columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast or "trained")
-        self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *TRANSLATED]
+        # TRL leaves this mask beside the labels where all tokens are to be trained, and our collator would hear it.
+        masks = [name for name in TRANSLATED if name != "completion_mask" or self.completion_only_loss]
+        self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *masks]
 
 
 def _data_sets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
