@@ -109,8 +109,12 @@ def test_chats_are_prepared_scored_trained_and_shown(run, place):
     note = read_json(place / "talks" / "rows.json")
     assert f"talks: 3 rows, {note['tokens']} tokens from 3 conversations, {note['predicted_tokens']} of them" in printed
     assert run("score", "talks", *of_model, "--size", "16", "--long", "--out", "talks-scored")[0] == 0
-    of_data = [*of_model, "--data", "talks-scored"]
+    of_teacher = ["--as", "teacher", "--top_k", "4", "--out", "talks-taught"]
+    assert run("score", "talks-scored", *of_model, *of_teacher)[0] == 0
+    of_data = [*of_model, "--data", "talks-taught", "--distill.weight", "0.5"]
     assert run("train", *of_data, "--out", "of-talks", "--trainer.max_steps", "1")[0] == 0
+    assert read_json(place / "of-talks" / "run.json")["settings"]["distill"] == {"weight": "0.5"}
+    assert "--top_k 4: is that of --as teacher" in run(*SCORE, "--top_k", "4", "--out", "no")[2]
     status, printed, _ = run("show", "talks-scored", "--row", "1")
     assert status == 0
     assert "some years" in printed

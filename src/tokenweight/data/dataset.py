@@ -19,7 +19,7 @@ from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
 from tokenweight.method import SCORES, Weighting, divergence_kind
-from tokenweight.models import SCORE_OPTIONS
+from tokenweight.models import SCORE_OPTIONS, TEACHER
 from tokenweight.records import read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def choose_scores(
     provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
     if provenance and (Path(folder) / "state.json").is_file():
         _check_not_resaved(Path(folder))
-    for name in [name for name in SCORES if name in needed]:
+    for name in [name for name in (*SCORES, *TEACHER) if name in needed]:
         if not any(column == name or column.startswith(f"{name}_") for column in rows.column_names):
             raise ValueError(
                 f"{folder} has no column {name}: score it with `tokenweight score {folder}{SCORE_OPTIONS[name]}`"

@@ -26,6 +26,7 @@ from tokenweight.models.causal import causal_parts
 from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.scorers.scorer import Scorer
+from tokenweight.models.scorers.teacher import Distillation
 from tokenweight.models.values import (
     Binding,
     Past,
@@ -87,6 +88,7 @@ def with_weighted_loss(
     scorer: Scorer | None = None,
     context: DeviceMesh | None = None,
     contrast: str = "trained",
+    distillation: Distillation | None = None,
 ) -> PreTrainedModel:
     """Make `model(input_ids=..., labels=...).loss` the weighted loss. The model is changed in place and returned.
 
@@ -109,10 +111,11 @@ def with_weighted_loss(
             columns of this rank's tokens; without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
         contrast: whose long loss weights are made of: "trained", that of this model as it is (the paper), or "scorer",
             the column `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
+        distillation: mixes the loss with the divergence from a teacher, in training only.
 
     Raises:
-        ValueError: if the weighting or the contrast is not one, or there are a scorer and a context; if with equal
-            weights, loss and gradient are not those of the model's own forward (verified on a few tokens).
+        ValueError: if the weighting or the contrast is not one, or there are a context and a scorer or teacher; if with
+            equal weights, loss and gradient are not those of the model's own forward (verified on a few tokens).
 
     Example:
         >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
@@ -123,7 +126,14 @@ def with_weighted_loss(
     if bound is None and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
     replaced = vars(model).get("forward") if bound is None else bound.replaced
-    model._token_weighting = _binding(model, weighting, scorer, context, contrast, replaced)
+    if distillation is not None and context is not None:
+        raise ValueError(
+            "distillation: a teacher reads whole sequences, but context parallelism splits them: expected one of both"
+        )
+    if distillation is not None and distillation.teacher is not None and distillation.teacher.model is model:
+        raise ValueError("distillation: the teacher is the model that is trained: expected another one")
+    found = _binding(model, weighting, scorer, context, contrast, replaced)
+    model._token_weighting = dataclasses.replace(found, distillation=distillation)
     if model._token_weighting.reads_trained_pass and (noise := find_noise(model)):
         logger.warning("%s: weights are made without this noise, at a forward pass more in each step", noise)
     if bound is None:
@@ -176,6 +186,16 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
         model.__class__ = type(model)._without_weighted_loss
     if bound.replaced is not None:
         model.forward = bound.replaced
+    return model
+
+
+def without_distillation(model: PreTrainedModel) -> PreTrainedModel:
+    """End the distillation of a bound model, whose loss is the weighted loss alone from now on, and return it.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss.
+    """
+    model._token_weighting = dataclasses.replace(_bound(model), distillation=None)
     return model
 
 
@@ -320,6 +340,10 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     batch.check(scored=weighted and bool(bound.columns), scorer=scores)
     # Before the pass that keeps activations, so that both are not in memory at once.
     values = values_of(model, bound, batch) if weighted else Values()
+    head = bound.parts.head
+    if bound.distillation is not None and weighted and torch.is_grad_enabled():
+        given_masks = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        head = bound.distillation.head(head, batch.teacher, batch.tokens, batch.mask, **given_masks)
     terms = _states(model, bound, own, batch, given)
     values = with_divergence(bound, batch, values, terms.hidden)
     mask, share = batch.mask, batch.share
@@ -329,7 +353,7 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     history = functools.partial(bound.history.add, copies=num_ranks) if torch.is_grad_enabled() else bound.history.read
     given_losses: dict[str, Any] = {"long": values.long, "history": history}
     found = weighted_loss(
-        terms.hidden, bound.parts.head, targets, mask, weighting, values.short, values.used, **given_losses, **split
+        terms.hidden, head, targets, mask, weighting, values.short, values.used, **given_losses, **split
     )
     num_items = mask.sum() / num_ranks if batch.num_items is None else batch.num_items
     divisor = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)

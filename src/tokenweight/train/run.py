@@ -23,7 +23,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tokenweight.data import text_prefix, tokenizer_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
+    Distillation,
     Scorer,
+    Teacher,
     adapter_base,
     check_fit,
     find_tokenizer,
@@ -31,6 +33,7 @@ from tokenweight.models import (
     load_config,
     load_model,
     with_weighted_loss,
+    without_distillation,
 )
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.display import Display
@@ -88,7 +91,10 @@ def _trained(
         prefix = text_prefix(tokenizer, sequences.provenance)
         adapters = run.settings.scorer != "base"
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix, adapters=adapters)
-    with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast)
+    distillation = _distillation(run, sequences, tokenizer)
+    with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast, distillation=distillation)
+    if run.distill.get("steps") is not None:
+        callbacks = [*callbacks, _EndOfDistillation(model, run.distill["steps"])]
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
         model=trained,
@@ -152,6 +158,32 @@ def _opened(
     if scoring is not None:
         scoring.to(run.arguments.device)
     return before, tokenizer, model, scoring
+
+
+def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizerBase | None) -> Distillation | None:
+    """The distillation of a run, whose teacher is loaded here, if it is not stored."""
+    if not run.distill:
+        return None
+    weight, name = run.distill["weight"], run.distill["teacher"]
+    if name == "stored":
+        return Distillation(weight)
+    teacher, theirs = load_model(name, attn_implementation=run.settings.attn_implementation), find_tokenizer(name)
+    for source in sequences.sources:
+        note = source.provenance if tokenizer is None else tokenizer_note(tokenizer, run.settings.model)
+        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
+        check_fit(teacher.config, theirs, name, **fits, longest=source.contents.longest, provenance=note)
+    return Distillation(weight, Teacher(teacher.to(run.arguments.device), run.distill["top_k"]))
+
+
+class _EndOfDistillation(TrainerCallback):
+    """Ends a distillation after so many steps, also where a run is resumed later."""
+
+    def __init__(self, model: PreTrainedModel, steps: int) -> None:
+        self.model, self.steps = model, steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            without_distillation(self.model)
 
 
 def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:

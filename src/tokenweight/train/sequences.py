@@ -28,14 +28,14 @@ from tokenweight.data import (
     verify,
 )
 from tokenweight.method import SCORES, ShortContext, Weighting
-from tokenweight.models import Contrast, numbered_from, pack_bits
+from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
 from tokenweight.records import read_provenance
 from tokenweight.train.settings import Run
 
 logger = logging.getLogger(__name__)
 SOURCE = "tokenweight_source"
 """The column that says from which folder of a mixture a sequence comes. No model reads it."""
-_COLUMNS = ("input_ids", "labels", "position_ids", *SCORES)
+_COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def open_sequences(run: Run) -> Sequences:
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
-    held_out = None if settings.eval_data is None else _held_out(run, contrast, needed, first.context)
+    of_weights = needed - {*TEACHER}  # an evaluation hears no teacher
+    held_out = None if settings.eval_data is None else _held_out(run, contrast, of_weights, first.context)
     if run.arguments.process_index == 0:  # the others would read and compare the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
@@ -162,7 +163,8 @@ def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], f
 
 def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
     """The rows without scores that no weight is made of."""
-    return rows.remove_columns([name for name in SCORES if name in rows.column_names and name not in needed])
+    others = {*SCORES, *TEACHER} - needed
+    return rows.remove_columns([name for name in rows.column_names if name in others])
 
 
 def _windows(source: Source) -> str:
@@ -348,8 +350,9 @@ class DataCollatorWithScores:
         """Make a batch.
 
         Args:
-            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and any of
-                `tokenweight.method.SCORES`. Masks of other tools are heard as by `tokenweight.data.load_rows`.
+            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids`, any of
+                `tokenweight.method.SCORES`, and the columns of a teacher. Masks of other tools are heard as by
+                `tokenweight.data.load_rows`.
 
         Raises:
             ValueError: if some have a column that others lack, or columns of one sequence differ in length or
@@ -377,6 +380,10 @@ class DataCollatorWithScores:
             for name in set(columns) & {*SCORES}:
                 values = torch.as_tensor(row[name], dtype=torch.float32)
                 batch[name].append(pack_bits(pad(values, (0, fill), value=torch.nan)))
+            for name in [name for name in TEACHER if name in columns]:
+                top = torch.as_tensor(np.array(list(row[name])))
+                top = pack_bits(top) if name == "teacher_logprobs" else top.int()
+                batch[name].append(pad(top, (0, 0, 0, fill)))
             batch["input_ids"].append(pad(tokens, (0, fill)))
             batch["labels"].append(pad(labels, (0, fill), value=-100))
         if all(SOURCE in row for row in features):

@@ -18,6 +18,7 @@ from tokenweight.train.arguments import (
     as_numbers,
     as_tokens,
     check_known,
+    distillation_arguments,
     extension_arguments,
     lora_arguments,
     trainer_field,
@@ -79,6 +80,9 @@ class TrainSettings:
     """Dtype of the weights. In bfloat16, small updates are rounded away; prefer --trainer.bf16 true."""
     attn_implementation: str | None = None
     """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
+    distill: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Distillation from a teacher, also as `--distill.weight 0.5`: weight, teacher ("stored" or a model), top_k, steps
+    (docs/train.md)."""
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of peft.LoraConfig, also as `--lora.r N`: train an adapter in place of the weights (docs/train.md)."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,6 +100,8 @@ class Run:
     """Arguments of `extend_context`, or nothing."""
     lora: dict[str, Any]
     """Fields of LoraConfig, or nothing."""
+    distill: dict[str, Any]
+    """Settings of the distillation, all of them, or nothing."""
     shares: dict[str, float]
     """The folders of the data, each with its share of the tokens that are trained on; the shares add up to 1."""
 
@@ -107,7 +113,8 @@ class Run:
     def columns(self, contrast: str | None = None) -> frozenset[str]:
         """The columns of the data that weights are made of, with that contrast in place of the one of the settings."""
         found = models.score_columns(self.weighting, contrast or self.settings.contrast or "trained")
-        return found if self.settings.scorer == "stored" else found & {"ref_nll"}
+        found = found if self.settings.scorer == "stored" else found & {"ref_nll"}
+        return found | {*models.TEACHER} if self.distill.get("teacher") == "stored" else found
 
     @property
     def scored(self) -> bool:
@@ -198,7 +205,8 @@ def resolve(settings: TrainSettings) -> Run:
             f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: a mixture has an order of its own, "
             "in which the shares of its folders hold: leave it out"
         )
-    run = Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
+    weighting, distill = method.parse_weighting(settings.weighting), distillation_arguments(settings.distill)
+    run = Run(settings, weighting, arguments, extension, lora, distill, shares)
     run.columns()  # raises for an unknown contrast
     counts_of(settings.scorer, run.weighting, settings.contrast)  # raises, too
     return run
@@ -221,6 +229,7 @@ def config_text(settings: TrainSettings) -> str:
         **as_settings(settings),
         "weighting": str(run.weighting),
         "extend": run.extension,
+        "distill": settings.distill,
         "lora": run.lora,
         "trainer": typed_arguments(settings.trainer),
     }
@@ -289,6 +298,7 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         "trainer": ((dict,), "fields of TrainingArguments"),
         "extend": ((dict,), "length, method and its settings"),
         "lora": ((dict,), "fields of LoraConfig"),
+        "distill": ((dict,), "weight, teacher, top_k and steps"),
         **dict.fromkeys(("contrast", "eval_data", "revision", "attn_implementation"), text),
     }
     for key, value in settings.items():

@@ -84,7 +84,7 @@ class WeightedTrainer(Trainer):
                 self.args.neftune_noise_alpha,
             )
         if (ranks := context_mesh(self.accelerator)) is not None:
-            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks, bound.contrast)
+            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks, bound.contrast, bound.distillation)
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
