@@ -1,5 +1,6 @@
 """Check the shapes in the signatures of the package while its tests run."""
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their processes: a thread each, set before torch
@@ -16,6 +17,11 @@ jaxtyping.install_import_hook("tokenweight", "checking.checked")
 # The same examples in every run, and no limit on the time that one takes: that would test the machine.
 hypothesis.settings.register_profile("tokenweight", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tokenweight")
+
+
+def pytest_collection_finish():
+    """What was imported is there to the end: each of the Trainer's calls of `gc.collect` would look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture
