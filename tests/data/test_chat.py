@@ -216,5 +216,16 @@ def test_chats_become_sequences_with_labels(short, tmp_path):
         prepare_rows(documents, tokenizer, 250, tmp_path / "other", short="drop", chat=True)
     with pytest.raises(ValueError, match="length 12: no answer ends within so many tokens in 4 conversations"):
         prepare_rows(documents, tokenizer, 12, tmp_path / "other", chat=True)
-    with pytest.raises(ValueError, match=r"^1: cannot be tokenized: .*chat.template"):
+    with pytest.raises(ValueError, match=r"^1: cannot be tokenized: .*chat.template.*; --skip_invalid leaves"):
         prepare_rows(documents[1:], trained_tokenizer(), 150, tmp_path / "other", chat=True)
+
+
+def test_conversations_that_the_template_cannot_render_are_left_out_and_counted_if_asked(tmp_path, caplog):
+    records = [TALK, conversation("Call", "Ishmael"), TALK]
+    documents = [Document(str(n), conversation_text(record)) for n, record in enumerate(records)]
+    tokenizer = chat_tokenizer(REWRITES)
+    summary = prepare_rows(documents, tokenizer, 250, tmp_path / "rows", chat=True, skip_invalid=True)
+    assert (summary.documents, summary.rows, summary.empty_documents) == (3, 1, 2)
+    assert str(summary).endswith("; invalid and left out: 2")
+    assert "left out, as are all such conversations: 0: cannot be tokenized: the chat template renders" in caplog.text
+    assert load_rows(tmp_path / "rows")[0]["document"] == "1"

@@ -94,6 +94,7 @@ class Prepare:
                 self.out,
                 short=self.short,
                 chat=self.chat,
+                skip_invalid=self.skip_invalid,
                 max_rows=self.max_rows,
                 num_proc=self.num_proc,
                 format=self.format,

@@ -48,6 +48,7 @@ class RowSummary:
                 f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'conversation')}, "
                 f"{self.predicted_tokens:,} of them in answers; longer than a row: {self.cut_documents:,} cut after an "
                 f"answer, {self.left_out_documents:,} left out ({self.dropped_tokens:,} tokens in no row)"
+                + (f"; invalid and left out: {self.empty_documents:,}" if self.empty_documents else "")
             )
         return (
             f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'document')}; "

@@ -61,6 +61,7 @@ def prepare_rows(
     *,
     short: str | None = None,
     chat: bool = False,
+    skip_invalid: bool = False,
     max_rows: int | None = None,
     num_proc: int = 1,
     format: str = "arrow",
@@ -84,6 +85,7 @@ def prepare_rows(
             each is a row of its own length, or "pack".
         chat: whether documents are conversations, as `read_documents(..., text_column=None)` reads them. Then `labels`
             are -100 but in answers (`chat_tokens`), and rows of at most `length` tokens hold whole ones (`ChatCutter`).
+        skip_invalid: leave out conversations that the template cannot render, rather than raise.
         max_rows: stop after so many.
         num_proc: processes that tokenize, beside this one; with 1, this one does. The rows are the same. The processes
             are spawned: a program that calls this does so under `if __name__ == "__main__"`.
@@ -101,7 +103,8 @@ def prepare_rows(
         raise ValueError(f"short {short}: expected {' or '.join(_SHORT[chat])} of {'chats' if chat else 'texts'}")
     _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
     settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
-    settings |= {"prefix": prefix, "suffix": suffix, "format": format, **({"chat": True} if chat else {})}
+    settings |= {"prefix": prefix, "suffix": suffix, "format": format}
+    settings |= {"chat": True, "skip_invalid": skip_invalid} if chat else {}
     if _is_complete(out, settings):
         return _summary(out)
     with _unfinished(out, settings) as folder:
@@ -122,7 +125,7 @@ def _make(
     """Write what is missing of the shards, and make a data set of them."""
     pack, chat = settings["short"] == "pack", "chat" in settings
     if chat:  # a template frames its conversations
-        cutter: Cutter = ChatCutter(settings["length"], [], [], pack=pack)
+        cutter: Cutter = ChatCutter(settings["length"], [], [], pack=pack, skip_invalid=settings["skip_invalid"])
     else:
         cutter = Cutter(settings["length"], settings["prefix"], settings["suffix"], pack=pack)
     with tokenizing(tokenizer, num_proc, chat=chat) as tokenize:

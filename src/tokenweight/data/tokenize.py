@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 # Processes that tokenize import this file, and nothing here that would make them load torch or `datasets`.
@@ -23,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 Text = tuple[str, str]
 """The name of a document, and its text: a `Document` is one."""
 Batches = Iterable[tuple[Sequence[Text], Any]]
-Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Int32[np.ndarray, "..."]], Any]]]
+Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Any], Any]]]
 """From batches of documents, each with whatever belongs to it, to their names, their tokens (of chats, beside their
-labels), and what belongs to it."""
+labels, or the error that says why there are none), and what belongs to it."""
 START_METHOD = "spawn"
 """Of processes that tokenize: a copy of this one would have its locks, but not the threads that hold them."""
 
@@ -148,13 +147,14 @@ _tokenizer: PreTrainedTokenizerBase | None = None
 _chat = False
 
 
-def _arrays_there(documents: Sequence[Text]) -> list[np.ndarray]:
+def _arrays_there(documents: Sequence[Text]) -> list[Any]:
     assert _tokenizer is not None
     return _arrays(_tokenizer, _chat, documents)
 
 
-def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[Text]) -> list[np.ndarray]:
-    """The tokens of each document. ValueError that names one that cannot be tokenized."""
+def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[Text]) -> list[Any]:
+    """The tokens of each document. ValueError that names one that cannot be tokenized; of a chat, which may be left
+    out, it stands in place of the tokens."""
 
     def arrays(texts: Sequence[str]) -> list[np.ndarray]:
         if not chat:
@@ -166,12 +166,15 @@ def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[
     try:
         return arrays([text for _, text in documents])
     except Exception:  # of tokenizers and templates: whatever they like
-        found: list[np.ndarray] = []
+        found: list[Any] = []
         for name, text in documents:  # which one was it?
             try:
                 found += arrays([text])
             except Exception as error:
-                raise ValueError(f"{name}: cannot be tokenized: {' '.join(str(error).split())}") from error
+                named = ValueError(f"{name}: cannot be tokenized: {' '.join(str(error).split())}")
+                if not chat:
+                    raise named from error
+                found.append(named)
         return found
 
 

@@ -1,6 +1,7 @@
 """Conversations as sequences: never cut within an answer or its context, alone or several to a sequence."""
 
 import bisect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +12,36 @@ from jaxtyping import Int32
 from tokenweight.data.packing import HELD_ROWS, Cutter, Piece
 from tokenweight.records import counted
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class ChatCutter(Cutter):
     """Makes sequences of at most `length` tokens of whole conversations, and counts.
 
     Each is a sequence of its own; with `pack`, the longest that fits joins others. A longer one ends with its last
-    answer that fits, so that every answer keeps all of its context; without such an answer it is left out.
+    answer that fits, so that every answer keeps all of its context; without such an answer it is left out. So is, with
+    `skip_invalid`, what the template could not render, with a warning of the first.
     """
 
-    def rows(self, document: str, tokens: Int32[np.ndarray, "tokens 2"]) -> Iterator[dict[str, Any]]:
-        """The rows that are full after this conversation, whose tokens stand beside their labels."""
+    skip_invalid: bool = False
+
+    def rows(self, document: str, tokens: Int32[np.ndarray, "tokens 2"] | ValueError) -> Iterator[dict[str, Any]]:
+        """The rows that are full after this conversation, whose tokens stand beside their labels, or why there are
+        none.
+
+        Raises:
+            ValueError: that one, unless such conversations are left out.
+        """
         count = self.summary
         count.documents += 1
+        if isinstance(tokens, ValueError):
+            if not self.skip_invalid:
+                raise ValueError(f"{tokens}; --skip_invalid leaves such conversations out")
+            if not count.empty_documents:
+                logger.warning("left out, as are all such conversations: %s", tokens)
+            count.empty_documents += 1
+            return
         count.longest_document = max(count.longest_document, len(tokens))
         count.dropped_tokens += len(tokens)
         kept = self._kept(tokens)
