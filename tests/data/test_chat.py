@@ -153,8 +153,12 @@ def test_what_holds_no_chat_is_refused_by_its_columns_or_left_out(tmp_path, capl
     with pytest.raises(ValueError, match=r"line 1: messages, message 2: the answer is empty.*; --skip_invalid leaves"):
         list(read_documents(sources, text_column=None))
     assert len(list(read_documents(sources, text_column=None, skip_invalid=True))) == 1
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.json")
+    sources = find_sources([str(tmp_path)], text_column=None)
+    assert len(list(read_documents(sources, text_column=None, skip_invalid=True))) == 1
     assert "left out 2 documents" in caplog.text
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    sources = find_sources([str(tmp_path / "a.jsonl")], text_column=None)
     with pytest.raises(ValueError, match=r"line 1: no chat: found text: expected messages, or prompt and completion"):
         list(read_documents(sources, text_column=None))
     (tmp_path / "a.txt").write_text("a")

@@ -297,6 +297,10 @@ def test_an_adapter_costs_less_than_all_weights(place, capsys):
         (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0: expected a number"),
         (["--model", "blank", "--length", "64", "--num_gpus", "0"], "num_gpus 0: expected at least 1"),
         (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored, self, base"),
+        (
+            ["--model", "blank", "--length", "64", "--distill.weight", "0.5", "--distill.teacher", "other"],
+            "distill.teacher 'other': expected stored",
+        ),
         (["--model", "blank", "--length", "64", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["--model", "blank", "--length", "64", "--dtype", "small"], "dtype 'small': expected float32"),
         (["--model", "blank", "--length", "64", "--trainer.max_step", "1"], "did you mean 'max_steps'?"),

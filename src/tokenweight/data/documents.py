@@ -58,6 +58,10 @@ class ColumnError(ValueError):
     """The column of texts is missing, or holds something else: mostly another one was meant."""
 
 
+class _InvalidChat(ValueError):
+    """A record has the columns of a chat, but no conversation in them: its file is one of records all the same."""
+
+
 class Document(NamedTuple):
     """One text; `name` says where it came from: a file, or a file and its line."""
 
@@ -202,7 +206,9 @@ def _kind(path: Path, text_column: str | None) -> str | None:
         return "parquet" if path.suffix.lower() == suffix else None
     if suffix in TABLE_SUFFIXES and _holds(_header(path), text_column):
         return "table"
-    if suffix in LINE_SUFFIXES or (suffix in _PERHAPS_LINES and isinstance(_first(path, text_column), Document)):
+    if suffix in LINE_SUFFIXES or (
+        suffix in _PERHAPS_LINES and isinstance(_first(path, text_column), (Document, _InvalidChat))
+    ):
         return "lines"
     return "text" if suffix in TEXT_SUFFIXES and text_column is not None else None
 
@@ -408,7 +414,7 @@ def _of_record(record: Any, name: str, where: str, text_column: str | None) -> D
         try:
             return Document(name, conversation_text({column: record[column] for column in chat_columns(record)}))
         except ValueError as error:
-            return ValueError(f"{where}: {error}")
+            return _InvalidChat(f"{where}: {error}")
     text = record[text_column]
     if not isinstance(text, str):
         if text_column in CHAT_COLUMNS and isinstance(text, list):

@@ -176,6 +176,10 @@ class _Recipe:
             raise ValueError(
                 f"scorer {settings.scorer!r}: expected stored, self, base or count: only these can be planned"
             )
+        if settings.distill.get("teacher", "stored") != "stored":
+            raise ValueError(
+                f"distill.teacher {settings.distill['teacher']!r}: expected stored: no other can be planned"
+            )
         dtype = getattr(torch, settings.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
