@@ -17,6 +17,7 @@ import models
 COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
 COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
+    "attention": {"loss from 0 to 32", "loss from 224 to 256", "CPU time"},
     "count": {"tokens per second", "tokens per second / tiny random Llama"},
     "evaluation": {"time", "time / forward passes"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
