@@ -262,8 +262,8 @@ class Growth(Bench):
     def run_long(self) -> None:
         """Measure one step of each kind at each length."""
         lengths, context = self.long_lengths, ShortContext(self.size, self.stride)
-        sizes = {"hidden_size": 32, "intermediate_size": 96, "vocab_size": 4096, "num_hidden_layers": 1}
-        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+        sizes = {"hidden_size": 16, "intermediate_size": 48, "vocab_size": 4096, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
         if self.quick:
             lengths, context, sizes["vocab_size"] = (128, 256), ShortContext(32, 24), 256
         report = self.report("length")
