@@ -82,6 +82,9 @@ def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
+        assert subprocess.run([*command, "--long"], cwd=tmp_path).returncode == 0
+        load("growth").draw_long_figure(tmp_path / "rows.csv", tmp_path / "length")
+        assert (tmp_path / "length.svg").stat().st_size > 1000
     if name == "loss":
         assert_memory_of_full_logits(tmp_path / "rows.csv")
 
