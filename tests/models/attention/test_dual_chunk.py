@@ -95,6 +95,14 @@ def test_a_cache_continues_what_it_holds():
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens[:, :13]).logits)
 
 
+def test_generated_tokens_are_those_of_whole_reads():
+    model, tokens = with_dual_chunk(models.tiny(), SETTINGS), models.some_tokens(1, 13)
+    asked = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(tokens, **asked)
+    best = model(written).logits.argmax(dim=-1)
+    assert torch.equal(written[:, 13:], best[:, 12:-1])
+
+
 def test_few_queries_at_a_time_are_all_of_them(monkeypatch):
     model, tokens = with_dual_chunk(models.tiny(), SETTINGS), models.some_tokens(2, LENGTH)
     expected = token_nll(model, tokens)

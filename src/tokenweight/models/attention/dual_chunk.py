@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from tokenweight.models.attention.pieces import Scores, chunked, masked
 from tokenweight.models.causal import causal_parts, evaluating
 from tokenweight.models.rope import ANY_LENGTH, context_length, has_rotary, is_rotary, rope_depends_on_length
+from tokenweight.records import token_count
 
 _NAMED = "attention dual-chunk: "
 
@@ -48,6 +49,10 @@ class DualChunk:
     mscale: float = 0.0
     """Queries and keys are multiplied by 1 + mscale ln(n / positions) in documents of n > positions tokens. The
     authors' code has 0.05, their paper nothing."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mscale < math.inf:
+            raise ValueError(f"{_NAMED}mscale={self.mscale}: expected a finite number from 0")
 
     def __str__(self) -> str:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -105,7 +110,7 @@ def parse_attention(text: str) -> DualChunk:
         ValueError: for another name, or a setting that is unknown or no number.
     """
     name, _, rest = text.partition(":")
-    known: dict[str, Callable[[str], float]] = {"chunk": int, "local": int, "mscale": float}
+    known: dict[str, Callable[[str], float]] = {"chunk": token_count, "local": token_count, "mscale": float}
     expected = "expected dual-chunk, or dual-chunk:chunk=...,local=...,mscale=..."
     settings: dict[str, Any] = {}
     for part in rest.split(",") if rest else []:
@@ -118,8 +123,6 @@ def parse_attention(text: str) -> DualChunk:
             raise ValueError(f"attention {text!r}: {key} is {value!r}: expected a number") from None
     if name != "dual-chunk":
         raise ValueError(f"attention {text!r}: {expected}")
-    if not 0 <= settings.get("mscale", 0) < math.inf:
-        raise ValueError(f"attention {text!r}: mscale is {settings['mscale']}: expected a finite number from 0")
     return DualChunk(**settings)
 
 
