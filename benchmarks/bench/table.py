@@ -174,6 +174,48 @@ def growth_table(results: Results) -> list[str]:
     return lines
 
 
+def length_table(results: Results) -> list[str]:
+    over = "peak memory over model and gradients per token"
+    seconds, held, planned = (
+        by_length(results, metric, "length")
+        for metric in ("CPU time of a step", f"{over}, freed memory given back", f"{over}, by plan")
+    )
+    model = re.split(", 1 x", results.all_settings("length")[0])[0]
+    model = re.sub(r"(\d+) wide, (\d+) words", r"hidden size \1, vocabulary \2", model)
+    lines = [
+        f"One step on a long sequence ({model}): KiB per token, in brackets by `plan`, and seconds of one core:",
+        "",
+        f"| sequence length | {' | '.join(held)} |",
+        "|" + "---|" * (len(held) + 1),
+    ]
+    for length in next(iter(held.values())):
+        cells = []
+        for kind in held:
+            plan = f" ({planned[kind][length]:.2f})" if kind in planned else ""
+            cells.append(f"{held[kind][length]:.2f}{plan}, {seconds[kind][length]:.0f} s")
+        lines.append(f"| {length:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def attention_table(results: Results) -> list[str]:
+    lines = []
+    for x in results.all_settings("attention"):
+        metrics = dict.fromkeys(key[2] for key in results.rows if (key[0], key[3]) == ("attention", x))
+        bins = [metric for metric in metrics if metric.startswith("loss")]
+        edges = (map(int, re.findall("[0-9]+", metric)) for metric in bins)
+        lines += [
+            f"Loss by position, nats ({x}):",
+            "",
+            f"| tokens | {' | '.join(f'{start:,} to {stop:,}' for start, stop in edges)} |",
+            "|" + "---|" * (len(bins) + 1),
+        ]
+        for way in results.implementations("attention", x):
+            losses = (results.value("attention", way, metric, x) for metric in bins)
+            lines.append(f"| {way} | {' | '.join(f'{loss:.2f}' for loss in losses)} |")
+        lines.append("")
+    return lines[:-1]
+
+
 def precision_table(results: Results) -> list[str]:
     weights = {
         "mean change of a weight, dense": "mean change of a weight, dense .75",
@@ -263,6 +305,8 @@ MAKERS = {
     "gpu": gpu_table,
     "reference": reference_table,
     "growth": growth_table,
+    "length": length_table,
+    "attention": attention_table,
     "scoring": corpus_table,
     "evaluation": evaluation_table,
     "precision": precision_table,

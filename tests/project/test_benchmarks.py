@@ -17,6 +17,7 @@ import models
 COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
 COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
+    "attention": {"loss from 0 to 32", "loss from 224 to 256", "CPU time"},
     "count": {"tokens per second", "tokens per second / tiny random Llama"},
     "evaluation": {"time", "time / forward passes"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
@@ -82,6 +83,9 @@ def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
+        assert subprocess.run([*command, "--long"], cwd=tmp_path).returncode == 0
+        load("growth").draw_long_figure(tmp_path / "rows.csv", tmp_path / "length")
+        assert (tmp_path / "length.svg").stat().st_size > 1000
     if name == "loss":
         assert_memory_of_full_logits(tmp_path / "rows.csv")
 

@@ -42,7 +42,9 @@ from tokenweight.models import (
     load_config,
     load_model,
     own_device,
+    parse_attention,
     tokenizer_fingerprint,
+    with_dual_chunk,
 )
 from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
 
@@ -101,7 +103,7 @@ def evaluate(
         record = _record(task, settings, folder / _WEIGHTS, lambda done: progress(done, total))
         write_json(folder / "eval.json", record)
         table = read_table(record)
-        grid = grid_markdown([(model["model"], model.get("probe_grid", [])) for model in record["models"]])
+        grid = grid_markdown([(_title(model), model.get("probe_grid", [])) for model in record["models"]])
         (folder / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
         (folder / "table.csv").write_text(csv_text(table), encoding="utf-8")
     return record
@@ -211,6 +213,9 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
     check_tokens(config, *contents.token_range, settings.data)
     positions = context_length(config)
     probe = max(plan.probe_lengths, default=0)
+    if plan.attention is not None:
+        parse_attention(plan.attention).of(config)
+        positions = None
     for what, length in (("data: sequences", plan.length), ("probe_lengths: probes", probe)):
         if positions is not None and length > positions:
             raise ValueError(
@@ -259,7 +264,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
     models = (task.earlier["models"] if task.earlier else []) + models
     judge = {**judge, "weights_sha256": checksum(path)}
     _check_samples(models)
-    table = compare([(model["model"], _measures(model)) for model in models], seed=settings.seed)
+    table = compare([(_title(model), _measures(model)) for model in models], seed=settings.seed)
     return {
         "data": str(settings.data),
         "haystack": None if settings.haystack is None else str(settings.haystack),
@@ -272,6 +277,11 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
         "comparison": [[entry._asdict() for entry in row] for row in table],
         "environment": environment(),
     }
+
+
+def _title(model: dict[str, Any]) -> str:
+    """The name of a model in tables: the same model may be compared with itself, attending in another way."""
+    return model["model"] if model.get("attention") is None else f"{model['model']}, {model['attention']}"
 
 
 def _measures(model: dict[str, Any]) -> list[Measure]:
@@ -306,7 +316,10 @@ def _measured(
         model = load_model(name, dtype=task.plan.dtype, attn_implementation=task.plan.attn_implementation).to(
             own_device()
         )
-        found = identity(model, name)
+        found = {**identity(model, name), "attention": None}
+        if task.plan.attention is not None:
+            attention = parse_attention(task.plan.attention).of(model.config)
+            model, found["attention"] = with_dual_chunk(model, attention), str(attention)
         if finds:
             judge = (
                 found

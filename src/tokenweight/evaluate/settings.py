@@ -66,6 +66,8 @@ class EvalSettings:
     """Dtype the models are loaded in."""
     attn_implementation: str | None = None
     """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
+    attention: str | None = None
+    """Attention beyond the length of the models: dual-chunk, or dual-chunk:chunk=6144,local=1024 (docs/evaluate.md)."""
     max_tokens: Tokens = 32768
     """Tokens read in one forward pass; halved when memory runs out."""
 
@@ -99,6 +101,8 @@ class EvalPlan:
     seed: int
     dtype: str
     attn_implementation: str | None
+    attention: str | None
+    """How the models that are measured now attend; it may differ between those that are compared."""
 
     @property
     def half(self) -> int:
@@ -106,8 +110,9 @@ class EvalPlan:
         return self.length // 2
 
     def comparable(self) -> dict[str, Any]:
-        """What two evaluations must have in common to be compared: all of it, and of the haystack a checksum."""
+        """What two evaluations must have in common to be compared: all but attention; of the haystack, a checksum."""
         settings = asdict(self)
+        del settings["attention"]
         text = settings.pop("haystack")
         settings["haystack_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
         return settings
@@ -148,6 +153,7 @@ def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
         seed=settings.seed,
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
+        attention=settings.attention,
     )
 
 

@@ -1,3 +1,6 @@
+from .attention import DualChunk as DualChunk
+from .attention import parse_attention as parse_attention
+from .attention import with_dual_chunk as with_dual_chunk
 from .bind import WeightedLossOutput as WeightedLossOutput
 from .bind import load_weighting_state as load_weighting_state
 from .bind import weighting_state as weighting_state
