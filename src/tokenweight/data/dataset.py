@@ -20,7 +20,7 @@ from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
 from tokenweight.method import SCORES, Weighting, divergence_kind
 from tokenweight.models import SCORE_OPTIONS, TEACHER
-from tokenweight.records import read_json, replaced, writing_to
+from tokenweight.records import make_folder, read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
 _SIZED = ("short_nll", "divergence")
@@ -111,7 +111,7 @@ def _of_parquet(folder: Path, files: Sequence[str]) -> datasets.Dataset:
     """The rows of Parquet files, one file after the other, from a file in the cache that is mapped into memory."""
     path = _cache(folder, kind="-parquet")
     with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with locked(path, wait=True):
         if not path.is_file():
             _write_arrow([folder / name for name in files], path)

@@ -30,7 +30,7 @@ from tokenweight.data.shards import (
     unlock,
 )
 from tokenweight.data.tokenize import Tokenize, special_tokens, tokenizing
-from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
+from tokenweight.records import differences, make_folder, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
@@ -174,7 +174,7 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
     folder = out.with_name(f"{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     note = folder / "rows.json"
     with locked(note) as alone:
         if not alone:

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.records import reached, read_json, remove_abandoned, replaced, write_json, writing_to
+from tokenweight.records import (
+    Held,
+    Lease,
+    leased,
+    reached,
+    read_json,
+    remove_abandoned,
+    replaced,
+    write_json,
+    writing_to,
+)
 
 FORMATS = ("arrow", "parquet")
 """Of shards, and the suffixes of their names: the first are mapped into memory, the second are what others read."""
@@ -135,23 +144,19 @@ def strip_note(path: Path, *names: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process is the only one that makes the file at `path`; the lock ends with the process, however."""
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        yield False
-        return
-    except NotImplementedError:  # a file system without locks: the worst is work done twice, under two names
-        yield True
-        return
-    try:
-        reached("locked", path)
-        for name in (path.name, _note(path).name):
-            remove_abandoned(path.parent, f".{name}.*[0-9]")
-        yield True
-    finally:
-        lock.release()
+    """Whether this process is the only one that makes the file at `path`: as `shard_lease`."""
+    with shard_lease(path, wait=wait) as lease:
+        yield bool(lease)
+
+
+@contextlib.contextmanager
+def shard_lease(path: Path, *, wait: bool = False) -> Iterator[Lease | Held]:
+    """`leased`, of a file with a note: what dead processes have left of both is removed."""
+    with leased(path, wait=wait) as lease:
+        if isinstance(lease, Lease):
+            for name in (path.name, _note(path).name):
+                remove_abandoned(path.parent, f".{name}.*[0-9]", lease.dead)
+        yield lease
 
 
 def check_name(folder: Path) -> None:
@@ -164,7 +169,7 @@ def check_name(folder: Path) -> None:
 
 
 def unlock(folder: Path) -> None:
-    """Remove the files of locks, when nothing is left to be made in the folder."""
+    """Remove the leases of dead processes, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
         reached("unlock", lock)
         lock.unlink(missing_ok=True)
