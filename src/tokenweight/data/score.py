@@ -29,6 +29,7 @@ from tokenweight.data.shards import (
     shard_lease,
     unlock,
 )
+from tokenweight.data.stores import local_folder
 from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
@@ -130,7 +131,7 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    (rows, contents), made = open_rows(folder), read_provenance(folder)
+    (rows, contents), made = open_rows(folder), read_provenance(local_folder(folder))
     role = _role({"as_reference": as_reference, "top_k": top_k})
     if role is not None:
         sizes = ",".join(str(context.size) for context in contexts or ())

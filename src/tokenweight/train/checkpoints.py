@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from tokenweight.data import remote_url
 from tokenweight.models import any_process, load_weighting_state, weighting_state
 from tokenweight.records import read_json, sync, sync_tree, write_json
 
@@ -123,6 +124,8 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         ValueError: if there is no such checkpoint, it is not whole or is damaged, or the run would write into the
             folder of another.
     """
+    if (url := remote_url(out)) is not None:
+        raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
     given = arguments.resume_from_checkpoint
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out}: is a file; name a new folder")
@@ -142,7 +145,7 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         if damage := _damage(Path(given), arguments):
             raise ValueError(f"trainer.resume_from_checkpoint {given}: {damage}; expected another one, or true")
         return _with_state(Path(given))
-    broken = []
+    broken: list[str] = []
     for folder in _checkpoints(out):
         damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is not whole"
         if not damage:
