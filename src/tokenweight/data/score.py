@@ -29,7 +29,7 @@ from tokenweight.data.shards import (
     shard_lease,
     unlock,
 )
-from tokenweight.data.stores import local_folder
+from tokenweight.data.stores import local_folder, remote_url
 from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
@@ -144,7 +144,8 @@ def score_folder(
     task = _Task(model_name, folder, rows, contents, made, contexts, max_tokens, options, loading)
     scorer, provenance = _by_model(task, announce) if count_scorer(model_name) is None else _by_counts(task)
     provenance = _beside(provenance if top_k is None else {**provenance, "top_k": top_k}, made, role)
-    provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
+    source = remote_url(folder) or str(folder)
+    provenance |= {"rows": source, "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)

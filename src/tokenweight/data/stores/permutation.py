@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Permutation(Sequence[int]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, place):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, place: Any) -> Any:
         """The number at a place, or a list of those at a slice of places."""
         if isinstance(place, slice):
             return self._at(np.arange(*place.indices(self.length), dtype=np.uint64)).tolist()
