@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("tokenweight")
 
 
 def pytest_collection_finish():
-    """What was imported is there to the end: each of the Trainer's calls of `gc.collect` would look through it again."""
+    """What was imported is there to the end: each `gc.collect` of the Trainer would look through it again."""
     gc.freeze()
 
 

@@ -32,6 +32,7 @@ SLOW_METRICS = {
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "instructions": {"loss of the answer", "mean loss of the code", "mean digits of the code found"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
+    "opening": {"bytes", "bytes / a tenth", "time", "time / a tenth"},
     "processes": {"tokens per second", "tokens per second / prepare --num_proc 1", "CPU time / all CPU time"},
     "reference": {
         *(

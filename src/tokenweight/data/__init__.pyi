@@ -37,6 +37,11 @@ from .scored_row import score_text as score_text
 from .scored_row import score_texts as score_texts
 from .shards import checksum as checksum
 from .shards import verify as verify
+from .stores import Permutation as Permutation
+from .stores import local_folder as local_folder
+from .stores import remote_url as remote_url
+from .stores import stream_rows as stream_rows
+from .stores import upload as upload
 from .tokenize import special_tokens as special_tokens
 from .tokenize import text_prefix as text_prefix
 from .tokenize import text_tokens as text_tokens

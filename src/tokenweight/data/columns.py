@@ -39,9 +39,9 @@ def is_score(column: str) -> bool:
 
 def check_types(rows: datasets.Dataset, folder: Any) -> None:
     """Raise a ValueError that names a column of another type than expected, or one that would be ignored though it
-    changes what a row means. Other columns with a value for each token are warned of. One row is read.
+    changes what a row means. Other columns with a value for each token are warned of: of those one row is read.
     """
-    first, unused = rows[0], []
+    unused = []
     for name, kind in ((field.name, field.type) for field in rows.features.arrow_schema):
         values = _element(_element(kind)) if name in BESIDE[1:] else _element(kind)
         ints = values is not None and pa.types.is_integer(values)
@@ -59,8 +59,10 @@ def check_types(rows: datasets.Dataset, folder: Any) -> None:
                 f"{folder} has a column {name}, which is not read: expected what it says in labels (-100 where nothing "
                 "is trained) or position_ids (from 0 in each document), or rows without it"
             )
-        if numbers and len(first[name] or ()) == len(first["input_ids"] or ()) > 1:
-            unused.append(name)
+        if numbers:
+            first = rows.select_columns([name, "input_ids"])[0]
+            if len(first[name] or ()) == len(first["input_ids"] or ()) > 1:
+                unused.append(name)
     if unused:
         logger.warning("%s has values for each token that are not used: %s", folder, ", ".join(unused))
 

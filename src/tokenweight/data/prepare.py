@@ -30,11 +30,13 @@ from tokenweight.data.shards import (
     unlock,
 )
 from tokenweight.data.tokenize import Tokenize, special_tokens, tokenizing
-from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
+from tokenweight.records import differences, make_folder, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
-"""Tokens of a shard: what is cut again, at most, after an interruption."""
+"""Tokens of a shard: what is cut again, at most, after an interruption. More once `MAX_SHARDS` are there."""
+MAX_SHARDS = 1000
+"""Of this size; those that follow hold a thousandth of all tokens before them, each."""
 BATCH_CHARACTERS = 1 << 22
 """Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
 _TOKENS = pa.list_(pa.int32())
@@ -174,7 +176,7 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
     folder = out.with_name(f"{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     note = folder / "rows.json"
     with locked(note) as alone:
         if not alone:
@@ -209,10 +211,11 @@ def _write_shards(folder: Path, source: "_Read", tokenize: Tokenize, cutter: Cut
     for number in itertools.count(num_shards):
         if (table := next(tables, None)) is None:
             return
+        full = max(SHARD_TOKENS, cutter.summary.tokens // MAX_SHARDS)
         with new_shard(folder / _name(number, settings["format"]), schema) as (file, note):
             while table is not None:
                 file.write(table)
-                table = next(tables, None) if file.contents.tokens < SHARD_TOKENS else None
+                table = next(tables, None) if file.contents.tokens < full else None
             note.update(source=source.taken, cutter=cutter.state())
 
 

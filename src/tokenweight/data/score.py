@@ -26,8 +26,10 @@ from tokenweight.data.shards import (
     locked,
     new_shard,
     read_note,
+    shard_lease,
     unlock,
 )
+from tokenweight.data.stores import local_folder, remote_url
 from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
@@ -45,7 +47,17 @@ from tokenweight.models import (
     numbered_from,
     own_device,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import (
+    Lease,
+    LeaseLost,
+    differences,
+    environment,
+    make_folder,
+    pauses,
+    read_json,
+    read_provenance,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 20
@@ -119,7 +131,7 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    (rows, contents), made = open_rows(folder), read_provenance(folder)
+    (rows, contents), made = open_rows(folder), read_provenance(local_folder(folder))
     role = _role({"as_reference": as_reference, "top_k": top_k})
     if role is not None:
         sizes = ",".join(str(context.size) for context in contexts or ())
@@ -132,7 +144,8 @@ def score_folder(
     task = _Task(model_name, folder, rows, contents, made, contexts, max_tokens, options, loading)
     scorer, provenance = _by_model(task, announce) if count_scorer(model_name) is None else _by_counts(task)
     provenance = _beside(provenance if top_k is None else {**provenance, "top_k": top_k}, made, role)
-    provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
+    source = remote_url(folder) or str(folder)
+    provenance |= {"rows": source, "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
@@ -341,39 +354,51 @@ def _score_missing(
     progress: Callable[[int, int], object],
     check: Callable[[range], object],
 ) -> int:
-    """Score the shards that are neither there nor in another process's hands, and return their number of tokens."""
+    """Score the shards that are neither there nor in a living process's hands, and return their number of tokens."""
     schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
-    total, new = sum(int(lengths[shard].sum()) for _, shard in ours), 0
-    for file, shard in ours:
-        with locked(file) as alone:
-            if not alone or _is_whole(file):  # another process is at it, or was
-                progress(int(lengths[shard].sum()), total)
-                continue
-            check(range(int(shard[0]), int(shard[-1]) + 1))
-            batches = _batches(shard, lengths, scorer.max_tokens)
-            new += _write_shard(file, schema, rows, batches, scorer, lambda done: progress(done, total))
+    total, new, left = sum(int(lengths[shard].sum()) for _, shard in ours), 0, ours
+    for _ in pauses():
+        unknown = []  # those of processes on other hosts, until they are seen to live or to be dead
+        for file, shard in left:
+            with shard_lease(file) as lease:
+                if not isinstance(lease, Lease) and not lease.alive and not file.is_file():
+                    unknown.append((file, shard))
+                elif not isinstance(lease, Lease) or _is_whole(file):  # another process is at it, or was
+                    progress(int(lengths[shard].sum()), total)
+                else:
+                    check(range(int(shard[0]), int(shard[-1]) + 1))
+                    batches = _batches(shard, lengths, scorer.max_tokens)
+                    new += _write_shard(lease, schema, rows, batches, scorer, lambda done: progress(done, total))
+        left = unknown
+        if not left:
+            break
     return new
 
 
 def _write_shard(
-    file: Path,
+    lease: Lease,
     schema: pa.Schema,
     rows: datasets.Dataset,
     batches: Iterator[np.ndarray],
     scorer: RowScorer,
     progress: Callable[[int], object],
 ) -> int:
-    """Score the batches of one shard, and return its number of tokens."""
-    with new_shard(file, schema) as (written, note):
-        note["differences"], before = {}, scorer.groups
-        for batch in batches:
-            table, totals = _scored(rows, batch, scorer)
-            written.write(table)
-            _add(note["differences"], totals)
-            progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
-        if scorer.groups != before:
-            note["groups"] = [after - known for after, known in zip(scorer.groups, before)]
-    return note["tokens"]
+    """Score the batches of one shard, and return its number of tokens: 0 if another process has taken it over."""
+    try:
+        with new_shard(lease.path, schema) as (written, note):
+            note["differences"], before = {}, scorer.groups
+            for batch in batches:
+                table, totals = _scored(rows, batch, scorer)
+                lease.check()
+                written.write(table)
+                _add(note["differences"], totals)
+                progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+            if scorer.groups != before:
+                note["groups"] = [after - known for after, known in zip(scorer.groups, before)]
+        return note["tokens"]
+    except LeaseLost as error:
+        logger.warning("%s, since nothing was heard of this one: it is left to that", error)
+        return 0
 
 
 def process_share(shard: str | None) -> tuple[int, int]:
@@ -409,7 +434,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     if out.exists() and any(not file.name.startswith(".") for file in out.iterdir()) and not path.is_file():
         raise ValueError(f"out {out}: exists and holds no scores; name a new folder")
     if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with locked(path, wait=True):
             if not path.is_file():
                 write_json(path, provenance)

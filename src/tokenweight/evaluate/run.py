@@ -16,6 +16,7 @@ from tokenweight.data import (
     Contents,
     check_predicted,
     checksum,
+    local_folder,
     open_rows,
     row_lengths,
     scan_contents,
@@ -128,7 +129,9 @@ def _open(settings: EvalSettings) -> _Task:
     aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
     readers = [name for name in loaded if aligned is None or name != evaluator]
     tokenizer = _common_tokenizer(readers, settings)
-    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
+    rows = Rows(
+        data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(local_folder(settings.data)))
+    )
     for name in readers:
         _check_model(name, settings, plan, rows, contents)
         _warn_of_training_data(name, settings, contents)
@@ -180,7 +183,7 @@ def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTraine
 
 def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTokenizerBase | None:
     """The tokenizer of all models that have one; it must be the same, and that of the data."""
-    provenance = read_provenance(settings.data)
+    provenance = read_provenance(local_folder(settings.data))
     found = {name: tokenizer for name in names if (tokenizer := find_tokenizer(name)) is not None}
     for name, tokenizer in found.items():
         check_tokenizer(tokenizer, name, provenance, settings.data)

@@ -18,10 +18,12 @@ from torch.utils.data import Dataset, Sampler
 from tokenweight.data import (
     TRANSLATED,
     Contents,
+    Permutation,
     check_contrast,
     check_divergence,
     choose_scores,
     has_scores,
+    local_folder,
     open_rows,
     row_lengths,
     translated,
@@ -35,6 +37,8 @@ from tokenweight.train.settings import Run
 logger = logging.getLogger(__name__)
 SOURCE = "tokenweight_source"
 """The column that says from which folder of a mixture a sequence comes. No model reads it."""
+LISTED = 1 << 20
+"""Sequences of which torch may make a list to shuffle them; of more, `Drawn` makes none."""
 _COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
 
 
@@ -124,7 +128,9 @@ def open_sequences(run: Run) -> Sequences:
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
             _check_scores(run.weighting, contrast, scores, folder)
-        sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
+        sources.append(
+            Source(folder, _without(rows, needed), contents, {**read_provenance(local_folder(folder)), **scores})
+        )
     first = sources[0]
     for source in sources[1:] if needed else ():
         if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
@@ -145,7 +151,7 @@ def _contrast(run: Run) -> str:
     if run.settings.contrast is not None or not run.weighting.uses_short:  # the loss is that of the trained model
         return run.settings.contrast or "trained"
     stored = run.settings.scorer == "stored"
-    own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
+    own = stored and any(read_provenance(local_folder(folder)).get("contrast") == "scorer" for folder in run.shares)
     return "scorer" if own or run.counts is not None else "trained"
 
 
@@ -183,7 +189,12 @@ def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)
     rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
-    return Source(folder, _without(rows, needed if scores else set()), contents, {**read_provenance(folder), **scores})
+    return Source(
+        folder,
+        _without(rows, needed if scores else set()),
+        contents,
+        {**read_provenance(local_folder(folder)), **scores},
+    )
 
 
 class Mixture(Dataset):
@@ -259,6 +270,19 @@ class InOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.epoch() * len(self)
         return iter(range(first, first + len(self)))
+
+
+class Drawn(Sampler[int]):
+    """Very many sequences in an order that is not kept: in each epoch one of its own. `epoch` tells its number."""
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(Permutation(self.length, [self.seed, self.epoch()]))
 
 
 class HeldOut(Dataset):

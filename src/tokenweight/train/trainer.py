@@ -14,7 +14,7 @@ import accelerate
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
@@ -23,7 +23,7 @@ from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes
 from tokenweight.train.records import FinishedRun
-from tokenweight.train.sequences import SOURCE, HeldOut, InOrder, Mixture, name_row
+from tokenweight.train.sequences import LISTED, SOURCE, Drawn, HeldOut, InOrder, Mixture, name_row
 from tokenweight.train.statistics import HeldOutLosses, WeightStatistics
 
 logger = logging.getLogger(__name__)
@@ -131,11 +131,15 @@ class WeightedTrainer(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer does; a mixture has an order of its own."""
+        """As the Trainer does; a mixture has an order of its own, and very many sequences one that is not listed."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, Mixture):
             return InOrder(rows, lambda: int(self.state.epoch or 0))
-        return super()._get_train_sampler(train_dataset)
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler or len(sampler) <= LISTED:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Drawn(len(sampler), seed, lambda: int(self.state.epoch or 0))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
