@@ -110,3 +110,20 @@ def test_of_two_that_take_over_at_once_one_has_the_lease(hosts, monkeypatch):
     monkeypatch.setattr(leases.os, "open", open_)
     assert hosts.look() == Held(alive=False)
     assert faster
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_who_has_to_know_waits_until_the_other_host_is_seen_to_live_or_is_taken_for_dead(lives, hosts, monkeypatch):
+    hosts.held_by("there")
+    begun = hosts.clock
+
+    def sleep(seconds):
+        hosts.clock += seconds
+        if lives and hosts.clock > begun + RENEWAL:
+            os.utime(hosts.path.with_name(".a.lock"), (hosts.clock, hosts.clock))
+
+    monkeypatch.setattr(leases.time, "sleep", sleep)
+    with leased(hosts.path, known=True) as found:
+        assert bool(found) != lives
+        assert lives == (isinstance(found, Held) and found.alive)
+    assert hosts.clock - begun == pytest.approx(RENEWAL if lives else EXPIRY, abs=RENEWAL / 10)

@@ -178,7 +178,7 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     folder = out.with_name(f"{out.name}.unfinished")
     make_folder(folder)
     note = folder / "rows.json"
-    with locked(note) as alone:
+    with locked(note, known=True) as alone:
         if not alone:
             raise ValueError(f"out {out}: another process is making it")
         remove_abandoned(folder, ".rows-*")

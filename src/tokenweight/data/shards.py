@@ -143,16 +143,16 @@ def strip_note(path: Path, *names: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[bool]:
     """Whether this process is the only one that makes the file at `path`: as `shard_lease`."""
-    with shard_lease(path, wait=wait) as lease:
+    with shard_lease(path, wait=wait, known=known) as lease:
         yield bool(lease)
 
 
 @contextlib.contextmanager
-def shard_lease(path: Path, *, wait: bool = False) -> Iterator[Lease | Held]:
+def shard_lease(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[Lease | Held]:
     """`leased`, of a file with a note: what dead processes have left of both is removed."""
-    with leased(path, wait=wait) as lease:
+    with leased(path, wait=wait, known=known) as lease:
         if isinstance(lease, Lease):
             for name in (path.name, _note(path).name):
                 remove_abandoned(path.parent, f".{name}.*[0-9]", lease.dead)

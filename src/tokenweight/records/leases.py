@@ -78,7 +78,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def leased(path: Path, *, wait: bool = False) -> Iterator[Lease | Held]:
+def leased(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[Lease | Held]:
     """The lease of the file at `path`, or `Held` if another process has it.
 
     Of a holder on another host nothing is known at first: it is dead if this is asked again and again for `EXPIRY`
@@ -86,9 +86,11 @@ def leased(path: Path, *, wait: bool = False) -> Iterator[Lease | Held]:
 
     Args:
         wait: until it can be had.
+        known: wait until it can be had, or its holder was seen to be alive.
     """
     for _ in pauses():
-        if (found := _taken(path)) or not wait:
+        found = _taken(path)
+        if isinstance(found, Lease) or not (wait or (known and not found.alive)):
             break
     try:
         if found:
