@@ -265,9 +265,9 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     finally:
         for hook in hooks:
             hook.remove()
-    if sum(read) > tokens.numel():
+    if max(read, default=0) > tokens.numel():
         raise ValueError(
-            f"{name} is not supported: its output head reads {sum(read) / tokens.numel():g} states of each token, as "
+            f"{name} is not supported: its output head reads {max(read) / tokens.numel():g} states of each token, as "
             "to predict several tokens ahead, and only the next one would be weighted: expected one"
         )
     if not plain:
