@@ -1,0 +1,299 @@
+"""Tables and figures of `miniature.py`: recall far away against the loss of plain text, each arm beside uniform weights.
+
+    python benchmarks/evidence/frontier.py runs/extension runs/scratch
+
+writes frontier.md, frontier.svg and frontier.png into the first folder, scratch.md, scratch.svg and scratch.png into
+the second.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tokenweight.view import write_figure
+
+BINS = ((128, 192), (192, 320), (320, 449))
+"""Distances of far answers; a measure is the mean over bins."""
+REFERENCE = 0.05
+"""Plain loss above that of uniform weights up to which a frontier is measured, in nats."""
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5 % quantile of Student's t by degrees of freedom."""
+FAMILIES = {
+    "uniform, by learning rate": ("uniform", "#333333", "-"),
+    "dense": ("dense", "#1f5a92", "-"),
+    "expected dense": ("expected-dense", "#1f5a92", "--"),
+    "gain": ("gain", "#f59132", "-"),
+    "expected gain (KL)": ("expected-gain", "#f59132", "--"),
+    "bounded gain": ("bounded", "#8a4a12", "-"),
+    "expected bounded gain (TV)": ("expected-bounded", "#8a4a12", "--"),
+    "count": ("count", "#69a8de", "-"),
+    "expected count (KL)": ("expected-count", "#69a8de", "--"),
+}
+"""Name -> what the names of its arms begin with, followed by their strengths; and the look of its line."""
+PAIRS = [(FAMILIES[f"expected {name}"][0], FAMILIES[plain][0]) for plain, name in (
+    ("dense", "dense"), ("gain", "gain (KL)"), ("bounded gain", "bounded gain (TV)"), ("count", "count (KL)")
+)]  # fmt: skip
+Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
+
+
+def read_runs(folder: Path) -> Runs:
+    """The records of all arms by unit, but those of units in which an arm is missing."""
+    records = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    found: Runs = {}
+    for record in records:
+        found.setdefault(record["arm"], {})[tuple(record["unit"])] = record
+    names = list(json.loads((folder / "settings.json").read_text())["arms"])
+    whole = [unit for unit in found.get("uniform", {}) if all(unit in found.get(name, {}) for name in names)]
+    return {name: {unit: found[name][unit] for unit in sorted(whole)} for name in names}
+
+
+def measures(measured: dict[str, Any], bins: Sequence[tuple[int, int]] = BINS) -> dict[str, float]:
+    """The measures of one run: of answers the means over bins of distance, of plain tokens the means."""
+    distance, older, loss, right = (np.array(measured[key]) for key in ("distance", "older", "loss", "right"))
+    found = {}
+    for name, chosen in (("last", older > 0), ("only", older == 0)):
+        cells = [chosen & (distance >= low) & (distance < high) for low, high in bins]
+        found[f"far_{name}"] = statistics.fmean(float(loss[cell].mean()) for cell in cells if cell.any())
+        found[f"far_{name}_right"] = statistics.fmean(float(right[cell].mean()) for cell in cells if cell.any())
+    near = distance < bins[0][0]
+    found["near"] = float(loss[near].mean()) if near.any() else math.nan
+    short, beyond = (np.array(measured[key]).sum(axis=0) for key in ("short", "beyond"))
+    found |= {"short": short[0] / short[1], "beyond": beyond[0] / beyond[1] if beyond[1] else math.nan}
+    return found | {"plain": (short[0] + beyond[0]) / (short[1] + beyond[1])}
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean of values, one of each unit, and half the width of its 95 % interval by Student's t."""
+    values = list(values)
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    width = T95[min(len(values) - 1, len(T95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), width
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (price, loss), less of both being better, those that no other dominates, by price."""
+    kept: list[tuple[float, float]] = []
+    for price, loss in sorted(points):
+        if not kept or loss < kept[-1][1]:
+            kept.append((price, loss))
+    return kept
+
+
+def at_price(points: Iterable[tuple[float, float]], price: float) -> float:
+    """The loss of a frontier at a price: linear between its points, that of its nearest end beyond them."""
+    prices, losses = zip(*front(points))
+    return float(np.interp(price, prices, losses))
+
+
+def hypervolume(points: Iterable[tuple[float, float]], price: float, loss: float) -> float:
+    """The area that points dominate, up to a price and a loss."""
+    total, height = 0.0, loss
+    for one, other in front(points):
+        if one < price and other < height:
+            total += (price - one) * (height - other)
+            height = other
+    return total
+
+
+class Extension:
+    """The runs of an extension, as measures of every arm in every unit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs = read_runs(folder)
+        self.of = {
+            arm: {unit: measures(record["measured"]) for unit, record in own.items()} for arm, own in self.runs.items()
+        }
+        self.units = list(self.of["uniform"])
+
+    def changes(self, arm: str, key: str) -> list[float]:
+        """A measure of an arm beside uniform weights, of each unit."""
+        return [self.of[arm][unit][key] - self.of["uniform"][unit][key] for unit in self.units]
+
+    def family(self, begins: str) -> list[str]:
+        """The arms of a family: its name alone, or with a strength."""
+        return [arm for arm in self.of if arm.rstrip("0123456789.x").rstrip("-") == begins]
+
+    def points(self, arms: Iterable[str], unit: tuple[int, ...]) -> list[tuple[float, float]]:
+        """(plain loss, loss of far answers) of arms in a unit."""
+        return [(self.of[arm][unit]["plain"], self.of[arm][unit]["far_last"]) for arm in arms]
+
+    def gains(self, arm: str) -> list[float]:
+        """By how much an arm is below the frontier of uniform weights at its own price, of each unit."""
+        found, uniform = [], self.family("uniform")
+        for unit in self.units:
+            ((price, loss),) = self.points([arm], unit)
+            found.append(at_price(self.points(uniform, unit), price) - loss)
+        return found
+
+    def volumes(self, arms: Sequence[str]) -> list[float]:
+        """What arms dominate, of each unit, together with uniform weights at the same rate."""
+        found = []
+        for unit in self.units:
+            ((price, loss),) = self.points(["uniform"], unit)
+            found.append(hypervolume(self.points([*arms, "uniform"], unit), price + REFERENCE, loss))
+        return found
+
+
+def cell(values: Sequence[float], form: str = "{:+.3f}") -> str:
+    """Mean and interval; a star where it leaves out 0."""
+    mean, width = interval(values)
+    star = "\\*" if abs(mean) > width else ""
+    return f"{form.format(mean)}{star} ± {form.format(width).lstrip('+')}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
+    """What docs/evidence.md shows of the extension."""
+    base = {key: statistics.fmean(found.of["uniform"][unit][key] for unit in found.units) for key in ("far_last",
+            "far_last_right", "far_only", "far_only_right", "near", "short", "beyond")}  # fmt: skip
+    head = ["arm", "far loss", "far accuracy", "short", "beyond", "gain at equal price", "time"]
+    uniform = [f"{base[key]:.3f}" for key in ("far_last", "far_last_right", "short", "beyond")]
+    rows = [["uniform", *uniform, "", "1.00"]]
+    for arm in found.of:
+        if arm == "uniform":
+            continue
+        own = [cell(found.changes(arm, key)) for key in ("far_last", "far_last_right", "short", "beyond")]
+        spent = [found.runs[arm][unit]["seconds"] / found.runs["uniform"][unit]["seconds"] for unit in found.units]
+        rows.append([arm, *own, cell(found.gains(arm)), f"{statistics.median(spent):.2f}"])
+    volumes = []
+    for proper, plain in PAIRS:
+        arms = found.family(proper), found.family(plain)
+        if all(arms):
+            of_both = [found.volumes(one) for one in arms]
+            more = [a - b for a, b in zip(*of_both)]
+            shown = [f"{1000 * statistics.fmean(one):.2f}" for one in of_both]
+            volumes.append([proper, *shown, cell([1000 * v for v in more], "{:+.2f}"), signs(more)])
+    predicted = [
+        [arm, "∞" if math.isinf(one := statistics.fmean(values)) else f"{one:.4f}", cell(found.changes(arm, "beyond"))]
+        for arm, values in prices.items()
+    ]
+    return "\n".join(
+        [
+            f"{len(found.units)} units; uniform: answers that were stated once {base['far_only_right']:.3f} right.\n",
+            table(head, rows),
+            table(["expected form", "its area", "that of the plain form", "more", "units with more"], volumes),
+            table(["arm", "predicted price", "measured"], predicted),
+        ]
+    )
+
+
+def signs(values: Sequence[float]) -> str:
+    """How many values are above 0."""
+    return f"{sum(value > 0 for value in values)} of {len(values)}"
+
+
+def frontier_figure(found: Extension) -> Figure:
+    """Change of the far loss against the change of the plain loss, with intervals; a line for each family."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, (begins, color, line) in FAMILIES.items():
+        arms = found.family(begins)
+        points = sorted((interval(found.changes(arm, "plain")), interval(found.changes(arm, "far_last"))) for arm in arms)
+        if points:
+            x, y = zip(*((price[0], loss[0]) for price, loss in points))
+            errors = {"xerr": [p[1] for p, _ in points], "yerr": [loss[1] for _, loss in points]}
+            look = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "elinewidth": 0.4}
+            axes.errorbar(x, y, label=name, **errors, **look)
+    for arm in ("sparse", "longce", "ppmi", "exact", "random", "oracle"):
+        for own in found.family(arm):
+            x, y = (statistics.fmean(found.changes(own, key)) for key in ("plain", "far_last"))
+            if x < 0.1:
+                axes.annotate(own, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
+                axes.plot([x], [y], marker="x", color="#8d959e", linestyle="")
+    axes.set_xlabel("plain text: loss above uniform weights (nats)")
+    axes.set_ylabel("far answers: loss above uniform weights (nats)")
+    axes.set_xlim(-0.02, 0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e6ea", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def curve(record: dict[str, Any], accuracy: Callable[[dict[str, Any]], float]) -> list[tuple[int, float]]:
+    """(step, accuracy of the answers) of a run from scratch."""
+    return [(one["step"], accuracy(one)) for one in record["curve"]]
+
+
+def recall(measured: dict[str, Any]) -> float:
+    """The share of answers that are right."""
+    return float(np.mean(measured["right"]))
+
+
+def steps_to_half(points: Sequence[tuple[int, float]]) -> int | None:
+    """The first step that was measured at which half of the answers are right."""
+    return next((step for step, right in points if right >= 0.5), None)
+
+
+def scratch_tables(runs: Runs) -> str:
+    """What docs/evidence.md shows of training from scratch."""
+    units = list(runs["uniform"])
+    rows = []
+    for arm, own in runs.items():
+        halves = [steps_to_half(curve(own[unit], recall)) for unit in units]
+        last = [recall(own[unit]["measured"]) for unit in units]
+        change = [plain(own[unit]) - plain(runs["uniform"][unit]) for unit in units]
+        spent = [own[unit]["seconds"] / runs["uniform"][unit]["seconds"] for unit in units]
+        rows.append(
+            [
+                arm,
+                ", ".join("–" if step is None else f"{step:,}" for step in halves),
+                ", ".join(f"{one:.2f}" for one in last),
+                "" if arm == "uniform" else cell(change),
+                f"{statistics.median(spent):.2f}",
+            ]
+        )
+    return table(["arm", "steps until half is recalled, by seed", "recall at the end", "noise", "time"], rows)
+
+
+def plain(record: dict[str, Any]) -> float:
+    """The mean loss of plain tokens."""
+    return measures(record["measured"], [(1, 1 << 30)])["plain"]
+
+
+def scratch_figure(runs: Runs) -> Figure:
+    """Recall by step, a thin line for each seed."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colors = ("#333333", "#b8bec6", "#1f5a92", "#69a8de", "#8a4a12", "#f59132", "#2e8b57", "#8d959e", "#c03060")
+    for (arm, own), color in zip(runs.items(), colors):
+        for number, record in enumerate(own.values()):
+            axes.plot(*zip(*curve(record, recall)), color=color, linewidth=1, label=arm if number == 0 else None)
+    axes.set(xlabel="steps", ylabel="answers that are right", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e6ea", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def main(folders: Sequence[str]) -> None:
+    """Write the tables and figures of folders of runs."""
+    for folder in map(Path, folders):
+        if json.loads((folder / "settings.json").read_text())["pretrain"] is None:
+            runs = read_runs(folder)
+            text, figure, name = scratch_tables(runs), scratch_figure(runs), "scratch"
+        else:
+            from price import predicted_prices
+
+            found = Extension(folder)
+            text, figure = extension_tables(found, predicted_prices(folder, found.units)), frontier_figure(found)
+            name = "frontier"
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        write_figure(figure, folder / name)
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
