@@ -40,6 +40,7 @@ FAMILIES = {
 PAIRS = [(FAMILIES[f"expected {name}"][0], FAMILIES[plain][0]) for plain, name in (
     ("dense", "dense"), ("gain", "gain (KL)"), ("bounded gain", "bounded gain (TV)"), ("count", "count (KL)")
 )]  # fmt: skip
+KEYS = ("far", "far_right", "far_last_right", "far_only_right", "near", "short", "beyond")
 Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
 
 
@@ -62,6 +63,8 @@ def measures(measured: dict[str, Any], bins: Sequence[tuple[int, int]] = BINS) -
         cells = [chosen & (distance >= low) & (distance < high) for low, high in bins]
         found[f"far_{name}"] = statistics.fmean(float(loss[cell].mean()) for cell in cells if cell.any())
         found[f"far_{name}_right"] = statistics.fmean(float(right[cell].mean()) for cell in cells if cell.any())
+    for key in ("far", "far_right"):
+        found[key] = statistics.fmean(found[key.replace("far", f"far_{name}")] for name in ("last", "only"))
     near = distance < bins[0][0]
     found["near"] = float(loss[near].mean()) if near.any() else math.nan
     short, beyond = (np.array(measured[key]).sum(axis=0) for key in ("short", "beyond"))
@@ -123,7 +126,7 @@ class Extension:
 
     def points(self, arms: Iterable[str], unit: tuple[int, ...]) -> list[tuple[float, float]]:
         """(plain loss, loss of far answers) of arms in a unit."""
-        return [(self.of[arm][unit]["plain"], self.of[arm][unit]["far_last"]) for arm in arms]
+        return [(self.of[arm][unit]["plain"], self.of[arm][unit]["far"]) for arm in arms]
 
     def gains(self, arm: str) -> list[float]:
         """By how much an arm is below the frontier of uniform weights at its own price, of each unit."""
@@ -157,34 +160,35 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
     """What docs/evidence.md shows of the extension."""
-    base = {key: statistics.fmean(found.of["uniform"][unit][key] for unit in found.units) for key in ("far_last",
-            "far_last_right", "far_only", "far_only_right", "near", "short", "beyond")}  # fmt: skip
+    base = {key: statistics.fmean(found.of["uniform"][unit][key] for unit in found.units) for key in KEYS}
     head = ["arm", "far loss", "far accuracy", "short", "beyond", "gain at equal price", "time"]
-    uniform = [f"{base[key]:.3f}" for key in ("far_last", "far_last_right", "short", "beyond")]
+    uniform = [f"{base[key]:.3f}" for key in ("far", "far_right", "short", "beyond")]
     rows = [["uniform", *uniform, "", "1.00"]]
     for arm in found.of:
         if arm == "uniform":
             continue
-        own = [cell(found.changes(arm, key)) for key in ("far_last", "far_last_right", "short", "beyond")]
+        own = [cell(found.changes(arm, key)) for key in ("far", "far_right", "short", "beyond")]
         spent = [found.runs[arm][unit]["seconds"] / found.runs["uniform"][unit]["seconds"] for unit in found.units]
         rows.append([arm, *own, cell(found.gains(arm)), f"{statistics.median(spent):.2f}"])
     volumes = []
     for proper, plain in PAIRS:
-        arms = found.family(proper), found.family(plain)
-        if all(arms):
+        own = {arm.removeprefix(proper) for arm in found.family(proper)}
+        both = sorted(own & {arm.removeprefix(plain) for arm in found.family(plain)})
+        arms = [f"{proper}{end}" for end in both], [f"{plain}{end}" for end in both]
+        if both:
             of_both = [found.volumes(one) for one in arms]
             more = [a - b for a, b in zip(*of_both)]
             shown = [f"{1000 * statistics.fmean(one):.2f}" for one in of_both]
-            volumes.append([proper, *shown, cell([1000 * v for v in more], "{:+.2f}"), signs(more)])
+            volumes.append([f"{proper}, {len(both)}", *shown, cell([1000 * v for v in more], "{:+.2f}"), signs(more)])
     predicted = [
         [arm, "∞" if math.isinf(one := statistics.fmean(values)) else f"{one:.4f}", cell(found.changes(arm, "beyond"))]
         for arm, values in prices.items()
     ]
     return "\n".join(
         [
-            f"{len(found.units)} units; uniform: answers that were stated once {base['far_only_right']:.3f} right.\n",
+            f"{len(found.units)} units; uniform: {base['far_last_right']:.3f} of far answers with older values are right, {base['far_only_right']:.3f} of others.\n",
             table(head, rows),
-            table(["expected form", "its area", "that of the plain form", "more", "units with more"], volumes),
+            table(["expected form, strengths", "its area", "that of the plain form", "more", "units with more"], volumes),
             table(["arm", "predicted price", "measured"], predicted),
         ]
     )
@@ -201,7 +205,7 @@ def frontier_figure(found: Extension) -> Figure:
     axes = figure.subplots()
     for name, (begins, color, line) in FAMILIES.items():
         arms = found.family(begins)
-        points = sorted((interval(found.changes(arm, "plain")), interval(found.changes(arm, "far_last"))) for arm in arms)
+        points = sorted((interval(found.changes(arm, "plain")), interval(found.changes(arm, "far"))) for arm in arms)
         if points:
             x, y = zip(*((price[0], loss[0]) for price, loss in points))
             errors = {"xerr": [p[1] for p, _ in points], "yerr": [loss[1] for _, loss in points]}
@@ -209,7 +213,7 @@ def frontier_figure(found: Extension) -> Figure:
             axes.errorbar(x, y, label=name, **errors, **look)
     for arm in ("sparse", "longce", "ppmi", "exact", "random", "oracle"):
         for own in found.family(arm):
-            x, y = (statistics.fmean(found.changes(own, key)) for key in ("plain", "far_last"))
+            x, y = (statistics.fmean(found.changes(own, key)) for key in ("plain", "far"))
             if x < 0.1:
                 axes.annotate(own, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
                 axes.plot([x], [y], marker="x", color="#8d959e", linestyle="")

@@ -86,7 +86,7 @@ class Experiment:
     units: list[list[int]]
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
-    """Name -> `weighting`; `scorer`: self, original, count or oracle; `rate`: a factor."""
+    """Name -> `weighting`; `scorer`: self, original, count or oracle; `rate`: a factor; `base`: another."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
@@ -133,8 +133,8 @@ class Bench:
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **self.experiment.model))
 
-    def begun(self, seed: int) -> LlamaForCausalLM:
-        """The model that every arm of a unit begins with: pretrained, with the rotary base of the extension."""
+    def begun(self, seed: int, base: float | None = None) -> LlamaForCausalLM:
+        """The model that every arm of a unit begins with: pretrained, with a rotary base, that of the extension."""
         if self.experiment.pretrain is None:
             return self.new_model(seed)
         model, path = self.new_model(seed), self.out / f"pretrained-{self._fingerprint()}-{seed}.pt"
@@ -142,7 +142,7 @@ class Bench:
             torch.save(self._pretrained(seed).state_dict(), path.with_suffix(".unfinished"))
             path.with_suffix(".unfinished").rename(path)
         model.load_state_dict(torch.load(path))
-        parameters = {**model.config.rope_parameters, "rope_theta": self.experiment.base}
+        parameters = {**model.config.rope_parameters, "rope_theta": base or self.experiment.base}
         config = LlamaConfig(**{**model.config.to_dict(), "rope_parameters": parameters})
         extended = LlamaForCausalLM(config)
         extended.load_state_dict(model.state_dict())
@@ -248,7 +248,7 @@ def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) ->
     path = bench.out / "runs" / f"{label}.json"
     if path.is_file():
         return
-    model = bound(bench, arm, bench.begun(unit[0]))
+    model = bound(bench, arm, bench.begun(unit[0], arm.get("base")))
     columns, begun = bench.columns(arm, rows, str(unit)), time.process_time()
     torch.manual_seed(unit[1])  # for weights that are drawn
     done, curve, spent = [], [], 0.0
