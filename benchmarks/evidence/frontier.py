@@ -1,4 +1,4 @@
-"""Tables and figures of `miniature.py`: recall far away against the loss of plain text, each arm beside uniform weights.
+"""Tables and figures of `miniature.py`: recall far away against the loss of plain text, beside uniform weights.
 
     python benchmarks/evidence/frontier.py runs/extension runs/scratch
 
@@ -37,9 +37,8 @@ FAMILIES = {
     "expected count (KL)": ("expected-count", "#69a8de", "--"),
 }
 """Name -> what the names of its arms begin with, followed by their strengths; and the look of its line."""
-PAIRS = [(FAMILIES[f"expected {name}"][0], FAMILIES[plain][0]) for plain, name in (
-    ("dense", "dense"), ("gain", "gain (KL)"), ("bounded gain", "bounded gain (TV)"), ("count", "count (KL)")
-)]  # fmt: skip
+PAIRS = [(f"expected-{name}", name) for name in ("dense", "gain", "bounded", "count")]
+"""What the names of arms of an expected form and of its plain form begin with."""
 KEYS = ("far", "far_right", "far_last_right", "far_only_right", "near", "short", "beyond")
 Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
 
@@ -161,37 +160,46 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
     """What docs/evidence.md shows of the extension."""
     base = {key: statistics.fmean(found.of["uniform"][unit][key] for unit in found.units) for key in KEYS}
+    shown = ("far", "far_right", "short", "beyond")
     head = ["arm", "far loss", "far accuracy", "short", "beyond", "gain at equal price", "time"]
-    uniform = [f"{base[key]:.3f}" for key in ("far", "far_right", "short", "beyond")]
-    rows = [["uniform", *uniform, "", "1.00"]]
+    rows = [["uniform", *(f"{base[key]:.3f}" for key in shown), "", "1.00"]]
     for arm in found.of:
-        if arm == "uniform":
-            continue
-        own = [cell(found.changes(arm, key)) for key in ("far", "far_right", "short", "beyond")]
-        spent = [found.runs[arm][unit]["seconds"] / found.runs["uniform"][unit]["seconds"] for unit in found.units]
-        rows.append([arm, *own, cell(found.gains(arm)), f"{statistics.median(spent):.2f}"])
-    volumes = []
-    for proper, plain in PAIRS:
-        own = {arm.removeprefix(proper) for arm in found.family(proper)}
-        both = sorted(own & {arm.removeprefix(plain) for arm in found.family(plain)})
-        arms = [f"{proper}{end}" for end in both], [f"{plain}{end}" for end in both]
-        if both:
-            of_both = [found.volumes(one) for one in arms]
-            more = [a - b for a, b in zip(*of_both)]
-            shown = [f"{1000 * statistics.fmean(one):.2f}" for one in of_both]
-            volumes.append([f"{proper}, {len(both)}", *shown, cell([1000 * v for v in more], "{:+.2f}"), signs(more)])
+        if arm != "uniform":
+            own = [cell(found.changes(arm, key)) for key in shown]
+            rows.append([arm, *own, cell(found.gains(arm)), f"{time_over_uniform(found.runs, arm):.2f}"])
     predicted = [
         [arm, "∞" if math.isinf(one := statistics.fmean(values)) else f"{one:.4f}", cell(found.changes(arm, "beyond"))]
         for arm, values in prices.items()
     ]
     return "\n".join(
         [
-            f"{len(found.units)} units; uniform: {base['far_last_right']:.3f} of far answers with older values are right, {base['far_only_right']:.3f} of others.\n",
+            f"{len(found.units)} units. Of uniform's far answers {base['far_only_right']:.3f} were right where the "
+            f"value was stated once, and {base['far_last_right']:.3f} where others were before.\n",
             table(head, rows),
-            table(["expected form, strengths", "its area", "that of the plain form", "more", "units with more"], volumes),
-            table(["arm", "predicted price", "measured"], predicted),
+            table(["expected form", "strengths", "area", "plain form's", "more", "units"], areas(found)),
+            table(["arm", "predicted", "measured"], predicted),
         ]
     )
+
+
+def areas(found: Extension) -> list[list[str]]:
+    """For each expected form, what it dominates beside its plain form at the same strengths, in nats² / 1000."""
+    rows = []
+    for proper, plain_form in PAIRS:
+        own = {arm.removeprefix(proper) for arm in found.family(proper)}
+        both = sorted(own & {arm.removeprefix(plain_form) for arm in found.family(plain_form)})
+        if both:
+            of_both = [found.volumes([f"{name}{end}" for end in both]) for name in (proper, plain_form)]
+            more = [1000 * (a - b) for a, b in zip(*of_both)]
+            shown = [f"{1000 * statistics.fmean(one):.2f}" for one in of_both]
+            strengths = ", ".join(end.removeprefix("-") for end in both)
+            rows.append([proper, strengths, *shown, cell(more, "{:+.2f}"), signs(more)])
+    return rows
+
+
+def time_over_uniform(runs: Runs, arm: str) -> float:
+    """The processor time of an arm beside that of uniform weights, the median over units."""
+    return statistics.median(runs[arm][unit]["seconds"] / runs["uniform"][unit]["seconds"] for unit in runs[arm])
 
 
 def signs(values: Sequence[float]) -> str:
@@ -249,14 +257,13 @@ def scratch_tables(runs: Runs) -> str:
         halves = [steps_to_half(curve(own[unit], recall)) for unit in units]
         last = [recall(own[unit]["measured"]) for unit in units]
         change = [plain(own[unit]) - plain(runs["uniform"][unit]) for unit in units]
-        spent = [own[unit]["seconds"] / runs["uniform"][unit]["seconds"] for unit in units]
         rows.append(
             [
                 arm,
-                ", ".join("–" if step is None else f"{step:,}" for step in halves),
+                ", ".join("never" if step is None else f"{step:,}" for step in halves),
                 ", ".join(f"{one:.2f}" for one in last),
                 "" if arm == "uniform" else cell(change),
-                f"{statistics.median(spent):.2f}",
+                f"{time_over_uniform(runs, arm):.2f}",
             ]
         )
     return table(["arm", "steps until half is recalled, by seed", "recall at the end", "noise", "time"], rows)

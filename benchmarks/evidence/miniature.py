@@ -116,7 +116,7 @@ class Bench:
         self.experiment, self.out = experiment, out
         kind = TextWorld if "parts" in experiment.world else NoiseWorld
         self.world: Any = kind(**experiment.world)
-        self._columns: dict[str, Tensor] = {}
+        self._counted: tuple[str, dict[str, Tensor]] = ("", {})
 
     def rows(self, part: str, stage: Stage, num: int, seed: int) -> Rows:
         """Rows of a part of the world."""
@@ -171,13 +171,12 @@ class Bench:
             return {"divergence": torch.as_tensor(rows.distance > 0).float()}
         if arm.get("scorer") != "count":
             return {}
-        if self._columns.get("unit") != name:
+        if self._counted[0] != name:
             scorer = CountScorer(order=3, vocab_size=self.world.vocab_size)
             found = [scorer(part, self.experiment.context) for part in torch.as_tensor(rows.tokens).split(512)]
             columns = ("long_nll", "short_nll", "divergence")
-            self._columns = {key: torch.cat([getattr(one, key) for one in found]) for key in columns}
-            self._columns["unit"] = name
-        return {key: value for key, value in self._columns.items() if key != "unit"}
+            self._counted = name, {key: torch.cat([getattr(one, key) for one in found]) for key in columns}
+        return self._counted[1]
 
 
 def steps(

@@ -59,7 +59,7 @@ def price(weights: Tensor, long: Tensor) -> Tensor:
 
 @torch.no_grad()
 def both_losses(model: torch.nn.Module, tokens: Tensor, experiment: Experiment) -> tuple[Tensor, Tensor]:
-    """-log p of every token of the vocabulary at positions 1 and later of a row, with the long and the short context."""
+    """-log p of all tokens of the vocabulary at positions 1 and later of a row, with the long and the short context."""
     long = -model(input_ids=tokens[None]).logits[0, :-1].double().log_softmax(dim=1)
     short = long.clone()  # in the first window
     for start, first, stop in sliding_windows(len(tokens), experiment.size, experiment.stride):
@@ -69,7 +69,7 @@ def both_losses(model: torch.nn.Module, tokens: Tensor, experiment: Experiment) 
 
 
 def predicted_prices(folder: Path, units: Sequence[tuple[int, ...]]) -> dict[str, list[float]]:
-    """For each arm that scores itself, of each unit, the price of its optimum at plain tokens beyond the short context."""
+    """For each arm that scores itself, of each unit, the price of its optimum at plain tokens beyond `size`."""
     given = json.loads((folder / "settings.json").read_text())
     stages = {name: Stage(**given[name]) for name in ("train", "pretrain")}
     experiment = Experiment(**{**given, **stages, "units": []})

@@ -1,4 +1,4 @@
-"""The small experiments: facts stand where they are said to, arms differ in their weights alone, tables follow rules."""
+"""The small experiments: facts stand where they are said to, arms can be read and resumed, tables follow the rules."""
 
 import dataclasses
 import itertools
@@ -56,7 +56,9 @@ def test_an_answer_is_the_value_of_its_attribute_that_was_stated_last(worlds, sh
         marked = [place for place, far in enumerate(distance) if far]
         assert marked == [place + 2 for place, token in enumerate(tokens) if token == ask]
         assert [place for place in range(64) if not plain[place]] == [
-            place for place in range(64) if any(tokens[one] in (fact, ask) for one in range(max(0, place - 2), place + 1))
+            place
+            for place in range(64)
+            if any(tokens[one] in (fact, ask) for one in range(max(0, place - 2), place + 1))
         ]
     assert found > 100
     assert several > 50
@@ -98,9 +100,9 @@ def test_a_frontier_is_what_no_other_point_dominates_and_its_area_that_of_its_st
     assert frontier.front(points) == [(0.1, 3.0), (0.2, 2.0), (0.4, 1.0)]
     assert frontier.at_price(points, 0.3) == pytest.approx(1.5)
     assert (frontier.at_price(points, 0.0), frontier.at_price(points, 9.0)) == (3.0, 1.0)
-    grid = list(itertools.product(np.arange(0.0005, 0.5, 0.001), np.arange(0.005, 4, 0.01)))
+    grid = list(itertools.product(np.arange(0.005, 0.5, 0.01), np.arange(0.05, 4, 0.1)))
     inside = sum(any(x > a and y > b for a, b in points) for x, y in grid)
-    assert frontier.hypervolume(points, 0.5, 4.0) == pytest.approx(inside * 0.001 * 0.01, rel=0.01)
+    assert frontier.hypervolume(points, 0.5, 4.0) == pytest.approx(inside * 0.01 * 0.1, rel=0.03)
     assert frontier.hypervolume([(0.6, 1.0), (0.1, 5.0)], 0.5, 4.0) == 0
 
 
