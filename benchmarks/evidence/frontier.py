@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,23 +250,36 @@ def steps_to_half(points: Sequence[tuple[int, float]]) -> int | None:
 
 
 def scratch_tables(runs: Runs) -> str:
-    """What docs/evidence.md shows of training from scratch."""
+    """What docs/evidence.md shows of training from scratch; a run that never recalls half counts as one step more."""
     units = list(runs["uniform"])
+    halves = {arm: [steps_to_half(curve(own[unit], recall)) for unit in units] for arm, own in runs.items()}
+    last = {arm: [record["curve"][-1]["step"] for record in own.values()] for arm, own in runs.items()}
+    steps = {arm: [half or end + 1 for half, end in zip(own, last[arm])] for arm, own in halves.items()}
+    noise = {arm: [plain(own[unit]) for unit in units] for arm, own in runs.items()}
     rows = []
     for arm, own in runs.items():
-        halves = [steps_to_half(curve(own[unit], recall)) for unit in units]
-        last = [recall(own[unit]["measured"]) for unit in units]
-        change = [plain(own[unit]) - plain(runs["uniform"][unit]) for unit in units]
         rows.append(
             [
                 arm,
-                ", ".join("never" if step is None else f"{step:,}" for step in halves),
-                ", ".join(f"{one:.2f}" for one in last),
-                "" if arm == "uniform" else cell(change),
+                ", ".join("never" if step is None else f"{step:,}" for step in halves[arm]),
+                "" if arm == "uniform" else cell(differences(steps, arm, "uniform"), "{:+,.0f}"),
+                ", ".join(f"{recall(own[unit]['measured']):.2f}" for unit in units),
+                f"{statistics.fmean(noise[arm]):.3f}" if arm == "uniform" else cell(differences(noise, arm, "uniform")),
                 f"{time_over_uniform(runs, arm):.2f}",
             ]
         )
-    return table(["arm", "steps until half is recalled, by seed", "recall at the end", "noise", "time"], rows)
+    head = ["arm", "steps until half is recalled, by unit", "beside uniform", "recall at the end", "noise", "time"]
+    beside = [
+        [proper, form, cell(differences(steps, proper, form), "{:+,.0f}"), cell(differences(noise, proper, form))]
+        for proper, form in (("expected-count-.5", "count-.5"), ("expected-gain-.5", "dense-.75"))
+        if proper in runs and form in runs
+    ]
+    return table(head, rows) + "\n" + table(["arm", "beside", "steps", "noise"], beside)
+
+
+def differences(values: Mapping[str, Sequence[float]], arm: str, other: str) -> list[float]:
+    """Of each unit, by how much the value of an arm is above that of another."""
+    return [a - b for a, b in zip(values[arm], values[other])]
 
 
 def plain(record: dict[str, Any]) -> float:

@@ -51,10 +51,10 @@ def weights_of_all(weighting: Weighting, long: Tensor, short: Tensor, targets: T
 
 
 def price(weights: Tensor, long: Tensor) -> Tensor:
-    """KL(p || q) at each position, in nats."""
+    """KL(p || q) at each position, in nats; infinite, too, where all weights are 0, and nothing is learned."""
     p = (-long).exp()
     total = (p * weights).sum(dim=1).log()
-    return total - (p * weights.log()).where(p > 1e-7, 0).sum(dim=1)
+    return (total - (p * weights.log()).where(p > 1e-7, 0).sum(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @torch.no_grad()
