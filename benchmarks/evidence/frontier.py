@@ -173,13 +173,21 @@ def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(found.units)} units. Of uniform's far answers {base['far_only_right']:.3f} were right where the "
-            f"value was stated once, and {base['far_last_right']:.3f} where others were before.\n",
+            f"{made(found.runs)} {len(found.units)} units. Of uniform's far answers {base['far_only_right']:.3f} were "
+            f"right where the value was stated once, {base['far_last_right']:.3f} where others were before.\n",
             table(head, rows),
             table(["expected form", "strengths", "area", "plain form's", "more", "units"], areas(found)),
             table(["arm", "predicted", "measured"], predicted),
         ]
     )
+
+
+def made(runs: Runs) -> str:
+    """On what, with what, and of which commit and day the first run was made."""
+    record = next(iter(runs["uniform"].values()))["environment"]
+    names = ("python", "torch", "transformers", "tokenweight")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in names)
+    return f"{record['device']}; {versions}; commit {record['commit']}; {record['date'][:10]}."
 
 
 def areas(found: Extension) -> list[list[str]]:
@@ -274,7 +282,7 @@ def scratch_tables(runs: Runs) -> str:
         for proper, form in (("expected-count-.5", "count-.5"), ("expected-gain-.5", "dense-.75"))
         if proper in runs and form in runs
     ]
-    return table(head, rows) + "\n" + table(["arm", "beside", "steps", "noise"], beside)
+    return f"{made(runs)}\n\n" + table(head, rows) + "\n" + table(["arm", "beside", "steps", "noise"], beside)
 
 
 def differences(values: Mapping[str, Sequence[float]], arm: str, other: str) -> list[float]:
