@@ -106,9 +106,13 @@ bench: $(READY)
 tables: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
 
-# 50 minutes on two cores. Interrupted and made again, it goes on.
+# The two small experiments of docs/evidence.md, then their tables and figures; SEEDS: units of each at most.
+# Interrupted and made again, it goes on.
+SEEDS ?= 3
 evidence: $(READY)
-	$(BIN)/python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
+	$(BIN)/python benchmarks/evidence/miniature.py recipes/evidence/scratch.yaml --out runs/scratch --units $(SEEDS)
+	$(BIN)/python benchmarks/evidence/miniature.py recipes/evidence/extension.yaml --out runs/extension --units $(SEEDS)
+	$(BIN)/python benchmarks/evidence/frontier.py runs/extension runs/scratch
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-latest dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache site

@@ -16,6 +16,7 @@ from tokenweight.method import (
     LongCE,
     LongFilter,
     Mix,
+    ShortLosses,
     Sparse,
     divergence_kind,
     linear_divergence,
@@ -197,3 +198,42 @@ def test_in_a_world_of_two_tokens_a_weight_of_the_target_biases_what_is_learned_
     assert (biased - p).abs().max() > 0.02
     divergence = Expected(weighting).of_logits(p.log()[None], q.log()[None])
     torch.testing.assert_close(optimum(lambda: divergence, p), p, rtol=1e-4, atol=1e-5)
+
+
+def learned(weighting, counts, long, short, divergence):
+    """What a head learns for one context by `weighted_loss`, from a row with so many of each of two tokens."""
+    targets = torch.cat([torch.full((1, n), token) for token, n in enumerate(counts)], dim=1)
+    hidden = torch.ones(1, targets.shape[1], 1, dtype=torch.float64)
+    mask, weight = (
+        torch.ones_like(targets, dtype=torch.bool),
+        torch.zeros(2, 1, dtype=torch.float64, requires_grad=True),
+    )
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        given = {"divergence": divergence.expand(targets.shape)}
+        found = weighted_loss(
+            hidden, Head(weight), targets, mask, weighting, ShortLosses(short[targets]), given, long=long[targets]
+        )
+        found.loss.backward()
+        return found.loss.detach()
+
+    optimizer.step(closure)
+    return weight.detach()[:, 0].softmax(dim=0)
+
+
+@pytest.mark.parametrize("interpolation", [0.0, 0.5])
+def test_training_with_dense_converges_to_the_biased_distribution_and_with_its_expectation_to_the_true_one(
+    interpolation,
+):
+    p, q = torch.tensor([0.9, 0.1], dtype=torch.float64), torch.tensor([0.6, 0.4], dtype=torch.float64)
+    long, short, dense = -p.log(), -q.log(), Dense(interpolation)
+    scores = (long - short).abs()
+    weights = interpolation + (1 - interpolation) * scores / (p * scores).sum()
+    found = learned(dense, [18, 2], long, short, torch.zeros(1))
+    torch.testing.assert_close(found, p * weights / (p * weights).sum(), rtol=1e-5, atol=1e-6)
+    assert (found - p).abs().max() > 0.05
+    divergence = Expected(dense).of_logits(p.log()[None], q.log()[None])
+    torch.testing.assert_close(divergence, (p * scores).sum()[None].to(divergence.dtype))
+    torch.testing.assert_close(learned(Expected(dense), [18, 2], long, short, divergence), p, rtol=1e-5, atol=1e-6)

@@ -122,7 +122,7 @@ def test_a_page_is_short_and_listed(page):
 
 
 def test_the_worked_example_has_no_number_that_is_not_in_the_evidence():
-    evidence = (ROOT / "docs/evidence.md").read_text()
+    evidence = (ROOT / "recipes/evidence/README.md").read_text()
     example = (HOWTO / "reading-results.md").read_text().partition("## A worked example")[2]
     numbers = re.findall(r"\d+\.\d{3,}", example)
     assert len(numbers) > 40

