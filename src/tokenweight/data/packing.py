@@ -83,14 +83,7 @@ class Cutter:
 
     def rows(self, document: str, tokens: np.ndarray) -> Iterator[dict[str, Any]]:
         """The rows that are full after this document, whose tokens are without `prefix` and `suffix`."""
-        count = self.summary
-        count.documents += 1
-        count.empty_documents += not len(tokens)
-        if len(tokens):
-            tokens = np.append(tokens, np.array(self.suffix, np.int32))
-        count.short_documents += len(tokens) < self.step
-        count.longest_document = max(count.longest_document, len(tokens))
-        count.dropped_tokens += len(tokens)
+        tokens = self._begun(tokens)
         whole = len(tokens) // self.step * self.step
         for offset in range(0, whole, self.step):
             yield self._row([Piece(document, offset, tokens[offset : offset + self.step])])
@@ -126,6 +119,18 @@ class Cutter:
         self.summary = RowSummary(**state["summary"])
         self.held = [Piece(name, offset, np.array(tokens, np.int32)) for name, offset, tokens in state["held"]]
 
+    def _begun(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a document with its end, counted; all of them are dropped until a row has them."""
+        count = self.summary
+        count.documents += 1
+        count.empty_documents += not len(tokens)
+        if len(tokens):
+            tokens = np.append(tokens, np.array(self.suffix, np.int32))
+        count.short_documents += len(tokens) < self.step
+        count.longest_document = max(count.longest_document, len(tokens))
+        count.dropped_tokens += len(tokens)
+        return tokens
+
     def _hold(self, piece: Piece) -> None:
         bisect.insort(self.held, piece, key=_size)
 
@@ -145,13 +150,14 @@ class Cutter:
             room -= len(self.prefix) + len(piece.tokens)
         return self._row(pieces)
 
-    def _row(self, pieces: list[Piece]) -> dict[str, Any]:
+    def _row(self, pieces: list[Piece], length: int | None = None) -> dict[str, Any]:
+        length = self.length if length is None else length
         prefix = np.array(self.prefix, np.int32)
         parts = [np.append(prefix, piece.tokens) for piece in pieces]
         num_tokens = sum(map(len, parts))
-        parts += [part[:1] for part in parts[:1]] * (self.length - num_tokens)
+        parts += [part[:1] for part in parts[:1]] * (length - num_tokens)
         self.summary.rows += 1
-        self.summary.tokens += self.length
+        self.summary.tokens += length
         self.summary.dropped_tokens -= num_tokens - len(self.prefix) * len(pieces)
         row = {"input_ids": np.concatenate(parts)}
         if not self.pack:
