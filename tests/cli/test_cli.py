@@ -77,6 +77,8 @@ def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
     assert rows == (
         f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 document; {note['dropped_tokens']} of their tokens "
         "are in no row; documents shorter than a row: 0 (0 of them empty)\n"
+        "predicted tokens with more context than 16, a quarter of the length:\n"
+        f"  76.2% of {63 * len(data):,} in book.txt\n"
     )
     assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
 
@@ -228,6 +230,9 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--num_proc", "0"], "--num_proc 0: expected at least 1"),
         (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or pack them by --short pack"),
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--size", "64"], "--size 64: expected less than length, 64"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--order", "similar"], "--order similar: such sequences hold one"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--shortest", "8"], "--shortest 8: only with short decompose, found drop"),
         (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght: unknown option: did you mean"),
         (

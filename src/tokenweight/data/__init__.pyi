@@ -21,6 +21,11 @@ from .documents import sources_note as sources_note
 from .export import COPIES as COPIES
 from .export import export_rows as export_rows
 from .export import export_weights as export_weights
+from .order import ContextShare as ContextShare
+from .order import TextIndex as TextIndex
+from .order import by_similarity as by_similarity
+from .order import context_shares as context_shares
+from .order import rank_chunks as rank_chunks
 from .prepare import prepare_rows as prepare_rows
 from .row_scorer import RowScorer as RowScorer
 from .row_scorer import key_tokens as key_tokens

@@ -150,14 +150,13 @@ class Cutter:
             room -= len(self.prefix) + len(piece.tokens)
         return self._row(pieces)
 
-    def _row(self, pieces: list[Piece], length: int | None = None) -> dict[str, Any]:
-        length = self.length if length is None else length
+    def _row(self, pieces: list[Piece]) -> dict[str, Any]:
         prefix = np.array(self.prefix, np.int32)
         parts = [np.append(prefix, piece.tokens) for piece in pieces]
         num_tokens = sum(map(len, parts))
-        parts += [part[:1] for part in parts[:1]] * (length - num_tokens)
+        parts += [part[:1] for part in parts[:1]] * (self.length - num_tokens)
         self.summary.rows += 1
-        self.summary.tokens += length
+        self.summary.tokens += self.length
         self.summary.dropped_tokens -= num_tokens - len(self.prefix) * len(pieces)
         row = {"input_ids": np.concatenate(parts)}
         if not self.pack:

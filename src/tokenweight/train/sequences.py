@@ -32,11 +32,11 @@ from tokenweight.data import (
 from tokenweight.method import SCORES, ShortContext, Weighting
 from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
 from tokenweight.records import read_provenance
+from tokenweight.train.lengths import Pieces
+from tokenweight.train.lengths.pieces import SOURCE
 from tokenweight.train.settings import Run
 
 logger = logging.getLogger(__name__)
-SOURCE = "tokenweight_source"
-"""The column that says from which folder of a mixture a sequence comes. No model reads it."""
 LISTED = 1 << 20
 """Sequences of which torch may make a list to shuffle them; of more, `Drawn` makes none."""
 _COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
@@ -107,9 +107,13 @@ class Sequences:
         names = [Path(folder).resolve().name for folder in folders]
         return names if len(set(names)) == len(names) else folders
 
-    def dataset(self, seed: int) -> "datasets.Dataset | Mixture":
+    def dataset(self, run: Run) -> "datasets.Dataset | Mixture | Pieces":
         """The sequences that are trained on."""
-        rows = [source.rows for source in self.sources]
+        arguments, rows = run.arguments, [source.rows for source in self.sources]
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        if run.curriculum is not None:
+            steps = {"max_steps": arguments.max_steps, "epochs": arguments.num_train_epochs}
+            return Pieces(rows[0], run.curriculum, batch=run.sequences_per_step, seed=seed, **steps)
         return rows[0] if len(rows) == 1 else Mixture(rows, self.shares, seed)
 
 
@@ -259,13 +263,14 @@ class Mixture(Dataset):
 
 
 class InOrder(Sampler[int]):
-    """The sequences of a mixture one after the other, in each epoch those that follow. `epoch` tells its number."""
+    """The sequences of a mixture, or pieces, one after the other, in each epoch those that follow. `epoch` tells its
+    number."""
 
-    def __init__(self, mixture: Mixture, epoch: Callable[[], int]) -> None:
-        self.mixture, self.epoch = mixture, epoch
+    def __init__(self, rows: Mixture | Pieces, epoch: Callable[[], int]) -> None:
+        self.rows, self.epoch = rows, epoch
 
     def __len__(self) -> int:
-        return len(self.mixture)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch() * len(self)
@@ -313,7 +318,7 @@ class HeldOut(Dataset):
         return {**row, "labels": labels if counts else np.full_like(labels, -100)}
 
 
-def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor, position: int) -> str:
+def name_row(data: "datasets.Dataset | Mixture | Pieces", tokens: Tensor, labels: Tensor, position: int) -> str:
     """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
     tokens, predicted = tokens.cpu(), (labels != -100).cpu()
 
@@ -321,7 +326,7 @@ def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor,
         found = torch.as_tensor(row["input_ids"])
         return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
 
-    parts = data.rows if isinstance(data, Mixture) else [data]
+    parts = data.rows if isinstance(data, Mixture) else [data.rows if isinstance(data, Pieces) else data]
     for part, rows in enumerate(parts):
         candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
         number = next((number for number, row in candidates if same(row)), None)
@@ -370,27 +375,28 @@ class DataCollatorWithScores:
         if (self.scorer is None) != (self.context is None):
             raise ValueError(f"scorer {self.scorer}, context {self.context}: expected both or none")
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]) -> dict[str, Tensor]:
         """Make a batch.
 
         Args:
             features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids`, any of
-                `tokenweight.method.SCORES`, and the columns of a teacher. Masks of other tools are heard as by
-                `tokenweight.data.load_rows`.
+                `tokenweight.method.SCORES`, and the columns of a teacher; or lists of such, as `Pieces` give them.
+                Masks of other tools are heard as by `tokenweight.data.load_rows`.
 
         Raises:
             ValueError: if some have a column that others lack, or columns of one sequence differ in length or
                 contradict each other.
         """
-        features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
+        rows = [row for item in features for row in (item if isinstance(item, list) else [item])]
+        rows = [translated(row) if any(name in row for name in TRANSLATED) else row for row in rows]
         if self.scorer is not None:
-            features = [self._scored(number, row) for number, row in enumerate(features)]
-        columns = [name for name in _COLUMNS[1:] if any(name in row for row in features)]
-        length = max(len(row["input_ids"]) for row in features)
-        padded = any(len(row["input_ids"]) < length for row in features)
-        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in features if "position_ids" in row)
+            rows = [self._scored(number, row) for number, row in enumerate(rows)]
+        columns = [name for name in _COLUMNS[1:] if any(name in row for row in rows)]
+        length = max(len(row["input_ids"]) for row in rows)
+        padded = any(len(row["input_ids"]) < length for row in rows)
+        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in rows if "position_ids" in row)
         batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
-        for number, row in enumerate(features):
+        for number, row in enumerate(rows):
             _check_columns(number, row, columns)
             tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
             fill = length - len(tokens)
@@ -410,10 +416,10 @@ class DataCollatorWithScores:
                 batch[name].append(pad(top, (0, 0, 0, fill)))
             batch["input_ids"].append(pad(tokens, (0, fill)))
             batch["labels"].append(pad(labels, (0, fill), value=-100))
-        if all(SOURCE in row for row in features):
-            batch[SOURCE] = [torch.as_tensor(row[SOURCE]) for row in features]
+        if all(SOURCE in row for row in rows):
+            batch[SOURCE] = [torch.as_tensor(row[SOURCE]) for row in rows]
         if padded and "position_ids" not in columns:
-            batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in features]
+            batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in rows]
         return {name: torch.stack(values) for name, values in batch.items()}
 
     def _scored(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tokenweight.models import add_older_rope, any_process, context_mesh, with_w
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes
+from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import LISTED, SOURCE, Drawn, HeldOut, InOrder, Mixture, name_row
 from tokenweight.train.statistics import HeldOutLosses, WeightStatistics
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightedTrainer(Trainer):
-    """Trains a model that `with_weighted_loss` has bound, on the sequences of a `datasets.Dataset` or a `Mixture`.
+    """Trains a model that `with_weighted_loss` has bound, on a `datasets.Dataset`, a `Mixture` or `Pieces`.
 
     Statistics of the weights are logged beside the loss. Held-out sequences that come as `HeldOut` are evaluated
     exactly (`HeldOutLosses`). Sharded backends are prepared (`prepare_engine`), and where the tokens of a sequence are
@@ -39,7 +40,7 @@ class WeightedTrainer(Trainer):
     Args:
         *args: as for `transformers.Trainer`.
         size: tokens of the short context, for `first_window_share` of `WeightStatistics`; None leaves that out.
-        sources: names of the folders of a mixture, for statistics of each.
+        sources: names of the folders of a mixture, or of the lengths of pieces, for statistics of each.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -76,6 +77,9 @@ class WeightedTrainer(Trainer):
             raise ValueError(
                 "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
             )
+        rows, batch = self.train_dataset, self.get_total_train_batch_size(self.args)
+        if isinstance(rows, Pieces) and rows.batch != batch:
+            raise ValueError(f"trainer: {batch} items a step: expected {rows.batch}, the batch of its Pieces")
         bound = self.model._token_weighting
         if self.args.neftune_noise_alpha and bound.reads_trained_pass:
             logger.warning(
@@ -131,9 +135,9 @@ class WeightedTrainer(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer does; a mixture has an order of its own, and very many sequences one that is not listed."""
+        """As the Trainer does; mixtures and pieces have orders of their own, and very many rows one that is not listed."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(rows, Mixture):
+        if isinstance(rows, Mixture | Pieces):
             return InOrder(rows, lambda: int(self.state.epoch or 0))
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is not RandomSampler or len(sampler) <= LISTED:
