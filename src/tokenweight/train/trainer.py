@@ -135,7 +135,7 @@ class WeightedTrainer(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer does; mixtures and pieces have orders of their own, and very many rows one that is not listed."""
+        """As the Trainer does; mixtures and pieces have their own order, and very many rows one without a list."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, Mixture | Pieces):
             return InOrder(rows, lambda: int(self.state.epoch or 0))
