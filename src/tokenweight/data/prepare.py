@@ -76,9 +76,8 @@ def prepare_rows(
 ) -> RowSummary:
     """Cut each document into rows of exactly `length` tokens, or of 2^k + 1, and write them to the new folder `out`.
 
-    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token of a document is lost
-    between its rows, and no text becomes a control token (`text_tokens`). `Cutter` says what becomes of short documents
-    and of the ends of long ones, `Decomposer` how a document becomes rows of several lengths.
+    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token is lost between rows,
+    and no text becomes a control token (`text_tokens`). `Cutter` and `Decomposer` say what becomes of short documents.
 
     Until it is whole, the folder is called `out.unfinished`. An interrupted call that is made again goes on after the
     last whole shard; the rows are the same to the byte. If `out` is there, made by the same call, nothing is done.
@@ -86,17 +85,16 @@ def prepare_rows(
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
         length: tokens of a row; with "decompose", those of the longest row that are predicted.
-        short: "drop" (the default), each row belongs to one document, as in the paper; "pack", what fills no row of its
-            own shares rows, in which `position_ids` restart at 0 with each document; "decompose", rows have 2^k + 1
-            tokens. Of chats "keep" (the default), each is a row of its own length, or "pack".
-        shortest: with "decompose", the same of the shortest row; by default 256, or `length` if that is less.
+        short: "drop" (the default), a row is of one document (the paper); "pack", what fills no row shares rows, where
+            `position_ids` restart at 0 with each document; "decompose", rows have 2^k + 1 tokens. Of chats "keep" (the
+            default), each is a row of its own length, or "pack".
+        shortest: with "decompose", those of the shortest; by default 256, or `length` if that is less.
         in_order: with "pack", whether texts share rows in the order they come in, not as they fit best.
         chat: whether documents are conversations, as `read_documents(..., text_column=None)` reads them. Then `labels`
             are -100 but in answers (`chat_tokens`), and rows of at most `length` tokens hold whole ones (`ChatCutter`).
         skip_invalid: leave out conversations that the template cannot render, rather than raise.
         max_rows: stop after so many.
-        num_proc: processes that tokenize, beside this one; with 1, this one does. The rows are the same. They are
-            spawned: a program that calls this does so under `if __name__ == "__main__"`.
+        num_proc: processes that tokenize, spawned beside this one (call it under `if __name__ == "__main__"`); 1: none.
         format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         provenance: kept in `rows.json` beside the summary.
 
@@ -106,9 +104,19 @@ def prepare_rows(
     out, (prefix, suffix) = Path(out), special_tokens(tokenizer)
     check_name(out)
     _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
-    settings = {**(provenance or {}), "length": length, "max_rows": max_rows, "format": format}
-    settings |= {"prefix": prefix, "suffix": suffix, **_of_short(short, length, shortest, in_order, chat)}
+    settings = {**(provenance or {}), "length": length, "max_rows": max_rows, "format": format, "prefix": prefix}
+    settings |= {"suffix": suffix, **_of_short(short, length, shortest, in_order, chat)}
     settings |= {"chat": True, "skip_invalid": skip_invalid} if chat else {}
+    return _prepared(out, documents, tokenizer, num_proc, settings)
+
+
+def _prepared(
+    out: Path,
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int,
+    settings: dict[str, Any],
+) -> RowSummary:
     if _is_complete(out, settings):
         return _summary(out)
     with _unfinished(out, settings) as folder:
