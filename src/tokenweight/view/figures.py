@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenweight.data import ScoredRow, read_rows, token_pieces
-from tokenweight.evaluate import read_table
+from tokenweight.evaluate import read_table, short_names
 from tokenweight.method import ShortContext, Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
 from tokenweight.view.excerpt import about_windows, windows_of
+from tokenweight.view.heads import head_figure
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 
 PASSAGE = 20
@@ -126,7 +127,7 @@ def _passage(rows: Sequence[ScoredRow], weights: dict[str, Tensor], style: str) 
 
 
 def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figure]:
-    """Draw loss by position, and benefit by context, with the changes from the first model.
+    """Draw loss by position, and benefit by context, with the changes from the first model; and retrieval heads.
 
     Raises:
         ValueError: if `eval.json` is not what `tokenweight eval` writes.
@@ -138,6 +139,9 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
         figures = {"loss-by-position": plots.loss_figure(table, edges, style=style)}
         if f"benefit_{sizes[0]}" in known:  # all of them are of the same tokens, which short documents do not have
             figures["benefit-by-context"] = plots.benefit_figure(table, sizes, style=style)
+        for name, model in zip(short_names(table), record.get("models", [])):
+            if "heads" in model:
+                figures[f"heads-{name}"] = head_figure(model["heads"], style=style)
         return figures
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/eval.json is not what `tokenweight eval` writes: {error!r}") from error
