@@ -1,8 +1,10 @@
 """Retrieval heads: a model made by hand, attention beside whole matrices, masks, and what an evaluation keeps."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from architectures import build, tiny_config
@@ -11,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 import models
 from texts import TEXT, trained_tokenizer
+from tokenweight.cli.eval import Eval
 from tokenweight.evaluate import HeadSample, HeadScores, evaluate, retrieval_scores, without_heads
 from tokenweight.evaluate.heads import add_heads, around_attention, attention_rows, choose_heads, head_samples
 from tokenweight.evaluate.heads.attention import check_rows
 from tokenweight.evaluate.settings import EvalSettings, make_plan
-from tokenweight.view import heads_view
+from tokenweight.records import read_json
 
 VOCAB, PLACES = 16, 32
 
@@ -147,6 +150,23 @@ def test_models_and_attention_without_a_softmax_of_queries_and_keys_are_refused_
         attention_rows(torch.ones(1, 2, 5, 4), torch.ones(1, 1, 5, 4), "a block mask", 3, {})
 
 
+NO_INTERFACE = {"bloom", "falcon", "falcon alibi", "gpt_neo", "mpt", "openai-gpt", "xglm"}
+NO_KEYS = {"falcon_mamba", "mamba", "mamba2", "rwkv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", architectures.KINDS)
+def test_every_architecture_is_watched_or_refused_by_name(kind):
+    model = build(tiny_config(kind)).eval()
+    tokens = [token % model.config.get_text_config().vocab_size for token in [*range(3, 23), *range(3, 9)]]
+    samples = [HeadSample(tokens, range(2, 7), 20)]
+    if kind in NO_INTERFACE | NO_KEYS:
+        with pytest.raises(ValueError, match=f"^heads: {type(model).__name__} has no attention"):
+            retrieval_scores(model, samples)
+    else:
+        assert sum(own.shape[1] for own in retrieval_scores(model, samples).scores) > 0
+
+
 @pytest.mark.parametrize("framed", [False, True], ids=["plain", "framed"])
 def test_samples_hold_the_fact_in_the_text_and_as_the_answer(framed, tmp_path):
     (tmp_path / "text").write_text(TEXT)
@@ -224,21 +244,26 @@ def test_heads_to_mask_that_make_no_sense_are_refused(options, message):
         make_plan(EvalSettings("", Path(), Path(), **options), 64)
 
 
-def test_an_evaluation_keeps_scores_and_recall_without_heads(with_tokenizer, tmp_path):
+def test_an_evaluation_keeps_scores_and_recall_without_heads(with_tokenizer, tmp_path, capsys):
     options = {"probe_lengths": "260", "depths": "0.5", "num_probes": 2, "sizes": "110", "probes": "single"}
     options |= {"heads": True, "mask_heads": "0.1,1.2"}
     whole = evaluate(settings(with_tokenizer, tmp_path / "whole", baseline="base", **options))
     for model in whole["models"]:
         heads = model["heads"]
         assert (heads["layers"], [len(own) for own in heads["scores"]], heads["samples"]) == ([0, 1], [4, 4], 2)
-        assert heads["masked"]["heads"] == [(0, 1), (1, 2)]
+        assert heads["masked"]["heads"] == [[0, 1], [1, 2]]
         names = [row[0]["model"] for row in heads["masked"]["comparison"]]
         assert names == ["all heads", "masked", "others masked"]
         found = {one["name"]: one["value"] for one in model["measures"]}
         margins = [row[1]["value"] for row in heads["masked"]["comparison"]]
         assert margins[0] == found["probe_single_margin"]
         assert len(set(margins)) == 3
-        assert "retrieval score" in str(heads_view("a", heads)[0])
-    again = evaluate(settings(with_tokenizer, tmp_path / "again", model="base", baseline=tmp_path / "whole", **options))
+    options["baseline"] = tmp_path / "whole"
+    again = Eval(**dataclasses.asdict(settings(with_tokenizer, tmp_path / "again", model="base", **options)))
+    again.run()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("retrieval score of each head, in tenths, over 2 texts") == 3
+    assert shown.count("2 heads masked, and as many others:") == 3
+    again = read_json(tmp_path / "again" / "eval.json")
     assert again["models"][2]["heads"] == whole["models"][0]["heads"]  # those of a copy, which follows its original
     assert "of 8 heads" in (tmp_path / "whole" / "table.md").read_text()

@@ -1,5 +1,6 @@
 """Figures of scored sequences, training runs and evaluations, read from their folders."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
             figures["benefit-by-context"] = plots.benefit_figure(table, sizes, style=style)
         for name, model in zip(short_names(table), record.get("models", [])):
             if "heads" in model:
-                figures[f"heads-{name}"] = head_figure(model["heads"], style=style)
+                of = re.sub(r"[^-.\w]+", "-", name)  # a path, where last names are the same
+                figures[f"heads-{of}"] = head_figure(model["heads"], style=style)
         return figures
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/eval.json is not what `tokenweight eval` writes: {error!r}") from error

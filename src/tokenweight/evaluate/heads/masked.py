@@ -40,7 +40,11 @@ def masked_probes(
         with without_heads(masked):
             table.append((name, probe_measures(score_cells(model, tokenizer, cells, plan.probe_by), plan)))
     entries = compare(table, seed=plan.seed)
-    return {"heads": heads, "control": control, "comparison": [[one._asdict() for one in row] for row in entries]}
+    return {
+        "heads": [list(one) for one in heads],
+        "control": [list(one) for one in control],
+        "comparison": [[one._asdict() for one in row] for row in entries],
+    }
 
 
 def choose_heads(plan: EvalPlan, scores: HeadScores) -> tuple[Heads, Heads]:
