@@ -220,28 +220,28 @@ def test_a_grid_holds_every_cell_once_and_word_counts_have_no_depth():
 
 def test_distances_take_the_place_of_depths_in_the_texts_that_are_longer(tmp_path):
     tokenizer = trained_tokenizer()
-    grid = ProbeGrid(["single", "common_words"], [280, 520], [0.5], 1, distances=[0, 100, 300])
+    grid = ProbeGrid(["single", "frequent_words"], [280, 520], [0.5], 1, distances=[0, 100, 300])
     cells = [probes[0][3:] for probes in grid.make(tokenizer)]
     assert cells == [
         *(("single", 280, None, distance) for distance in (0, 100)),
         *(("single", 520, None, distance) for distance in (0, 100, 300)),
-        *(("common_words", length, None, None) for length in (280, 520)),
+        *(("frequent_words", length, None, None) for length in (280, 520)),
     ]
     model = tiny(dtype=torch.float32)
     records = probe_grid(model, tokenizer, grid)
-    options = {"probe_lengths": "280,520", "distances": "0,100,300", "probes": "single,common_words"}
+    options = {"probe_lengths": "280,520", "distances": "0,100,300", "probes": "single,frequent_words"}
     plan = make_plan(EvalSettings("", tmp_path, tmp_path, num_probes=1, **options), 520)
     found = {measure.name: measure for measure in probe_measures(records, plan)}
     family = records[:5]
     for name, own in {
         "probe_single": family, "probe_single_280": family[:2], "probe_single_distance_100": [family[1], family[3]],
-        "probe_single_distance_300": family[4:], "probe_common_words": records[5:],
+        "probe_single_distance_300": family[4:], "probe_frequent_words": records[5:],
     }.items():  # fmt: skip
         assert found[f"{name}_loss"].value == pytest.approx(sum(record.loss for record in own) / len(own))
         assert found[f"{name}_margin"].value == pytest.approx(sum(record.margin for record in own) / len(own))
-    assert "probe_common_words_distance_100" not in found
+    assert "probe_frequent_words_distance_100" not in found
     assert {name for name, own in found.items() if own.summary} == {
-        f"probe_{kind}{ending}" for kind in ("single", "common_words") for ending in ("", "_loss")
+        f"probe_{kind}{ending}" for kind in ("single", "frequent_words") for ending in ("", "_loss")
     }
     table = grid_markdown([("a", [{name: getattr(record, name) for name in GRID} for record in records])])
     assert "| model | length | distance 0 | distance 100 | distance 300 |" in table

@@ -143,8 +143,7 @@ def make_probes(
         distance: in place of a depth, the most tokens of text between the facts asked for, which then stand together,
             and the question: as many whole sentences as that allows. All other facts lie before. Of two lengths at one
             distance, the longer text ends as the shorter one does: what is added stands before the facts.
-        num: how many.
-        seed: another seed gives other facts and another piece of the haystack.
+        num, seed: how many, and which facts and piece of the haystack.
         haystack: a text, read from any of its sentences on, and again from its start; by default sentences of noise.
         room: tokens that a prompt leaves free, if its continuations need less.
 
@@ -157,22 +156,25 @@ def make_probes(
         ('A locker code of hidalu is', ('5760908',))
     """
     before = len(special_tokens(tokenizer)[0])  # the same for all of the many texts that are tried
+    _check_place(family, depth, distance)
 
     def count(text: str) -> int:
-        return before + len(text_tokens(tokenizer, [text])[0])
+        return len(text_tokens(tokenizer, [text])[0])
 
-    def fits(text: str) -> bool:
-        return distance is None or count(text) - before <= distance
-
-    _check_place(family, depth, distance)
-    drafts = _drafts(family, length, depth, num, seed, haystack, None if distance is None else fits)
+    fits = None if distance is None else lambda text: count(text) <= distance
+    drafts = _drafts(family, length, depth, num, seed, haystack, fits)
     probes = [Probe("", tuple(draft.answers), tuple(draft.decoys), family, length, depth, distance) for draft in drafts]
+    return _filled(probes, drafts, lambda text: before + count(text), room)
+
+
+def _filled(probes: list[Probe], drafts: "list[_Draft]", count: Callable[[str], int], room: int) -> list[Probe]:
+    """The probes, each with as much text as its length takes."""
     sizes = [_needed(draft, probe, count, room) for draft, probe in zip(drafts, probes)]
-    least = max(size(draft.least) for size, draft in zip(sizes, drafts))
+    least, length = max(size(draft.least) for size, draft in zip(sizes, drafts)), probes[0].length
     if least > length:
-        where = "" if distance is None else f" at distance {distance}"
+        where = "" if probes[0].distance is None else f" at distance {probes[0].distance}"
         raise ValueError(
-            f"length {length} is too short for probes {family!r}{where}: they need at least {least} tokens"
+            f"length {length} is too short for probes {probes[0].family!r}{where}: they need at least {least} tokens"
         )
     units = [_most_units(size, draft.least, length) for size, draft in zip(sizes, drafts)]
     return [probe._replace(prompt=draft.prompt(num)) for probe, draft, num in zip(probes, drafts, units)]

@@ -198,7 +198,7 @@ def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     depths = _numbers("depths", settings.depths, float)
     within = all(0 <= depth <= 1 for depth in depths)
     _require("depths", settings.depths, within, "numbers from 0 (beginning) to 1 (end)")
-    distances = [] if settings.distances is None else _numbers("distances", settings.distances, token_count)
+    distances = [] if settings.distances is None else _numbers("distances", settings.distances, _distance)
     within = all(0 <= distance < max(lengths) for distance in distances)
     _require(
         "distances", settings.distances, within, f"0 or more tokens, below the {max(lengths)} of the longest probe"
@@ -271,6 +271,10 @@ def _suite_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
         "suite_lengths": lengths if suites else [],
         "suite_limit": limit if suites else None,
     }
+
+
+def _distance(word: str) -> int:
+    return 0 if word.strip() == "0" else token_count(word)
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
