@@ -98,6 +98,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/opening.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/gpu.py
 

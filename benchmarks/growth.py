@@ -3,15 +3,22 @@
     python benchmarks/growth.py                              some 12 minutes on two cores
     python benchmarks/growth.py --quick                      half a minute, on a short sequence: says nothing
     python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
+    python benchmarks/growth.py --long                       up to 131,072 tokens, one step each; 10 minutes of one core
+    python benchmarks/growth.py --long --draw docs/length    its figure
 
 A random model, so small that a CPU reads 32k tokens. What grows with the length is attention, whose share is
 larger the smaller the model: only the lines of one model can be compared. The windows keep their size, so that scoring
 costs the same per token at every length. The steps, and what a frozen scorer costs (nothing here), are those of
 `training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with gradients,
 in a process of its own where the C library gives back at once what is freed, divided by the tokens of the sequence.
+
+With --long, each kind is measured once at each length, after a step on a short sequence, and all kinds of one length in
+one process. "counted" counts the sequence (`CountScorer`) and trains on that contrast; "evaluation" computes the long
+and the short losses of all tokens. Beside memory stands what `tokenweight plan` says of the same step.
 """
 
 import functools
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +30,16 @@ from bench.measure import GIVEN_BACK, alternately, in_fresh_process, peak_bytes_
 from bench.models import tiny_llama
 from bench.report import RESULTS, Bench, Report
 from bench.results import Results, by_length
-from tokenweight import Scorer, ShortContext, with_weighted_loss
-from training import STEPS, UNIFORM, run_step
+from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
+from tokenweight.models import CountScorer
+from tokenweight.plan.memory import hold
+from training import STEPS, UNIFORM, Step, run_step
 
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
+COUNTED, EVALUATION = "counted dense", "evaluation"
+LONG_KINDS = ("frozen dense", "self-scored dense", COUNTED, EVALUATION)
+SECONDS, PLANNED = "CPU time of a step", "peak memory over model and gradients per token, by plan"
 Sizes = dict[str, int]
 Lines = dict[str, list[tuple[int, float]]]
 """Kind of step -> (tokens of a sequence, value)."""
@@ -62,6 +74,62 @@ def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) 
     steps.tokens, steps.short_nll = row, scores
     steps.bind(kind)
     return peak_bytes_over_now(lambda: steps.run(kind))
+
+
+def measure_long(kind: str, sizes: Sizes, length: int, context: ShortContext) -> tuple[float, float]:
+    """Seconds of the processor, and bytes, of one step."""
+    steps = Steps(sizes, length, context)
+    model, row, seconds = steps.model, steps.tokens, 0.0
+
+    def run(tokens: torch.Tensor) -> None:
+        nonlocal seconds
+        begin = time.process_time()
+        if kind == EVALUATION:
+            scorer = Scorer(model.eval(), context)
+            scorer(tokens, long_nll=scorer.long_nll(tokens))
+        elif kind == COUNTED:
+            step = Step(parse_weighting("dense:interpolation=0.75"), contrast="scorer")
+            found = CountScorer(vocab_size=sizes["vocab_size"], divergence=False)(tokens, context)
+            with_weighted_loss(model, step.weighting, contrast=step.contrast)
+            run_step(model, tokens, {"long_nll": found.long_nll, "short_nll": found.short_nll}, autocast=False)
+        else:
+            steps.tokens, steps.short_nll = tokens, 10 * torch.rand(tokens.shape)
+            steps.bind(kind)
+            steps.run(kind)
+        seconds = time.process_time() - begin
+
+    model.zero_grad(set_to_none=False)
+    run(row[:, : context.size + 8])
+    model.zero_grad(set_to_none=False)
+    peak = peak_bytes_over_now(lambda: run(row))
+    return seconds, peak
+
+
+def planned_bytes(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:
+    """What `tokenweight plan` says that a step holds, beyond weights and gradients that exist before it."""
+    config = tiny_llama(**sizes, max_position_embeddings=length).config
+    held = hold(config, length, context=context if kind == "self-scored dense" else None, new_gradients=False)
+    return max(held.scoring, held.forward, held.kept + held.loss, held.backward)
+
+
+def measure_kinds(sizes: Sizes, length: int, context: ShortContext) -> dict[str, tuple[float, float]]:
+    """`measure_long` of all kinds, one after the other."""
+    return {kind: measure_long(kind, sizes, length, context) for kind in LONG_KINDS}
+
+
+def report_long(report: Report, sizes: Sizes, length: int, context: ShortContext) -> None:
+    """Rows of every kind of step at one length."""
+    shape = f"{sizes['num_hidden_layers']} layer, {sizes['hidden_size']} wide, {sizes['vocab_size']} words"
+    x = f"random Llama ({shape}), 1 x {length} tokens, windows {context.size}/{context.stride}, float32"
+    found = in_fresh_process(measure_kinds, sizes, length, context, keep_freed=False)
+    for kind, (seconds, peak) in found.items():
+        setting = {"what": "one step on a long sequence", "x": x, "implementation": kind}
+        report.add(**setting, metric=SECONDS, unit="s", values=[seconds])
+        report.add(**setting, metric=MEMORY, unit="KiB", values=[peak / 1024 / length])
+        if kind != EVALUATION:
+            planned = planned_bytes(kind, sizes, length, context) / 1024 / length
+            report.add(**setting, metric=PLANNED, unit="KiB", values=[planned])
+    report.finish()
 
 
 def report_length(
@@ -110,6 +178,37 @@ def growth_figure(times: Lines, memory: Lines) -> Any:
     return figure
 
 
+def length_figure(memory: Lines, planned: Lines) -> Any:
+    """A figure of matplotlib: memory of a step by the length of its sequence, and dashed what was planned."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    colors = dict(zip(memory, ("#1f5a92", "#f59132", "#333333", "#69a8de")))
+    for found, style in ((memory, {"marker": "o", "markersize": 3}), (planned, {"linestyle": ":"})):
+        for kind, points in found.items():
+            label = f"{kind}, planned" if found is planned else kind
+            lengths, values = zip(*((length, length * kib / 2**20) for length, kib in points))
+            panel.plot(lengths, values, color=colors[kind], label=label, **style)
+    lengths = sorted({length for points in memory.values() for length, _ in points})
+    panel.set(title="Memory of a step", ylabel="GiB", xlabel="tokens of a sequence (k: 1,024 tokens)")
+    panel.set(xlim=(0, None), ylim=(0, None))
+    panel.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_long_figure(results: Path, path: Path) -> None:
+    """Draw what the table of results holds of --long: `path`.svg and `path`.png."""
+    from tokenweight.view import write_figure
+
+    found = [by_length(Results(results), metric, "length") for metric in (MEMORY, PLANNED)]
+    if not all(found):
+        raise SystemExit(f"{results} holds no results of long sequences: run benchmarks/growth.py --long first")
+    write_figure(length_figure(*({kind: [*points.items()] for kind, points in one.items()} for one in found)), path)
+
+
 def draw_figure(results: Path, path: Path) -> None:
     """Draw what the table of results holds: `path`.svg and `path`.png."""
     from tokenweight.view import write_figure
@@ -137,12 +236,19 @@ class Growth(Bench):
     """Hidden size of the model; a multiple of 8."""
     words: int = 8192
     """Vocabulary size of the model."""
+    long: bool = False
+    """One step of each kind on up to 131,072 tokens, by a smaller model: the rows of `length`."""
+    long_lengths: tuple[int, ...] = (16384, 32768, 65536, 131072)
+    """Tokens of the sequences of --long."""
     draw: Path | None = None
     """Draw what the table of results (--csv) holds to this path, as SVG and PNG, and measure nothing."""
 
     def run(self) -> None:
         if self.draw is not None:
-            draw_figure(self.csv or RESULTS, self.draw)
+            (draw_long_figure if self.long else draw_figure)(self.csv or RESULTS, self.draw)
+            return
+        if self.long:
+            self.run_long()
             return
         if self.quick:
             self.lengths, self.size, self.stride, self.width, self.words = (256,), 32, 24, 32, 256
@@ -152,6 +258,17 @@ class Growth(Bench):
         for length in self.lengths:
             report_length(report, sizes, length, context, self.rounds, KINDS[::3] if self.quick else KINDS)
             report.finish()
+
+    def run_long(self) -> None:
+        """Measure one step of each kind at each length."""
+        lengths, context = self.long_lengths, ShortContext(self.size, self.stride)
+        sizes = {"hidden_size": 16, "intermediate_size": 48, "vocab_size": 4096, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+        if self.quick:
+            lengths, context, sizes["vocab_size"] = (128, 256), ShortContext(32, 24), 256
+        report = self.report("length")
+        for length in lengths:
+            report_long(report, sizes, length, context)
 
 
 if __name__ == "__main__":

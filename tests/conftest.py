@@ -1,5 +1,9 @@
-"""Check the shapes in the signatures of the package while its tests run."""
+"""Check the shapes in the signatures of the package while its tests run.
 
+Nothing here imports torch before a test needs it: the process that hands tests to workers reads this file as well.
+"""
+
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their processes: a thread each, set before torch
@@ -8,14 +12,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their proce
 import hypothesis
 import jaxtyping
 import pytest
-import torch
-
-import models
 
 jaxtyping.install_import_hook("tokenweight", "checking.checked")
 # The same examples in every run, and no limit on the time that one takes: that would test the machine.
 hypothesis.settings.register_profile("tokenweight", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tokenweight")
+
+
+def pytest_collection_finish():
+    """What was imported is there to the end: each `gc.collect` of the Trainer would look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -33,6 +39,10 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folders(tmp_path):
     """Rows, and a model without a tokenizer, in `tmp_path`."""
+    import torch
+
+    import models
+
     models.some_rows().save_to_disk(str(tmp_path / "rows"))
     models.tiny(dtype=torch.float32).save_pretrained(tmp_path / "model")
     return tmp_path
@@ -41,6 +51,8 @@ def folders(tmp_path):
 @pytest.fixture
 def shards_of_two(monkeypatch):
     """Scores are stored in shards of two rows of `models.some_rows`."""
+    import models
+
     monkeypatch.setattr("tokenweight.data.score.SHARD_TOKENS", 2 * models.LENGTH + 1)
 
 

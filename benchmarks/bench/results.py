@@ -48,10 +48,10 @@ class Results:
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == benchmark and x in (None, key[3])))
 
 
-def by_length(results: Results, metric: str) -> dict[str, dict[int, float]]:
-    """Results of the benchmark of growth: kind of step -> sequence length -> value, short sequences first."""
+def by_length(results: Results, metric: str, of: str = "growth") -> dict[str, dict[int, float]]:
+    """Results of a benchmark of growth: kind of step -> sequence length -> value, short sequences first."""
     found: dict[str, dict[int, float]] = {}
     for (benchmark, kind, name, x), row in results.rows.items():
-        if (benchmark, name) == ("growth", metric):
+        if (benchmark, name) == (of, metric):
             found.setdefault(kind, {})[int(re.search(r"1 x (\d+) tokens", x)[1])] = float(row["p50"])
     return {kind: dict(sorted(values.items())) for kind, values in found.items()}

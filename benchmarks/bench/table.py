@@ -1,4 +1,4 @@
-"""The table that README shows, and those of docs/evidence.md, made from results.csv.
+"""The table that README shows, and those of docs/evidence.md, scorers.md and evaluate.md, made from results.csv.
 
 `make tables` rewrites them between their markers.
 """
@@ -12,6 +12,7 @@ from bench.results import Results, by_length
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_SIZES = "4,096 tokens, vocabulary 128,256, hidden size 512, float32"
 README, DOCS, SCORERS = ROOT / "README.md", ROOT / "docs/evidence.md", ROOT / "docs/scorers.md"
+EVALUATE = ROOT / "docs/evaluate.md"
 BEGIN, END = "<!-- begin: make tables -->\n", "<!-- end -->"
 LOSS, LONG_LOSS = "N=4096 V=128256 D=512 float32", "N=32768 V=128256 D=512 float32"
 
@@ -174,6 +175,48 @@ def growth_table(results: Results) -> list[str]:
     return lines
 
 
+def length_table(results: Results) -> list[str]:
+    over = "peak memory over model and gradients per token"
+    seconds, held, planned = (
+        by_length(results, metric, "length")
+        for metric in ("CPU time of a step", f"{over}, freed memory given back", f"{over}, by plan")
+    )
+    model = re.split(", 1 x", results.all_settings("length")[0])[0]
+    model = re.sub(r"(\d+) wide, (\d+) words", r"hidden size \1, vocabulary \2", model)
+    lines = [
+        f"One step on a long sequence ({model}): KiB per token, in brackets by `plan`, and seconds of one core:",
+        "",
+        f"| sequence length | {' | '.join(held)} |",
+        "|" + "---|" * (len(held) + 1),
+    ]
+    for length in next(iter(held.values())):
+        cells = []
+        for kind in held:
+            plan = f" ({planned[kind][length]:.2f})" if kind in planned else ""
+            cells.append(f"{held[kind][length]:.2f}{plan}, {seconds[kind][length]:.0f} s")
+        lines.append(f"| {length:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def attention_table(results: Results) -> list[str]:
+    lines = []
+    for x in results.all_settings("attention"):
+        metrics = dict.fromkeys(key[2] for key in results.rows if (key[0], key[3]) == ("attention", x))
+        bins = [metric for metric in metrics if metric.startswith("loss")]
+        edges = (map(int, re.findall("[0-9]+", metric)) for metric in bins)
+        lines += [
+            f"Loss by position, nats ({x}):",
+            "",
+            f"| tokens | {' | '.join(f'{start:,} to {stop:,}' for start, stop in edges)} |",
+            "|" + "---|" * (len(bins) + 1),
+        ]
+        for way in results.implementations("attention", x):
+            losses = (results.value("attention", way, metric, x) for metric in bins)
+            lines.append(f"| {way} | {' | '.join(f'{loss:.2f}' for loss in losses)} |")
+        lines.append("")
+    return lines[:-1]
+
+
 def precision_table(results: Results) -> list[str]:
     weights = {
         "mean change of a weight, dense": "mean change of a weight, dense .75",
@@ -256,6 +299,43 @@ def scorers_table(results: Results) -> list[str]:
     return lines[:-1]
 
 
+def heads_table(results: Results) -> list[str]:
+    """The best heads; recall without heads; and recall by distance, a line for each length."""
+    found = {key[1:]: float(row["p50"]) for key, row in results.rows.items() if key[0] == "heads"}
+    lines = []
+    for x in dict.fromkeys(x for _, metric, x in found if metric == "retrieval score"):
+        count, above, shared = (value for (name, _, at), value in found.items() if (name, at) == ("all", x))
+        best = [(name, value) for (name, metric, at), value in found.items() if (metric, at) == ("retrieval score", x)]
+        listed = ", ".join(f"{name.removeprefix('head ')} ({value:.2f})" for name, value in best)
+        lines += [
+            f"{x}: {above:.0f} of {count:.0f} heads ({above / count:.1%}) have a score above 0.1; the best are "
+            f"{listed}. Of the ten best by one half of the texts, {shared:.0f} are among the ten best by the other.",
+            "",
+        ]
+    recall = list(dict.fromkeys(x for _, metric, x in found if metric == "accuracy of the answer"))
+    masked = [x for x in recall if "distance" not in x]
+    names = list(dict.fromkeys(name for name, _, x in found if x in masked))
+    if masked:
+        lines += [f"| accuracy; margin; loss of the answer | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        lines += [f"| {x} | {' | '.join(_answer(found, name, x) for name in names)} |" for x in masked]
+        lines.append("")
+    apart = [re.fullmatch(r"(.+, (.+?), )(\d+) tokens, distance (\d+)(.*)", x) for x in recall if x not in masked]
+    cells = {(one[2], int(one[3]), int(one[4])): one[0] for one in apart if one}
+    distances = sorted({distance for *_, distance in cells})
+    heads_row = " | ".join(f"distance {distance}" for distance in distances)
+    lines += [f"| accuracy; margin; loss | text, tokens | {heads_row} |", "|---|" + "---|" * (1 + len(distances))]
+    for family, length in dict.fromkeys(key[:2] for key in cells):
+        own = [cells.get((family, length, distance)) for distance in distances]
+        shown = ("" if x is None else _answer(found, "all heads", x) for x in own)
+        lines.append(f"| {family} | {length} | {' | '.join(shown)} |")
+    return lines
+
+
+def _answer(found: dict[tuple[str, str, str], float], name: str, x: str) -> str:
+    accuracy, margin, loss = (found[name, f"{metric} of the answer", x] for metric in ("accuracy", "margin", "loss"))
+    return f"{accuracy:.0%}; {margin:+.1f}; {loss:.2f}"
+
+
 MAKERS = {
     "loss": loss_table,
     "training": training_table,
@@ -263,6 +343,8 @@ MAKERS = {
     "gpu": gpu_table,
     "reference": reference_table,
     "growth": growth_table,
+    "length": length_table,
+    "attention": attention_table,
     "scoring": corpus_table,
     "evaluation": evaluation_table,
     "precision": precision_table,
@@ -294,6 +376,7 @@ def pages() -> dict[Path, str]:
             [*summary(results), "", *(line.split(" Commits: ")[0] for line in conditions(results, SUMMARY))]
         ),
         DOCS: "\n".join([*tables(results), *conditions(results, {*MAKERS, "corpus"})]),
+        EVALUATE: "\n".join([*heads_table(results), "", *results.conditions({"heads"})]),
         SCORERS: "\n".join([*scorers_table(results), "", *results.conditions({"scorers"})]),
     }
 

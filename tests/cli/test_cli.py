@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import models
-from texts import EXCERPT, trained_tokenizer
+from texts import EXCERPT, chat_tokenizer, conversation, trained_tokenizer
 from tokenweight import cli
 from tokenweight.records import device_name, read_json
 
@@ -77,6 +77,8 @@ def test_prepare_writes_rows_and_prints_what_became_of_the_text(rows, place):
     assert rows == (
         f"rows: {len(data)} rows, {note['tokens']:,} tokens from 1 document; {note['dropped_tokens']} of their tokens "
         "are in no row; documents shorter than a row: 0 (0 of them empty)\n"
+        "predicted tokens with more context than 16, a quarter of the length:\n"
+        f"  76.2% of {63 * len(data):,} in book.txt\n"
     )
     assert note["environment"]["command"] == ["tokenweight", "prepare", "book.txt", *PREPARE, "--out", "rows"]
 
@@ -94,6 +96,31 @@ def test_prepare_given_again_says_that_it_is_complete(rows, run, place):
     status, _, errors = run("prepare", "more", *PREPARE, "--out", "of-more")
     assert status == 2
     assert "sources is {'files': 1, 'bytes': 3000} there, {'files': 2, 'bytes': 3001} now" in errors
+
+
+def test_chats_are_prepared_scored_trained_and_shown(run, place):
+    tokenizer = chat_tokenizer()
+    models.tiny(dtype=torch.float32, vocab_size=304).save_pretrained(place / "chat-model")
+    tokenizer.save_pretrained(place / "chat-model")
+    talks = [conversation("a" * number, "some years ago", "never", "mind") for number in (20, 9, 30)]
+    (place / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    of_model = ["--model", "chat-model"]
+    options = ["--tokenizer", "chat-model", "--length", "128", "--chat"]
+    status, printed, errors = run("prepare", "talks.jsonl", *options, "--out", "talks")
+    assert (status, errors) == (0, "")
+    note = read_json(place / "talks" / "rows.json")
+    assert f"talks: 3 rows, {note['tokens']} tokens from 3 conversations, {note['predicted_tokens']} of them" in printed
+    assert run("score", "talks", *of_model, "--size", "16", "--long", "--out", "talks-scored")[0] == 0
+    of_teacher = ["--as", "teacher", "--top_k", "4", "--out", "talks-taught"]
+    assert run("score", "talks-scored", *of_model, *of_teacher)[0] == 0
+    of_data = [*of_model, "--data", "talks-taught", "--distill.weight", "0.5"]
+    assert run("train", *of_data, "--out", "of-talks", "--trainer.max_steps", "1")[0] == 0
+    assert read_json(place / "of-talks" / "run.json")["settings"]["distill"] == {"weight": "0.5"}
+    assert "--top_k 4: is that of --as teacher" in run(*SCORE, "--top_k", "4", "--out", "no")[2]
+    status, printed, _ = run("show", "talks-scored", "--row", "1")
+    assert status == 0
+    assert "some years" in printed
+    assert run("prepare", "talks.jsonl", *options[:-1], "--out", "texts")[2].count("--chat reads it") == 1
 
 
 def test_numbers_of_tokens_are_typed_with_units_and_sequences_are_kept_in_parquet(run, place, own_cache):
@@ -203,6 +230,9 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--num_proc", "0"], "--num_proc 0: expected at least 1"),
         (["prepare", "book.txt", *PREPARE[:-1], "9999", "--out", "out"], "lower it, or pack them by --short pack"),
         (["prepare", "book.txt", "--tokenizer", "gone", "--length", "64", "--out", "out"], "'gone' cannot be loaded"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--size", "64"], "--size 64: expected less than length, 64"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--order", "similar"], "--order similar: such sequences"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--shortest", "8"], "--shortest 8: only with short"),
         (["prepare", *PREPARE, "--out", "out"], "name at least one text file, folder or data set"),
         (["prepare", "book.txt", *PREPARE, "--out", "out", "--lenght", "3"], "--lenght: unknown option: did you mean"),
         (

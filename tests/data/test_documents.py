@@ -259,13 +259,13 @@ CHATS = [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "comp
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_a_chat_is_refused_with_where_chats_are_trained(chat, kind, tmp_path):
+def test_a_chat_among_texts_is_refused_with_what_reads_it(chat, kind, tmp_path):
     path, column = tmp_path / f"a.{kind}", next(iter(chat))
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist([chat]), path)
     else:
         path.write_text(json.dumps(chat))
-    with pytest.raises(ValueError, match=rf"a\.{kind}.*: column '{column}' holds a chat.* docs/train.md"):
+    with pytest.raises(ValueError, match=rf"a\.{kind}.*: column '{column}' holds a chat: --chat reads it"):
         read(path)
     if column == "messages":
         with pytest.raises(ValueError, match=r"row 1|line 1") as refusal:

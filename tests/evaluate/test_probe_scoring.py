@@ -20,10 +20,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 import models as tiny_models
 from texts import TEXT, trained_tokenizer
 from tokenweight.cli.demo import packaged_model
-from tokenweight.evaluate import ProbeGrid, make_probes, probe_grid
+from tokenweight.evaluate import EvalSettings, ProbeGrid, grid_markdown, make_plan, make_probes, probe_grid
+from tokenweight.evaluate.comparison import GRID
 from tokenweight.evaluate.probe_scoring import (
     ProbeRecord,
     ProbeScore,
+    probe_measures,
     score_by_generation,
     score_by_likelihood,
     share_found,
@@ -57,6 +59,19 @@ def slow_margins(model, tokenizer, probe):
     return margins
 
 
+@torch.no_grad()
+def slow_loss(model, tokenizer, probe):
+    """The mean loss of the tokens of all answers that not all candidates begin with."""
+    every = [prompt_tokens(tokenizer, probe.prompt + text) for group in probe.continuations() for text in group]
+    shared = 0
+    while len({tuple(row[: shared + 1]) for row in every}) == 1:
+        shared += 1
+    tokens = prompt_tokens(tokenizer, probe.prompt + probe.continuations()[-1][0])
+    found = model(torch.tensor([tokens]), use_cache=False).logits[0].double().log_softmax(dim=1)
+    losses = [-found[t - 1, tokens[t]].item() for t in range(shared, len(tokens))]
+    return sum(losses) / len(losses)
+
+
 @pytest.mark.parametrize("framed", [False, True], ids=["plain", "framed"])
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_margins_equal_those_of_a_full_forward_pass_for_each_candidate(kind, framed):
@@ -69,6 +84,7 @@ def test_margins_equal_those_of_a_full_forward_pass_for_each_candidate(kind, fra
         # float64 sums of about 50 losses of up to some 20 nats: some hundred roundings of 1000 * 2**-53.
         assert score.margin == pytest.approx(sum(margins) / len(margins), abs=1e-10)
         assert score.accuracy == sum(margin > 0 for margin in margins) / len(margins)
+        assert score.loss == pytest.approx(slow_loss(model, tokenizer, probe), abs=1e-10)
 
 
 def test_tokens_across_the_border_of_prompt_and_candidate_change_nothing():
@@ -158,13 +174,13 @@ def test_a_model_that_copies_answers_every_needle_by_likelihood_and_by_generatio
     depths, tokenizer = [0.0, 0.4, 1.0], trained_tokenizer(framed=True)
     for by in ("likelihood", "generation"):
         records = probe_grid(copier, tokenizer, ProbeGrid([family], [300], depths, 1, 0, TEXT, by))
-        assert [record[:6] for record in records] == [
-            (family, 300, depth, by, 1, 0.25 if by == "likelihood" else 0.0) for depth in depths
+        assert [record[:7] for record in records] == [
+            (family, 300, depth, None, by, 1, 0.25 if by == "likelihood" else 0.0) for depth in depths
         ]
         assert {record.accuracies for record in records} == {(1.0,)}
         assert {record.accuracy for record in records} == {1.0}
         if by == "generation":
-            assert {(record.margin, record.margins) for record in records} == {(None, None)}
+            assert {(record.margin, record.margins, record.loss) for record in records} == {(None, None, None)}
         else:
             assert min(margin for record in records for margin in record.margins) > 5  # a token is copied or not: 10
 
@@ -198,7 +214,38 @@ def test_a_grid_holds_every_cell_once_and_word_counts_have_no_depth():
     ]
     probes = make_probes("single", tokenizer, length=320, depth=1.0, num=1, seed=5, haystack=TEXT)
     (score,) = score_by_likelihood(model, tokenizer, probes)
-    assert records[3] == ProbeRecord("single", 320, 1.0, "likelihood", 1, 0.25, *score, *((value,) for value in score))
+    means = (*score, *((value,) for value in score))
+    assert records[3] == ProbeRecord("single", 320, 1.0, None, "likelihood", 1, 0.25, *means)
+
+
+def test_distances_take_the_place_of_depths_in_the_texts_that_are_longer(tmp_path):
+    tokenizer = trained_tokenizer()
+    grid = ProbeGrid(["single", "common_words"], [280, 520], [0.5], 1, distances=[0, 100, 300])
+    cells = [probes[0][3:] for probes in grid.make(tokenizer)]
+    assert cells == [
+        *(("single", 280, None, distance) for distance in (0, 100)),
+        *(("single", 520, None, distance) for distance in (0, 100, 300)),
+        *(("common_words", length, None, None) for length in (280, 520)),
+    ]
+    model = tiny(dtype=torch.float32)
+    records = probe_grid(model, tokenizer, grid)
+    options = {"probe_lengths": "280,520", "distances": "0,100,300", "probes": "single,common_words"}
+    plan = make_plan(EvalSettings("", tmp_path, tmp_path, num_probes=1, **options), 520)
+    found = {measure.name: measure for measure in probe_measures(records, plan)}
+    family = records[:5]
+    for name, own in {
+        "probe_single": family, "probe_single_280": family[:2], "probe_single_distance_100": [family[1], family[3]],
+        "probe_single_distance_300": family[4:], "probe_common_words": records[5:],
+    }.items():  # fmt: skip
+        assert found[f"{name}_loss"].value == pytest.approx(sum(record.loss for record in own) / len(own))
+        assert found[f"{name}_margin"].value == pytest.approx(sum(record.margin for record in own) / len(own))
+    assert "probe_common_words_distance_100" not in found
+    assert {name for name, own in found.items() if own.summary} == {
+        f"probe_{kind}{ending}" for kind in ("single", "common_words") for ending in ("", "_loss")
+    }
+    table = grid_markdown([("a", [{name: getattr(record, name) for name in GRID} for record in records])])
+    assert "| model | length | distance 0 | distance 100 | distance 300 |" in table
+    assert f"; {records[1].loss:.3f} |" in table
 
 
 def test_generation_is_greedy_within_its_budget_whatever_the_settings_of_the_model():

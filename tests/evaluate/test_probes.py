@@ -17,13 +17,13 @@ SENTENCES = [f"The {'very ' * (7 * i % 11)}old ship number {i} sailed." for i in
 HAYSTACK = "\n".join(SENTENCES)
 FACT = re.compile(
     r"A locker code of (\w+) is (\d{7})\.|Variable (\w+) is set to (\d{5})\.|Variable (\w+) copies (\w+)\."
-    r"|From (\w+) the path leads to (\w+)\."
+    r"|From (\w+) the path leads to (\w+)\.|\"(\w+)\": (\d{7}),"
 )
 PLACED = [name for name, family in FAMILIES.items() if family.has_depth]
 
 
 def make(family, length=900, *, framed=False, depth=0.5, num=2, seed=0, haystack=HAYSTACK, **settings):
-    depth = depth if family in PLACED else None
+    depth = depth if family in PLACED and "distance" not in settings else None
     tokenizer = trained_tokenizer(framed=framed, vocab_size=600)
     return make_probes(family, tokenizer, length=length, depth=depth, num=num, seed=seed, haystack=haystack, **settings)
 
@@ -52,13 +52,22 @@ def solve(probe):
             found += following
         return found[1:], list(zip(found[1:], found))
     if probe.family.startswith("thread"):
-        start, num = re.fullmatch(r"Who starts at (\w+) and follows the path (\d) times ends at", question).groups()
-        path = [start]
-        for _ in range(int(num)):
-            path.append(dict(facts)[path[-1]])
-        assert path[-1] not in dict(facts)
-        return path[-1:], list(pairwise(path))
-    keys = re.search(r"locker codes? of ([\w, ]+?),? (?:is|in order, are)$", question)[1].split(", ")
+        starts, num = re.search(r"starts? at ([\w, ]+) and follows? the path (\d) times end", question).groups()
+        paths = [[start] for start in starts.split(", ")]
+        for path in paths:
+            for _ in range(int(num)):
+                path.append(dict(facts)[path[-1]])
+            assert path[-1] not in dict(facts)
+        return [path[-1] for path in paths], [link for path in paths for link in pairwise(path)]
+    if probe.family == "conditional":
+        (letter,) = re.findall(r"names that begin with (\w)", question)
+        asked = [fact for fact in facts if fact[0].startswith(letter)]
+        return [code for _, code in asked], asked
+    if probe.family == "key_value":
+        *examples, (key, _) = re.findall(r'The value of "(\w+)" is( \d{7}\.)?', question)
+        assert [dict(facts)[name] for name, _ in examples] == [value[1:-1] for _, value in examples]
+        return [dict(facts)[key]], [(key, dict(facts)[key])]
+    keys = re.search(r"locker codes? of ([\w, ]+?),? (?:is|in order, are)$", question.split("\n")[-1])[1].split(", ")
     asked = [fact for key in keys for fact in facts if fact[0] == key]
     return [code for _, code in asked], asked
 
@@ -97,7 +106,7 @@ def test_orders_of_answers_are_those_that_the_questions_ask_for():
 
 
 @pytest.mark.parametrize("direction", [1, -1])
-@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("depth", [0.0, 1.0])
 @pytest.mark.parametrize("num_links", [2, 4, 8])
 def test_links_of_a_thread_lie_in_its_direction(direction, depth, num_links):
     family = f"thread_{'forward' if direction == 1 else 'backward'}_{num_links}"
@@ -112,6 +121,42 @@ def test_links_of_a_thread_lie_in_its_direction(direction, depth, num_links):
         )
 
 
+def test_links_of_several_threads_take_turns_and_those_of_a_random_one_lie_anyhow():
+    for probe in make("threads_backward_4"):
+        assert len(probe.answers) == 3
+        _, links = solve(probe)
+        last = [links[4 * i + 3] for i in range(3)]  # backward: the last links come first
+        order = [fact for fact in facts_of(probe) if fact in links]
+        assert order[:3] == last
+    places = []
+    for probe in make("thread_random_8", 1300, num=4):
+        order = facts_of(probe)
+        places.append([order.index(link) for link in solve(probe)[1]])
+    assert all(own not in (sorted(own), sorted(own, reverse=True)) for own in places)
+
+
+@pytest.mark.parametrize("family", ["single", "threads_forward_4", "key_value"])
+def test_at_a_distance_so_much_text_follows_the_facts_and_longer_texts_only_grow_before_them(family):
+    tokenizer = trained_tokenizer(vocab_size=600)
+    for distance in (0, 400):
+        ends = {}
+        for length in (1200, 1900):
+            for number, probe in enumerate(make(family, length, distance=distance)):
+                assert (probe.depth, probe.distance) == (None, distance)
+                body, question = body_of(probe)
+                answers, asked = solve(probe)
+                assert set(answers) == set(probe.answers)
+                found = list(FACT.finditer(body))
+                last = [fact for fact in found if tuple(g for g in fact.groups() if g) in asked][-1]
+                after = body[last.end() :].strip()
+                if family != "key_value":
+                    assert not FACT.search(after)  # decoys lie before
+                used = len(tokenizer(after, add_special_tokens=False)["input_ids"])
+                assert distance - 60 < used <= distance
+                ends.setdefault(number, []).append((last[0], after, question))
+        assert all(first == second for first, second in ends.values())
+
+
 def test_a_variable_is_set_before_it_is_copied_in_every_chain():
     for probe in make("variable_tracking", num=3):
         order = [name for name, _ in facts_of(probe)]
@@ -121,8 +166,10 @@ def test_a_variable_is_set_before_it_is_copied_in_every_chain():
 
 
 @pytest.mark.parametrize("family", PLACED)
-@pytest.mark.parametrize("depth", [0.0, 0.2, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 0.77])
 def test_facts_lie_at_the_depth_asked_for_between_whole_sentences(family, depth):
+    if family == "key_value":
+        return  # its text is facts only
     for probe in make(family, 1400, depth=depth):
         body, _ = body_of(probe)
         pieces = re.findall(r"[^.]+\.", body)  # sentences and facts
@@ -223,9 +270,13 @@ def test_continuations_of_an_answer_stand_after_the_earlier_ones_and_exclude_eac
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"family": "needle"}, r"^family 'needle': expected one of single, multi_key, .*, thread_backward_8$"),
+        ({"family": "needle"}, r"^family 'needle': expected one of single, multi_key, .*, threads_random_4$"),
         ({"depth": 1.1}, r"^depth 1.1 of probes 'single': expected a number from 0 \(beginning\) to 1 \(end\)$"),
         ({"depth": None}, r"^depth None of probes 'single': expected a number"),
+        ({"distance": 9}, r"^distance 9 of probes 'single': expected 0 or more tokens, and no depth$"),
+        ({"distance": -1, "depth": None}, r"^distance -1 of probes 'single': expected 0 or more tokens"),
+        ({"distance": 880, "depth": None}, r"^length 900 is too short for probes 'single' at distance 880: they need"),
+        ({"family": "common_words", "depth": None, "distance": 5}, r"^distance 5 of probes 'common_words': expected"),
         ({"depth": float("nan")}, r"^depth nan of probes 'single': expected a number"),
         ({"family": "common_words", "depth": 0.5}, r"^depth 0.5 of probes 'common_words': expected None"),
         ({"num": 0}, r"^num 0: expected at least 1 probe$"),

@@ -12,6 +12,7 @@ import models
 from texts import trained_tokenizer
 from tokenweight.evaluate import evaluate
 from tokenweight.evaluate import run as evaluate_module
+from tokenweight.models import DualChunk, load_model, token_nll, with_dual_chunk
 from tokenweight.records import read_json, write_json
 
 
@@ -224,3 +225,29 @@ def test_rows_and_folders_that_are_no_use_are_refused(place, tmp_path, monkeypat
     assert "hole: row 1 is empty" in refusal(place, tmp_path, monkeypatch, data=tmp_path / "hole")
     datasets.Dataset.from_dict({"input_ids": []}).save_to_disk(str(tmp_path / "none"))
     assert "none" in refusal(place, tmp_path, monkeypatch, data=tmp_path / "none")
+
+
+def test_a_model_is_compared_with_itself_under_another_attention_beyond_its_length(place, tmp_path):
+    short = {"max_position_embeddings": 16, "initializer_range": 0.9}
+    models.tiny(seed=0, **short).save_pretrained(tmp_path / "short")
+    extended = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    longer = {**short, "max_position_embeddings": 32, "rope_parameters": extended}
+    models.tiny(seed=0, **longer).save_pretrained(tmp_path / "yarn")
+    with pytest.raises(ValueError, match="16 positions"):
+        evaluate(settings(place, tmp_path / "out", model=tmp_path / "short"))
+    evaluate(settings(place, tmp_path / "before", model=tmp_path / "yarn"))
+    record = evaluate(
+        settings(
+            place, tmp_path / "after", tmp_path / "short", baseline=tmp_path / "before", attention="dual-chunk:chunk=9"
+        )
+    )
+    model, settings_ = load_model(tmp_path / "short"), DualChunk(chunk=9)
+    expected = token_nll(with_dual_chunk(model, settings_), TOKENS)[:, 1:].mean().item()
+    assert [one["attention"] for one in record["models"]] == [None, "dual-chunk:chunk=9,local=2"]
+    assert values(record["models"][1])["all"] == pytest.approx(expected)
+    assert "dual-chunk:chunk=9,local=2" in (tmp_path / "after" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("attention", ["dual-chunk:chunk=999", "flash"])
+def test_an_attention_that_makes_no_sense_is_refused_before_work_starts(attention, place, tmp_path, monkeypatch):
+    assert "attention" in refusal(place, tmp_path, monkeypatch, attention=attention)

@@ -56,6 +56,8 @@ def test_what_is_asked_for_is_taken(tmp_path):
     )
     assert (found.sizes, found.short, found.long_context, found.long_context_is) == ([2, 63], 64, [63, 47], "asked for")
     assert (found.families, found.probe_lengths, found.depths, found.num_probes) == (["single"], [50, 9], [0, 1], 1)
+    found = plan(64, probes="single", distances="8,32")
+    assert (found.depths, found.distances) == ([], [8, 32])
     assert plan(64, long_size=8, long_stride=7).long_context == [8, 7]
     assert plan(8192, sizes="512,2k,0_004K").sizes == [512, 2048, 4096]
     hashes = {plan(64, haystack=path).comparable()["haystack_sha256"] for path in (None, tmp_path / "text")}
@@ -85,6 +87,7 @@ def test_settings_of_probes_do_not_matter_without_probes():
         ({"probe_lengths": "5x"}, "probe_lengths 5x: expected numbers"),
         ({"depths": "0.5,1.1"}, r"depths 0.5,1.1: expected numbers from 0 \(beginning\) to 1 \(end\)"),
         ({"depths": "nan"}, "depths nan: expected numbers from 0"),
+        ({"distances": "4,64"}, "distances 4,64: expected 0 or more tokens, below the 64 of the longest probe"),
         ({"num_probes": 0}, "num_probes 0: expected at least 1"),
         ({"max_tokens": 0}, "max_tokens 0: expected at least 1"),
     ],

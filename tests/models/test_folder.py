@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,8 +100,6 @@ def test_weights_that_a_layer_of_the_model_would_leave_out_are_refused_by_name(n
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.2.mlp.up_proj.weight",  # predicts several tokens, as in DeepSeek V3
-        "mtp.norm.weight",
         "vision_tower.patch_embedding.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.layers.0.self_attn.masked_bias",
@@ -110,6 +109,26 @@ def test_whole_modules_besides_the_model_and_old_buffers_are_left_out(name, fold
     change_weights(folder, **{name: torch.zeros(4)})
     expected = models.tiny(dtype=torch.float32).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in load_model(folder).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("deepseek_v3", "model.layers.2.eh_proj.weight"),
+        ("exaone_moe", "mtp.fc.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),
+        ("glm4_moe_lite", "model.layers.47.enorm.weight"),
+    ],
+)
+def test_heads_that_predict_several_tokens_ahead_are_left_out_and_named(kind, name, tmp_path, caplog):
+    architectures.build(architectures.tiny_config(kind)).save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert not caplog.records
+    change_weights(tmp_path, **{name: torch.zeros(4)})
+    assert name not in load_model(tmp_path).state_dict()
+    (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("tokenweight"))
+    assert str(tmp_path) in said
+    assert name in said
 
 
 @pytest.mark.parametrize("load", [load_model, load_config])

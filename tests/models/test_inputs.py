@@ -13,6 +13,7 @@ from models import CLOSE, assert_close
 from tokenweight import Dense, LongCE, Scorer, ShortContext, Sparse, Uniform, token_nll
 from tokenweight import with_weighted_loss as bind
 from tokenweight.method import SCORES, as_weighting
+from tokenweight.models import TEACHER
 
 CONTEXT = ShortContext(8, 5)
 
@@ -157,7 +158,7 @@ def test_positional_arguments_and_columns_are_those_of_the_model(kind, tmp_path)
     order = {"attention_mask": mask, "input_ids": LABELS}
     given = [order.get(name) for name in names[: 1 + max(map(names.index, order))]]
     assert torch.equal(model(*given).logits, plain(*given).logits)
-    assert {*names, *SCORES, "num_items_in_batch"} == {*inspect.signature(model.forward).parameters}
+    assert {*names, *SCORES, *TEACHER, "num_items_in_batch"} == {*inspect.signature(model.forward).parameters}
     with pytest.raises(TypeError):
         model(*[None] * 30, labels=LABELS)
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

@@ -118,6 +118,28 @@ def test_a_loss_that_is_not_the_cross_entropy_of_the_logits_is_refused(name):
     assert not hasattr(model, "_token_weighting")
 
 
+def test_a_loss_of_heads_that_predict_several_tokens_ahead_is_refused_by_name():
+    class Ahead(type(models.tiny())):
+        def forward(self, input_ids, labels=None, **named):
+            output = super().forward(input_ids, labels=labels, **named)
+            if labels is not None:
+                further = self.loss_function(output.logits, labels.roll(-1, 1), vocab_size=models.VOCABULARY)
+                output.loss = output.loss + 0.3 * further
+            return output
+
+    model = models.tiny(dtype=torch.float32)
+    model.__class__ = Ahead
+    with pytest.raises(ValueError, match="Ahead is not supported: its loss holds 2 cross-entropies"):
+        bind(model, Uniform())
+
+
+def test_a_head_that_reads_several_states_of_a_token_is_refused_by_name():
+    sizes = {"num_decoder_layers": 1, "num_decoder_attention_heads": 2, "decoder_ffn_dim": 24, "ngram": 3}
+    config = transformers.AutoConfig.for_model("prophetnet", vocab_size=61, hidden_size=16, is_decoder=True, **sizes)
+    with pytest.raises(ValueError, match="ProphetNetForCausalLM is not supported: its output head reads 3 states"):
+        bind(transformers.AutoModelForCausalLM.from_config(config), Uniform())
+
+
 def test_the_verification_leaves_modes_random_numbers_and_gradients_as_they_were():
     model = models.tiny("gpt2", dropout=0.3, dtype=torch.float32).train()
     model.transformer.h[0].eval()

@@ -5,6 +5,7 @@ import json
 import shlex
 import tempfile
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -102,6 +103,33 @@ def test_recomputation_is_counted_whoever_makes_it(by, place):
     assert recomputed.flops.recompute == pytest.approx(2 * decoder)  # a sequence on each GPU
     assert kept.flops.recompute == 0
     assert recomputed.peak.activations < kept.peak.activations
+
+
+def test_the_data_says_how_many_tokens_have_more_context_than_the_short_one(place, capsys):
+    rows = datasets.Dataset.from_dict({"input_ids": [[5] * 24] * 3 + [[5] * 9] * 9})
+    rows.save_to_disk(str(place / "mixed"))
+    data = [{"path": "rows", "share": 1.0}, {"path": "mixed", "share": 3.0}]
+    budget = plan(settings(data=data, size=10))
+    longest, num = 24, len(datasets.load_from_disk("rows"))
+    assert [(part.source, part.tokens, part.beyond) for part in budget.shares] == [
+        ("rows", num * 23, num * (longest - 10)),
+        ("mixed", 3 * 23 + 9 * 8, 3 * (longest - 10)),
+    ]
+    assert budget.as_json()["shares"][1]["beyond"] == 42
+    tokens = num * 24 + 3 * 24 + 9 * 9  # of an epoch, a quarter from rows
+    assert budget.num_steps == round(tokens / 4 / 24 + tokens * 3 / 4 / (153 / 12))
+    assert run("--model", "blank", "--data", "rows:1", "mixed:3", "--size", "10", "--lengths", "none") == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mixed", "141", "29.8%"] in shown
+
+
+def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):
+    lengths = [33] * 3 + [9] * 5 + [5] * 3
+    datasets.Dataset.from_dict({"input_ids": [[5] * length for length in lengths]}).save_to_disk(str(place / "pieces"))
+    budget = plan(settings(data="pieces", curriculum="pow2", trainer={"per_device_train_batch_size": 2}))
+    assert (budget.length, budget.num_steps) == (32, (3 * 32 + 5 * 8 + 3 * 4) // 64)
+    with pytest.raises(ValueError, match=r"^curriculum long: expected uniform"):
+        plan(settings(data="pieces", curriculum="long"))
 
 
 def test_the_growth_is_drawn(place):
@@ -297,6 +325,10 @@ def test_an_adapter_costs_less_than_all_weights(place, capsys):
         (["--model", "blank", "--length", "64", "--tokens_per_s", "0"], "tokens_per_s 0: expected a number"),
         (["--model", "blank", "--length", "64", "--num_gpus", "0"], "num_gpus 0: expected at least 1"),
         (["--model", "blank", "--length", "64", "--scorer", "other"], "scorer 'other': expected stored, self, base"),
+        (
+            ["--model", "blank", "--length", "64", "--distill.weight", "0.5", "--distill.teacher", "other"],
+            "distill.teacher 'other': expected stored",
+        ),
         (["--model", "blank", "--length", "64", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["--model", "blank", "--length", "64", "--dtype", "small"], "dtype 'small': expected float32"),
         (["--model", "blank", "--length", "64", "--trainer.max_step", "1"], "did you mean 'max_steps'?"),

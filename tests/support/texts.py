@@ -1,5 +1,6 @@
 """Rows against the tokens of their documents, for tokenizers that frame a text with BOS and EOS and that do not."""
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -45,3 +46,32 @@ def of_tokens(num: int) -> str:
 def some_documents():
     pieces = [TEXT[:2000], "", "short", TEXT[2000:2300], of_tokens(15), of_tokens(16), of_tokens(14), TEXT[3000:9000]]
     return [Document(f"file:{number}", text) for number, text in enumerate(pieces)]
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template that only appends."""
+MARKED = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The same conversations, with answers marked."""
+
+
+def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """The trained tokenizer with marks of turns, and a chat template."""
+    tokenizer = copy.deepcopy(trained_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*contents: str, system: str | None = None) -> dict[str, list[dict[str, str]]]:
+    """A record of turns of a user and the assistant."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return {"messages": [*([{"role": "system", "content": system}] if system else []), *turns]}

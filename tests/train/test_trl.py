@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
@@ -12,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 import models
-from texts import EXCERPT, trained_tokenizer
+from texts import EXCERPT, MARKED, chat_tokenizer, conversation, trained_tokenizer
 from tokenweight import Scorer, ShortContext, Uniform, parse_weighting, with_weighted_loss
-from tokenweight.data import load_rows, load_scores, score_folder
+from tokenweight.data import Document, load_rows, load_scores, prepare_rows, score_folder
+from tokenweight.data.chat import conversation_text
 from tokenweight.train import DataCollatorWithScores
 from tokenweight.train.trl import TokenWeightedSFTConfig, TokenWeightedSFTTrainer
 
@@ -223,6 +225,59 @@ def test_masks_become_labels_unless_preparation_is_skipped(tmp_path):
     assert trainer.train_dataset[0]["labels"][:2] == [-100, -100]
     with pytest.raises(ValueError, match="the rows have completion_mask but no labels, and skip_prepare_dataset"):
         sft(tmp_path, masked, "sparse", dataset_kwargs={"skip_prepare_dataset": True})
+
+
+TALKS = [
+    {**conversation("Call me", "Ishmael, some years ago", "never mind how", "long"), "tools": [{"name": "whale"}]},
+    conversation("Having little", "or no money in my purse", system="Be brief"),
+]
+GIVEN = [{"prompt": talk["messages"][:-1], "completion": talk["messages"][-1:]} for talk in TALKS]
+TEXTS = [
+    {"prompt": "Call me", "completion": " Ishmael. Some years"},
+    {"prompt": "never mind", "completion": " how long"},
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "settings"),
+    [
+        (TALKS, {"assistant_only_loss": True}),
+        (GIVEN, {}),
+        (GIVEN, {"completion_only_loss": True, "assistant_only_loss": True}),
+        (TEXTS, {}),
+    ],
+)
+def test_answers_of_trl_are_those_of_our_chats_and_train_alike(records, settings, tmp_path):
+    """Without the space behind a turn, which TRL predicts of a completion in place of its answer alone."""
+    tokenizer = chat_tokenizer(MARKED)
+    documents = [Document(str(number), conversation_text(record)) for number, record in enumerate(records)]
+    prepare_rows(documents, tokenizer, 400, tmp_path / "rows", chat=True)
+    ours, weighting = load_rows(tmp_path / "rows"), "dense"
+    model = models.tiny("gpt2", vocab_size=320, max_position_embeddings=400)
+    given = {"processing_class": tokenizer, "eval_dataset": ours}
+    theirs = datasets.Dataset.from_list(records)
+    trainer = sft(tmp_path, theirs, weighting, model=model, given=given, **SELF, **settings)
+    glue = tokenizer("\n")["input_ids"][0]
+    for found, expected in zip(trainer.train_dataset, ours, strict=True):
+        assert found["input_ids"] == expected["input_ids"].tolist()
+        stops = len(found["labels"]) - (found["labels"][-1] == glue)
+        assert found["labels"][:stops] == expected["labels"][:stops].tolist()
+    batch = next(iter(trainer.get_train_dataloader()))
+    weights = trainer.model.train()(**batch).weights
+    assert (weights[batch["labels"] == -100] == 0).all()
+    for own, labels in zip(weights, batch["labels"]):
+        torch.testing.assert_close(own[labels != -100].mean().item(), 1.0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_prompts_are_trained_exactly_if_trl_is_told_so(only, tmp_path):
+    settings = {"model": models.tiny("gpt2", vocab_size=320), "completion_only_loss": only}
+    trainer = sft(tmp_path, datasets.Dataset.from_list(TEXTS * 2), "uniform", **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = [trained_tokenizer()(row["prompt"] + row["completion"])["input_ids"] for row in TEXTS]
+    context = [len(trained_tokenizer()(row["prompt"])["input_ids"]) if only else 1 for row in TEXTS]
+    expected = {len(row) + 1 - first for row, first in zip(rows, context)}
+    assert {*(batch["labels"] != -100).sum(dim=1).tolist()} <= expected
 
 
 def test_a_collator_of_ones_own_is_refused(tmp_path):

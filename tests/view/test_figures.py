@@ -37,6 +37,8 @@ def runs(tmp_path_factory):
     ]
     record = {"settings": {"edges": [0, 6, 12], "sizes": [6]}}
     record["comparison"] = [[entry._asdict() for entry in row] for row in compare(models)]
+    heads = {"layers": [0], "scores": [[0.5]], "retrieval_heads": [[0, 0, 0.5]], "samples": 1}
+    record["models"] = [{}, {"heads": heads}]
     (root / "evaluated").mkdir()
     (root / "evaluated" / "eval.json").write_text(json.dumps(record))
     return root
@@ -47,7 +49,7 @@ def test_the_command_draws_every_figure_that_the_folders_give(runs, tmp_path, ca
     folders = [str(runs / name) for name in ("scored", "run", "evaluated")]
     assert cli.main(["figures", *folders, "--out", str(tmp_path / "a" / "out"), "--num_rows", "2"]) == 0
     names = [f"scored-{what}" for what in SCORES]
-    names += ["evaluated-loss-by-position", "evaluated-benefit-by-context", "loss-by-step"]
+    names += ["evaluated-loss-by-position", "evaluated-benefit-by-context", "evaluated-heads-b", "loss-by-step"]
     files = {file.name for file in (tmp_path / "a" / "out").iterdir()}
     assert files == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
     printed = capsys.readouterr().out

@@ -235,6 +235,27 @@ def test_changes_beyond_half_and_at_short_range_are_at_the_top_and_chance_is_bes
     assert "probe single 60 ↑ long, share, chance 25.0 %" in text_of(page)
 
 
+def test_the_map_of_heads_has_a_cell_for_each(runs, tmp_path):
+    def change(record):
+        record["models"][1]["heads"] = {
+            "layers": [0, 3], "scores": [[0.0, 0.31], [0.05, 1.0]], "retrieval_heads": [[3, 1, 1.0], [0, 1, 0.31]],
+            "samples": 4,
+        }  # fmt: skip
+
+    rerecorded(runs, tmp_path / "evaluated", change)
+    page = written(tmp_path, tmp_path, "evaluated")
+    assert page.count('class="heads"') == 1
+    assert "Retrieval heads of model: " in page
+    assert "2 of 4 heads (50.0%)" in page
+    cells = re.findall(r'title="(layer \d, head \d: [\d.]+)"><span class="t ([\w ]+)">(.)<', page)
+    assert cells == [
+        ("layer 0, head 0: 0.00", "zero", "·"),
+        ("layer 0, head 1: 0.31", "up l2", "3"),
+        ("layer 3, head 0: 0.05", "zero", "·"),
+        ("layer 3, head 1: 1.00", "up l8", "9"),
+    ]
+
+
 def test_the_histogram_leaves_the_first_window_of_every_document_out(runs):
     for name, num in (("scored", LENGTH - 32), ("packed", 40 - 16 + LENGTH - 40 - 16)):
         assert sum(report.read_scored(runs / name, Excerpt(num=1))["histogram"].counts) == num

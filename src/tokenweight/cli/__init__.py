@@ -18,7 +18,7 @@ import tyro
 from tokenweight.cli.demo import Demo
 from tokenweight.cli.doctor import Doctor
 from tokenweight.cli.eval import Eval
-from tokenweight.cli.export import Export
+from tokenweight.cli.export import Export, Upload, Verify
 from tokenweight.cli.plan import Plan
 from tokenweight.cli.prepare import Prepare
 from tokenweight.cli.report import Figures, Report
@@ -34,6 +34,8 @@ COMMANDS: dict[str, Any] = {
     "plan": Plan,
     "train": Train,
     "export": Export,
+    "upload": Upload,
+    "verify": Verify,
     "show": Show,
     "stats": Stats,
     "compare-scores": CompareScores,

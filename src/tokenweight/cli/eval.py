@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from tokenweight import evaluate
+from tokenweight import evaluate, view
 from tokenweight.cli.common import progress_bar
 from tokenweight.evaluate import EvalSettings
 
@@ -27,6 +27,12 @@ class Eval(EvalSettings):
         console = Console()
         tables = evaluate.terminal_tables(table, width=console.width)
         console.print(*tables, *evaluate.notes(table, unit=record["unit"]), sep="\n")
+        for model in record["models"]:
+            if "heads" in model:
+                console.print(*view.heads_view(model["model"], model["heads"]), sep="\n")
+            if masked := model.get("heads", {}).get("masked"):
+                console.print(f"{len(masked['heads'])} heads masked, and as many others:", highlight=False)
+                console.print(*evaluate.terminal_tables(evaluate.read_table(masked), width=console.width), sep="\n")
         print(f"{self.out}: eval.json, table.csv, and table.md with every measure")
         if self.baseline is not None and evaluate.add_evaluation(self.model, record):
             print(f"{self.model}/README.md: the evaluation in the model card")

@@ -1,4 +1,4 @@
-"""The command `export`."""
+"""The commands `export`, `upload` and `verify`."""
 
 import dataclasses
 from pathlib import Path
@@ -40,3 +40,36 @@ class Export:
         weighting = method.parse_weighting(self.weighting or "dense")
         summary = data.export_weights(self.scored, weighting, self.out, format=self.format, size=self.size)
         print(f"{self.out}: {summary}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """Send a complete folder of sequences or scores, with its provenance, to the Hub or to object storage.
+
+    Commands read it there by its URL. Rerun after an interruption, it sends what is missing.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that `prepare` or `score` has completed."""
+    to: str
+    """Where: hf://datasets/org/name, s3://bucket/scored, or another URL that fsspec knows."""
+
+    def run(self) -> None:
+        """Send the files."""
+        print(f"{self.to}: {data.upload(self.folder, self.to):,} files sent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Read folders of sequences or scores, and compare each shard with the checksum noted when it was written."""
+
+    folders: tyro.conf.Positional[list[Path]]
+    """Folders, or URLs."""
+
+    def run(self) -> None:
+        """Compare them, one after the other."""
+        for folder in self.folders:
+            num_shards = data.verify(folder)
+            if not num_shards:
+                raise ValueError(f"{folder} has no checksums: expected a complete folder of `prepare` or `score`")
+            print(f"{folder}: {num_shards:,} shards are what was written")

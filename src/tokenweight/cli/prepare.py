@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tokenweight import data, models, records
-from tokenweight.cli.common import Tokens, progress_bar
+from tokenweight.cli.common import OptionalTokens, Tokens, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Cut or pack texts into token sequences of one length. Resumes if run again after an interruption."""
+    """Cut or pack texts into token sequences. Resumes if run again after an interruption."""
 
     texts: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXTS …", help_behavior_hint="(required)")
@@ -25,8 +25,19 @@ class Prepare:
     """Tokens per sequence: the long context."""
     out: Path
     """New folder for the sequences."""
-    short: Literal["drop", "pack"] = "drop"
-    """Whether documents, and rests of documents, that are shorter than a sequence are dropped or packed together."""
+    short: Literal["drop", "pack", "decompose", "keep"] | None = None
+    """Whether documents, and rests of documents, that are shorter than a sequence are dropped (the default) or packed
+    together; or each document is decomposed into sequences of 2^k + 1 tokens, for `train --curriculum`. Chats are kept,
+    each a sequence of its own length (the default), or packed."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read chats (columns messages, or prompt and completion): the tokenizer's chat template renders them, and only
+    answers are predicted."""
+    shortest: OptionalTokens = None
+    """With --short decompose: length of the shortest sequences, as --length is of the longest; by default 256."""
+    order: Literal["read", "similar"] = "read"
+    """Whether packed sequences hold documents as they are read, or documents that are like each other."""
+    size: OptionalTokens = None
+    """Tokens of the short context, for the printed share of tokens that have more; by default a quarter of --length."""
     text_column: str = "text"
     """Column that holds the text, in .jsonl, .csv and .parquet files and data sets."""
     glob: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -36,7 +47,8 @@ class Prepare:
     split: str = "train"
     """Split of a data set of the hub."""
     seed: int | None = None
-    """Seed to shuffle the documents with; by default they are read in their own order."""
+    """Seed to shuffle the documents with; by default they are read in their own order. With --order similar: of the
+    documents that the path begins with, by default 0."""
     max_rows: int | None = None
     """Largest number of sequences to write."""
     skip_invalid: bool = False
@@ -47,34 +59,20 @@ class Prepare:
     """Format of the shards. Commands read both; Parquet is for other tools."""
 
     def run(self) -> None:
-        """Write the sequences and print what became of the documents."""
+        """Write the sequences and print what became of the documents, and what share of their tokens has context."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
-        sources = data.find_sources(self.texts, text_column=self.text_column, glob=self.glob)
+        if self.order == "similar" and (self.short != "pack" or self.chat):
+            found = "chats are packed as they fit" if self.chat else "such sequences hold one document each"
+            raise ValueError(f"order similar: {found}: expected texts and --short pack")
+        if self.size is not None and self.size >= self.length:
+            raise ValueError(f"size {self.size}: expected less than length, {self.length}")
+        text_column = None if self.chat else self.text_column
+        sources = data.find_sources(self.texts, text_column=text_column, glob=self.glob)
         complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
-        provenance = {
-            **data.tokenizer_note(tokenizer, self.tokenizer),
-            "texts": list(self.texts),
-            "hub": [source.name for source in sources if source.kind == "hub"],
-            "glob": list(self.glob),
-            "sources": data.sources_note(sources),
-            "text_column": self.text_column,
-            "subset": self.subset,
-            "split": self.split,
-            "skip_invalid": self.skip_invalid,
-            "seed": self.seed,
-            "environment": records.environment(),
-        }
-        documents = data.read_documents(
-            sources,
-            text_column=self.text_column,
-            subset=self.subset,
-            split=self.split,
-            skip_invalid=self.skip_invalid,
-        )
-        if self.seed is not None:
-            documents = data.shuffled(documents, self.seed)
+        provenance = {**data.tokenizer_note(tokenizer, self.tokenizer), **self._provenance(sources, text_column)}
+        documents = self._documents(sources, text_column)
         with progress_bar("characters") as advance:
 
             def counted() -> Iterator[Any]:
@@ -88,9 +86,45 @@ class Prepare:
                 self.length,
                 self.out,
                 short=self.short,
+                chat=self.chat,
+                skip_invalid=self.skip_invalid,
+                shortest=self.shortest,
+                in_order=self.order == "similar",
                 max_rows=self.max_rows,
                 num_proc=self.num_proc,
                 format=self.format,
                 provenance=provenance,
             )
         print(f"{self.out}: {'complete already, ' if complete else ''}{summary}")
+        size = self.size or max(1, self.length // 4)
+        print(f"predicted tokens with more context than {size:,}{'' if self.size else ', a quarter of the length'}:")
+        for part in data.context_shares(self.out, size):
+            print(f"{part.share:>7.1%} of {part.tokens:,} in {part.source}")
+
+    def _provenance(self, sources: list[Any], text_column: str | None) -> dict[str, Any]:
+        return {
+            "texts": list(self.texts),
+            "hub": [source.name for source in sources if source.kind == "hub"],
+            "glob": list(self.glob),
+            "sources": data.sources_note(sources),
+            "text_column": text_column,
+            "subset": self.subset,
+            "split": self.split,
+            "skip_invalid": self.skip_invalid,
+            "seed": self.seed,
+            "order": self.order,
+            "environment": records.environment(),
+        }
+
+    def _documents(self, sources: list[Any], text_column: str | None) -> Iterator[Any]:
+        """The documents of all sources, in the order that was asked for."""
+        documents = data.read_documents(
+            sources,
+            text_column=text_column,
+            subset=self.subset,
+            split=self.split,
+            skip_invalid=self.skip_invalid,
+        )
+        if self.order == "similar":
+            return data.by_similarity(documents, seed=self.seed or 0, folder=self.out.parent)
+        return documents if self.seed is None else data.shuffled(documents, self.seed)

@@ -35,9 +35,11 @@ class Score:
     divergence: str | None = None
     """Also store the divergence of the two predictions of each token, for weightings such as expected(gain): kl, tv,
     absolute, or the weighting within expected(…). Implies --long; count stores kl anyway."""
-    as_: Annotated[Literal["reference"] | None, tyro.conf.arg(name="as")] = None
+    as_: Annotated[Literal["reference", "teacher"] | None, tyro.conf.arg(name="as")] = None
     """What the model is, if it is not the scorer: reference, whose losses with the full context weightings such as
-    rho1 read. The sequences may be scored already."""
+    rho1 read; or teacher, whose likeliest tokens --distill of train reads. The sequences may be scored already."""
+    top_k: int | None = None
+    """Tokens of each prediction of a teacher that are stored, by default 16: 8 bytes each."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: str = "auto"
@@ -56,6 +58,9 @@ class Score:
     def run(self) -> None:
         """Write the scores and print a summary."""
         contexts = _contexts(self.size, self.stride)
+        if self.top_k is not None and self.as_ != "teacher":
+            raise ValueError(f"--top_k {self.top_k}: is that of --as teacher: leave it out")
+        top_k = None if self.as_ != "teacher" else method.TOP_K if self.top_k is None else self.top_k
         share = data.process_share(self.shard)
         with progress_bar("tokens") as advance:
             summary = data.score_folder(
@@ -68,7 +73,8 @@ class Score:
                 attn_implementation=self.attn_implementation,
                 with_long=self.long or len(contexts or ()) > 1,
                 divergence=None if self.divergence is None else method.parse_divergence(self.divergence),
-                as_reference=self.as_ is not None,
+                as_reference=self.as_ == "reference",
+                top_k=top_k,
                 max_tokens=self.max_tokens,
                 shard_tokens=self.shard_tokens,
                 format=self.format,

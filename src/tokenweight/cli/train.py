@@ -10,7 +10,7 @@ from tokenweight import train
 from tokenweight.train import TrainSettings
 
 Settings = TypeVar("Settings", bound=TrainSettings)
-GROUPS = ("trainer", "extend", "lora")
+GROUPS = ("trainer", "extend", "lora", "distill")
 """Settings with fields of their own, each an option `--GROUP.NAME VALUE`."""
 
 

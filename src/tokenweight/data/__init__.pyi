@@ -21,6 +21,11 @@ from .documents import sources_note as sources_note
 from .export import COPIES as COPIES
 from .export import export_rows as export_rows
 from .export import export_weights as export_weights
+from .order import ContextShare as ContextShare
+from .order import TextIndex as TextIndex
+from .order import by_similarity as by_similarity
+from .order import context_shares as context_shares
+from .order import rank_chunks as rank_chunks
 from .prepare import prepare_rows as prepare_rows
 from .row_scorer import RowScorer as RowScorer
 from .row_scorer import key_tokens as key_tokens
@@ -37,6 +42,11 @@ from .scored_row import score_text as score_text
 from .scored_row import score_texts as score_texts
 from .shards import checksum as checksum
 from .shards import verify as verify
+from .stores import Permutation as Permutation
+from .stores import local_folder as local_folder
+from .stores import remote_url as remote_url
+from .stores import stream_rows as stream_rows
+from .stores import upload as upload
 from .tokenize import special_tokens as special_tokens
 from .tokenize import text_prefix as text_prefix
 from .tokenize import text_tokens as text_tokens

@@ -20,7 +20,9 @@ MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 """0 where a token is read, but not trained: there labels become -100."""
 TRANSLATED = ("attention_mask", *MASKS, "seq_lengths", "token_type_ids")
 """Columns of other tools that are put into `COLUMNS`."""
-_SCORES = re.compile(r"long_nll|ref_nll|(short_nll|divergence)(_\d+)?")
+_SCORES = re.compile(r"long_nll|ref_nll|(short_nll|divergence)(_\d+)?|teacher_(ids|logprobs)")
+BESIDE = ("ref_nll", "teacher_ids", "teacher_logprobs")
+"""Scores of other models than the scorer, which stand beside its own."""
 _HARMLESS = ("special_tokens_mask",)
 # Names by which other tools say something about single tokens, and about the weight of whole rows.
 _MEANT = re.compile(
@@ -37,17 +39,18 @@ def is_score(column: str) -> bool:
 
 def check_types(rows: datasets.Dataset, folder: Any) -> None:
     """Raise a ValueError that names a column of another type than expected, or one that would be ignored though it
-    changes what a row means. Other columns with a value for each token are warned of. One row is read.
+    changes what a row means. Other columns with a value for each token are warned of: of those one row is read.
     """
-    first, unused = rows[0], []
+    unused = []
     for name, kind in ((field.name, field.type) for field in rows.features.arrow_schema):
-        values = _element(kind)
+        values = _element(_element(kind)) if name in BESIDE[1:] else _element(kind)
         ints = values is not None and pa.types.is_integer(values)
         numbers = ints or (values is not None and (pa.types.is_floating(values) or pa.types.is_boolean(values)))
         if name in COLUMNS and not ints:
             raise ValueError(f"{folder}: {name} holds {kind}: expected a list of whole numbers in each row")
         if (name in TRANSLATED or is_score(name)) and not numbers:
-            raise ValueError(f"{folder}: {name} holds {kind}: expected a list of numbers in each row")
+            each = "lists of numbers" if name in BESIDE[1:] else "a list of numbers"
+            raise ValueError(f"{folder}: {name} holds {kind}: expected {each} in each row")
         if _of_token(name) or name in (*TRANSLATED, *_HARMLESS):
             continue
         of_tokens = numbers or _element(values) is not None
@@ -56,8 +59,10 @@ def check_types(rows: datasets.Dataset, folder: Any) -> None:
                 f"{folder} has a column {name}, which is not read: expected what it says in labels (-100 where nothing "
                 "is trained) or position_ids (from 0 in each document), or rows without it"
             )
-        if numbers and len(first[name] or ()) == len(first["input_ids"] or ()) > 1:
-            unused.append(name)
+        if numbers:
+            first = rows.select_columns([name, "input_ids"])[0]
+            if len(first[name] or ()) == len(first["input_ids"] or ()) > 1:
+                unused.append(name)
     if unused:
         logger.warning("%s has values for each token that are not used: %s", folder, ", ".join(unused))
 

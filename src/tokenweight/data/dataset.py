@@ -18,9 +18,10 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
+from tokenweight.data.stores import local_folder, map_rows, map_table
 from tokenweight.method import SCORES, Weighting, divergence_kind
-from tokenweight.models import SCORE_OPTIONS
-from tokenweight.records import read_json, replaced, writing_to
+from tokenweight.models import SCORE_OPTIONS, TEACHER
+from tokenweight.records import make_folder, read_json, replaced, writing_to
 
 logger = logging.getLogger(__name__)
 _SIZED = ("short_nll", "divergence")
@@ -31,7 +32,8 @@ _ROWS_READ = 64  # at a time, when all rows are looked at
 
 def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
     """Open a folder of rows, mapped into memory, with its columns as numpy arrays: one that `datasets` wrote, or one of
-    Parquet files with lists of tokens, whoever wrote them. Their rows are kept in the cache of `datasets`.
+    Parquet files with lists of tokens, whoever wrote them. Their rows are kept in the cache of `datasets`, as is the
+    copy of a folder that is named by a URL (`local_folder`).
 
     Of a folder that `tokenweight` wrote, the sizes of shards are compared with those that were written, so that a file
     that was cut off is found. Contents are not read: `verify` does that. Of any other, the lengths of all columns are
@@ -44,7 +46,7 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
             written, a column that is missing, of another type, or would change what a row means but is not read, or a
             row whose columns do not fit each other.
     """
-    return _opened(Path(folder))[0]
+    return _opened(local_folder(folder))[0]
 
 
 def open_rows(folder: str | os.PathLike[str]) -> tuple[datasets.Dataset, Contents]:
@@ -53,7 +55,7 @@ def open_rows(folder: str | os.PathLike[str]) -> tuple[datasets.Dataset, Content
     Raises:
         ValueError: as `load_rows` does; if no token is predicted in any row.
     """
-    rows, noted = _opened(Path(folder))
+    rows, noted = _opened(local_folder(folder))
     contents = scan_contents(rows) if noted is None else noted
     check_predicted(contents, folder)
     return rows, contents
@@ -75,22 +77,23 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
     check_name(folder)
     check_sizes(folder)
     files = [] if (folder / "state.json").is_file() else dataset_files(folder)
-    rows = _of_parquet(folder, files) if files else _of_arrow(folder)
+    noted = noted_contents(folder)
+    rows = _of_parquet(folder, files) if files else _of_arrow(folder, own=noted is not None)
     if "input_ids" not in rows.column_names:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
     if not len(rows):
         raise ValueError(f"{folder} holds no rows")
     check_types(rows, folder)
-    noted = noted_contents(folder)
     if noted is None or {*TRANSLATED} & {*rows.column_names}:
         check_lengths(rows, folder)
         rows, noted = translate(rows, folder, _cache(folder)), None
     return rows.with_format("numpy"), noted
 
 
-def _of_arrow(folder: Path) -> datasets.Dataset:
+def _of_arrow(folder: Path, *, own: bool) -> datasets.Dataset:
+    """The rows of a folder of `datasets`; whether its files are as `new_shard` and `finish_dataset` wrote them."""
     try:
-        rows = datasets.load_from_disk(str(folder))
+        rows = map_rows(folder) if own else datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none
         raise ValueError(f"{folder} holds no rows") from None
     except (OSError, ValueError, KeyError) as error:
@@ -111,11 +114,11 @@ def _of_parquet(folder: Path, files: Sequence[str]) -> datasets.Dataset:
     """The rows of Parquet files, one file after the other, from a file in the cache that is mapped into memory."""
     path = _cache(folder, kind="-parquet")
     with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with locked(path, wait=True):
         if not path.is_file():
             _write_arrow([folder / name for name in files], path)
-    return datasets.Dataset.from_file(str(path))
+    return datasets.Dataset(map_table(path))
 
 
 def _write_arrow(files: Sequence[Path], path: Path) -> None:
@@ -170,7 +173,7 @@ def read_contents(folder: str | os.PathLike[str]) -> Contents:
     Raises:
         ValueError: as `load_rows` does.
     """
-    return noted_contents(Path(folder)) or open_rows(folder)[1]
+    return noted_contents(local_folder(folder)) or open_rows(folder)[1]
 
 
 def scan_contents(rows: datasets.Dataset) -> Contents:
@@ -222,10 +225,11 @@ def choose_scores(
     Args:
         needed: the columns that have to be there, of `tokenweight.method.SCORES`.
     """
-    provenance = read_json(Path(folder) / "scores.json") if (Path(folder) / "scores.json").is_file() else {}
-    if provenance and (Path(folder) / "state.json").is_file():
-        _check_not_resaved(Path(folder))
-    for name in [name for name in SCORES if name in needed]:
+    place = local_folder(folder)
+    provenance = read_json(place / "scores.json") if (place / "scores.json").is_file() else {}
+    if provenance and (place / "state.json").is_file():
+        _check_not_resaved(place)
+    for name in [name for name in (*SCORES, *TEACHER) if name in needed]:
         if not any(column == name or column.startswith(f"{name}_") for column in rows.column_names):
             raise ValueError(
                 f"{folder} has no column {name}: score it with `tokenweight score {folder}{SCORE_OPTIONS[name]}`"

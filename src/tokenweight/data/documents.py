@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenweight.data.chat import CHAT_COLUMNS, chat_columns, conversation_text
 from tokenweight.records import counted, read_json
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,7 @@ _REMEDIES = {
     **dict.fromkeys([".xz", ".lzma", ".lz4", ".br"], _UNPACK),
 }
 """Files of texts in a form that is not read, and what makes of them one that is."""
-_CHATS = ("messages", "conversations", "prompt")
-"""Columns of conversations: tokens of instructions and answers, which a template makes of them."""
-_CHAT = "column {0!r} holds a chat, whose tokens a chat template makes: see TRL's SFTTrainer in docs/train.md"
+_CHAT = "column {0!r} holds a chat: --chat reads it, and its answers alone are predicted (docs/data.md)"
 _FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *TABLE_SUFFIXES, *COMPRESSED, *_REMEDIES)
 BUFFER_CHARACTERS = 1 << 28
 """Of the documents among which `shuffled` draws the next one."""
@@ -57,6 +56,10 @@ _LONGEST_LINE = 1 << 28
 
 class ColumnError(ValueError):
     """The column of texts is missing, or holds something else: mostly another one was meant."""
+
+
+class _InvalidChat(ValueError):
+    """A record has the columns of a chat, but no conversation in them: its file is one of records all the same."""
 
 
 class Document(NamedTuple):
@@ -75,7 +78,7 @@ class Source(NamedTuple):
 
 
 def find_sources(
-    names: Sequence[str | os.PathLike[str]], *, text_column: str = "text", glob: Sequence[str] = ()
+    names: Sequence[str | os.PathLike[str]], *, text_column: str | None = "text", glob: Sequence[str] = ()
 ) -> list[Source]:
     """What the names stand for, folders opened, in sorted order. Nothing is read yet but the first lines of files whose
     names leave open whether they hold JSON lines.
@@ -85,7 +88,7 @@ def find_sources(
     Args:
         names: text files (one document each), .jsonl, .csv and .parquet files (one document a row), each perhaps
             compressed (.gz, .zst, .bz2), folders of all these, folders that `datasets` wrote, and hub ids.
-        text_column: of JSON lines in files that are not called .jsonl.
+        text_column: of JSON lines in files that are not called .jsonl; None, if records are chats.
         glob: patterns for the files of folders, as in `**/*.py`; one without a slash is for files at any depth. Files
             of text that match one are read, whatever their suffix, and no others. By default those of `TEXT_SUFFIXES`,
             `LINE_SUFFIXES`, `TABLE_SUFFIXES` and .parquet are.
@@ -124,7 +127,7 @@ def sources_note(sources: Iterable[Source]) -> dict[str, int]:
 def read_documents(
     sources: Iterable[Source],
     *,
-    text_column: str = "text",
+    text_column: str | None = "text",
     subset: str | None = None,
     split: str = "train",
     skip_invalid: bool = False,
@@ -132,7 +135,9 @@ def read_documents(
     """Read the documents of each source, so that memory holds one file's buffer and one document at most.
 
     Args:
-        text_column: of .jsonl, .csv and .parquet files and data sets.
+        text_column: of .jsonl, .csv and .parquet files and data sets; None, if records are chats, in columns `messages`
+            (or `conversations`), or `prompt` and `completion`, each perhaps with `tools`. Documents are conversations
+            then, as JSON, for `prepare_rows(..., chat=True)`.
         subset: of a data set of the hub; by default the one it names default.
         split: of a data set of the hub.
         skip_invalid: leave out what is no document (null, a list, no JSON, not UTF-8 …), and warn of how many there
@@ -194,16 +199,22 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
-def _kind(path: Path, text_column: str) -> str | None:
+def _kind(path: Path, text_column: str | None) -> str | None:
     """How a file is read: the same, however it was found. None if it is no text, or is one only if it is chosen."""
     suffix = _suffix(path)
     if suffix == ".parquet":
         return "parquet" if path.suffix.lower() == suffix else None
-    if suffix in TABLE_SUFFIXES and text_column in _header(path):
+    if suffix in TABLE_SUFFIXES and _holds(_header(path), text_column):
         return "table"
-    if suffix in LINE_SUFFIXES or (suffix in _PERHAPS_LINES and isinstance(_first(path, text_column), Document)):
+    if suffix in LINE_SUFFIXES or (
+        suffix in _PERHAPS_LINES and isinstance(_first(path, text_column), (Document, _InvalidChat))
+    ):
         return "lines"
-    return "text" if suffix in TEXT_SUFFIXES else None
+    return "text" if suffix in TEXT_SUFFIXES and text_column is not None else None
+
+
+def _holds(columns: Collection[str], text_column: str | None) -> bool:
+    return bool(chat_columns(columns)) if text_column is None else text_column in columns
 
 
 def _header(file: Path) -> list[str]:
@@ -213,7 +224,7 @@ def _header(file: Path) -> list[str]:
         return []
 
 
-def _first(file: Path, text_column: str) -> Document | ValueError:
+def _first(file: Path, text_column: str | None) -> Document | ValueError:
     """The document in the first line that is not empty, if the file holds JSON lines."""
     if not file.is_file():  # a pipe could not be read again
         return ValueError(f"{_shown(file)}: no file")
@@ -226,7 +237,7 @@ def _says_something(line: bytes) -> bool:
     return bool(line.removeprefix(codecs.BOM_UTF8).strip())
 
 
-def _chosen(path: Path, text_column: str) -> Source:
+def _chosen(path: Path, text_column: str | None) -> Source:
     """A file that is named, or matches a pattern: any text, unless it is one in another form."""
     kind, suffix = _kind(path, text_column), _suffix(path)
     if kind is None and suffix in TABLE_SUFFIXES:
@@ -239,7 +250,7 @@ def _chosen(path: Path, text_column: str) -> Source:
     return Source(str(path), kind or "text")
 
 
-def _in_folder(folder: Path, text_column: str, glob: Sequence[str]) -> list[Source]:
+def _in_folder(folder: Path, text_column: str | None, glob: Sequence[str]) -> list[Source]:
     if (folder / "state.json").is_file() and not glob:
         return [Source(str(folder), "dataset")]
     if (folder / "dataset_dict.json").is_file() and not glob:
@@ -334,11 +345,15 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
         yield io.BufferedReader(stream, buffer_size=1 << 20)
 
 
-def _documents(source: Source, text_column: str, subset: str | None, split: str) -> Iterator[Document | ValueError]:
+def _documents(
+    source: Source, text_column: str | None, subset: str | None, split: str
+) -> Iterator[Document | ValueError]:
     """The documents of a source; for what is none, the error that says so."""
     name = _shown(source.name)
     number = 0
-    if source.kind == "text":
+    if source.kind == "text" and text_column is None:
+        yield ColumnError(f"{name}: a text: expected a file of records, with messages, or prompt and completion")
+    elif source.kind == "text":
         with naming(lambda: name), _opened(Path(source.name)) as opened:
             content = opened.read()
         yield _of_file(content, name)
@@ -370,7 +385,7 @@ def _of_file(content: bytes, name: str) -> Document | ValueError:
     return Document(name, text) if isinstance(text, str) else text
 
 
-def _of_line(line: bytes, name: str, where: str, text_column: str) -> Document | ValueError:
+def _of_line(line: bytes, name: str, where: str, text_column: str | None) -> Document | ValueError:
     text = _decoded(line, where)
     if isinstance(text, ValueError):
         return text
@@ -389,14 +404,20 @@ def _table_rows(opened: io.BufferedReader, separator: str, *, errors: str = "str
     yield from filter(None, csv.reader(text, delimiter=separator, strict=True))
 
 
-def _of_record(record: Any, name: str, where: str, text_column: str) -> Document | ValueError:
+def _of_record(record: Any, name: str, where: str, text_column: str | None) -> Document | ValueError:
     if not isinstance(record, dict):
-        return ValueError(f"{where}: found {_type(record)}: expected an object with a text in {text_column!r}")
-    if text_column not in record:
+        expected = "an object with messages" if text_column is None else f"an object with a text in {text_column!r}"
+        return ValueError(f"{where}: found {_type(record)}: expected {expected}")
+    if not _holds(record, text_column):
         return _without(text_column, record, where)
+    if text_column is None:
+        try:
+            return Document(name, conversation_text({column: record[column] for column in chat_columns(record)}))
+        except ValueError as error:
+            return _InvalidChat(f"{where}: {error}")
     text = record[text_column]
     if not isinstance(text, str):
-        if text_column in _CHATS and isinstance(text, list):
+        if text_column in CHAT_COLUMNS and isinstance(text, list):
             return ColumnError(f"{where}: {_CHAT.format(text_column)}")
         return ColumnError(f"{where}: column {text_column!r} holds {_type(text)}: expected a text")
     try:
@@ -406,13 +427,14 @@ def _of_record(record: Any, name: str, where: str, text_column: str) -> Document
     return Document(name, text)
 
 
-def _without(text_column: str, columns: Iterable[str], where: str) -> ColumnError:
-    """What is said of columns without one of texts."""
-    if chat := next((name for name in _CHATS if name in columns), None):
-        return ColumnError(f"{where}: {_CHAT.format(chat)}")
-    return ColumnError(
-        f"{where}: no column {text_column!r}: found {', '.join(columns)}; name another with --text_column"
-    )
+def _without(text_column: str | None, columns: Collection[str], where: str) -> ColumnError:
+    """What is said of columns without one of texts, or of chats."""
+    found = ", ".join(columns)
+    if text_column is None:
+        return ColumnError(f"{where}: no chat: found {found}: expected messages, or prompt and completion")
+    if chat := chat_columns(columns):
+        return ColumnError(f"{where}: {_CHAT.format(chat[0])}")
+    return ColumnError(f"{where}: no column {text_column!r}: found {found}; name another with --text_column")
 
 
 def _decoded(content: bytes, where: str) -> str | ValueError:
@@ -432,20 +454,26 @@ def _type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _records(source: Source, text_column: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+def _records(source: Source, text_column: str | None, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
     if source.kind == "hub":
         yield from _hub(source.name, subset, split)
         return
     with contextlib.ExitStack() as files:
         if source.kind == "parquet":
             opened = pq.ParquetFile(files.enter_context(Path(source.name).open("rb")))
-            columns, found = opened.schema_arrow.names, lambda: opened.iter_batches(16, columns=[text_column])
+            columns = opened.schema_arrow.names
         else:
             table = datasets.load_from_disk(source.name)
-            columns, found = table.column_names, lambda: table.select_columns(text_column).with_format("arrow").iter(16)
-        if text_column not in columns:
+            columns = table.column_names
+        if not _holds(columns, text_column):
             raise _without(text_column, columns, _shown(source.name))
-        for batch in found():
+        read = chat_columns(columns) if text_column is None else [text_column]
+        batches: Iterable[Any]
+        if source.kind == "parquet":
+            batches = opened.iter_batches(16, columns=read)
+        else:
+            batches = table.select_columns(read).with_format("arrow").iter(16)
+        for batch in batches:
             yield from batch.to_pylist()
 
 

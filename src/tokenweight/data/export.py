@@ -19,6 +19,7 @@ from tokenweight.data.columns import COLUMNS
 from tokenweight.data.contents import Contents
 from tokenweight.data.dataset import check_contrast, check_divergence, choose_scores, load_rows, open_rows, row_lengths
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
+from tokenweight.data.stores import local_folder
 from tokenweight.method import SCORES, Weighting, check_finite, document_positions, prediction_mask
 from tokenweight.models import numbered_from, score_columns
 from tokenweight.records import environment, new_folder, read_json, write_json, writing_to
@@ -142,6 +143,7 @@ def export_rows(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     check_name(out)
     if out.exists():
         raise ValueError(f"out {out}: exists already; name a new folder")
+    folder = local_folder(folder)
     rows, contents = open_rows(folder)
     verify(folder)
     names = [name for name in ("scores", "rows") if (folder / f"{name}.json").is_file()]

@@ -35,8 +35,21 @@ class RowSummary:
     """Documents shorter than a row."""
     empty_documents: int = 0
     longest_document: int = 0
+    predicted_tokens: int = 0
+    """Of conversations, in rows: those of answers."""
+    cut_documents: int = 0
+    """Conversations longer than a row, which end with an earlier answer."""
+    left_out_documents: int = 0
+    """Conversations of which no answer ends within a row."""
 
     def __str__(self) -> str:
+        if self.predicted_tokens or self.left_out_documents:
+            return (
+                f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'conversation')}, "
+                f"{self.predicted_tokens:,} of them in answers; longer than a row: {self.cut_documents:,} cut after an "
+                f"answer, {self.left_out_documents:,} left out ({self.dropped_tokens:,} tokens in no row)"
+                + (f"; invalid and left out: {self.empty_documents:,}" if self.empty_documents else "")
+            )
         return (
             f"{counted(self.rows, 'row')}, {self.tokens:,} tokens from {counted(self.documents, 'document')}; "
             f"{self.dropped_tokens:,} of their tokens are in no row; documents shorter than a row: "
@@ -70,14 +83,7 @@ class Cutter:
 
     def rows(self, document: str, tokens: np.ndarray) -> Iterator[dict[str, Any]]:
         """The rows that are full after this document, whose tokens are without `prefix` and `suffix`."""
-        count = self.summary
-        count.documents += 1
-        count.empty_documents += not len(tokens)
-        if len(tokens):
-            tokens = np.append(tokens, np.array(self.suffix, np.int32))
-        count.short_documents += len(tokens) < self.step
-        count.longest_document = max(count.longest_document, len(tokens))
-        count.dropped_tokens += len(tokens)
+        tokens = self._begun(tokens)
         whole = len(tokens) // self.step * self.step
         for offset in range(0, whole, self.step):
             yield self._row([Piece(document, offset, tokens[offset : offset + self.step])])
@@ -112,6 +118,18 @@ class Cutter:
         """Go on from a `state`."""
         self.summary = RowSummary(**state["summary"])
         self.held = [Piece(name, offset, np.array(tokens, np.int32)) for name, offset, tokens in state["held"]]
+
+    def _begun(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a document with its end, counted; all of them are dropped until a row has them."""
+        count = self.summary
+        count.documents += 1
+        count.empty_documents += not len(tokens)
+        if len(tokens):
+            tokens = np.append(tokens, np.array(self.suffix, np.int32))
+        count.short_documents += len(tokens) < self.step
+        count.longest_document = max(count.longest_document, len(tokens))
+        count.dropped_tokens += len(tokens)
+        return tokens
 
     def _hold(self, piece: Piece) -> None:
         bisect.insort(self.held, piece, key=_size)

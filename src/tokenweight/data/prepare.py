@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from tokenweight.data.chat import ChatCutter
 from tokenweight.data.documents import Document
+from tokenweight.data.order import Decomposer, InOrder
 from tokenweight.data.packing import Cutter, RowSummary
 from tokenweight.data.shards import (
     FORMATS,
@@ -29,16 +31,20 @@ from tokenweight.data.shards import (
     unlock,
 )
 from tokenweight.data.tokenize import Tokenize, special_tokens, tokenizing
-from tokenweight.records import differences, read_json, remove_abandoned, rename_folder, write_json
+from tokenweight.records import differences, make_folder, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
-"""Tokens of a shard: what is cut again, at most, after an interruption."""
+"""Tokens of a shard: what is cut again, at most, after an interruption. More once `MAX_SHARDS` are there."""
+MAX_SHARDS = 1000
+"""Of this size; those that follow hold a thousandth of all tokens before them, each."""
 BATCH_CHARACTERS = 1 << 22
 """Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
 _TOKENS = pa.list_(pa.int32())
+_OF_ONE = pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()})
 _SCHEMAS = {
-    "drop": pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()}),
+    "drop": _OF_ONE,
+    "decompose": _OF_ONE,
     "pack": pa.schema(
         {
             "input_ids": _TOKENS,
@@ -48,6 +54,8 @@ _SCHEMAS = {
         }
     ),
 }
+_SHORT = {False: ("drop", "pack", "decompose"), True: ("keep", "pack")}
+"""What becomes of texts, and of chats, that are shorter than a row; the first by default."""
 
 
 def prepare_rows(
@@ -56,50 +64,65 @@ def prepare_rows(
     length: int,
     out: str | os.PathLike[str],
     *,
-    short: str = "drop",
+    short: str | None = None,
+    shortest: int | None = None,
+    in_order: bool = False,
+    chat: bool = False,
+    skip_invalid: bool = False,
     max_rows: int | None = None,
     num_proc: int = 1,
     format: str = "arrow",
     provenance: dict[str, Any] | None = None,
 ) -> RowSummary:
-    """Cut each document into rows of exactly `length` tokens and write them to the new folder `out`.
+    """Cut each document into rows of exactly `length` tokens, or of 2^k + 1, and write them to the new folder `out`.
 
-    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token of a document is lost
-    between its rows, and no text becomes a control token (`text_tokens`). `Cutter` says what becomes of short documents
-    and of the ends of long ones.
+    A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token is lost between rows,
+    and no text becomes a control token (`text_tokens`). `Cutter` and `Decomposer` say what becomes of short documents.
 
-    Until it is whole, the folder is called `out.unfinished`. An interrupted call, made again with the same documents
-    and settings, goes on after the last whole shard; the rows are the same to the byte. If `out` is there, with the
-    same settings and provenance, nothing is done.
+    Until it is whole, the folder is called `out.unfinished`. An interrupted call that is made again goes on after the
+    last whole shard; the rows are the same to the byte. If `out` is there, made by the same call, nothing is done.
 
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
-        length: tokens of a row.
-        short: "drop", each row belongs to one document, as in the paper; "pack", what fills no row of its own shares
-            rows, in which `position_ids` restart at 0 with each document.
+        length: tokens of a row; with "decompose", those of the longest row that are predicted.
+        short: "drop" (the default), a row is of one document (the paper); "pack", what fills no row shares rows, where
+            `position_ids` restart at 0 with each document; "decompose", rows have 2^k + 1 tokens. Of chats "keep" (the
+            default), each is a row of its own length, or "pack".
+        shortest: with "decompose", those of the shortest; by default 256, or `length` if that is less.
+        in_order: with "pack", whether texts share rows in the order they come in, not as they fit best.
+        chat: whether documents are conversations, as `read_documents(..., text_column=None)` reads them. Then `labels`
+            are -100 but in answers (`chat_tokens`), and rows of at most `length` tokens hold whole ones (`ChatCutter`).
+        skip_invalid: leave out conversations that the template cannot render, rather than raise.
         max_rows: stop after so many.
-        num_proc: processes that tokenize, beside this one; with 1, this one does. The rows are the same. The processes
-            are spawned: a program that calls this does so under `if __name__ == "__main__"`.
+        num_proc: processes that tokenize, spawned beside this one (call it under `if __name__ == "__main__"`); 1: none.
         format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         provenance: kept in `rows.json` beside the summary.
 
     Raises:
-        ValueError: if `out` exists and was made otherwise, an unfinished folder was begun otherwise, or there is no
-            row; naming a document that cannot be tokenized.
+        ValueError: if `out` or `out.unfinished` was made otherwise, no row is left, or a text cannot be tokenized.
     """
     out, (prefix, suffix) = Path(out), special_tokens(tokenizer)
     check_name(out)
-    _check(short, format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
-    settings = {**(provenance or {}), "length": length, "short": short, "max_rows": max_rows}
-    settings |= {"prefix": prefix, "suffix": suffix, "format": format}
+    _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
+    settings = {**(provenance or {}), "length": length, "max_rows": max_rows, "format": format, "prefix": prefix}
+    settings |= {"suffix": suffix, **_of_short(short, length, shortest, in_order, chat)}
+    settings |= {"chat": True, "skip_invalid": skip_invalid} if chat else {}
+    return _prepared(out, documents, tokenizer, num_proc, settings)
+
+
+def _prepared(
+    out: Path,
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int,
+    settings: dict[str, Any],
+) -> RowSummary:
     if _is_complete(out, settings):
         return _summary(out)
     with _unfinished(out, settings) as folder:
         if not is_finished(folder):  # else the call was interrupted when all rows were there
             _make(folder, documents, tokenizer, num_proc, settings)
-        for shard in _shards(folder):
-            strip_note(shard, "source", "cutter")
-        return _summary(folder)
+        return _stripped(folder)
 
 
 def _make(
@@ -110,25 +133,59 @@ def _make(
     settings: dict[str, Any],
 ) -> None:
     """Write what is missing of the shards, and make a data set of them."""
-    pack = settings["short"] == "pack"
-    cutter = Cutter(settings["length"], settings["prefix"], settings["suffix"], pack=pack)
-    with tokenizing(tokenizer, num_proc) as tokenize:
+    cutter = _cutter(settings)
+    with tokenizing(tokenizer, num_proc, chat="chat" in settings) as tokenize:
         _write_shards(folder, _Read(documents), tokenize, cutter, settings)
     cutter.check_any_rows()
     write_json(folder / "rows.json", {**settings, **vars(cutter.summary)})
     finish_dataset(folder, [shard.name for shard in _shards(folder)])
 
 
-def _check(short: str, format: str, length: int, least: int, **numbers: int | None) -> None:
+def _cutter(settings: dict[str, Any]) -> Cutter:
+    length, frame, pack = settings["length"], (settings["prefix"], settings["suffix"]), settings["short"] == "pack"
+    if "chat" in settings:  # a template frames its conversations
+        return ChatCutter(length, [], [], pack=pack, skip_invalid=settings["skip_invalid"])
+    if settings["short"] == "decompose":
+        return Decomposer(length, *frame, shortest=settings["shortest"])
+    return (InOrder if settings.get("in_order") else Cutter)(length, *frame, pack=pack)
+
+
+def _of_short(short: str | None, length: int, shortest: int | None, in_order: bool, chat: bool) -> dict[str, Any]:
+    """The settings of one way to treat short documents; a ValueError for those that it has not, or cannot have."""
+    short = _SHORT[chat][0] if short is None else short
+    if short not in _SHORT[chat]:
+        raise ValueError(f"short {short}: expected {' or '.join(_SHORT[chat])} of {'chats' if chat else 'texts'}")
+    if in_order and (short != "pack" or chat):
+        found = "chats are packed as they fit" if chat else f"rows of short {short} hold one document each"
+        raise ValueError(f"in_order: {found}: expected texts and short pack")
+    if short != "decompose":
+        if shortest is not None:
+            raise ValueError(f"shortest {shortest}: only with short decompose, found {short}")
+        return {"short": short, **({"in_order": True} if in_order else {})}
+    shortest = min(256, length) if shortest is None else shortest
+    for name, number in (("length", length), ("shortest", shortest)):
+        if number < 2 or number & (number - 1):
+            raise ValueError(f"{name} {number}: expected a power of two with short decompose")
+    if shortest > length:
+        raise ValueError(f"shortest {shortest}: expected at most length, {length}")
+    return {"short": short, "shortest": shortest}
+
+
+def _check(format: str, length: int, least: int, **numbers: int | None) -> None:
     """Raise a ValueError for settings that make no sense."""
     check_format(format)
-    if short not in _SCHEMAS:
-        raise ValueError(f"short {short}: expected drop or pack")
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} {number}: expected at least 1")
     if length < least:
         raise ValueError(f"length {length}: expected at least {least} tokens")
+
+
+def _stripped(folder: Path) -> RowSummary:
+    """The summary of a folder whose notes no longer say how to go on after a shard."""
+    for shard in _shards(folder):
+        strip_note(shard, "source", "cutter")
+    return _summary(folder)
 
 
 def _summary(folder: Path) -> RowSummary:
@@ -160,9 +217,9 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
     folder = out.with_name(f"{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     note = folder / "rows.json"
-    with locked(note) as alone:
+    with locked(note, known=True) as alone:
         if not alone:
             raise ValueError(f"out {out}: another process is making it")
         remove_abandoned(folder, ".rows-*")
@@ -187,16 +244,19 @@ def _shards(folder: Path) -> list[Path]:
 
 def _write_shards(folder: Path, source: "_Read", tokenize: Tokenize, cutter: Cutter, settings: dict[str, Any]) -> None:
     """Write the shards that are not there yet."""
-    schema = _SCHEMAS[settings["short"]]
+    schema = _SCHEMAS["pack" if settings["short"] == "pack" else "drop"]
+    if "chat" in settings:
+        schema = schema.append(pa.field("labels", _TOKENS))
     num_shards = _resume(folder, cutter, source, settings["format"])
     tables = _tables(source, tokenize, cutter, schema, settings["max_rows"])
     for number in itertools.count(num_shards):
         if (table := next(tables, None)) is None:
             return
+        full = max(SHARD_TOKENS, cutter.summary.tokens // MAX_SHARDS)
         with new_shard(folder / _name(number, settings["format"]), schema) as (file, note):
             while table is not None:
                 file.write(table)
-                table = next(tables, None) if file.contents.tokens < SHARD_TOKENS else None
+                table = next(tables, None) if file.contents.tokens < full else None
             note.update(source=source.taken, cutter=cutter.state())
 
 

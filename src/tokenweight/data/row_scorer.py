@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, translated
 from tokenweight.method import ScoreWeighting, ShortContext, check_finite, document_positions, prediction_mask, vanishes
-from tokenweight.models import AlignedScorer, Contrast, ContrastScorer, Scorer, numbered_from
+from tokenweight.models import AlignedScorer, Contrast, ContrastScorer, Scorer, Teacher, numbered_from
 
 
 class ContextGain(NamedTuple):
@@ -42,7 +42,11 @@ class RowScorer:
       number for each row, over the tokens that have more tokens before them than the short context holds;
     - with `divergence`, and of `CountScorer`, for each context that of the two predictions of a token, token-aligned:
       `divergence_1024`;
-    - with `as_reference`, none of these, but its losses with the whole row as context: `ref_nll`.
+    - with `as_reference`, none of these, but its losses with the whole row as context: `ref_nll`;
+    - with `top_k`, none of these, but what a student learns from a teacher: its likeliest tokens at each place and
+      their log-probabilities, `teacher_ids` and `teacher_logprobs`; and `topk_median_nll`, one number for each row: the
+      median of its losses over the predicted tokens that are within its top k, NaN without any (what SALT selects
+      documents by).
 
     Args:
         scorer: a model that scores, or what supplies both losses itself, such as `CountScorer`.
@@ -52,6 +56,7 @@ class RowScorer:
         divergence: of a model, the weighting of whose score the divergence is the expectation, as for `Expected`; it
             implies `with_long`.
         as_reference: whether a model is the reference of `Rho1`, which reads whole rows alone; without contexts then.
+        top_k: of a model that is a teacher, which reads whole rows alone as well, the tokens of each prediction.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -67,18 +72,23 @@ class RowScorer:
         with_long: bool = False,
         divergence: ScoreWeighting | None = None,
         as_reference: bool = False,
+        top_k: int | None = None,
         max_tokens: int = 32768,
     ) -> None:
-        sizes = [context.size for context in contexts]
-        if as_reference and (sizes or with_long or divergence is not None or isinstance(scorer, ContrastScorer)):
-            raise ValueError("as_reference: found other scores beside it: expected a model, and nothing else")
-        if not (sizes or as_reference) or len(set(sizes)) < len(sizes):
+        sizes, alone = [context.size for context in contexts], as_reference or top_k is not None
+        others = bool(sizes) or with_long or divergence is not None or isinstance(scorer, ContrastScorer)
+        if alone and (others or (as_reference and top_k is not None)):
+            name = "as_reference" if as_reference else "top_k"
+            raise ValueError(f"{name}: found other scores beside it: expected a model, and nothing else")
+        if not (sizes or alone) or len(set(sizes)) < len(sizes):
             raise ValueError(f"size: expected different sizes, found {', '.join(map(str, sizes)) or 'none'}")
         self.max_tokens = max_tokens
         self._contexts = {f"_{context.size}": context for context in contexts}
-        self._contrast = self._scorer = None
+        self._contrast = self._scorer = self._teacher = None
         if isinstance(scorer, ContrastScorer):
             self._contrast = scorer
+        elif top_k is not None:
+            self._teacher = Teacher(scorer, top_k, max_tokens=max_tokens)
         else:
             first = ShortContext(2) if as_reference else contexts[0]  # of which a reference reads no window
             self._scorer = Scorer(scorer, first, prefix=() if as_reference else prefix, max_tokens=max_tokens)
@@ -86,7 +96,7 @@ class RowScorer:
                 self._scorer.with_context(context)  # raises, before any work
         if divergence is not None and self._contrast is not None:
             raise ValueError("divergence: expected none, of a scorer that gives its own")
-        self.divergence, self.as_reference = divergence, as_reference
+        self.divergence, self.as_reference, self.top_k = divergence, as_reference, top_k
         self.with_long = with_long or divergence is not None or self._contrast is not None
         own = self._contrast is not None and "divergence" in self._contrast.provenance
         self._diverges = own or divergence is not None
@@ -107,6 +117,11 @@ class RowScorer:
         """The added columns and their types."""
         if self.as_reference:
             return {"ref_nll": datasets.List(datasets.Value("float32"))}
+        if self.top_k is not None:
+            kinds = {"teacher_ids": "int32", "teacher_logprobs": "float32"}
+            of_token = {name: datasets.List(datasets.Value(kind), length=self.top_k) for name, kind in kinds.items()}
+            rows = {name: datasets.List(feature) for name, feature in of_token.items()}
+            return {**rows, "topk_median_nll": datasets.Value("float32")}
         sized = ["short_nll", *["divergence"] * self._diverges]
         each_token = ["long_nll"] * self.with_long + [name + suffix for name in sized for suffix in self._contexts]
         each_row = (
@@ -140,8 +155,16 @@ class RowScorer:
         return columns, {suffix: values.tolist() for suffix, values in totals.items()}
 
     def _score(self, batch: dict[str, Any], columns: dict[str, list], totals: dict[str, np.ndarray]) -> None:
-        device = torch.device("cpu") if self._scorer is None else self._scorer.model.device
+        reader = self._teacher or self._scorer
+        device = torch.device("cpu") if reader is None else reader.model.device
         tokens, positions, predicted = row_tensors(batch, device)
+        if self._teacher is not None:
+            top, nll = self._teacher(tokens, position_ids=positions)
+            columns["teacher_ids"] += list(top.ids.cpu().numpy())
+            columns["teacher_logprobs"] += _rows(top.logprobs)
+            known = (top.ids == tokens[..., None]).any(dim=2) & predicted
+            columns["topk_median_nll"] += nll.masked_fill(~known, torch.nan).nanquantile(0.5, dim=1).tolist()
+            return
         if self.as_reference:
             assert self._scorer is not None
             columns["ref_nll"] += _rows(self._scorer.long_nll(tokens, position_ids=positions))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data.columns import COLUMNS, TRANSLATED, is_score
+from tokenweight.data.columns import BESIDE, COLUMNS, TRANSLATED, is_score
 from tokenweight.data.contents import Contents
 from tokenweight.data.dataset import open_rows, row_lengths
 from tokenweight.data.row_scorer import RowScorer
@@ -26,8 +26,10 @@ from tokenweight.data.shards import (
     locked,
     new_shard,
     read_note,
+    shard_lease,
     unlock,
 )
+from tokenweight.data.stores import local_folder, remote_url
 from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
@@ -45,7 +47,17 @@ from tokenweight.models import (
     numbered_from,
     own_device,
 )
-from tokenweight.records import differences, environment, read_json, read_provenance, write_json
+from tokenweight.records import (
+    Lease,
+    LeaseLost,
+    differences,
+    environment,
+    make_folder,
+    pauses,
+    read_json,
+    read_provenance,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 20
@@ -99,6 +111,7 @@ def score_folder(
     with_long: bool = False,
     divergence: ScoreWeighting | None = None,
     as_reference: bool = False,
+    top_k: int | None = None,
     max_tokens: int = 32768,
     shard_tokens: int | None = None,
     format: str = "arrow",
@@ -113,23 +126,26 @@ def score_folder(
         model_name: of a model, whose tokenizer may be another (`AlignedScorer`); or count, which needs none, as in
             count:order=4 (`CountScorer`).
         contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
-        divergence: as for `RowScorer`, and so is `as_reference`, of rows that may be scored already.
+        divergence: as for `RowScorer`, and so are `as_reference` and `top_k`, of rows that may be scored already.
 
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    (rows, contents), made = open_rows(folder), read_provenance(folder)
-    if as_reference:
+    (rows, contents), made = open_rows(folder), read_provenance(local_folder(folder))
+    role = _role({"as_reference": as_reference, "top_k": top_k})
+    if role is not None:
         sizes = ",".join(str(context.size) for context in contexts or ())
         unused = {"size": sizes, "long": with_long, "divergence": divergence and divergence_kind(divergence)}
-        _refuse("a reference reads whole sequences", unused)
-    contexts = () if as_reference else _contexts(contexts, contents.longest or 0, announce)
+        _refuse(f"a {role} reads whole sequences", unused)
+    contexts = () if role is not None else _contexts(contexts, contents.longest or 0, announce)
     options: dict[str, Any] = {"divergence": divergence, "as_reference": as_reference, "with_long": with_long}
+    options |= {"top_k": top_k}
     loading: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation, "dtype": dtype}
     task = _Task(model_name, folder, rows, contents, made, contexts, max_tokens, options, loading)
     scorer, provenance = _by_model(task, announce) if count_scorer(model_name) is None else _by_counts(task)
-    provenance = _with_reference(provenance, made, as_reference=as_reference)
-    provenance |= {"rows": str(folder), "rows_fingerprint": contents.fingerprint, "environment": environment()}
+    provenance = _beside(provenance if top_k is None else {**provenance, "top_k": top_k}, made, role)
+    source = remote_url(folder) or str(folder)
+    provenance |= {"rows": source, "rows_fingerprint": contents.fingerprint, "environment": environment()}
     told: dict[str, Any] = {"progress": progress, "announce": announce, "check": Verifier(folder)}
     shards: dict[str, Any] = {"shard_tokens": shard_tokens, "format": format, "share": share}
     return score_rows(rows, scorer, out, provenance=provenance, **shards, **told)
@@ -159,7 +175,7 @@ def _by_counts(task: _Task) -> tuple[RowScorer, dict[str, Any]]:
     name, counts = task.name, count_scorer(task.name)
     assert counts is not None
     dtype, of = task.loading["dtype"], task.options["divergence"]
-    unused = {**task.loading, "dtype": dtype != "auto" and dtype, "as": task.options["as_reference"] and "reference"}
+    unused = {**task.loading, "dtype": dtype != "auto" and dtype, "as": _role(task.options)}
     _refuse(f"{name} scores without a model", unused)
     if of is not None and (kind := divergence_kind(of)) != counts.provenance.get("divergence"):
         raise ValueError(f"divergence {kind}: {name} stores kl, and no other: leave it out")
@@ -176,11 +192,11 @@ def _by_model(task: _Task, announce: Callable[[str], object]) -> tuple[RowScorer
     of_rows = _other_tokenizer(tokenizer, name, made, folder)
     if of_rows is not None:
         other = f"{name} has another tokenizer than {folder}"
-        _refuse(other, {"as": options["as_reference"] and "reference", "divergence": of and divergence_kind(of)})
+        _refuse(other, {"as": _role(options), "divergence": of and divergence_kind(of)})
         announce(f"{other}: their tokens are aligned by bytes")
     model = load_model(name, **task.loading).to(own_device())
     if tokenizer is None or of_rows is None:
-        whole = options["with_long"] or options["as_reference"] or of is not None
+        whole = options["with_long"] or _role(options) is not None or of is not None
         _check_fit(model.config, task, with_long=whole)
         prefix = text_prefix(tokenizer, made)
         scorer = RowScorer(model, task.contexts, prefix=prefix, max_tokens=max_tokens, **options)
@@ -192,11 +208,18 @@ def _by_model(task: _Task, announce: Callable[[str], object]) -> tuple[RowScorer
     return RowScorer(aligned, task.contexts, max_tokens=max_tokens), provenance
 
 
-def _with_reference(provenance: dict[str, Any], made: dict[str, Any], *, as_reference: bool) -> dict[str, Any]:
-    """The provenance of all scores: those of a reference stand beside those that are there, and the other way round."""
-    if as_reference:
-        return {**(made if _is_scored(made) else _tokenized_by(made)), "reference": provenance}
-    return {**provenance, **({"reference": made["reference"]} if "reference" in made else {})}
+def _role(options: dict[str, Any]) -> str | None:
+    """What a model is, if it is not the scorer."""
+    return "reference" if options["as_reference"] else None if options["top_k"] is None else "teacher"
+
+
+def _beside(provenance: dict[str, Any], made: dict[str, Any], role: str | None) -> dict[str, Any]:
+    """The provenance of all scores: those of a reference or teacher stand beside those that are there, and the other
+    way round."""
+    there: dict[str, Any] = {name: made[name] for name in ("reference", "teacher") if name in made}
+    if role is None:
+        return {**provenance, **there}
+    return {**(made if _is_scored(made) else _tokenized_by(made)), **there, role: provenance}
 
 
 def _is_scored(made: dict[str, Any]) -> bool:
@@ -318,7 +341,8 @@ def score_rows(
 
 def _check_not_scored(rows: datasets.Dataset, scorer: RowScorer) -> None:
     scores = set(filter(is_score, rows.column_names))
-    if there := sorted(scores & scorer.features.keys() if scorer.as_reference else scores - {"ref_nll"}):
+    beside = scorer.as_reference or scorer.top_k is not None
+    if there := sorted(scores & scorer.features.keys() if beside else scores - {*BESIDE}):
         raise ValueError(f"the rows have a column {there[0]} already: score the rows they were made from")
 
 
@@ -330,39 +354,51 @@ def _score_missing(
     progress: Callable[[int, int], object],
     check: Callable[[range], object],
 ) -> int:
-    """Score the shards that are neither there nor in another process's hands, and return their number of tokens."""
+    """Score the shards that are neither there nor in a living process's hands, and return their number of tokens."""
     schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
-    total, new = sum(int(lengths[shard].sum()) for _, shard in ours), 0
-    for file, shard in ours:
-        with locked(file) as alone:
-            if not alone or _is_whole(file):  # another process is at it, or was
-                progress(int(lengths[shard].sum()), total)
-                continue
-            check(range(int(shard[0]), int(shard[-1]) + 1))
-            batches = _batches(shard, lengths, scorer.max_tokens)
-            new += _write_shard(file, schema, rows, batches, scorer, lambda done: progress(done, total))
+    total, new, left = sum(int(lengths[shard].sum()) for _, shard in ours), 0, ours
+    for _ in pauses():
+        unknown = []  # those of processes on other hosts, until they are seen to live or to be dead
+        for file, shard in left:
+            with shard_lease(file) as lease:
+                if not isinstance(lease, Lease) and not lease.alive and not file.is_file():
+                    unknown.append((file, shard))
+                elif not isinstance(lease, Lease) or _is_whole(file):  # another process is at it, or was
+                    progress(int(lengths[shard].sum()), total)
+                else:
+                    check(range(int(shard[0]), int(shard[-1]) + 1))
+                    batches = _batches(shard, lengths, scorer.max_tokens)
+                    new += _write_shard(lease, schema, rows, batches, scorer, lambda done: progress(done, total))
+        left = unknown
+        if not left:
+            break
     return new
 
 
 def _write_shard(
-    file: Path,
+    lease: Lease,
     schema: pa.Schema,
     rows: datasets.Dataset,
     batches: Iterator[np.ndarray],
     scorer: RowScorer,
     progress: Callable[[int], object],
 ) -> int:
-    """Score the batches of one shard, and return its number of tokens."""
-    with new_shard(file, schema) as (written, note):
-        note["differences"], before = {}, scorer.groups
-        for batch in batches:
-            table, totals = _scored(rows, batch, scorer)
-            written.write(table)
-            _add(note["differences"], totals)
-            progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
-        if scorer.groups != before:
-            note["groups"] = [after - known for after, known in zip(scorer.groups, before)]
-    return note["tokens"]
+    """Score the batches of one shard, and return its number of tokens: 0 if another process has taken it over."""
+    try:
+        with new_shard(lease.path, schema) as (written, note):
+            note["differences"], before = {}, scorer.groups
+            for batch in batches:
+                table, totals = _scored(rows, batch, scorer)
+                lease.check()
+                written.write(table)
+                _add(note["differences"], totals)
+                progress(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+            if scorer.groups != before:
+                note["groups"] = [after - known for after, known in zip(scorer.groups, before)]
+        return note["tokens"]
+    except LeaseLost as error:
+        logger.warning("%s, since nothing was heard of this one: it is left to that", error)
+        return 0
 
 
 def process_share(shard: str | None) -> tuple[int, int]:
@@ -398,7 +434,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     if out.exists() and any(not file.name.startswith(".") for file in out.iterdir()) and not path.is_file():
         raise ValueError(f"out {out}: exists and holds no scores; name a new folder")
     if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with locked(path, wait=True):
             if not path.is_file():
                 write_json(path, provenance)
@@ -448,10 +484,19 @@ def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tup
     with numbered_from(int(batch[0])):
         columns, totals = scorer.score(read)
     for name, feature in scorer.features.items():
-        table = table.append_column(
-            name, pa.array(columns[name], datasets.Features({name: feature}).arrow_schema[0].type)
-        )
+        kind = datasets.Features({name: feature}).arrow_schema[0].type
+        table = table.append_column(name, _array(columns[name], kind))
     return table, totals
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """The values of rows as Arrow; of tokens with several numbers each, `[seq, k]`, which Arrow does not read."""
+    if not (pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type)):
+        return pa.array(values, kind)
+    flat = pa.array(np.concatenate([row.reshape(-1) for row in values]), kind.value_type.value_type)
+    of_tokens = pa.FixedSizeListArray.from_arrays(flat, kind.value_type.list_size)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, of_tokens).cast(kind)
 
 
 def _add(sums: dict[str, list[float]], more: dict[str, list[float]]) -> None:

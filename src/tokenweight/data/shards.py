@@ -6,22 +6,34 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.records import reached, read_json, remove_abandoned, replaced, write_json, writing_to
+from tokenweight.data.stores import local_folder, remote_url
+from tokenweight.records import (
+    Held,
+    Lease,
+    leased,
+    reached,
+    read_json,
+    remove_abandoned,
+    replaced,
+    write_json,
+    writing_to,
+)
 
 FORMATS = ("arrow", "parquet")
 """Of shards, and the suffixes of their names: the first are mapped into memory, the second are what others read."""
 _GROUP_TOKENS = 1 << 20
-"""Of a row group of Parquet, about: as many are held in memory until they are written."""
+"""Of a batch of Arrow or a row group of Parquet, about: as many are held in memory until they are written. Opening a
+file of Arrow reads the head of each batch."""
 _CONTENTS = "contents.json"
 """The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
 _REMEDIES = {
@@ -69,9 +81,6 @@ class ShardFile:
         reached("batch", self.path)
 
     def _append(self, table: pa.Table) -> None:
-        if not self._is_parquet:
-            self.stream.write_table(table)
-            return
         self._held.append(table)
         if "input_ids" in table.column_names:
             self._num_held += pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
@@ -81,7 +90,7 @@ class ShardFile:
     def _write_group(self) -> None:
         if self._held:
             table = pa.concat_tables(self._held).combine_chunks()
-            self.stream.write_table(table, row_group_size=len(table))
+            self.stream.write_table(table, max(len(table), 1))
         self._held, self._num_held = [], 0
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -134,28 +143,29 @@ def strip_note(path: Path, *names: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process is the only one that makes the file at `path`; the lock ends with the process, however."""
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        yield False
-        return
-    except NotImplementedError:  # a file system without locks: the worst is work done twice, under two names
-        yield True
-        return
-    try:
-        reached("locked", path)
-        for name in (path.name, _note(path).name):
-            remove_abandoned(path.parent, f".{name}.*[0-9]")
-        yield True
-    finally:
-        lock.release()
+def locked(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[bool]:
+    """Whether this process is the only one that makes the file at `path`: as `shard_lease`."""
+    with shard_lease(path, wait=wait, known=known) as lease:
+        yield bool(lease)
+
+
+@contextlib.contextmanager
+def shard_lease(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[Lease | Held]:
+    """`leased`, of a file with a note: what dead processes have left of both is removed."""
+    with leased(path, wait=wait, known=known) as lease:
+        if isinstance(lease, Lease):
+            for name in (path.name, _note(path).name):
+                remove_abandoned(path.parent, f".{name}.*[0-9]", lease.dead)
+        yield lease
 
 
 def check_name(folder: Path) -> None:
-    """Raise a ValueError unless Arrow, which takes names for UTF-8, can open files in a folder of this name."""
+    """Raise a ValueError unless a folder of this name is here, and Arrow, which takes names for UTF-8, can open files
+    in it."""
+    if (url := remote_url(folder)) is not None:
+        raise ValueError(
+            f"{url}: expected a folder on this machine, which `tokenweight upload` sends when it is complete"
+        )
     try:
         str(folder).encode()
     except UnicodeEncodeError:
@@ -164,7 +174,7 @@ def check_name(folder: Path) -> None:
 
 
 def unlock(folder: Path) -> None:
-    """Remove the files of locks, when nothing is left to be made in the folder."""
+    """Remove the leases of dead processes, when nothing is left to be made in the folder."""
     for lock in folder.glob(".*.lock"):
         reached("unlock", lock)
         lock.unlink(missing_ok=True)
@@ -228,8 +238,12 @@ def check_sizes(folder: Path) -> None:
     """
     total = _total(folder)
     shards = _own_shards(folder)
-    if total is None or sum(path.stat().st_size if path.is_file() else 0 for path, _ in shards) == total["bytes"]:
+    if total is None:
         return
+    with ThreadPoolExecutor(16) as threads:  # which wait for a server together
+        sizes = threads.map(lambda shard: shard[0].stat().st_size if shard[0].is_file() else 0, shards)
+        if sum(sizes) == total["bytes"]:
+            return
     for path, remedy in shards:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
@@ -238,7 +252,7 @@ def check_sizes(folder: Path) -> None:
             raise ValueError(f"{path} is damaged: it has {found} bytes, {expected} were written; {remedy}")
 
 
-def verify(folder: str | os.PathLike[str], rows: range | None = None) -> None:
+def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
     """Read the shards of a finished folder and compare them with the checksums that were noted when they were written.
 
     Opening a folder does not do this, since it takes as long as reading all of it: `train` and `eval` do it once, in
@@ -249,10 +263,13 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> None:
             and nothing is compared.
         rows: only the shards that hold these rows.
 
+    Returns:
+        The number of shards that were compared.
+
     Raises:
         ValueError: naming a shard that is not what was written, and what mends it.
     """
-    Verifier(folder)(rows)
+    return Verifier(folder)(rows)
 
 
 class Verifier:
@@ -261,21 +278,33 @@ class Verifier:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._left: list[tuple[range, Path, str]] = []
         start = 0
-        for path, remedy in _own_shards(Path(folder)):
+        for path, remedy in _own_shards(local_folder(folder)):
             with _named(remedy):
                 stop = start + read_json(_note(path))["rows"]
             self._left.append((range(start, stop), path, remedy))
             start = stop
 
-    def __call__(self, rows: range | None = None) -> None:
-        """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written."""
-        for one in list(self._left):
-            held, path, remedy = one
-            if rows is None or (held.start < rows.stop and rows.start < held.stop):
-                with _named(remedy):
-                    if read_note(path) is None:
-                        raise ValueError(f"{path} is missing")
-                self._left.remove(one)
+    def __call__(self, rows: range | None = None) -> int:
+        """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written; the
+        number of those that were read."""
+        read = [one for one in self._left if rows is None or _overlap(one[0], rows)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            for _ in threads.map(_compare, read):  # raises what is wrong with the first of them
+                pass
+        done = {path for _, path, _ in read}
+        self._left = [one for one in self._left if one[1] not in done]
+        return len(read)
+
+
+def _overlap(held: range, rows: range) -> bool:
+    return held.start < rows.stop and rows.start < held.stop
+
+
+def _compare(shard: tuple[range, Path, str]) -> None:
+    _, path, remedy = shard
+    with _named(remedy):
+        if read_note(path) is None:
+            raise ValueError(f"{path} is missing")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 # Processes that tokenize import this file, and nothing here that would make them load torch or `datasets`.
@@ -23,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 Text = tuple[str, str]
 """The name of a document, and its text: a `Document` is one."""
 Batches = Iterable[tuple[Sequence[Text], Any]]
-Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Int32[np.ndarray, " tokens"]], Any]]]
-"""From batches of documents, each with whatever belongs to it, to their names, their tokens, and what belongs to it."""
+Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Any], Any]]]
+"""From batches of documents, each with whatever belongs to it, to their names, their tokens (of chats, beside their
+labels, or the error that says why there are none), and what belongs to it."""
 START_METHOD = "spawn"
 """Of processes that tokenize: a copy of this one would have its locks, but not the threads that hold them."""
 
@@ -45,7 +45,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     Raises:
         ValueError: if the tokenizer makes a control token of text in a way that cannot be taken apart.
     """
-    control = _control_tokens(tokenizer)
+    control = control_tokens(tokenizer)
     # Tokenizers of mistral-common know no control tokens in texts, nor the option.
     spelled = {} if "MistralCommon" in type(tokenizer).__name__ else {"split_special_tokens": True}
 
@@ -60,8 +60,10 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
 
 
 @contextlib.contextmanager
-def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[Tokenize]:
+def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int, *, chat: bool = False) -> Iterator[Tokenize]:
     """Yields a function that tokenizes batches, in their order: in this process, or in so many others.
+
+    With `chat`, the documents are conversations (`conversation_text`).
 
     Each of the others is a batch ahead, so that memory holds two batches for each of them. They end with this process,
     however it ends.
@@ -70,11 +72,11 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[To
         ValueError: naming a document that cannot be tokenized, or the last one before a process was killed.
     """
     if num_proc == 1:
-        yield functools.partial(_tokenized_here, tokenizer)
+        yield functools.partial(_tokenized_here, tokenizer, chat)
         return
     context = multiprocessing.get_context(START_METHOD)
     others = {process.pid for process in multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(tokenizer, chat))
     try:
         yield functools.partial(_tokenized_there, pool, num_proc)
     except BaseException:  # without waiting for what nobody will read
@@ -96,9 +98,9 @@ def _interruptions_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _tokenized_here(tokenizer: PreTrainedTokenizerBase, batches: Batches) -> Iterator[Any]:
+def _tokenized_here(tokenizer: PreTrainedTokenizerBase, chat: bool, batches: Batches) -> Iterator[Any]:
     for documents, extra in batches:
-        yield [name for name, _ in documents], _arrays(tokenizer, documents), extra
+        yield [name for name, _ in documents], _arrays(tokenizer, chat, documents), extra
 
 
 def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches) -> Iterator[Any]:
@@ -126,10 +128,10 @@ def _tokenized_there(pool: ProcessPoolExecutor, num_proc: int, batches: Batches)
         yield names, arrays, extra
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
+def _begin(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
     """In a process of the pool: keep the tokenizer, and end when the main process does."""
-    global _tokenizer
-    _tokenizer = tokenizer
+    global _tokenizer, _chat
+    _tokenizer, _chat = tokenizer, chat
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -142,25 +144,38 @@ def _end_after(parent: Any) -> None:
 
 
 _tokenizer: PreTrainedTokenizerBase | None = None
+_chat = False
 
 
-def _arrays_there(documents: Sequence[Text]) -> list[np.ndarray]:
+def _arrays_there(documents: Sequence[Text]) -> list[Any]:
     assert _tokenizer is not None
-    return _arrays(_tokenizer, documents)
+    return _arrays(_tokenizer, _chat, documents)
 
 
-def _arrays(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Text]) -> list[np.ndarray]:
-    """The tokens of each document. ValueError that names one that cannot be tokenized."""
+def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[Text]) -> list[Any]:
+    """The tokens of each document. ValueError that names one that cannot be tokenized; of a chat, which may be left
+    out, it stands in place of the tokens."""
+
+    def arrays(texts: Sequence[str]) -> list[np.ndarray]:
+        if not chat:
+            return [np.array(ids, dtype=np.int32) for ids in text_tokens(tokenizer, texts)]
+        from tokenweight.data.chat import chat_tokens  # which imports this file
+
+        return [chat_tokens(tokenizer, text) for text in texts]
+
     try:
-        tokens = text_tokens(tokenizer, [text for _, text in documents])
-    except Exception:  # of tokenizers: whatever they like
-        tokens = []
+        return arrays([text for _, text in documents])
+    except Exception:  # of tokenizers and templates: whatever they like
+        found: list[Any] = []
         for name, text in documents:  # which one was it?
             try:
-                tokens += text_tokens(tokenizer, [text])
+                found += arrays([text])
             except Exception as error:
-                raise ValueError(f"{name}: cannot be tokenized: {' '.join(str(error).split())}") from error
-    return [np.array(ids, dtype=np.int32) for ids in tokens]
+                named = ValueError(f"{name}: cannot be tokenized: {' '.join(str(error).split())}")
+                if not chat:
+                    raise named from error
+                found.append(named)
+        return found
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -215,8 +230,8 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase | None, provenance: Mapping[s
     return prefix or ([] if bos is None else [bos])
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Special tokens, and others with which the chat template marks turns."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The ids and names of special tokens, and of others with which the chat template marks turns."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = getattr(tokenizer, "added_tokens_decoder", {})
     named = {

@@ -2,6 +2,10 @@ from .comparison import Entry as Entry
 from .comparison import Measure as Measure
 from .comparison import compare as compare
 from .comparison import short_names as short_names
+from .heads import HeadSample as HeadSample
+from .heads import HeadScores as HeadScores
+from .heads import retrieval_scores as retrieval_scores
+from .heads import without_heads as without_heads
 from .intervals import paired_difference as paired_difference
 from .intervals import row_sums as row_sums
 from .losses import Judging as Judging

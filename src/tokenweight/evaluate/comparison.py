@@ -9,7 +9,7 @@ import torch
 
 from tokenweight.evaluate.intervals import Sums, paired_difference
 
-GRID = ("family", "length", "depth", "chance", "accuracy", "margin")
+GRID = ("family", "length", "depth", "distance", "chance", "accuracy", "margin", "loss")
 """The fields of a `ProbeRecord` that an evaluation keeps."""
 
 

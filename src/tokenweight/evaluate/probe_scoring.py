@@ -21,7 +21,8 @@ from tokenweight.models import CausalParts, causal_parts, check_length, check_to
 
 @dataclass(frozen=True)
 class ProbeGrid:
-    """The probes to ask: `num` of each family at each length and depth; those without a depth once for each length."""
+    """The probes to ask: `num` of each family at each length and depth, or at each length and distance below it; those
+    that lie everywhere once for each length."""
 
     families: Sequence[str]
     lengths: Sequence[int]
@@ -33,34 +34,46 @@ class ProbeGrid:
     by: Literal["likelihood", "generation"] = "likelihood"
     """"likelihood" asks which candidate the model finds more likely, and tells small base models apart; "generation"
     looks for the answers in greedy output, as RULER does, and leaves room for it in each length."""
+    distances: Sequence[int] = ()
+    """In place of depths, tokens between the facts and the question."""
 
-    def make(self, tokenizer: PreTrainedTokenizerBase) -> list[list[Probe]]:
-        """Make the probes of each family, length and depth: a list for each.
+    def make(self, tokenizer: PreTrainedTokenizerBase, *, apart: bool = False) -> list[list[Probe]]:
+        """Make the probes of each family, length and place: a list for each.
 
         The same probe of two of these lists of a family asks for the same fact: compare them in pairs.
+
+        Args:
+            apart: let each list have facts of its own.
 
         Raises:
             ValueError: if a setting makes no sense, or a length is too short, naming the least.
         """
         if self.by not in ("likelihood", "generation"):
             raise ValueError(f"by {self.by!r}: expected likelihood or generation")
-        cells = []
+        cells: list[list[Probe]] = []
         for name, length in product(self.families, self.lengths):
             family = FAMILIES.get(name, Family())  # `make_probes` rejects unknown names
             room = family.budget if self.by == "generation" else 0
-            for depth in self.depths if family.has_depth else [None]:
+            for depth, distance in self._places(length) if family.has_depth else [(None, None)]:
                 probes = make_probes(
                     name,
                     tokenizer,
                     length=length,
                     depth=depth,
+                    distance=distance,
                     num=self.num,
-                    seed=self.seed,
+                    seed=self.seed + apart * 1_000_003 * len(cells),
                     haystack=self.haystack,
                     room=room,
                 )
                 cells.append(probes)
         return cells
+
+    def _places(self, length: int) -> list[tuple[float | None, int | None]]:
+        """Depths and distances in a text."""
+        if self.distances:
+            return [(None, distance) for distance in self.distances if distance < length]
+        return [(depth, None) for depth in self.depths]
 
 
 class ProbeScore(NamedTuple):
@@ -70,28 +83,34 @@ class ProbeScore(NamedTuple):
     """Share of the answers found: more likely than each decoy, or part of the output."""
     margin: float | None
     """Nats by which an answer is more likely than the best decoy, the mean over the answers; None if generated."""
+    loss: float | None = None
+    """Mean loss of the tokens of all answers and what stands between and after them, in nats, but for those that all
+    candidates begin with; None if generated."""
 
 
 class ProbeRecord(NamedTuple):
-    """The scores of the probes of one family, length and depth, in their order, and their means."""
+    """The scores of the probes of one family, length and depth or distance, in their order, and their means."""
 
     family: str
     length: int
     depth: float | None
+    distance: int | None
     by: str
     num: int
     chance: float
     """Accuracy of a guess: one of the answer and the decoys, or, if the answer is generated, 0."""
     accuracy: float
     margin: float | None
+    loss: float | None
     accuracies: tuple[float, ...]
     margins: tuple[float, ...] | None
+    losses: tuple[float, ...] | None
 
 
 def probe_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grid: ProbeGrid) -> list[ProbeRecord]:
     """Score all probes of a grid.
 
-    Records of two models with one tokenizer can be compared probe by probe, in `accuracies` and `margins`.
+    Records of two models with one tokenizer can be compared probe by probe, in `accuracies`, `margins` and `losses`.
 
     Raises:
         ValueError: if the model has too few positions, or `ProbeGrid.make` fails; before any probe is scored.
@@ -116,7 +135,7 @@ def score_cells(
 
 
 def _record(probes: Sequence[Probe], scores: list[ProbeScore], by: str) -> ProbeRecord:
-    accuracies, margins = zip(*scores)
+    accuracies, margins, losses = zip(*scores)
     num, generated = len(scores), by == "generation"
     return ProbeRecord(
         *probes[0][3:],
@@ -125,8 +144,10 @@ def _record(probes: Sequence[Probe], scores: list[ProbeScore], by: str) -> Probe
         chance=0.0 if generated else 1 / (1 + NUM_DECOYS),
         accuracy=sum(accuracies) / num,
         margin=None if generated else sum(margins) / num,
+        loss=None if generated else sum(losses) / num,
         accuracies=accuracies,
         margins=None if generated else margins,
+        losses=None if generated else losses,
     )
 
 
@@ -162,7 +183,9 @@ def _likelihood_score(
     for group in groups:
         nll = _continuation_nll(parts, [row[shared - 1 :] for row in group], copy.deepcopy(cache), model.device)
         margins.append((nll[1:].min() - nll[0]).item())
-    return ProbeScore(sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins))
+    # The last group has all answers one after the other.
+    loss = nll[0].item() / (len(groups[-1][0]) - shared)
+    return ProbeScore(sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins), loss)
 
 
 def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> DynamicCache:
@@ -245,20 +268,38 @@ def _check(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
 
 
 def probe_measures(grid: Sequence[ProbeRecord], plan: EvalPlan) -> list[Measure]:
-    """Accuracy and margin of each family, and of each family and length.
+    """Accuracy, margin and loss of the answer of each family, of each family and length, and, where probes lie at
+    distances, of each family and distance.
 
     The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
     """
     measures: list[Measure] = []
     for family in plan.families:
-        for length in [None, *plan.probe_lengths]:
-            records = [record for record in grid if record.family == family and length in (None, record.length)]
-            name = f"probe_{family}" if length is None else f"probe_{family}_{length}"
-            total = [sum(values) for values in zip(*(record.accuracies for record in records))]
-            num = [float(len(records))] * plan.num_probes
-            measures.append(Measure(name, "long", "share", "higher", total, num, length is None))
-            margins = [record.margins for record in records if record.margins is not None]
-            if margins:
-                total = [sum(values) for values in zip(*margins)]
-                measures.append(Measure(f"{name}_margin", "long", "nats", "higher", total, num))
+        own = [record for record in grid if record.family == family]
+        cells = {f"probe_{family}": own}
+        cells |= {
+            f"probe_{family}_{length}": [one for one in own if one.length == length] for length in plan.probe_lengths
+        }
+        for distance in plan.distances:
+            cells[f"probe_{family}_distance_{distance}"] = [one for one in own if one.distance == distance]
+        for name, records in cells.items():
+            measures += _cell_measures(name, records, summary=records is own) if records else []
     return measures
+
+
+def _cell_measures(name: str, records: Sequence[ProbeRecord], *, summary: bool) -> list[Measure]:
+    num = [float(len(records))] * records[0].num
+
+    def measure(ending: str, unit: str, better: str, values: list[tuple[float, ...] | None]) -> list[Measure]:
+        known = [own for own in values if own is not None]
+        total = [sum(column) for column in zip(*known)]
+        return [Measure(name + ending, "long", unit, better, total, num, summary)] if known else []
+
+    return [
+        *measure("", "share", "higher", [record.accuracies for record in records]),
+        *(
+            one._replace(summary=False)
+            for one in measure("_margin", "nats", "higher", [record.margins for record in records])
+        ),
+        *measure("_loss", "nats", "lower", [record.losses for record in records]),
+    ]

@@ -1,18 +1,22 @@
 """Retrieval probes: a long text that hides facts, a question about them, its answers, and decoys. Text only, no model.
 
-The families are those of RULER (needles, variable tracking, word counts) and threads, where each fact points to the
-next. The wording is our own, and so are these rules; the numbers are not comparable with published ones:
+The families are those of RULER (needles, variable tracking, word counts), threads, where each fact points to the next,
+and pairs of keys and values, asked for after examples. The wording is our own, and so are these rules; the numbers are
+not comparable with published ones:
 
 - Every answer has decoys of the same form. Except for "single" and the word counts, they are what the text says of
   something else, so that copying any fact is not enough: for this, "multi_value" and "multi_query" hide 3 facts nobody
   asks for, and "variable_tracking" hides a second chain.
 - Keys and listed words are made of syllables, not taken from a list of English words; those of threads are no UUIDs.
-- Prompts are plain text without examples, and end within a sentence that the answer completes, as base models can.
+- Prompts are plain text, only "key_value" with examples, and end within a sentence that the answer completes, as base
+  models can.
 - The words to count are not numbered, and RULER's most frequent "word" (dots to be ignored) is left out.
 
 Source: Hsieh et al. 2024, "RULER" (arXiv 2404.06654), and the scripts of NVIDIA/RULER for its settings: 4 keys, values
 or queries; 4 hops; 10 common words 30 times among others 3 times (6 and 1 below 4096 tokens); 3 frequent words by
-Zipf's law with exponent 2. Roberts et al. 2024, "Needle Threading" (arXiv 2411.05000).
+Zipf's law with exponent 2. Roberts et al. 2024, "Needle Threading" (arXiv 2411.05000): keys by a condition; threads,
+one or several, in three directions. Yen et al. 2024, "HELMET" (arXiv 2410.02694): a list of pairs, with two examples.
+Text that grows before a fact at a fixed distance: arXiv 2604.02650.
 """
 
 import math
@@ -31,6 +35,8 @@ from tokenweight.data import special_tokens, text_tokens
 NUM_DECOYS = 3
 """Decoys of every probe, so that chance is 1/4 in each family."""
 _SYLLABLES = ["bdfghjklmnprstvwz", "aeiou"] * 3
+_INITIAL = "z"  # of the keys that a condition selects
+_NUM_PAIRS = 2048  # of keys and values; in longer lists they come again
 _NOISE = "Rain fell on the roofs. A dog slept by the gate. Somebody closed a window. The kettle sang. Nobody came."
 _STOP = re.compile(r"(?<=[.!?])\s|(?<=[.!?][\"'\u201d\u2019)])\s|(?<=[\u3002\uff01\uff1f])")
 
@@ -38,12 +44,18 @@ _STOP = re.compile(r"(?<=[.!?])\s|(?<=[.!?][\"'\u201d\u2019)])\s|(?<=[\u3002\uff
 class Family(NamedTuple):
     """How the probes of one family are made; the default is one needle among others."""
 
-    kind: Literal["needle", "variable", "thread", "word"] = "needle"
+    kind: Literal["needle", "pair", "variable", "thread", "word"] = "needle"
     num: int = 1
     """Keys that are asked for, copies of a variable, links of a thread, or words to find."""
     values: int = 1  # of each key
     others: int = NUM_DECOYS  # needles nobody asks for
-    backward: bool = False  # links lie in the text opposite to the order in which they are followed
+    by: Literal["name", "condition", "question"] = "name"
+    """How the question names keys: one by one; by what they have in common; or, of one key, with a question before the
+    sentence that the answer completes."""
+    examples: int = 0  # questions that are answered before the one to answer
+    threads: int = 1  # that are asked for together
+    direction: Literal["forward", "backward", "random"] = "forward"
+    """How links lie in the text: in the order in which they are followed, in the opposite one, or in none."""
     zipf: bool = False  # frequencies of words follow Zipf's law, or there are but two of them
     budget: int = 32
     """Tokens that may be generated for all answers. RULER allows 128 for all needles: enough for a base model to list
@@ -55,6 +67,7 @@ class Family(NamedTuple):
         return self.kind != "word"
 
 
+_DIRECTIONS: tuple[Literal["forward", "backward", "random"], ...] = ("forward", "backward", "random")
 FAMILIES = {
     "single": Family(others=0),
     "multi_key": Family(),
@@ -63,11 +76,11 @@ FAMILIES = {
     "variable_tracking": Family("variable", num=4, budget=64),
     "common_words": Family("word", num=10, budget=128),
     "frequent_words": Family("word", num=3, zipf=True, budget=64),
-    **{
-        f"thread_{direction}_{num}": Family("thread", num=num, backward=direction == "backward")
-        for direction in ("forward", "backward")
-        for num in (2, 4, 8)
-    },
+    "conditional": Family(num=4, by="condition", budget=128),
+    "question": Family(by="question"),
+    "key_value": Family("pair", examples=2),
+    **{f"thread_{way}_{num}": Family("thread", num=num, direction=way) for way in _DIRECTIONS for num in (2, 4, 8)},
+    **{f"threads_{way}_4": Family("thread", num=4, threads=3, direction=way, budget=64) for way in _DIRECTIONS},
 }
 """The families by name."""
 
@@ -85,6 +98,8 @@ class Probe(NamedTuple):
     """Tokens that it was made to fill, special tokens and answers included."""
     depth: float | None
     """Fraction of the text (in characters) before the fact asked for, or the middle of several; None for words."""
+    distance: int | None = None
+    """Tokens between the fact and the question, in place of a depth."""
 
     def continuations(self) -> list[list[str]]:
         """For each answer, what may follow the prompt: the earlier answers, and then the answer, or each decoy.
@@ -105,15 +120,16 @@ def make_probes(
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
-    depth: float | None,
+    depth: float | None = None,
+    distance: int | None = None,
     num: int,
     seed: int,
     haystack: str | None = None,
     room: int = 0,
 ) -> list[Probe]:
-    """Make probes of one family, length and depth: the same ones on every machine.
+    """Make probes of one family, length and depth or distance: the same ones on every machine.
 
-    At each length and depth, the probes of one family and seed ask for the same facts: compare them in pairs. A prompt
+    At each length and place, the probes of one family and seed ask for the same facts: compare them in pairs. A prompt
     with its longest continuation, and with what the tokenizer puts before a text, has at most `length` tokens; one more
     sentence of the haystack (or one more of the rarest words) would be too much.
 
@@ -124,6 +140,9 @@ def make_probes(
         depth: where the fact asked for lies, 0 (beginning) to 1 (end), at the nearest border of two sentences; several
             lie evenly around it, as far apart as they can. Facts nobody asks for lie anywhere, so that a model that
             copies the last fact does well at depth 1 only. None for a family without depth.
+        distance: in place of a depth, the most tokens of text between the facts asked for, which then stand together,
+            and the question: as many whole sentences as that allows. All other facts lie before. Of two lengths at one
+            distance, the longer text ends as the shorter one does: what is added stands before the facts.
         num: how many.
         seed: another seed gives other facts and another piece of the haystack.
         haystack: a text, read from any of its sentences on, and again from its start; by default sentences of noise.
@@ -137,17 +156,24 @@ def make_probes(
         >>> probe.prompt[-26:], probe.answers
         ('A locker code of hidalu is', ('5760908',))
     """
-    drafts = _drafts(family, length, depth, num, seed, haystack)
-    probes = [Probe("", tuple(draft.answers), tuple(draft.decoys), family, length, depth) for draft in drafts]
     before = len(special_tokens(tokenizer)[0])  # the same for all of the many texts that are tried
 
     def count(text: str) -> int:
         return before + len(text_tokens(tokenizer, [text])[0])
 
+    def fits(text: str) -> bool:
+        return distance is None or count(text) - before <= distance
+
+    _check_place(family, depth, distance)
+    drafts = _drafts(family, length, depth, num, seed, haystack, None if distance is None else fits)
+    probes = [Probe("", tuple(draft.answers), tuple(draft.decoys), family, length, depth, distance) for draft in drafts]
     sizes = [_needed(draft, probe, count, room) for draft, probe in zip(drafts, probes)]
     least = max(size(draft.least) for size, draft in zip(sizes, drafts))
     if least > length:
-        raise ValueError(f"length {length} is too short for probes {family!r}: they need at least {least} tokens")
+        where = "" if distance is None else f" at distance {distance}"
+        raise ValueError(
+            f"length {length} is too short for probes {family!r}{where}: they need at least {least} tokens"
+        )
     units = [_most_units(size, draft.least, length) for size, draft in zip(sizes, drafts)]
     return [probe._replace(prompt=draft.prompt(num)) for probe, draft, num in zip(probes, drafts, units)]
 
@@ -171,26 +197,41 @@ class _Draft(NamedTuple):
         return f"{self.opening}\n\n{self.body(num_units)}\n\n{self.closing}"
 
 
-def _drafts(name: str, length: int, depth: float | None, num: int, seed: int, haystack: str | None) -> list[_Draft]:
-    if name not in FAMILIES:
-        raise ValueError(f"family {name!r}: expected one of {', '.join(FAMILIES)}")
+def _drafts(
+    name: str,
+    length: int,
+    depth: float | None,
+    num: int,
+    seed: int,
+    haystack: str | None,
+    fits: Callable[[str], bool] | None,
+) -> list[_Draft]:
     if num < 1:
         raise ValueError(f"num {num}: expected at least 1 probe")
     family = FAMILIES[name]
-    if not family.has_depth and depth is not None:
-        raise ValueError(f"depth {depth} of probes {name!r}: expected None, for the words to count lie everywhere")
-    if family.has_depth and (depth is None or not 0 <= depth <= 1):
-        raise ValueError(f"depth {depth} of probes {name!r}: expected a number from 0 (beginning) to 1 (end)")
     text = " ".join((_NOISE if haystack is None else haystack).split())
     sentences = [sentence for sentence in _STOP.split(text) if sentence]
     if not sentences:
         raise ValueError("haystack: it is empty: expected a text, or None for sentences of noise")
     # Python seeds by the SHA-512 of a string: the same on every machine.
     draws = [random.Random(f"tokenweight probe {number} of {name}, seed {seed}") for number in range(num)]
-    if depth is None:
+    if family.kind == "word":
         return [_count(family, rng, length) for rng in draws]
-    make = {"needle": _needles, "variable": _variables, "thread": _thread}[family.kind]
-    return [make(family, _Haystack(rng, depth, text, sentences)) for rng in draws]
+    make = {"needle": _needles, "pair": _pairs, "variable": _variables, "thread": _threads}[family.kind]
+    return [make(family, _Haystack(rng, 1.0 if depth is None else depth, text, sentences, fits)) for rng in draws]
+
+
+def _check_place(name: str, depth: float | None, distance: int | None) -> None:
+    if name not in FAMILIES:
+        raise ValueError(f"family {name!r}: expected one of {', '.join(FAMILIES)}")
+    if not FAMILIES[name].has_depth:
+        for what, value in (("depth", depth), ("distance", distance)):
+            if value is not None:
+                raise ValueError(f"{what} {value} of probes {name!r}: expected None, for the words lie everywhere")
+    elif distance is None and (depth is None or not 0 <= depth <= 1):
+        raise ValueError(f"depth {depth} of probes {name!r}: expected a number from 0 (beginning) to 1 (end)")
+    elif distance is not None and (distance < 0 or depth is not None):
+        raise ValueError(f"distance {distance} of probes {name!r}: expected 0 or more tokens, and no depth")
 
 
 def _most_units(size: Callable[[int], int], least: int, length: int) -> int:
@@ -232,47 +273,83 @@ class _Haystack(NamedTuple):
     depth: float
     text: str
     sentences: list[str]
+    fits: Callable[[str], bool] | None
+    """Whether a text may lie between the facts and the question; None where they lie at a depth."""
 
     def words(self, pattern: Sequence[str], num: int) -> list[str]:
         return _distinct(self.rng, pattern, num, self.text)
 
-    def hide(self, asked: Sequence[str], others: Sequence[Sequence[str]]) -> Callable[[int], str]:
-        """The text of n sentences with facts between them: those asked for around the depth, in order; others, each in
-        a sequence that keeps its order, anywhere."""
-        rng, depth, _, sentences = self
+    def hide(self, asked: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[Callable[[int], str], int]:
+        """The text of n sentences with facts between them, and the least n: those asked for around the depth, in order;
+        others, each in a sequence that keeps its order, anywhere before the last of these sentences that `fits`."""
+        rng, depth, _, sentences, fits = self
         reach = min(depth, 1 - depth) if len(asked) > 1 else 0.0
-        facts = [(depth + reach * (2 * i / max(1, len(asked) - 1) - 1), fact) for i, fact in enumerate(asked)]
-        for sequence in others:
-            facts += zip(sorted(rng.random() for _ in sequence), sequence)
+        places = [depth + reach * (2 * i / max(1, len(asked) - 1) - 1) for i in range(len(asked))]
+        others_at = [place for sequence in others for place in sorted(rng.random() for _ in sequence)]
+        facts = [*zip(others_at, (fact for sequence in others for fact in sequence)), *zip(places, asked)]
         start = rng.randrange(len(sentences))
 
+        def piece(first: int, stop: int) -> list[str]:
+            return [sentences[(start + i) % len(sentences)] for i in range(first, stop)]
+
         def body(num_sentences: int) -> str:
-            chosen = [sentences[(start + i) % len(sentences)] for i in range(num_sentences)]
+            # At a distance, a longer text begins earlier; at a depth, it ends later.
+            chosen = piece(0, num_sentences) if fits is None else piece(-num_sentences, 0)
             borders = [0, *accumulate(len(sentence) + 1 for sentence in chosen)]
             before: list[list[str]] = [[] for _ in borders]
+            last = num_sentences - after
             for place, fact in facts:
-                nearest = min(range(len(borders)), key=lambda border: abs(borders[border] - place * borders[-1]))
+                nearest = min(range(last + 1), key=lambda border: abs(borders[border] - place * borders[last]))
                 before[nearest].append(fact)
             pairs = zip(before, [[sentence] for sentence in chosen] + [[]])
             return " ".join(part for pair in pairs for parts in pair for part in parts)
 
-        return body
+        after = 0 if fits is None else _most_that_fit(lambda num: fits(" ".join(piece(-num, 0))))
+        return body, after + 1
+
+
+def _most_that_fit(fits: Callable[[int], bool]) -> int:
+    """The largest number, from 0 on (which fits), that fits."""
+    beyond = 1
+    while fits(beyond):
+        beyond *= 2
+    return bisect_right(range(beyond), False, key=lambda num: not fits(num)) - 1
 
 
 def _needles(family: Family, haystack: _Haystack) -> _Draft:
     num, values = family.num, family.values
-    keys = haystack.words(_SYLLABLES, num + NUM_DECOYS)
+    if family.by == "condition":
+        letters = _SYLLABLES[0].replace(_INITIAL, "")
+        keys = haystack.words([_INITIAL, *_SYLLABLES[1:]], num) + haystack.words([letters, *_SYLLABLES[1:]], NUM_DECOYS)
+    else:
+        keys = haystack.words(_SYLLABLES, num + NUM_DECOYS)
     codes = haystack.words([digits] * 7, num * values + NUM_DECOYS)
     facts = [f"A locker code of {keys[i // values]} is {codes[i]}." for i in range(num * values)]
     decoys = codes[-NUM_DECOYS:]
     others = [[f"A locker code of {key} is {code}."] for key, code in zip(keys[num:], decoys[: family.others])]
-    body = haystack.hide(facts, others)
-    order = haystack.rng.sample(range(num), num)  # that of the question is not that of the text
+    hidden = haystack.hide(facts, others)
+    # The order of the question is not that of the text, unless it names no key.
+    order = range(num) if family.by == "condition" else haystack.rng.sample(range(num), num)
     answers = [codes[i * values + j] for i in order for j in range(values)]
     closing = f"A locker code of {keys[0]} is"
+    if family.by == "question":
+        closing = f"Question: What is a locker code of {keys[0]}?\nAnswer: {closing}"
     if len(answers) > 1:
-        closing = f"The {len(answers)} locker codes of {', '.join(keys[i] for i in order)}, in order, are"
-    return _Draft("Remember the locker codes that this text mentions.", closing, answers, decoys, body)
+        named = f"names that begin with {_INITIAL}" if family.by == "condition" else ", ".join(keys[i] for i in order)
+        closing = f"The {len(answers)} locker codes of {named}, in order, are"
+    return _Draft("Remember the locker codes that this text mentions.", closing, answers, decoys, *hidden)
+
+
+def _pairs(family: Family, haystack: _Haystack) -> _Draft:
+    """One of many pairs of a key and a value is asked for; decoys are other values, but not those of the examples."""
+    num = 1 + family.examples + NUM_DECOYS
+    keys, values = (_distinct(haystack.rng, pattern, _NUM_PAIRS) for pattern in (_SYLLABLES, [digits] * 7))
+    pairs = [f'"{key}": {value},' for key, value in zip(keys, values)]
+    hidden = haystack._replace(sentences=pairs[num:]).hide(pairs[:1], [[pair] for pair in pairs[1:num]])
+    questions = [f'The value of "{key}" is' for key in keys]
+    examples = [f"{questions[i]} {values[i]}." for i in range(1, 1 + family.examples)]
+    closing = "\n".join([*examples, questions[0]])
+    return _Draft("Remember the values of this list.", closing, values[:1], values[num - NUM_DECOYS : num], *hidden)
 
 
 def _variables(family: Family, haystack: _Haystack) -> _Draft:
@@ -284,22 +361,31 @@ def _variables(family: Family, haystack: _Haystack) -> _Draft:
         for chain, number in zip(chains, numbers)
     )
     closing = f"The {each} variables that have the value {numbers[0]}, directly or as copies, are"
-    body = haystack.hide(asked, [other])
-    return _Draft("Remember the variables of this text.", closing, chains[0], chains[1][:NUM_DECOYS], body)
+    hidden = haystack.hide(asked, [other])
+    return _Draft("Remember the variables of this text.", closing, chains[0], chains[1][:NUM_DECOYS], *hidden)
 
 
-def _thread(family: Family, haystack: _Haystack) -> _Draft:
+def _threads(family: Family, haystack: _Haystack) -> _Draft:
     """Decoys are where the first link leads, for one who stops there, and the ends of two other threads."""
-    words = haystack.words(_SYLLABLES, NUM_DECOYS * (family.num + 1))
-    threads = [words[i::NUM_DECOYS] for i in range(NUM_DECOYS)]
-    step = -1 if family.backward else 1
+    num = family.threads + NUM_DECOYS - 1
+    words = haystack.words(_SYLLABLES, num * (family.num + 1))
+    threads = [words[i::num] for i in range(num)]
+    order = list(range(family.num))[:: -1 if family.direction == "backward" else 1]
+    if family.direction == "random":
+        haystack.rng.shuffle(order)
     links = [[f"From {key} the path leads to {value}." for key, value in pairwise(thread)] for thread in threads]
-    asked, *others = (facts[::step] for facts in links)
-    start, first, *_, end = threads[0]
-    decoys = [first, *(thread[-1] for thread in threads[1:])]
-    closing = f"Who starts at {start} and follows the path {family.num} times ends at"
-    body = haystack.hide(asked, others)
-    return _Draft("Remember the paths that this text mentions.", closing, [end], decoys, body)
+    asked, others = threads[: family.threads], links[family.threads :]
+    # Several threads that are asked for take turns.
+    hidden = haystack.hide(
+        [own[i] for i in order for own in links[: family.threads]], [[own[i] for i in order] for own in others]
+    )
+    answers = [thread[-1] for thread in asked]
+    decoys = [asked[0][1], *(thread[-1] for thread in threads[family.threads :])]
+    starts = ", ".join(thread[0] for thread in asked)
+    closing = f"Who starts at {starts} and follows the path {family.num} times ends at"
+    if len(asked) > 1:
+        closing = f"Those who start at {starts} and follow the path {family.num} times end, in order, at"
+    return _Draft("Remember the paths that this text mentions.", closing, answers, decoys, *hidden)
 
 
 def _count(family: Family, rng: random.Random, length: int) -> _Draft:

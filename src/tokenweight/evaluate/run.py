@@ -16,6 +16,7 @@ from tokenweight.data import (
     Contents,
     check_predicted,
     checksum,
+    local_folder,
     open_rows,
     row_lengths,
     scan_contents,
@@ -24,6 +25,16 @@ from tokenweight.data import (
     verify,
 )
 from tokenweight.evaluate.comparison import GRID, Entry, Judge, Measure, compare
+from tokenweight.evaluate.heads import (
+    HeadSample,
+    HeadScores,
+    add_heads,
+    choose_heads,
+    head_samples,
+    heads_markdown,
+    masked_probes,
+    retrieval_scores,
+)
 from tokenweight.evaluate.losses import Judging, Rows, find_key_tokens, open_weights, row_measures
 from tokenweight.evaluate.probe_scoring import ProbeGrid, probe_measures, score_cells
 from tokenweight.evaluate.probes import Probe
@@ -42,7 +53,9 @@ from tokenweight.models import (
     load_config,
     load_model,
     own_device,
+    parse_attention,
     tokenizer_fingerprint,
+    with_dual_chunk,
 )
 from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
 
@@ -66,6 +79,8 @@ class _Task(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     probes: list[list[Probe]]
     """The probes of each family, length and depth, which are the same for all models."""
+    samples: list[HeadSample]
+    """The texts by which heads are found, likewise."""
     comparable: dict[str, Any]
     """What an evaluation must have in common with its baseline."""
     earlier: dict[str, Any] | None
@@ -101,8 +116,9 @@ def evaluate(
         record = _record(task, settings, folder / _WEIGHTS, lambda done: progress(done, total))
         write_json(folder / "eval.json", record)
         table = read_table(record)
-        grid = grid_markdown([(model["model"], model.get("probe_grid", [])) for model in record["models"]])
-        (folder / "table.md").write_text(markdown(table, unit=record["unit"]) + grid, encoding="utf-8")
+        grid = grid_markdown([(_title(model), model.get("probe_grid", [])) for model in record["models"]])
+        page = markdown(table, unit=record["unit"]) + grid + heads_markdown(record["models"])
+        (folder / "table.md").write_text(page, encoding="utf-8")
         (folder / "table.csv").write_text(csv_text(table), encoding="utf-8")
     return record
 
@@ -126,15 +142,17 @@ def _open(settings: EvalSettings) -> _Task:
     aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
     readers = [name for name in loaded if aligned is None or name != evaluator]
     tokenizer = _common_tokenizer(readers, settings)
-    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
+    rows = Rows(
+        data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(local_folder(settings.data)))
+    )
     for name in readers:
         _check_model(name, settings, plan, rows, contents)
         _warn_of_training_data(name, settings, contents)
-    probes = _make_probes(settings, plan, tokenizer)
+    probes, samples = _make_probes(settings, plan, tokenizer)
     comparable = {**plan.comparable(), **_fingerprints(rows, contents, tokenizer)}
     if earlier and (found := differences(earlier["settings"], comparable)):
         raise ValueError(f"baseline {settings.baseline}: was evaluated with other settings ({found})")
-    return _Task(names, loaded, evaluator, aligned, plan, rows, tokenizer, probes, comparable, earlier)
+    return _Task(names, loaded, evaluator, aligned, plan, rows, tokenizer, probes, samples, comparable, earlier)
 
 
 def _open_data(settings: EvalSettings) -> tuple[datasets.Dataset, Contents]:
@@ -178,7 +196,7 @@ def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTraine
 
 def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTokenizerBase | None:
     """The tokenizer of all models that have one; it must be the same, and that of the data."""
-    provenance = read_provenance(settings.data)
+    provenance = read_provenance(local_folder(settings.data))
     found = {name: tokenizer for name in names if (tokenizer := find_tokenizer(name)) is not None}
     for name, tokenizer in found.items():
         check_tokenizer(tokenizer, name, provenance, settings.data)
@@ -211,6 +229,9 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
     check_tokens(config, *contents.token_range, settings.data)
     positions = context_length(config)
     probe = max(plan.probe_lengths, default=0)
+    if plan.attention is not None:
+        parse_attention(plan.attention).of(config)
+        positions = None
     for what, length in (("data: sequences", plan.length), ("probe_lengths: probes", probe)):
         if positions is not None and length > positions:
             raise ValueError(
@@ -224,22 +245,26 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
 
 def _make_probes(
     settings: EvalSettings, plan: EvalPlan, tokenizer: PreTrainedTokenizerBase | None
-) -> list[list[Probe]]:
+) -> tuple[list[list[Probe]], list[HeadSample]]:
     if tokenizer is None:
-        for name, asked, instead in (("probes", plan.families, ", or none"), ("suites", plan.suites, "")):
+        asked_for = {"probes": plan.families, "suites": plan.suites, "heads": ["on"] * plan.heads}
+        for name, asked in asked_for.items():
+            instead = ", or none" if name == "probes" else ""
             if asked:
                 raise ValueError(
                     f"{name} {','.join(asked)}: {settings.model} has no tokenizer: expected a tokenizer{instead}"
                 )
-        return []
-    grid = ProbeGrid(
-        plan.families, plan.probe_lengths, plan.depths, plan.num_probes, plan.seed, plan.haystack, plan.probe_by
-    )
+        return [], []
+    options = {name: getattr(plan, name) for name in ("families", "depths", "distances", "seed", "haystack")}
+    grid = ProbeGrid(lengths=plan.probe_lengths, num=plan.num_probes, by=plan.probe_by, **options)
+    instead = "--probes none"
     try:
-        return grid.make(tokenizer)
+        probes = grid.make(tokenizer)
+        instead = "no --heads"
+        return probes, head_samples(tokenizer, plan) if plan.heads else []
     except ValueError as error:
         lengths = ",".join(map(str, plan.probe_lengths))
-        raise ValueError(f"probe_lengths {lengths}: {error}; or --probes none") from None
+        raise ValueError(f"probe_lengths {lengths}: {error}; or {instead}") from None
 
 
 def _fingerprints(rows: Rows, contents: Contents, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -259,7 +284,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
     models = (task.earlier["models"] if task.earlier else []) + models
     judge = {**judge, "weights_sha256": checksum(path)}
     _check_samples(models)
-    table = compare([(model["model"], _measures(model)) for model in models], seed=settings.seed)
+    table = compare([(_title(model), _measures(model)) for model in models], seed=settings.seed)
     return {
         "data": str(settings.data),
         "haystack": None if settings.haystack is None else str(settings.haystack),
@@ -272,6 +297,11 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
         "comparison": [[entry._asdict() for entry in row] for row in table],
         "environment": environment(),
     }
+
+
+def _title(model: dict[str, Any]) -> str:
+    """The name of a model in tables: the same model may be compared with itself, attending in another way."""
+    return model["model"] if model.get("attention") is None else f"{model['model']}, {model['attention']}"
 
 
 def _measures(model: dict[str, Any]) -> list[Measure]:
@@ -301,12 +331,16 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of the models; and who the evaluator is, if there is one: then it comes first."""
     records, judge = {}, task.earlier["evaluator"] if task.earlier else {"model": None}
+    heads: dict[str, HeadScores] = {}
     for name in task.loaded:
         finds = not task.earlier and name == task.evaluator
         model = load_model(name, dtype=task.plan.dtype, attn_implementation=task.plan.attn_implementation).to(
             own_device()
         )
-        found = identity(model, name)
+        found = {**identity(model, name), "attention": None}
+        if task.plan.attention is not None:
+            attention = parse_attention(task.plan.attention).of(model.config)
+            model, found["attention"] = with_dual_chunk(model, attention), str(attention)
         if finds:
             judge = (
                 found
@@ -315,11 +349,18 @@ def _measured(
             )
         if name in task.names:
             judging = _judging(task, weights, name, found["weights_fingerprint"], judge)
-            records[name] = {**found, **measure_model(name, model, task, judging, progress=progress)}
+            if task.samples:  # first, as suites
+                heads[name] = retrieval_scores(model, task.samples)
+            own = measure_model(name, model, task, judging, heads.get(name), progress=progress)
+            records[name] = {**found, **own}
         else:
             find_key_tokens(_finder(model, task), task.plan, task.rows, weights[0], progress=progress)
         del model  # before the next one is loaded
-    return [records[name] for name in task.names], judge
+    measured = [records[name] for name in task.names]
+    if heads:
+        first = task.earlier["models"][0] if task.earlier else None
+        add_heads(measured, [heads[name] for name in task.names], first)
+    return measured, judge
 
 
 def _finder(model: PreTrainedModel, task: _Task) -> PreTrainedModel | AlignedScorer:
@@ -346,6 +387,7 @@ def measure_model(
     model: PreTrainedModel,
     task: _Task,
     judging: Judging,
+    heads: HeadScores | None = None,
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
@@ -353,21 +395,26 @@ def measure_model(
 
     Args:
         judging: whose key tokens LongPPL counts.
+        heads: retrieval scores of the model.
         progress: called with the number of tokens of each batch of sequences.
 
     Returns:
-        `measures`; `probe_grid`, probes by family, length and depth; `suites`, fingerprints of their samples.
+        `measures`; `probe_grid`, probes by family, length and depth; `suites`, fingerprints of their samples; `heads`
+        with what the probes say without some.
 
     Raises:
         ValueError: if a loss is not finite, or the model is not supported.
     """
     plan = task.plan
+    masked = None if heads is None or plan.mask_heads is None else choose_heads(plan, heads)
     asked, samples = suite_measures(model, task.tokenizer, plan)  # first: before it fails, no sequence need be read
     read = row_measures(model, plan, task.rows, judging, progress=progress)
-    grid = []
+    grid, without = [], {}
     if task.probes:
         assert task.tokenizer is not None
         grid = score_cells(model, task.tokenizer, task.probes, plan.probe_by)
+        if masked is not None:
+            without["heads"] = {"masked": masked_probes(model, task.tokenizer, task.probes, plan, masked, grid)}
     measures = [*read, *probe_measures(grid, plan), *asked]
     for measure in measures:
         if not all(map(math.isfinite, measure.total)):
@@ -376,4 +423,5 @@ def measure_model(
         "measures": [{**measure._asdict(), "value": measure.value} for measure in measures],
         "probe_grid": [{name: getattr(record, name) for name in GRID} for record in grid],
         "suites": samples,
+        **without,
     }

@@ -4,6 +4,7 @@ Nothing heavy is imported at once: the command line reads its options from here.
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,12 +47,19 @@ class EvalSettings:
     """Tokens of the probes; by default a quarter, a half, and the whole of a sequence."""
     depths: str = "0.1,0.5,0.9"
     """Where the facts lie: 0 (beginning) to 1 (end)."""
+    distances: str | None = None
+    """Instead of depths: tokens between the facts and the question, as in 128,512,2k, in all texts that are longer."""
     num_probes: int = 8
-    """Number of probes of each family, length and depth."""
+    """Number of probes of each family, length, and depth or distance."""
     probe_by: Literal["likelihood", "generation"] = "likelihood"
     """Whether the answer must be likelier than its decoys, or must appear in greedy output."""
     haystack: Path | None = None
     """Text file that probes hide their facts in; by default sentences of noise."""
+    heads: bool = False
+    """Find the attention heads that copy facts: their retrieval score, by one forward pass of each text."""
+    mask_heads: str | None = None
+    """Ask the probes again without some heads, and without as many others: top:10 for the model's own ten best, or
+    3.5,4.1 (layer, head)."""
     suites: str | None = None
     """Standard suites, as in ruler,mmlu, or tasks of lm-evaluation-harness: docs/evaluate.md."""
     suite_lengths: str | None = None
@@ -66,6 +74,8 @@ class EvalSettings:
     """Dtype the models are loaded in."""
     attn_implementation: str | None = None
     """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
+    attention: str | None = None
+    """Attention beyond the length of the models: dual-chunk, or dual-chunk:chunk=6144,local=1024 (docs/evaluate.md)."""
     max_tokens: Tokens = 32768
     """Tokens read in one forward pass; halved when memory runs out."""
 
@@ -88,10 +98,14 @@ class EvalPlan:
     families: list[str]
     probe_lengths: list[int]
     depths: list[float]
+    distances: list[int]
     num_probes: int
     probe_by: Literal["likelihood", "generation"]
     haystack: str | None
     """The text that probes hide their facts in; None for noise, and without probes."""
+    heads: bool
+    mask_heads: list[list[int]] | int | None
+    """Layer and head of each, or the number of heads with the best scores."""
     suites: list[str]
     suite_lengths: list[int]
     suite_limit: int | None
@@ -99,6 +113,8 @@ class EvalPlan:
     seed: int
     dtype: str
     attn_implementation: str | None
+    attention: str | None
+    """How the models that are measured now attend; it may differ between those that are compared."""
 
     @property
     def half(self) -> int:
@@ -106,8 +122,9 @@ class EvalPlan:
         return self.length // 2
 
     def comparable(self) -> dict[str, Any]:
-        """What two evaluations must have in common to be compared: all of it, and of the haystack a checksum."""
+        """What two evaluations must have in common to be compared: all but attention; of the haystack, a checksum."""
         settings = asdict(self)
+        del settings["attention"]
         text = settings.pop("haystack")
         settings["haystack_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
         return settings
@@ -148,6 +165,7 @@ def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
         seed=settings.seed,
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
+        attention=settings.attention,
     )
 
 
@@ -180,14 +198,39 @@ def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     depths = _numbers("depths", settings.depths, float)
     within = all(0 <= depth <= 1 for depth in depths)
     _require("depths", settings.depths, within, "numbers from 0 (beginning) to 1 (end)")
+    distances = [] if settings.distances is None else _numbers("distances", settings.distances, token_count)
+    within = all(0 <= distance < max(lengths) for distance in distances)
+    _require(
+        "distances", settings.distances, within, f"0 or more tokens, below the {max(lengths)} of the longest probe"
+    )
+    masked = _masked_heads(settings, families)
+    asked = bool(families) or settings.heads
     return {
         "families": families,
-        "probe_lengths": lengths if families else [],
-        "depths": depths if families else [],
-        "num_probes": settings.num_probes if families else 0,
+        "probe_lengths": lengths if asked else [],
+        "depths": depths if asked and not distances else [],
+        "distances": distances if asked else [],
+        "num_probes": settings.num_probes if asked else 0,
         "probe_by": settings.probe_by if families else "likelihood",
-        "haystack": haystack if families else None,
+        "haystack": haystack if asked else None,
+        "heads": settings.heads,
+        "mask_heads": masked,
     }
+
+
+def _masked_heads(settings: EvalSettings, families: list[str]) -> list[list[int]] | int | None:
+    text = settings.mask_heads
+    if text is None:
+        return None
+    _require("mask_heads", text, settings.heads, "heads beside it")
+    _require("mask_heads", text, bool(families), "probes beside it")
+    if re.fullmatch(r"top:0*[1-9]\d*", text):
+        return int(text[4:])
+    expected = "top: and a number, as in top:10, or layers and heads, as in 3.5,4.1"
+    _require("mask_heads", text, bool(re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", text)), expected)
+    heads = [[int(number) for number in word.split(".")] for word in text.split(",")]
+    _require("mask_heads", text, len({*map(tuple, heads)}) == len(heads), "each head once")
+    return heads
 
 
 def _families(text: str) -> list[str]:

@@ -123,7 +123,7 @@ def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str
 
 
 def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """The accuracy of probes by length and depth, in a table for each family; empty without probes.
+    """Accuracy, margin and loss of probes by length and place, in a table for each family; empty without probes.
 
     Args:
         models: name and records of probes, with the fields of `GRID`.
@@ -131,14 +131,29 @@ def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str
     parts = []
     for family in dict.fromkeys(cell["family"] for _, cells in models for cell in cells):
         own = [(name, [cell for cell in cells if cell["family"] == family]) for name, cells in models]
-        depths = list(dict.fromkeys(cell["depth"] for _, cells in own for cell in cells))
-        lines = [["model", "length", *("any depth" if depth is None else f"depth {depth:g}" for depth in depths)]]
+        places = list(dict.fromkeys(map(_place, (cell for _, cells in own for cell in cells))))
+        lines = [["model", "length", *places]]
         for name, cells in own:
             for length in dict.fromkeys(cell["length"] for cell in cells):
-                found = {cell["depth"]: f"{cell['accuracy']:.1%}" for cell in cells if cell["length"] == length}
-                lines.append([name, str(length), *(found.get(depth, "-") for depth in depths)])
+                found = {_place(cell): _grid_cell(cell) for cell in cells if cell["length"] == length}
+                lines.append([name, str(length), *(found.get(place, "-") for place in places)])
         parts.append(f"\n## Probes: {family.replace('_', ' ')}\n\n{_markdown(lines)}\n")
+    if any(cell.get("margin") is not None for _, cells in models for cell in cells):
+        parts.append("\nEach: answers found; nats before the best decoy; loss per token of the answer, in nats.\n")
     return "".join(parts)
+
+
+def _place(cell: dict[str, Any]) -> str:
+    if cell.get("distance") is not None:
+        return f"distance {cell['distance']}"
+    return "any depth" if cell["depth"] is None else f"depth {cell['depth']:g}"
+
+
+def _grid_cell(cell: dict[str, Any]) -> str:
+    numbers = [f"{cell['accuracy']:.1%}"]
+    numbers += [f"{cell['margin']:+.2f}"] if cell.get("margin") is not None else []
+    numbers += [f"{cell['loss']:.3f}"] if cell.get("loss") is not None else []
+    return "; ".join(numbers)
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -10,6 +10,11 @@ from .kin.combine import Normalized as Normalized
 from .kin.combine import Warmup as Warmup
 from .kin.custom import Custom as Custom
 from .kin.custom import as_weighting as as_weighting
+from .kin.distill import TOP_K as TOP_K
+from .kin.distill import DistillingHead as DistillingHead
+from .kin.distill import TopK as TopK
+from .kin.distill import distilled_linear_cross_entropy as distilled_linear_cross_entropy
+from .kin.distill import linear_top_k as linear_top_k
 from .kin.exact import EXACT as EXACT
 from .kin.expected import DIVERGENCES as DIVERGENCES
 from .kin.expected import Expected as Expected

@@ -37,6 +37,10 @@ class Head(NamedTuple):
         """What happens to `hidden @ weight.T`: the keywords of both losses."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
+    def loss(self, hidden: Tensor, targets: Tensor, weights: "Tensor | WeightsOfChunk") -> Float[Tensor, ""]:
+        """`weighted_linear_cross_entropy` of this head."""
+        return weighted_linear_cross_entropy(hidden, self.weight, targets, weights, **self.after)
+
 
 def linear_nll(
     hidden: Float[Tensor, "N D"],
@@ -98,12 +102,10 @@ def weighted_linear_cross_entropy(
 
     The other arguments, dtypes and errors are those of `linear_nll`; a second `backward` is a RuntimeError.
     """
-    needs_grad = torch.is_grad_enabled()
-    if isinstance(weights, Tensor):
-        if len(weights) != len(hidden):
-            raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
-        weights = weights.detach()
-    return _WeightedLoss.apply(hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad)
+    if isinstance(weights, Tensor) and len(weights) != len(hidden):
+        raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
+    given = (weights.detach() if isinstance(weights, Tensor) else weights, scale, softcap, chunk_size)
+    return _WeightedLoss.apply(hidden, head, bias, targets, *given, torch.is_grad_enabled())
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -163,8 +165,7 @@ class Logits:
             raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
         if chunk_size is None:
             chunk_size = max(16, BUFFER_BYTES // (self.dtype.itemsize * len(self.head)))
-        num_chunks = -(-len(rows) // chunk_size)
-        chunk_size = -(-len(rows) // num_chunks)
+        chunk_size = -(-len(rows) // -(-len(rows) // chunk_size))
         # One buffer for all chunks: fresh pages of memory for each would cost a third of a head product.
         self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
         yield from rows.split(chunk_size)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokenweight.method.loss import Head, linear_nll, weighted_linear_cross_entropy
+from tokenweight.method.loss import Head, linear_nll
 from tokenweight.method.weightings import History, Weighting, check_finite
 
 
@@ -88,7 +88,7 @@ def weighted_loss(
         long_nll = whole(linear_nll(hidden.detach(), head.weight, own_targets, **head.after).view(len(mask), -1))
         short_nll = long_nll if short is None else short.filled(long_nll)
         weights = weighting(long_nll, short_nll, mask, history=history, **used)
-        loss = weighted_linear_cross_entropy(hidden, head.weight, own_targets, own(weights).flatten(), **head.after)
+        loss = head.loss(hidden, own_targets, own(weights).flatten())
     return WeightedLoss(loss, weights.where(mask, 0.0), long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
@@ -125,8 +125,7 @@ def _with_weights(
         nll[rows] = losses
         return weights[rows]
 
-    targets = targets.where(weights != 0, -100)
-    return weighted_linear_cross_entropy(hidden, head.weight, targets, weigh, **head.after), nll
+    return head.loss(hidden, targets.where(weights != 0, -100), weigh), nll
 
 
 def _in_one_pass(
@@ -152,5 +151,5 @@ def _in_one_pass(
         weights[rows] = of_rows[0].to(dtype)
         return weights[rows]
 
-    loss = weighted_linear_cross_entropy(hidden, head.weight, targets, weigh, **head.after)
+    loss = head.loss(hidden, targets, weigh)
     return loss, weights, long_nll, short_nll

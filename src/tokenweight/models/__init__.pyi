@@ -1,7 +1,11 @@
+from .attention import DualChunk as DualChunk
+from .attention import parse_attention as parse_attention
+from .attention import with_dual_chunk as with_dual_chunk
 from .bind import WeightedLossOutput as WeightedLossOutput
 from .bind import load_weighting_state as load_weighting_state
 from .bind import weighting_state as weighting_state
 from .bind import with_weighted_loss as with_weighted_loss
+from .bind import without_distillation as without_distillation
 from .bind import without_weighted_loss as without_weighted_loss
 from .causal import CausalParts as CausalParts
 from .causal import causal_parts as causal_parts
@@ -19,6 +23,7 @@ from .context_parallel import sequence_shard as sequence_shard
 from .folder import adapter_base as adapter_base
 from .folder import add_older_rope as add_older_rope
 from .inputs import SCORE_OPTIONS as SCORE_OPTIONS
+from .inputs import TEACHER as TEACHER
 from .inputs import pack_bits as pack_bits
 from .inputs import unpack_bits as unpack_bits
 from .load import find_tokenizer as find_tokenizer
@@ -44,6 +49,8 @@ from .scorers import AlignedScorer as AlignedScorer
 from .scorers import Contrast as Contrast
 from .scorers import ContrastScorer as ContrastScorer
 from .scorers import CountScorer as CountScorer
+from .scorers import Distillation as Distillation
+from .scorers import Teacher as Teacher
 from .scorers import count_scorer as count_scorer
 from .scorers.scorer import Scorer as Scorer
 from .values import CONTRASTS as CONTRASTS

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tokenweight.models.causal import causal_parts
 from tokenweight.models.inputs import OF_THE_LOSS, Batch, check_names, read_batch
 from tokenweight.models.own_loss import OwnTerms, asks_for_terms, own_terms, verify_loss
 from tokenweight.models.scorers.scorer import Scorer
+from tokenweight.models.scorers.teacher import Distillation
 from tokenweight.models.values import (
     Binding,
     Past,
@@ -87,15 +88,15 @@ def with_weighted_loss(
     scorer: Scorer | None = None,
     context: DeviceMesh | None = None,
     contrast: str = "trained",
+    distillation: Distillation | None = None,
 ) -> PreTrainedModel:
     """Make `model(input_ids=..., labels=...).loss` the weighted loss. The model is changed in place and returned.
 
-    It takes what it took before, and beside it, by name, the columns of `SCORES` and `num_items_in_batch`. The loss
-    is the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (which a
-    `transformers.Trainer` passes: all predicted tokens of the optimizer step, on all ranks), else by the predicted
-    tokens of this batch; never by the sum of the weights. The model's own additions, as the balancing loss of experts,
-    are added. Without labels the model answers as before. Under `torch.no_grad()`, as in `Trainer.evaluate()`, `loss`
-    is the unweighted loss, and `weighted_loss` stands beside it.
+    It takes what it took before, and by name the columns of `SCORES` and `num_items_in_batch`. The loss is the sum over
+    predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (of a Trainer: all tokens
+    predicted in the optimizer step, on all ranks), else by those of this batch; never by the sum of the weights. The
+    model's own additions, as the balancing loss of experts, are added. Without labels the model answers as before.
+    Under `torch.no_grad()` (`Trainer.evaluate()`), `loss` is unweighted, and `weighted_loss` stands beside it.
 
     Scores come from columns (`[batch, seq]`, of `tokenweight score`), or from `scorer`: with `Scorer(model, ...)` the
     model scores itself (online). A weighting that needs a column and does not get it raises: no token silently weighs
@@ -103,34 +104,46 @@ def with_weighted_loss(
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
-        weighting: an instance such as `Dense()`, its text ("sparse:keep=0.1"), or a function of (long, short, mask).
+        weighting: such as `Dense()`, its text ("sparse:keep=0.1"), or a function of (long, short, mask).
         scorer: scores sequences that come without columns of scores.
         context: the ranks that split sequences (`context_mesh`). The model then takes `shift_labels`, positions and
             columns of this rank's tokens; without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
-        contrast: whose long loss weights are made of: "trained", that of this model as it is (the paper), or "scorer",
-            the column `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
+        contrast: whose long loss weights are made of: "trained", this model's (the paper), or "scorer", the column
+            `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
+        distillation: mixes the loss with the divergence from a teacher, in training only.
 
     Raises:
-        ValueError: if the weighting or the contrast is not one, or there are a scorer and a context; if with equal
-            weights, loss and gradient are not those of the model's own forward (verified on a few tokens).
+        ValueError: if the weighting or the contrast is not one, or there are a context and a scorer or teacher; if with
+            equal weights, loss and gradient are not the model's own (verified on a few tokens).
 
     Example:
         >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
         >>> model(input_ids=tokens, labels=tokens).loss.backward()
     """
+    _check_bindable(model, distillation, context)
     weighting = parse_weighting(weighting) if isinstance(weighting, str) else as_weighting(weighting)
     bound = getattr(model, "_token_weighting", None)  # of an earlier call: replaced, once nothing can fail
-    if bound is None and "_original_forward" in vars(model):
-        raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
     replaced = vars(model).get("forward") if bound is None else bound.replaced
-    model._token_weighting = _binding(model, weighting, scorer, context, contrast, replaced)
+    found = _binding(model, weighting, scorer, context, contrast, replaced)
+    model._token_weighting = dataclasses.replace(found, distillation=distillation)
     if model._token_weighting.reads_trained_pass and (noise := find_noise(model)):
         logger.warning("%s: weights are made without this noise, at a forward pass more in each step", noise)
     if bound is None:
         vars(model).pop("forward", None)
-        kind: Any = type(model)
-        model.__class__ = _bound_class(kind)
+        model.__class__ = _bound_class(cast(Any, type(model)))
     return model
+
+
+def _check_bindable(model: PreTrainedModel, distillation: Distillation | None, context: DeviceMesh | None) -> None:
+    """Raise a ValueError if a model comes too late, or a teacher could not read its sequences, or is the model."""
+    if not hasattr(model, "_token_weighting") and "_original_forward" in vars(model):
+        raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
+    if distillation is not None and context is not None:
+        raise ValueError(
+            "distillation: a teacher reads whole sequences, but context parallelism splits them: expected one of both"
+        )
+    if distillation is not None and distillation.teacher is not None and distillation.teacher.model is model:
+        raise ValueError("distillation: the teacher is the model that is trained: expected another one")
 
 
 def _binding(
@@ -176,6 +189,16 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
         model.__class__ = type(model)._without_weighted_loss
     if bound.replaced is not None:
         model.forward = bound.replaced
+    return model
+
+
+def without_distillation(model: PreTrainedModel) -> PreTrainedModel:
+    """End the distillation of a bound model, whose loss is the weighted loss alone from now on, and return it.
+
+    Raises:
+        ValueError: if the model is not bound to a weighted loss.
+    """
+    model._token_weighting = dataclasses.replace(_bound(model), distillation=None)
     return model
 
 
@@ -320,6 +343,10 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     batch.check(scored=weighted and bool(bound.columns), scorer=scores)
     # Before the pass that keeps activations, so that both are not in memory at once.
     values = values_of(model, bound, batch) if weighted else Values()
+    head = bound.parts.head
+    if bound.distillation is not None and weighted and torch.is_grad_enabled():
+        given_masks = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        head = bound.distillation.head(head, batch.teacher, batch.tokens, batch.mask, **given_masks)
     terms = _states(model, bound, own, batch, given)
     values = with_divergence(bound, batch, values, terms.hidden)
     mask, share = batch.mask, batch.share
@@ -329,7 +356,7 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     history = functools.partial(bound.history.add, copies=num_ranks) if torch.is_grad_enabled() else bound.history.read
     given_losses: dict[str, Any] = {"long": values.long, "history": history}
     found = weighted_loss(
-        terms.hidden, bound.parts.head, targets, mask, weighting, values.short, values.used, **given_losses, **split
+        terms.hidden, head, targets, mask, weighting, values.short, values.used, **given_losses, **split
     )
     num_items = mask.sum() / num_ranks if batch.num_items is None else batch.num_items
     divisor = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)

@@ -247,8 +247,10 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     tokens = torch.arange(8, device=output.weight.device).remainder(config.vocab_size)[None]
     seen: dict[Any, Any] = {}
     plain: dict[Any, Tensor] = {}
+    read: list[int] = []
 
     def at_head(head: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+        read.append(arguments[0].shape[:-1].numel())
         # Here rather than later: under the autocast of a trained model, if it has one.
         for part, decoded in seen.items():
             state = getattr(decoded, "last_hidden_state", None)
@@ -263,6 +265,11 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
     finally:
         for hook in hooks:
             hook.remove()
+    if max(read, default=0) > tokens.numel():
+        raise ValueError(
+            f"{name} is not supported: its output head reads {max(read) / tokens.numel():g} states of each token, as "
+            "to predict several tokens ahead, and only the next one would be weighted: expected one"
+        )
     if not plain:
         raise ValueError(f"{name} is not supported: its output head does not read the last state of its decoder")
     scales = ((part, _find_scale(config, logits, expected, softcap)) for part, logits in plain.items())

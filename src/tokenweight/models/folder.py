@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from tokenweight.models.rope import _layers
 from tokenweight.records import write_json
@@ -66,8 +68,8 @@ def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool 
     """Raise a ValueError if weights of a model are not those of its files: missing, of other shapes, or left over.
 
     What is left over is refused inside of layers that the model has, where it would have computed something (a bias, a
-    norm, an adapter). Whole modules that the model does not have, such as a vision tower or layers that predict several
-    tokens, are left out, as transformers warns.
+    norm, an adapter). Whole modules that the model does not have, such as a vision tower, are left out, as transformers
+    warns; so are heads that predict several tokens ahead, of which `warn_of_left_out_heads` warns.
 
     Args:
         model: as loaded.
@@ -92,6 +94,45 @@ def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool 
             f"the files hold {_listed(foreign)}, which a {type(model).__name__} does not have and would leave out: "
             "expected weights and config of one model"
         )
+
+
+def warn_of_left_out_heads(model: PreTrainedModel, name: str, revision: str | None = None) -> None:
+    """Say so if the files hold heads that predict further tokens: transformers loads none, and often says nothing.
+
+    It keeps them for `generate(use_mtp=True)`, which reads them from the files again; no loss of a model holds them.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", math.inf)
+    kept, heads = model.state_dict().keys(), []
+    for key in _weight_names(name, revision):
+        beyond = _LAYER.match(key)
+        if key not in kept and (_FURTHER.search(key) or (beyond and int(beyond[1]) >= layers)):
+            heads.append(key)
+    if heads:
+        logger.warning(
+            "%s: the files hold heads that predict several tokens ahead (%s): transformers leaves them out, so that "
+            "they are neither trained nor saved with the model",
+            name,
+            _listed(heads),
+        )
+
+
+_FURTHER = re.compile(r"(^|[._])(mtp|nextn|medusa)")
+"""In the names of heads of most models."""
+_LAYER = re.compile(r"(?:(?:model|language_model|text_model|transformer|backbone)\.)*layers\.(\d+)\.")
+"""A layer of the decoder, not of a tower for pictures or sound; those beyond the last are heads (DeepSeek, GLM)."""
+
+
+def _weight_names(name: str, revision: str | None) -> list[str]:
+    """The names of all weights in the files of a folder, or of a hub id that was loaded before."""
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    options["_raise_exceptions_for_missing_entries"] = False
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path := cached_file(name, index, **options)) is not None:
+            return [*json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]]
+    if (path := cached_file(name, "model.safetensors", **options)) is None:
+        return []
+    with safe_open(path, "pt") as weights:
+        return [*weights.keys()]
 
 
 def _is_foreign(model: nn.Module, key: str) -> bool:

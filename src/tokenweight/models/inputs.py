@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import TransformersKwargs
 
-from tokenweight.method import SCORES, NonFinite, prediction_mask
+from tokenweight.method import SCORES, NonFinite, TopK, prediction_mask
 from tokenweight.models.context_parallel import SequenceShard, sequence_shard
 
-OF_THE_LOSS = (*SCORES, "num_items_in_batch")
+TEACHER = ("teacher_ids", "teacher_logprobs")
+"""Columns of a teacher's likeliest tokens: `[seq, k]`, aligned with tokens."""
+OF_THE_LOSS = (*SCORES, *TEACHER, "num_items_in_batch")
 """What a bound model takes beside the inputs of the model."""
 SCORE_OPTIONS = {"short_nll": "", "long_nll": " --long", "ref_nll": " --as reference", "divergence": " --divergence kl"}
+SCORE_OPTIONS |= dict.fromkeys(TEACHER, " --as teacher")
 """The options with which `tokenweight score` writes each column of scores."""
 _REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
 """Inputs of causal models that mean something else than the loss of the tokens."""
@@ -74,6 +77,8 @@ class Batch:
     """What else the model's decoder is to be given."""
     share: SequenceShard | None
     """Which part of the sequences the tokens are, where ranks split them."""
+    teacher: TopK | None = None
+    """Its columns, if they were given."""
 
     @functools.cached_property
     def real(self) -> Bool[Tensor, "batch seq"] | None:
@@ -156,6 +161,7 @@ def read_batch(given: dict[str, Any], context: DeviceMesh | None, used: Set[str]
     rest.pop("return_dict", None)
     rest.pop("use_cache", None)  # never used: with labels there is nothing to continue
     columns = {name: rest.pop(name, None) for name in SCORES}
+    teacher = _teacher(rest.pop("teacher_ids", None), rest.pop("teacher_logprobs", None), tokens)
     scores = {name: unpack_bits(columns[name]) for name in SCORES if name in used and columns[name] is not None}
     if context is not None:
         share = sequence_shard(position_ids, context)
@@ -172,7 +178,17 @@ def read_batch(given: dict[str, Any], context: DeviceMesh | None, used: Set[str]
         raise ValueError(f"labels have shape {list(labels.shape)}: expected that of input_ids, {list(tokens.shape)}")
     for name, values in scores.items():
         _check_scores(name, values, labels)
-    return Batch(tokens, labels, scores, num_items, position_ids, mask, rest, share)
+    return Batch(tokens, labels, scores, num_items, position_ids, mask, rest, share, teacher)
+
+
+def _teacher(ids: Tensor | None, logprobs: Tensor | None, tokens: Tensor) -> TopK | None:
+    if ids is None or logprobs is None:
+        return None
+    if ids.shape != logprobs.shape or ids.shape[:-1] != tokens.shape:
+        shapes = f"{list(ids.shape)} and {list(logprobs.shape)}"
+        expected = f"[{', '.join(map(str, tokens.shape))}, k]"
+        raise ValueError(f"teacher_ids and teacher_logprobs have shapes {shapes}: expected {expected}")
+    return TopK(ids, unpack_bits(logprobs))
 
 
 def _check_scores(name: str, values: Tensor, labels: Tensor) -> None:

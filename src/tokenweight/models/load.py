@@ -32,6 +32,7 @@ from tokenweight.models.folder import (
     is_pointer,
     merged,
     one_line,
+    warn_of_left_out_heads,
 )
 from tokenweight.models.rope import extend_context
 from tokenweight.models.rope_check import verify_rope
@@ -212,6 +213,7 @@ class _Model:
             path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         check_loaded(model, info, allowed)
+        warn_of_left_out_heads(model, path, kwargs.get("revision"))
         if is_emulated(model.dtype):
             name = str(model.dtype).removeprefix("torch.")
             logger.warning("%s: slow on this CPU, which has no products in %s: set dtype to float32", path, name)

@@ -67,7 +67,7 @@ def verify_loss(model: PreTrainedModel, parts: CausalParts, own: Callable[..., A
         Whether the model adds terms to its cross-entropy, even if nothing asks for them.
 
     Raises:
-        ValueError: if losses or gradients differ.
+        ValueError: if losses or gradients differ, or the model computes several cross-entropies.
     """
     config, device = model.config.get_text_config(), parts.head.weight.device
     tokens = torch.arange(16, device=device).remainder(config.vocab_size).view(2, 8)
@@ -81,6 +81,11 @@ def verify_loss(model: PreTrainedModel, parts: CausalParts, own: Callable[..., A
     with _cross_entropy(model, noted):
         theirs = _loss_and_gradient(model, lambda: own(**inputs).loss)
     adds = bool(plain) and not torch.equal(plain[0].detach(), theirs[0].to(plain[0].dtype))
+    if len(plain) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its loss holds {len(plain)} cross-entropies, as of heads that "
+            "predict several tokens ahead, and only that of the next token would be weighted: expected one"
+        )
     found = _loss_and_gradient(model, lambda: ours(adds, **inputs))
     eps = torch.finfo(torch.promote_types(torch.bfloat16, parts.head.weight.dtype)).eps
     eps = max(eps, torch.finfo(torch.float32).eps)  # in which transformers computes its loss

@@ -39,6 +39,8 @@ _RECORDS_ORIGINAL = ("yarn", "longrope", "llama3")
 """The values of `rope_type` that read `original_max_position_embeddings`."""
 ROPE_TYPES = ("default", "linear", "dynamic", "proportional", *_RECORDS_ORIGINAL)
 """Those whose frequencies `rope_check` computes."""
+ANY_LENGTH = "dual_chunk"
+"""The attention implementation with which a model reads sequences of any length (`models.attention`)."""
 
 
 def extend_context(
@@ -340,12 +342,14 @@ def _describe(config: PreTrainedConfig, parameters: dict[str, Any]) -> str:
 
 
 def context_length(config: PreTrainedConfig) -> Any:
-    """Tokens that a model of this config reads, or None if that has no limit.
+    """Tokens that a model of this config reads, or None if that has no limit, as with Dual Chunk Attention.
 
-    This is `max_position_embeddings` (MPT: `max_seq_len`), and `factor` times that for "dynamic", where it means the
-    original positions.
+    Otherwise it is `max_position_embeddings` (MPT: `max_seq_len`), and `factor` times that for "dynamic", where it
+    means the original positions.
     """
     config = config.get_text_config()
+    if config._attn_implementation == ANY_LENGTH:
+        return None
     positions = getattr(config, _length_name(config), None)
     if positions is None or not getattr(config, "rope_parameters", None):
         return positions

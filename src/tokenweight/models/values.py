@@ -23,6 +23,7 @@ from tokenweight.models.causal import CausalParts, evaluating
 from tokenweight.models.inputs import SCORE_OPTIONS, Batch, documents_of
 from tokenweight.models.processes import sum_over_processes
 from tokenweight.models.scorers.scorer import Scorer, ShortStates
+from tokenweight.models.scorers.teacher import Distillation
 
 CONTRASTS = ("trained", "scorer")
 """Whose losses weights are made of: the long one of the trained model with a short one, or both of the scorer."""
@@ -77,6 +78,7 @@ class Binding:
     """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
     contrast: str
     history: Past
+    distillation: Distillation | None = None
 
     @property
     def columns(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import Contents, read_contents
+from tokenweight.data import Contents, ContextShare, context_shares, read_contents
 from tokenweight.method import (
     ShortContext,
     Uniform,
@@ -34,7 +34,13 @@ from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
 from tokenweight.records import read_provenance
-from tokenweight.train import TrainSettings, extension_and_adapter, shares_of, training_arguments
+from tokenweight.train import (
+    LengthCurriculum,
+    TrainSettings,
+    extension_and_adapter,
+    shares_of,
+    training_arguments,
+)
 
 MODES = ("uniform", "precomputed", "self-scored")
 """Plain cross-entropy; the recipe's weighting with stored scores; and with the model that is trained as its scorer."""
@@ -90,6 +96,8 @@ class Budget:
     """What the numbers leave out, in this recipe."""
     adapter: int | None = None
     """Parameters of the adapter that is trained; None if all weights are."""
+    shares: list[ContextShare] = dataclasses.field(default_factory=list)
+    """Of the data, if it exists: how many tokens of each source have more context than `context.size`."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and dicts; FLOPs and bytes as numbers, with their totals."""
@@ -143,6 +151,7 @@ def plan(
         advice=advice,
         notes=recipe.notes(every[-1], length, flops_per_s),
         adapter=None if recipe.forward.adapted is None else recipe.forward.adapted.num_trained,
+        shares=[share for folder in recipe.folders for share in context_shares(folder, recipe.context(length).size)],
     )
 
 
@@ -160,6 +169,8 @@ class _Recipe:
     length: tuple[int | None, str]
     """Tokens of a sequence, and where that was read."""
     num_sequences: int | None
+    folders: list[str]
+    """Of the data, if it exists."""
     own_contrast: bool
     """Whether the data holds scores that are comparable with each other only."""
     counted: bool
@@ -176,23 +187,30 @@ class _Recipe:
             raise ValueError(
                 f"scorer {settings.scorer!r}: expected stored, self, base or count: only these can be planned"
             )
+        if settings.distill.get("teacher", "stored") != "stored":
+            raise ValueError(
+                f"distill.teacher {settings.distill['teacher']!r}: expected stored: no other can be planned"
+            )
         dtype = getattr(torch, settings.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {settings.dtype!r}: expected float32, bfloat16, float16 or float64")
         arguments, num_sequences = _arguments(settings), None
+        if settings.curriculum is not None:
+            LengthCurriculum.parse(settings.curriculum)  # raises
         config = load_config(settings.model, revision=settings.revision)
         length = (context_length(config), "the model's context length")
         extension, lora = extension_and_adapter(settings)
         if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
-        folders = shares_of(settings)
-        made: list[dict[str, Any]] = []
-        if all(folder and Path(folder).exists() for folder in folders):
-            contents, made = sum(map(read_contents, folders), Contents()), list(map(read_provenance, folders))
-            length, num_sequences = (contents.longest, "data"), contents.rows
+        mixed = shares_of(settings)
+        folders = list(mixed) if all(folder and Path(folder).exists() for folder in mixed) else []
+        made = list(map(read_provenance, folders))
+        if folders:
+            longest, num_sequences = _epoch(mixed, pieces=settings.curriculum is not None)
+            length = (longest, "data")
         own_contrast = any(one.get("contrast") == "scorer" for one in made)
         counted = bool(made) and all(count_scorer(str(one.get("model"))) is not None for one in made)
-        data = length, num_sequences, own_contrast, counted
+        data = length, num_sequences, folders, own_contrast, counted
         fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus, lora)
         forward = count_forward(config, lora)
         return cls(settings, config, lora, weighting, arguments, hardware, *data, forward, fixed, {})
@@ -246,7 +264,9 @@ class _Recipe:
             return self.arguments.max_steps
         if self.num_sequences is None:
             return None
-        return math.ceil(math.ceil(self.num_sequences / self.sequences_per_step) * self.arguments.num_train_epochs)
+        steps = self.num_sequences / self.sequences_per_step
+        steps = math.ceil(steps) if self.settings.curriculum is None else max(1, math.floor(steps))
+        return math.ceil(steps * self.arguments.num_train_epochs)
 
     @property
     def checkpointing(self) -> dict[str, Any] | None:
@@ -369,6 +389,10 @@ class _Recipe:
                 )
             elif computed == torch.bfloat16 and not self.hardware.has_bfloat16:
                 notes.append(f"{self.hardware.name} has no bfloat16: set trainer.fp16 in place of trainer.bf16")
+        if self.settings.curriculum is not None:
+            notes.append(
+                "all steps are counted as those of the longest sequences; attention to shorter ones costs less"
+            )
         if self.scored_before:
             notes.append("precomputed scores are taken to be those of the trained model; a smaller scorer costs less")
         if any(layer.window is not None and layer.window < longest for layer in self.forward.attention):
@@ -376,6 +400,17 @@ class _Recipe:
         if self.arguments.fsdp or self.num_gpus > 1:
             notes.append("memory of several GPUs is not measured, and communication is taken to cost nothing")
         return notes
+
+
+def _epoch(shares: dict[str, float], *, pieces: bool) -> tuple[int | None, int]:
+    """Tokens of the longest sequence, and sequences of an epoch: of a mixture, those that have as many tokens as all
+    folders; of pieces, whose last token is only predicted, as many of the longest as have the tokens of all."""
+    held = {folder: read_contents(folder) for folder in shares}
+    total = sum(held.values(), Contents())
+    if pieces and total.longest is not None and total.longest > 1:
+        return total.longest - 1, (total.tokens - total.rows) // (total.longest - 1)
+    num = sum(share * total.tokens * held[folder].rows / held[folder].tokens for folder, share in shares.items())
+    return total.longest, round(num)
 
 
 def _arguments(settings: TrainSettings) -> TrainingArguments:

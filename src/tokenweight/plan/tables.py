@@ -37,6 +37,7 @@ def plan_tables(budget: Budget) -> list[Any]:
     if budget.adapter is not None:
         head += f"; an adapter of {budget.adapter:,} parameters is trained"
     tables: list[Any] = [head, _answer(budget), _MODES.format(weighting=budget.weighting)]
+    tables += [_shares(budget)] if budget.shares else []
     tables.append(_by_mode("TFLOP of one optimizer step, on all GPUs together", budget.run, _flops))
     limit = "" if hardware.memory is None else f", of {hardware.memory / _GIB:,.1f} ({hardware.name})"
     tables.append(_by_mode(f"GiB on one GPU{limit}, in the phase of a step that holds most", budget.run, _memory))
@@ -72,6 +73,15 @@ def _advised(advice: Advice, budget: Budget) -> str:
     if advice.change.num_gpus != budget.hardware.num_gpus:
         gpus = f"--num_gpus {advice.change.num_gpus} "
     return text + f"With {names} they do, in {advice.peak.total / _GIB:,.2f} GiB: {gpus}{advice.change.options}"
+
+
+def _shares(budget: Budget) -> Table:
+    """A line for each source of the data."""
+    title = f"Predicted tokens with more context than the short one, {budget.context.size:,} tokens"
+    table = _table(title, ("source",), ("of", "share"))
+    for part in budget.shares:
+        table.add_row(part.source, f"{part.tokens:,}", f"{part.share:.1%}")
+    return table
 
 
 def _limit(budget: Budget) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,17 @@ hook: Callable[[str, Path], object] | None = None
 """Called by `reached`. Tests set it, to stop, kill or interrupt a process at a point of its work that has a name."""
 _NUMBERS = itertools.count()
 LEASE = 24 * 3600
-"""Seconds for which a temporary file of another host, which cannot be asked, is left alone. Clocks may differ."""
+"""Seconds for which a temporary file of another host, which cannot be asked, is left alone: by the clock of the file
+system."""
 
 
 def reached(point: str, path: Path) -> None:
     """Report that the work on `path` is at this point; nothing happens, unless a test has set `hook`.
 
     The points of a file are "open" (its temporary file is about to be made), "written" (it is complete, but may not be
-    on the disk), "rename" (it is on the disk) and "renamed"; those of a new folder are the same. Writers add their own,
-    such as "batch" before and after each batch of a shard.
+    on the disk), "rename" (it is on the disk) and "renamed"; those of a new folder are the same. "synced" follows
+    whatever is forced to the disk: a file, or the names in a folder. Writers add their own, such as "batch" before and
+    after each batch of a shard.
     """
     if hook is not None:
         hook(point, path)
@@ -62,7 +63,7 @@ def replaced(path: Path) -> Iterator[Path]:
         yield part
         reached("written", path)
         with writing_to(path.parent):
-            _sync(part)
+            sync(part)
             _rename(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -83,32 +84,45 @@ def new_folder(path: Path) -> Iterator[Path]:
     part = _temporary(path)
     reached("open", path)
     try:
-        part.mkdir(parents=True)
+        make_folder(part)
         yield part
         reached("written", path)
         with writing_to(path.parent):
-            for inner in part.rglob("*"):
-                _sync(inner)
-            rename_folder(part, path)
+            sync_tree(part)
+            _rename(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it is in, unless it is there; the names of all that are new are on the disk then."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder and all that is in it to the disk: files before the names that lead to them."""
+    for inner in sorted(folder.rglob("*"), key=lambda path: (path.is_dir(), -len(path.parts), path)):
+        sync(inner)
+    sync(folder)
+
+
 def rename_folder(folder: Path, path: Path) -> None:
     """Give its name to a complete folder whose files are on the disk."""
-    _sync(folder)
+    sync(folder)
     _rename(folder, path)
 
 
-def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove temporary files that were left by processes which have ended; those of other hosts when they are old.
+def remove_abandoned(folder: Path, pattern: str, dead: str = "") -> None:
+    """Remove temporary files that were left by processes which have ended. The caller has the lease for them.
 
-    The caller holds the lock for them. There are file systems on which a lock is known to one host only, so that it
-    alone does not show that nobody is writing.
+    Those of other hosts are removed when they are old, or if their process was seen dead: its ".HOST.PROCESS.".
     """
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
-            if _is_abandoned(path):
+            if (dead and dead in path.name) or _is_abandoned(path):
                 path.unlink()
 
 
@@ -116,7 +130,7 @@ def _is_abandoned(path: Path) -> bool:
     name, _, number = path.name.rpartition(".")
     name, _, process = name.rpartition(".")
     if os.name != "posix" or not (name.endswith(f".{socket.gethostname()}") and (process + number).isdecimal()):
-        return time.time() - path.stat().st_mtime > LEASE
+        return _now(path.parent) - path.stat().st_mtime > LEASE
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -124,6 +138,16 @@ def _is_abandoned(path: Path) -> bool:
     except PermissionError:  # it is another user's
         return False
     return int(process) == os.getpid()  # of an earlier process of that number: this one is not writing yet
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that gives files of a folder theirs, which may be that of a server."""
+    probe = _temporary(folder / "now")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -157,11 +181,11 @@ def _temporary(path: Path) -> Path:
 def _rename(source: Path, target: Path) -> None:
     reached("rename", target)
     os.replace(source, target)
-    _sync(target.parent)
+    sync(target.parent)
     reached("renamed", target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -171,3 +195,4 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+    reached("synced", path)

@@ -4,6 +4,8 @@ from .arguments import trainer_field as trainer_field
 from .arguments import training_arguments as training_arguments
 from .checkpoints import WeightingState as WeightingState
 from .checkpoints import last_whole as last_whole
+from .lengths import LengthCurriculum as LengthCurriculum
+from .lengths import Pieces as Pieces
 from .run import train as train
 from .run import with_adapter as with_adapter
 from .sequences import DataCollatorWithScores as DataCollatorWithScores

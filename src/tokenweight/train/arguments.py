@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tokenweight import models
+from tokenweight.method import TOP_K
 from tokenweight.records import token_count
 from tokenweight.train.checks import check_values, held_out_arguments
 
@@ -263,6 +264,37 @@ def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"lora.{key} {value!r}: expected {getattr(hint, '__name__', hint)}")
         found[name] = value
     return {"task_type": "CAUSAL_LM", **found}
+
+
+def distillation_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a distillation, whose values may be text of a command line, with their defaults; nothing of nothing.
+
+    Returns:
+        weight, of the divergence from the teacher in the loss; teacher, "stored" or the name of a model; top_k, the
+        tokens of each prediction of such a model; steps, after which the weighted loss is left alone, or None.
+
+    Raises:
+        ValueError: for a setting that there is not, or a value that it cannot have.
+    """
+    if not given:
+        return {}
+    found = {"weight": None, "teacher": "stored", "top_k": None, "steps": None}
+    for key, value in given.items():
+        check_known(key, list(found), "distill")
+        found[key] = value if key == "teacher" else as_numbers(value)
+    weight, teacher, top_k, steps = found.values()
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1:
+        raise ValueError(f"distill.weight {weight!r}: expected a number above 0 and at most 1")
+    for name, number in (("top_k", top_k), ("steps", steps)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"distill.{name} {number!r}: expected a whole number of at least 1")
+    if not isinstance(teacher, str) or not teacher:
+        raise ValueError(f'distill.teacher {teacher!r}: expected "stored" or the name of a model')
+    if teacher == "stored" and top_k is not None:
+        raise ValueError(
+            f"distill.top_k {top_k}: that of a stored teacher is that of `tokenweight score`: leave it out"
+        )
+    return {**found, "top_k": TOP_K if top_k is None else top_k}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

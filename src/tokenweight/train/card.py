@@ -86,6 +86,7 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Texts": _texts(run.get("texts", {})),
         "Rows": _rows(rows, run.get("data", {})),
         "Mixture": "; ".join(_part(name, part) for name, part in run.get("mixture", {}).items()),
+        "Order of lengths": f"`{settings['curriculum']}`" if settings.get("curriculum") else "",
         "Trained": _trained(rows, metrics),
         "Held out": _held_out(run.get("held_out", {}), metrics),
         "Adapter": ", ".join(f"{name} {value}" for name, value in settings.get("lora", {}).items()),

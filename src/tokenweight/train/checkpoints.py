@@ -1,23 +1,27 @@
 """Checkpoints that are whole or recognized as not whole, whatever ends the process that writes them."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from tokenweight.models import load_weighting_state, weighting_state
-from tokenweight.records import read_json, write_json
+from tokenweight.data import remote_url
+from tokenweight.models import any_process, load_weighting_state, weighting_state
+from tokenweight.records import read_json, sync, sync_tree, write_json
 
 logger = logging.getLogger(__name__)
 MARK = "whole.json"
-"""Written into a checkpoint after everything else: the size of each of its files."""
+"""Written into a checkpoint after everything else: size and checksum of each of its files."""
+_PART = 1 << 24
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -25,24 +29,67 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
+def _checksums(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """Of each file the sha256 of the sha256 of each of its parts of 16 MiB, so that several cores work on one file."""
+    parts = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), _PART)]
+
+    def digest(part: tuple[str, int]) -> bytes:
+        with (folder / part[0]).open("rb") as file:
+            file.seek(part[1])
+            return hashlib.sha256(file.read(_PART)).digest()
+
+    joined = {name: hashlib.sha256() for name in sizes}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for (name, _), found in zip(parts, threads.map(digest, parts)):
+            joined[name].update(found)
+    return {name: digests.hexdigest() for name, digests in joined.items()}
+
+
 def mark_whole(folder: Path) -> None:
-    """Mark a checkpoint as whole, once all of it is on the disk."""
+    """Mark a checkpoint as whole, once all of it is on the disk; its own name is, when this returns."""
+    sync_tree(folder)  # or the mark could outlive some of it when the machine stops
     sizes = _sizes(folder)
-    for name in sizes:
-        descriptor = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # or the mark could outlive them when the machine stops
-        finally:
-            os.close(descriptor)
-    write_json(folder / MARK, sizes)
+    checksums = _checksums(folder, sizes)
+    write_json(folder / MARK, {name: {"bytes": sizes[name], "sha256": checksums[name]} for name in sizes})
+    sync(folder.parent)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether the checkpoint has its mark, and every file the size that it had then."""
     try:
-        return read_json(folder / MARK) == _sizes(folder)
-    except ValueError:
+        mark = read_json(folder / MARK)
+        return {name: noted["bytes"] for name, noted in mark.items()} == _sizes(folder)
+    except (ValueError, TypeError, KeyError):
         return False
+
+
+def check_contents(checkpoint: Path, part: tuple[int, int] = (0, 1)) -> None:
+    """Raise a ValueError that names a file of a checkpoint which is not what was written.
+
+    Args:
+        checkpoint: that `is_whole`.
+        part: (i, n): every n-th file from the i-th, as n processes share the reading.
+    """
+    mark = read_json(checkpoint / MARK)
+    by_size = sorted(mark, key=lambda name: (-mark[name]["bytes"], name))
+    sizes = {name: mark[name]["bytes"] for name in by_size[part[0] :: part[1]]}
+    for name, found in _checksums(checkpoint, sizes).items():
+        if found != (written := mark[name]["sha256"]):
+            raise ValueError(
+                f"{checkpoint / name} is damaged: its checksum is {found[:16]}…, {written[:16]}… was written"
+            )
+
+
+def _damage(checkpoint: Path, arguments: TrainingArguments) -> str:
+    """What is damaged in a checkpoint; empty, if nothing is. All processes of a run ask, and get one answer."""
+    found = ""
+    try:
+        check_contents(checkpoint, (arguments.process_index, arguments.world_size))
+    except (ValueError, OSError) as error:
+        found = str(error)
+    if arguments.world_size > 1 and any_process(bool(found), arguments.device):
+        found = found or f"{checkpoint} is damaged: another process says what"
+    return found
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -70,12 +117,15 @@ def last_whole_named(out: Path) -> str:
 def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
     """The checkpoint to resume from: the folder `trainer.resume_from_checkpoint`, or the latest whole one for "true".
 
-    The folder may be named as it is within the run, `checkpoint-100`. Later checkpoints that are not whole are logged
-    as warnings.
+    The folder may be named as it is within the run, `checkpoint-100`. Its files are compared with their checksums: the
+    processes of a run share the reading. Later checkpoints that are not whole, or damaged, are logged as warnings.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is not whole, or the run would write into the folder of another.
+        ValueError: if there is no such checkpoint, it is not whole or is damaged, or the run would write into the
+            folder of another.
     """
+    if (url := remote_url(out)) is not None:
+        raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
     given = arguments.resume_from_checkpoint
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out}: is a file; name a new folder")
@@ -92,18 +142,21 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
             raise ValueError(
                 f"trainer.resume_from_checkpoint {given}: not a complete checkpoint; {last_whole_named(out)}"
             )
+        if damage := _damage(Path(given), arguments):
+            raise ValueError(f"trainer.resume_from_checkpoint {given}: {damage}; expected another one, or true")
         return _with_state(Path(given))
-    found = last_whole(out)
-    broken = [folder for folder in _checkpoints(out) if found is None or step_of(folder) > step_of(found)]
-    if found is None:
-        named = f", {broken[0].name} was not saved to its end" if broken else ""
-        raise ValueError(
-            f"trainer.resume_from_checkpoint true: {out} holds no complete checkpoint{named}; "
-            "train from the start, into a new folder"
-        )
-    for folder in broken:
-        logger.warning("%s is not whole: resuming from %s", folder, found)
-    return _with_state(found)
+    broken: list[str] = []
+    for folder in _checkpoints(out):
+        damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is not whole"
+        if not damage:
+            for found in broken:
+                logger.warning("%s: resuming from %s", found, folder)
+            return _with_state(folder)
+        broken.append(damage)
+    raise ValueError(
+        f"trainer.resume_from_checkpoint true: {out} holds no complete checkpoint"
+        f"{''.join(f', {found}' for found in broken[:1])}; train from the start, into a new folder"
+    )
 
 
 def _with_state(checkpoint: Path) -> Path:

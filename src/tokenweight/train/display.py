@@ -19,6 +19,7 @@ from transformers import (
 from tokenweight.method import weighting_names
 from tokenweight.records import device_name
 from tokenweight.train.checkpoints import last_whole
+from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import Mixture
 
@@ -123,13 +124,21 @@ class Display(TrainerCallback):
         passes = f"{args.per_device_train_batch_size} a pass"
         split = {"passes": args.gradient_accumulation_steps, "processes": args.world_size}
         passes += "".join(f", {number} {name}" for name, number in split.items() if number > 1)
-        tokens = round(held["tokens"] / len(rows) * batch)
-        yield "step", f"{_some(batch, 'sequence')}, {about}{_some(tokens, 'token')} ({passes})"
+        if isinstance(rows, Pieces):
+            longest, shortest = rows.sizes[-1], rows.sizes[0]
+            lengths = f"{_some(batch, 'sequence')} of {longest:,} to {batch * longest // shortest:,} of {shortest:,}"
+            yield "step", f"{_some(batch * longest, 'predicted token')}: {lengths} ({passes})"
+        else:
+            tokens = round(held["tokens"] / len(rows) * batch)
+            yield "step", f"{_some(batch, 'sequence')}, {about}{_some(tokens, 'token')} ({passes})"
         epochs = state.max_steps * batch / len(rows)
         whole = round(epochs) if abs(epochs - round(epochs)) < batch / len(rows) else epochs
         began = f", {_some(state.max_steps - self.first, 'step')} left" * (self.first > 0)
-        run = f"{_some(state.max_steps, 'step')} = {_some(whole, 'epoch')} of {_some(len(rows), 'sequence')}{began}"
-        yield "run", run
+        num = held["num"] if isinstance(rows, Pieces) else len(rows)
+        yield "run", f"{_some(state.max_steps, 'step')} = {_some(whole, 'epoch')} of {_some(num, 'sequence')}{began}"
+        if isinstance(rows, Pieces):
+            parts = ", ".join(f"{name} {part:.1%}" for name, part in zip(rows.names, rows.parts))
+            yield "lengths", f"curriculum {rows.curriculum}; of the tokens, in sequences of {parts}"
         if isinstance(rows, Mixture):
             read = zip(self.record["mixture"], rows.passes(epochs))
             yield "mixture", ", ".join(f"{name} read {times:.2f} times" for name, times in read)

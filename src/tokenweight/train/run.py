@@ -23,17 +23,22 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tokenweight.data import text_prefix, tokenizer_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
+    Distillation,
     Scorer,
+    Teacher,
     adapter_base,
     check_fit,
     find_tokenizer,
     is_config,
     load_config,
     load_model,
+    rope_depends_on_length,
     with_weighted_loss,
+    without_distillation,
 )
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.display import Display
+from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import Records, describe, identities
 from tokenweight.train.sequences import DataCollatorWithScores, HeldOut, Sequences, open_sequences
 from tokenweight.train.settings import Run, TrainSettings, resolve
@@ -76,9 +81,10 @@ def _trained(
     # Or ZeRO-3 would load models in parts, which cannot be verified. The Trainer shards the model later.
     unset_hf_deepspeed_config()
     before, tokenizer, model, scoring = _opened(run, sequences, context)
-    rows = sequences.dataset(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    rows = sequences.dataset(run)
     record = describe(run, sequences, context, before, model.config)
-    record["rows"]["epoch"] = len(rows)
+    if not isinstance(rows, Pieces):
+        record["rows"]["epoch"] = len(rows)
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         record.update(identities(run, model, scoring))
     set_seed(arguments.seed)  # which draws the first weights of an adapter
@@ -88,7 +94,10 @@ def _trained(
         prefix = text_prefix(tokenizer, sequences.provenance)
         adapters = run.settings.scorer != "base"
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix, adapters=adapters)
-    with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast)
+    distillation = _distillation(run, sequences, tokenizer)
+    with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast, distillation=distillation)
+    if run.distill.get("steps") is not None:
+        callbacks = [*callbacks, _EndOfDistillation(model, run.distill["steps"])]
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
         model=trained,
@@ -99,7 +108,7 @@ def _trained(
         processing_class=tokenizer,
         callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
         size=context.size if counts is not None and context is not None else sequences.sources[0].context.get("size"),
-        sources=sequences.names if len(sequences.sources) > 1 else (),
+        sources=rows.names if isinstance(rows, Pieces) else sequences.names if len(sequences.sources) > 1 else (),
     )
     batch = trainer.get_total_train_batch_size(arguments)
     display = Display(record, trained, arguments, batch=batch, dry=dry_run)
@@ -143,7 +152,7 @@ def _opened(
         if run.counts is not None:
             run.counts.check_tokens(source.contents.token_range[1], source.folder)
         fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
-        longest = source.contents.longest
+        longest = (source.contents.longest or 0) - _predicted_alone(run, model.config)
         check_fit(model.config, tokenizer, name, **fits, longest=longest, provenance=source.provenance)
         if scoring is not None and context is not None:
             note = {} if tokenizer is None else tokenizer_note(tokenizer, model.name_or_path)
@@ -152,6 +161,43 @@ def _opened(
     if scoring is not None:
         scoring.to(run.arguments.device)
     return before, tokenizer, model, scoring
+
+
+def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizerBase | None) -> Distillation | None:
+    """The distillation of a run, whose teacher is loaded here, if it is not stored."""
+    if not run.distill:
+        return None
+    weight, name = run.distill["weight"], run.distill["teacher"]
+    if name == "stored":
+        return Distillation(weight)
+    teacher, theirs = load_model(name, attn_implementation=run.settings.attn_implementation), find_tokenizer(name)
+    for source in sequences.sources:
+        note = source.provenance if tokenizer is None else tokenizer_note(tokenizer, run.settings.model)
+        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
+        check_fit(teacher.config, theirs, name, **fits, longest=source.contents.longest, provenance=note)
+    return Distillation(weight, Teacher(teacher.to(run.arguments.device), run.distill["top_k"]))
+
+
+class _EndOfDistillation(TrainerCallback):
+    """Ends a distillation after so many steps, also where a run is resumed later."""
+
+    def __init__(self, model: PreTrainedModel, steps: int) -> None:
+        self.model, self.steps = model, steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            without_distillation(self.model)
+
+
+def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
+    """Tokens at the end of the longest rows that are only predicted, so that no loss depends on how they are read.
+
+    Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first. What it computes at the last
+    one, no loss sees; but a table of positions has no place for it, and by frequencies that depend on the length, the
+    others would be read otherwise.
+    """
+    rotary = getattr(config.get_text_config(), "rope_parameters", None) and not rope_depends_on_length(config)
+    return int(run.curriculum is not None and bool(rotary))
 
 
 def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:

@@ -18,24 +18,28 @@ from torch.utils.data import Dataset, Sampler
 from tokenweight.data import (
     TRANSLATED,
     Contents,
+    Permutation,
     check_contrast,
     check_divergence,
     choose_scores,
     has_scores,
+    local_folder,
     open_rows,
     row_lengths,
     translated,
     verify,
 )
 from tokenweight.method import SCORES, ShortContext, Weighting
-from tokenweight.models import Contrast, numbered_from, pack_bits
+from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
 from tokenweight.records import read_provenance
+from tokenweight.train.lengths import Pieces
+from tokenweight.train.lengths.pieces import SOURCE
 from tokenweight.train.settings import Run
 
 logger = logging.getLogger(__name__)
-SOURCE = "tokenweight_source"
-"""The column that says from which folder of a mixture a sequence comes. No model reads it."""
-_COLUMNS = ("input_ids", "labels", "position_ids", *SCORES)
+LISTED = 1 << 20
+"""Sequences of which torch may make a list to shuffle them; of more, `Drawn` makes none."""
+_COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,13 @@ class Sequences:
         names = [Path(folder).resolve().name for folder in folders]
         return names if len(set(names)) == len(names) else folders
 
-    def dataset(self, seed: int) -> "datasets.Dataset | Mixture":
+    def dataset(self, run: Run) -> "datasets.Dataset | Mixture | Pieces":
         """The sequences that are trained on."""
-        rows = [source.rows for source in self.sources]
+        arguments, rows = run.arguments, [source.rows for source in self.sources]
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        if run.curriculum is not None:
+            steps = {"max_steps": arguments.max_steps, "epochs": arguments.num_train_epochs}
+            return Pieces(rows[0], run.curriculum, batch=run.sequences_per_step, seed=seed, **steps)
         return rows[0] if len(rows) == 1 else Mixture(rows, self.shares, seed)
 
 
@@ -124,7 +132,9 @@ def open_sequences(run: Run) -> Sequences:
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
             _check_scores(run.weighting, contrast, scores, folder)
-        sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
+        sources.append(
+            Source(folder, _without(rows, needed), contents, {**read_provenance(local_folder(folder)), **scores})
+        )
     first = sources[0]
     for source in sources[1:] if needed else ():
         if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
@@ -132,7 +142,8 @@ def open_sequences(run: Run) -> Sequences:
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
-    held_out = None if settings.eval_data is None else _held_out(run, contrast, needed, first.context)
+    of_weights = needed - {*TEACHER}  # an evaluation hears no teacher
+    held_out = None if settings.eval_data is None else _held_out(run, contrast, of_weights, first.context)
     if run.arguments.process_index == 0:  # the others would read and compare the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
@@ -144,7 +155,7 @@ def _contrast(run: Run) -> str:
     if run.settings.contrast is not None or not run.weighting.uses_short:  # the loss is that of the trained model
         return run.settings.contrast or "trained"
     stored = run.settings.scorer == "stored"
-    own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
+    own = stored and any(read_provenance(local_folder(folder)).get("contrast") == "scorer" for folder in run.shares)
     return "scorer" if own or run.counts is not None else "trained"
 
 
@@ -162,7 +173,8 @@ def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], f
 
 def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
     """The rows without scores that no weight is made of."""
-    return rows.remove_columns([name for name in SCORES if name in rows.column_names and name not in needed])
+    others = {*SCORES, *TEACHER} - needed
+    return rows.remove_columns([name for name in rows.column_names if name in others])
 
 
 def _windows(source: Source) -> str:
@@ -181,7 +193,12 @@ def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)
     rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
-    return Source(folder, _without(rows, needed if scores else set()), contents, {**read_provenance(folder), **scores})
+    return Source(
+        folder,
+        _without(rows, needed if scores else set()),
+        contents,
+        {**read_provenance(local_folder(folder)), **scores},
+    )
 
 
 class Mixture(Dataset):
@@ -246,17 +263,31 @@ class Mixture(Dataset):
 
 
 class InOrder(Sampler[int]):
-    """The sequences of a mixture one after the other, in each epoch those that follow. `epoch` tells its number."""
+    """The sequences of a mixture, or pieces, one after the other, in each epoch those that follow. `epoch` tells its
+    number."""
 
-    def __init__(self, mixture: Mixture, epoch: Callable[[], int]) -> None:
-        self.mixture, self.epoch = mixture, epoch
+    def __init__(self, rows: Mixture | Pieces, epoch: Callable[[], int]) -> None:
+        self.rows, self.epoch = rows, epoch
 
     def __len__(self) -> int:
-        return len(self.mixture)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch() * len(self)
         return iter(range(first, first + len(self)))
+
+
+class Drawn(Sampler[int]):
+    """Very many sequences in an order that is not kept: in each epoch one of its own. `epoch` tells its number."""
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(Permutation(self.length, [self.seed, self.epoch()]))
 
 
 class HeldOut(Dataset):
@@ -287,7 +318,7 @@ class HeldOut(Dataset):
         return {**row, "labels": labels if counts else np.full_like(labels, -100)}
 
 
-def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor, position: int) -> str:
+def name_row(data: "datasets.Dataset | Mixture | Pieces", tokens: Tensor, labels: Tensor, position: int) -> str:
     """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
     tokens, predicted = tokens.cpu(), (labels != -100).cpu()
 
@@ -295,7 +326,7 @@ def name_row(data: "datasets.Dataset | Mixture", tokens: Tensor, labels: Tensor,
         found = torch.as_tensor(row["input_ids"])
         return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
 
-    parts = data.rows if isinstance(data, Mixture) else [data]
+    parts = data.rows if isinstance(data, Mixture) else [data.rows if isinstance(data, Pieces) else data]
     for part, rows in enumerate(parts):
         candidates = enumerate(rows.with_format("numpy", columns=["input_ids"]))
         number = next((number for number, row in candidates if same(row)), None)
@@ -344,26 +375,28 @@ class DataCollatorWithScores:
         if (self.scorer is None) != (self.context is None):
             raise ValueError(f"scorer {self.scorer}, context {self.context}: expected both or none")
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]) -> dict[str, Tensor]:
         """Make a batch.
 
         Args:
-            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids` and any of
-                `tokenweight.method.SCORES`. Masks of other tools are heard as by `tokenweight.data.load_rows`.
+            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids`, any of
+                `tokenweight.method.SCORES`, and the columns of a teacher; or lists of such, as `Pieces` give them.
+                Masks of other tools are heard as by `tokenweight.data.load_rows`.
 
         Raises:
             ValueError: if some have a column that others lack, or columns of one sequence differ in length or
                 contradict each other.
         """
-        features = [translated(row) if any(name in row for name in TRANSLATED) else row for row in features]
+        rows = [row for item in features for row in (item if isinstance(item, list) else [item])]
+        rows = [translated(row) if any(name in row for name in TRANSLATED) else row for row in rows]
         if self.scorer is not None:
-            features = [self._scored(number, row) for number, row in enumerate(features)]
-        columns = [name for name in _COLUMNS[1:] if any(name in row for row in features)]
-        length = max(len(row["input_ids"]) for row in features)
-        padded = any(len(row["input_ids"]) < length for row in features)
-        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in features if "position_ids" in row)
+            rows = [self._scored(number, row) for number, row in enumerate(rows)]
+        columns = [name for name in _COLUMNS[1:] if any(name in row for row in rows)]
+        length = max(len(row["input_ids"]) for row in rows)
+        padded = any(len(row["input_ids"]) < length for row in rows)
+        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in rows if "position_ids" in row)
         batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
-        for number, row in enumerate(features):
+        for number, row in enumerate(rows):
             _check_columns(number, row, columns)
             tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
             fill = length - len(tokens)
@@ -377,12 +410,16 @@ class DataCollatorWithScores:
             for name in set(columns) & {*SCORES}:
                 values = torch.as_tensor(row[name], dtype=torch.float32)
                 batch[name].append(pack_bits(pad(values, (0, fill), value=torch.nan)))
+            for name in [name for name in TEACHER if name in columns]:
+                top = torch.as_tensor(np.array(list(row[name])))
+                top = pack_bits(top) if name == "teacher_logprobs" else top.int()
+                batch[name].append(pad(top, (0, 0, 0, fill)))
             batch["input_ids"].append(pad(tokens, (0, fill)))
             batch["labels"].append(pad(labels, (0, fill), value=-100))
-        if all(SOURCE in row for row in features):
-            batch[SOURCE] = [torch.as_tensor(row[SOURCE]) for row in features]
+        if all(SOURCE in row for row in rows):
+            batch[SOURCE] = [torch.as_tensor(row[SOURCE]) for row in rows]
         if padded and "position_ids" not in columns:
-            batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in features]
+            batch["attention_mask"] = [torch.arange(length) < len(row["input_ids"]) for row in rows]
         return {name: torch.stack(values) for name, values in batch.items()}
 
     def _scored(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tokenweight.train.arguments import (
     as_numbers,
     as_tokens,
     check_known,
+    distillation_arguments,
     extension_arguments,
     lora_arguments,
     trainer_field,
@@ -25,6 +26,7 @@ from tokenweight.train.arguments import (
     typed_arguments,
 )
 from tokenweight.train.checks import check_run
+from tokenweight.train.lengths import LengthCurriculum
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -69,6 +71,9 @@ class TrainSettings:
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: OptionalTokens = None
     """Tokens scored by each window, unless stored; by default three quarters of size (the paper)."""
+    curriculum: str | None = None
+    """Order of the lengths of sequences that `prepare --short decompose` made: pow2, linear or uniform, with cycles as
+    in pow2:cycles=8; then a batch counts sequences of the longest (docs/train.md)."""
     eval_data: str | None = None
     """Folder of held-out sequences, with or without scores, whose loss is measured while training (docs/train.md)."""
     revision: str | None = None
@@ -79,6 +84,9 @@ class TrainSettings:
     """Dtype of the weights. In bfloat16, small updates are rounded away; prefer --trainer.bf16 true."""
     attn_implementation: str | None = None
     """Attention kernel: sdpa, flash_attention_2, eager, … (docs/models.md); by default the choice of transformers."""
+    distill: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Distillation from a teacher, also as `--distill.weight 0.5`: weight, teacher ("stored" or a model), top_k, steps
+    (docs/train.md)."""
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of peft.LoraConfig, also as `--lora.r N`: train an adapter in place of the weights (docs/train.md)."""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,8 +104,18 @@ class Run:
     """Arguments of `extend_context`, or nothing."""
     lora: dict[str, Any]
     """Fields of LoraConfig, or nothing."""
+    distill: dict[str, Any]
+    """Settings of the distillation, all of them, or nothing."""
     shares: dict[str, float]
     """The folders of the data, each with its share of the tokens that are trained on; the shares add up to 1."""
+    curriculum: LengthCurriculum | None = None
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Of an optimizer step, in all processes that do not share their sequences."""
+        arguments, parallel = self.arguments, self.arguments.parallelism_config
+        copies = math.prod(getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp"))
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * (arguments.world_size // copies)
 
     @property
     def out(self) -> Path:
@@ -107,7 +125,8 @@ class Run:
     def columns(self, contrast: str | None = None) -> frozenset[str]:
         """The columns of the data that weights are made of, with that contrast in place of the one of the settings."""
         found = models.score_columns(self.weighting, contrast or self.settings.contrast or "trained")
-        return found if self.settings.scorer == "stored" else found & {"ref_nll"}
+        found = found if self.settings.scorer == "stored" else found & {"ref_nll"}
+        return found | {*models.TEACHER} if self.distill.get("teacher") == "stored" else found
 
     @property
     def scored(self) -> bool:
@@ -193,12 +212,20 @@ def resolve(settings: TrainSettings) -> Run:
     if settings.scorer == "base" and (not lora or lora.get("bias", "none") != "none"):
         found = f"lora.bias {lora['bias']} trains biases of the base" if lora else "there is no adapter"
         raise ValueError(f"scorer base: {found}: expected lora, whose base stays as it is, or another scorer")
-    if len(shares) > 1 and arguments.train_sampling_strategy != "random":
+    curriculum = None if settings.curriculum is None else LengthCurriculum.parse(settings.curriculum)
+    if curriculum is not None and len(shares) > 1:
         raise ValueError(
-            f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: a mixture has an order of its own, "
-            "in which the shares of its folders hold: leave it out"
+            f"curriculum {curriculum}: a mixture of folders has an order of its own: expected one folder, as "
+            "`tokenweight prepare` makes of several texts"
         )
-    run = Run(settings, method.parse_weighting(settings.weighting), arguments, extension, lora, shares)
+    if (len(shares) > 1 or curriculum is not None) and arguments.train_sampling_strategy != "random":
+        own = "a mixture" if curriculum is None else "a curriculum"
+        raise ValueError(
+            f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: {own} has an order of its own: "
+            "leave it out"
+        )
+    weighting, distill = method.parse_weighting(settings.weighting), distillation_arguments(settings.distill)
+    run = Run(settings, weighting, arguments, extension, lora, distill, shares, curriculum)
     run.columns()  # raises for an unknown contrast
     counts_of(settings.scorer, run.weighting, settings.contrast)  # raises, too
     return run
@@ -220,7 +247,9 @@ def config_text(settings: TrainSettings) -> str:
     found = {
         **as_settings(settings),
         "weighting": str(run.weighting),
+        "curriculum": None if run.curriculum is None else str(run.curriculum),
         "extend": run.extension,
+        "distill": settings.distill,
         "lora": run.lora,
         "trainer": typed_arguments(settings.trainer),
     }
@@ -289,7 +318,8 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
         "trainer": ((dict,), "fields of TrainingArguments"),
         "extend": ((dict,), "length, method and its settings"),
         "lora": ((dict,), "fields of LoraConfig"),
-        **dict.fromkeys(("contrast", "eval_data", "revision", "attn_implementation"), text),
+        "distill": ((dict,), "weight, teacher, top_k and steps"),
+        **dict.fromkeys(("contrast", "curriculum", "eval_data", "revision", "attn_implementation"), text),
     }
     for key, value in settings.items():
         if key in ("size", "stride"):

@@ -14,7 +14,7 @@ import accelerate
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from tokenweight.method import NonFinite
@@ -22,15 +22,16 @@ from tokenweight.models import add_older_rope, any_process, context_mesh, with_w
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes
+from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import FinishedRun
-from tokenweight.train.sequences import SOURCE, HeldOut, InOrder, Mixture, name_row
+from tokenweight.train.sequences import LISTED, SOURCE, Drawn, HeldOut, InOrder, Mixture, name_row
 from tokenweight.train.statistics import HeldOutLosses, WeightStatistics
 
 logger = logging.getLogger(__name__)
 
 
 class WeightedTrainer(Trainer):
-    """Trains a model that `with_weighted_loss` has bound, on the sequences of a `datasets.Dataset` or a `Mixture`.
+    """Trains a model that `with_weighted_loss` has bound, on a `datasets.Dataset`, a `Mixture` or `Pieces`.
 
     Statistics of the weights are logged beside the loss. Held-out sequences that come as `HeldOut` are evaluated
     exactly (`HeldOutLosses`). Sharded backends are prepared (`prepare_engine`), and where the tokens of a sequence are
@@ -39,7 +40,7 @@ class WeightedTrainer(Trainer):
     Args:
         *args: as for `transformers.Trainer`.
         size: tokens of the short context, for `first_window_share` of `WeightStatistics`; None leaves that out.
-        sources: names of the folders of a mixture, for statistics of each.
+        sources: names of the folders of a mixture, or of the lengths of pieces, for statistics of each.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -76,6 +77,9 @@ class WeightedTrainer(Trainer):
             raise ValueError(
                 "model: all of its parameters are frozen (requires_grad is false): expected some that are trained"
             )
+        rows, batch = self.train_dataset, self.get_total_train_batch_size(self.args)
+        if isinstance(rows, Pieces) and rows.batch != batch:
+            raise ValueError(f"trainer: {batch} items a step: expected {rows.batch}, the batch of its Pieces")
         bound = self.model._token_weighting
         if self.args.neftune_noise_alpha and bound.reads_trained_pass:
             logger.warning(
@@ -84,7 +88,7 @@ class WeightedTrainer(Trainer):
                 self.args.neftune_noise_alpha,
             )
         if (ranks := context_mesh(self.accelerator)) is not None:
-            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks, bound.contrast)
+            with_weighted_loss(self.model, bound.weighting, bound.scorer, ranks, bound.contrast, bound.distillation)
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
@@ -131,11 +135,15 @@ class WeightedTrainer(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer does; a mixture has an order of its own."""
+        """As the Trainer does; mixtures and pieces have their own order, and very many rows one without a list."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(rows, Mixture):
+        if isinstance(rows, Mixture | Pieces):
             return InOrder(rows, lambda: int(self.state.epoch or 0))
-        return super()._get_train_sampler(train_dataset)
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler or len(sampler) <= LISTED:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Drawn(len(sampler), seed, lambda: int(self.state.epoch or 0))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

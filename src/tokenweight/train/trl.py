@@ -12,8 +12,11 @@ from trl import SFTConfig, SFTTrainer
 from tokenweight.data import TRANSLATED, noted_contrast, text_prefix
 from tokenweight.method import SCORES, ShortContext, parse_weighting
 from tokenweight.models import (
+    TEACHER,
     CountScorer,
+    Distillation,
     Scorer,
+    Teacher,
     check_tokenizer,
     find_tokenizer,
     load_model,
@@ -21,6 +24,7 @@ from tokenweight.models import (
     tokenizer_fingerprint,
     with_weighted_loss,
 )
+from tokenweight.train.arguments import distillation_arguments
 from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
@@ -74,6 +78,16 @@ class TokenWeightedSFTConfig(SFTConfig):
             "count or the rows of `load_scores` were scored by it."
         },
     )
+    distill_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the divergence from a teacher in the loss; by default no teacher."}
+    )
+    distill_teacher: str = field(
+        default="stored",
+        metadata={"help": 'The teacher: "stored" (columns teacher_ids, teacher_logprobs), or the name of a model.'},
+    )
+    distill_top_k: int | None = field(
+        default=None, metadata={"help": "Tokens of each prediction of a teacher that is a model; 16 by default."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "None: sequences and scores are not truncated."})
 
     def __post_init__(self) -> None:
@@ -90,6 +104,13 @@ class TokenWeightedSFTConfig(SFTConfig):
             raise ValueError(f"size: expected the tokens of the short context, for the scorer {self.scorer!r}")
         if self.scorer == "stored" and (self.size, self.stride) != (None, None):
             raise ValueError(f"size {self.size}, stride {self.stride}: expected neither, as the scores are stored")
+        assert self.distillation is not None  # which raises
+
+    @property
+    def distillation(self) -> dict[str, Any]:
+        """Settings of the distillation, or nothing."""
+        given = {"weight": self.distill_weight, "teacher": self.distill_teacher, "top_k": self.distill_top_k}
+        return {} if self.distill_weight is None else distillation_arguments(given)
 
     @property
     def counts(self) -> CountScorer | None:
@@ -162,7 +183,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             )
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
-        with_weighted_loss(base, weighting, self._scorer(base, args), contrast=args.contrast or "trained")
+        teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
+        with_weighted_loss(base, weighting, self._scorer(base, args), **teaching)
         if weighting.history:
             self.add_callback(WeightingState())
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
@@ -172,18 +194,32 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             return None
         if not score_columns(parse_weighting(args.weighting), args.contrast or "trained") - {"ref_nll"}:
             return None
-        scoring = base
-        if args.scorer not in ("self", "base"):
-            made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
-            check_tokenizer(find_tokenizer(args.scorer), args.scorer, made, "train_dataset")
-            scoring = load_model(args.scorer).to(args.device)
+        scoring = base if args.scorer in ("self", "base") else self._other(args.scorer)
         given: dict[str, Any] = {"prefix": text_prefix(self._tokenizer, {}), "adapters": args.scorer != "base"}
         return Scorer(scoring, size=args.size, stride=args.stride, **given)
+
+    def _distillation(self, args: TokenWeightedSFTConfig) -> Distillation | None:
+        settings = args.distillation
+        if not settings:
+            return None
+        name = settings["teacher"]
+        return Distillation(
+            settings["weight"], None if name == "stored" else Teacher(self._other(name), settings["top_k"])
+        )
+
+    def _other(self, name: str) -> PreTrainedModel:
+        """A model that scores or teaches, of the same tokenizer."""
+        made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
+        check_tokenizer(find_tokenizer(name), name, made, "train_dataset")
+        return load_model(name).to(self.args.device)
 
     def _set_signature_columns_if_needed(self) -> None:
         # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
         columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast or "trained")
-        self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *TRANSLATED]
+        # TRL leaves this mask beside the labels where all tokens are to be trained, and our collator would hear it.
+        masks = [name for name in TRANSLATED if name != "completion_mask" or self.completion_only_loss]
+        taught = TEACHER if self.args.distillation.get("teacher") == "stored" else ()
+        self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *taught, *masks]
 
 
 def _data_sets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
@@ -220,6 +256,12 @@ def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_datase
     if skip is None and not any(masked) and all("input_ids" in names for names in columns):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     needed = score_columns(parse_weighting(args.weighting), args.contrast or "trained")
+    for names in filter(None, columns[:1] if args.distillation.get("teacher") == "stored" else []):
+        if missing := [name for name in TEACHER if name not in names]:
+            raise ValueError(
+                f"train_dataset: found no column {missing[0]}: expected a data set of `tokenweight score --as teacher`"
+                ", or the name of a model as distill_teacher"
+            )
     for names in filter(None, columns):
         stored = any(name.startswith("short_nll") for name in names)
         read = needed if args.scorer == "stored" else needed & {"ref_nll"}

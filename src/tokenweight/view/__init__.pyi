@@ -10,6 +10,8 @@ from .corpus import corpus_view as corpus_view
 from .corpus import name_folders as name_folders
 from .excerpt import Excerpt as Excerpt
 from .figures import draw as draw
+from .heads import head_figure as head_figure
+from .heads import heads_view as heads_view
 from .html import Html as Html
 from .html import notebook as notebook
 from .html import to_html as to_html

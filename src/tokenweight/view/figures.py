@@ -1,5 +1,6 @@
 """Figures of scored sequences, training runs and evaluations, read from their folders."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenweight.data import ScoredRow, read_rows, token_pieces
-from tokenweight.evaluate import read_table
+from tokenweight.evaluate import read_table, short_names
 from tokenweight.method import ShortContext, Weighting, document_positions
 from tokenweight.records import read_json, read_metrics, run_kind
 from tokenweight.view import plots
 from tokenweight.view.excerpt import about_windows, windows_of
+from tokenweight.view.heads import head_figure
 from tokenweight.view.summaries import by_kind, by_position, difference_histogram, row_kinds
 
 PASSAGE = 20
@@ -126,7 +128,7 @@ def _passage(rows: Sequence[ScoredRow], weights: dict[str, Tensor], style: str) 
 
 
 def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figure]:
-    """Draw loss by position, and benefit by context, with the changes from the first model.
+    """Draw loss by position, and benefit by context, with the changes from the first model; and retrieval heads.
 
     Raises:
         ValueError: if `eval.json` is not what `tokenweight eval` writes.
@@ -138,6 +140,10 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
         figures = {"loss-by-position": plots.loss_figure(table, edges, style=style)}
         if f"benefit_{sizes[0]}" in known:  # all of them are of the same tokens, which short documents do not have
             figures["benefit-by-context"] = plots.benefit_figure(table, sizes, style=style)
+        for name, model in zip(short_names(table), record.get("models", [])):
+            if "heads" in model:
+                of = re.sub(r"[^-.\w]+", "-", name)  # a path, where last names are the same
+                figures[f"heads-{of}"] = head_figure(model["heads"], style=style)
         return figures
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/eval.json is not what `tokenweight eval` writes: {error!r}") from error

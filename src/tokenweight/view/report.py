@@ -14,6 +14,7 @@ from tokenweight.records import read_json, read_metrics, replaced, run_kind
 from tokenweight.view.charts import MINUS, Chart, Number, Point, Series
 from tokenweight.view.corpus import CORPUS_NOTE, MIN_BARS, bin_labels, corpus_lines, document_name, name_folders
 from tokenweight.view.excerpt import LOOKS, SCHEMES, SETTINGS, START, Excerpt, read_scored
+from tokenweight.view.heads import head_map, heads_line
 from tokenweight.view.summaries import PositionWeights
 
 MAX_BYTES = 5_000_000
@@ -305,6 +306,11 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         "entries": [{entry.measure: entry for entry in row} for row in table],
         "bold": [{entry.measure for entry in row if entry.best} for row in table],
         "chances": _chances(record),
+        "heads": [
+            (name, head_map(model["heads"]), heads_line(model["heads"]))
+            for name, model in zip(short_names(table), record["models"])
+            if "heads" in model
+        ],
         "notes": notes(table, unit=record["unit"]),
         "settings": {"models": [row[0].model for row in table], "data": record.get("data"), **record["settings"]},
         "environment": record.get("environment", {}),

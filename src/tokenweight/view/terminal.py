@@ -22,9 +22,9 @@ from tokenweight.method import Weighting
 
 # Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full
 # tint; dark ink has a contrast of at least 6 on all of it, so the tints read the same on dark and light terminals.
-_ORANGES = ColorTriplet(255, 240, 222), ColorTriplet(245, 145, 50)
+ORANGES = ColorTriplet(255, 240, 222), ColorTriplet(245, 145, 50)
 _BLUES = ColorTriplet(232, 242, 252), ColorTriplet(105, 168, 222)
-_INK = Color.from_rgb(26, 26, 26)
+INK = Color.from_rgb(26, 26, 26)
 # Nothing in a text may act on the terminal, break the XML of a picture or be invisible: control characters, line
 # separators, bidirectional controls, invisible characters and non-characters are shown as escapes. Tabs and line breaks
 # stay, and joiners, which some scripts and emoji need.
@@ -62,9 +62,9 @@ def tint(weight: float) -> Style:
         return Style(dim=True)
     if level == 0:
         return Style()
-    background = blend_rgb(*(_ORANGES if level > 0 else _BLUES), abs(level) / 8)
+    background = blend_rgb(*(ORANGES if level > 0 else _BLUES), abs(level) / 8)
     bold = True if level > 0 else None
-    return Style(color=_INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
+    return Style(color=INK, bgcolor=Color.from_triplet(background), bold=bold, underline=True if weight >= 2 else None)
 
 
 def passage(pieces: list[str], weights: Float[Tensor, " seq"], *, tinted: bool = True) -> Text:

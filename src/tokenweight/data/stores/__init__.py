@@ -1,0 +1,5 @@
+"""Where rows are kept: mapped into memory, in another order, or elsewhere."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,177 @@
+"""Folders of rows on the Hub and in object storage, through fsspec: copied to the cache, read as a stream, uploaded."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenweight.records import leased, make_folder, read_json, replaced
+
+logger = logging.getLogger(__name__)
+_LAST = ("contents.json", "dataset_info.json", "state.json")
+"""What makes a folder a finished one: it is copied after all else."""
+_SHARDS = (".arrow", ".parquet")
+
+
+def remote_url(folder: str | os.PathLike[str]) -> str | None:
+    """The URL of a folder elsewhere, such as s3://bucket/rows; None of one on this file system."""
+    found = re.fullmatch(r"([a-z][a-z0-9+]+):/+(.+?)/*", os.fspath(folder))  # `Path` makes one slash of two
+    if found is None or Path(folder).exists():
+        return None
+    return f"{found[1]}://{'/' if found[1] in ('file', 'local') else ''}{found[2]}"
+
+
+def local_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder itself; of a URL that fsspec knows, its copy in the cache of `datasets`, which is made or completed.
+
+    Each shard is compared with the checksum in its note when it arrives. Files that are there already, from an earlier
+    call or an earlier version of the folder, are not read again.
+
+    Raises:
+        ValueError: if there is nothing, it cannot be read, or a shard is not what was written; naming it.
+    """
+    url = remote_url(folder)
+    return Path(folder) if url is None else _copied(url, Path(datasets.config.HF_DATASETS_CACHE))
+
+
+@cache
+def _copied(url: str, cached: Path) -> Path:
+    """The copy of a folder, which a process looks for once."""
+    copy = cached / "tokenweight" / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32]
+    files, root, names = _listed(url)
+    make_folder(copy)
+    with leased(copy, wait=True), _told(url):
+        remote = {name: files.cat_file(f"{root}/{name}") for name in names if not name.endswith(_SHARDS)}
+        for name in (name for name in names if name.endswith(_SHARDS)):
+            note = remote.get(f"{name.rpartition('.')[0]}.json")
+            written = None if note is None else json.loads(note).get("sha256")
+            _copy_shard(files, f"{root}/{name}", copy / name, written, url)
+        for name in sorted(remote, key=lambda name: name in _LAST):
+            with replaced(copy / name) as part:
+                part.write_bytes(remote[name])
+        for path in copy.iterdir():  # of an earlier version
+            if path.name not in names:
+                path.unlink()
+    return copy
+
+
+def _copy_shard(files: Any, source: str, path: Path, written: str | None, url: str) -> None:
+    """Copy one shard, unless it is there."""
+    note = path.with_suffix(".json")
+    if path.is_file() and written is not None and note.is_file() and read_json(note).get("sha256") == written:
+        return
+    if path.is_file() and written is None and path.stat().st_size == files.size(source):
+        return
+    with replaced(path) as part:
+        files.get_file(source, str(part))
+        with part.open("rb") as copied:
+            found = hashlib.file_digest(copied, "sha256").hexdigest()
+        if written not in (None, found):
+            raise ValueError(
+                f"{url}/{path.name} is damaged: its sha256 is {found[:16]}…, {written[:16]}… was written: expected an "
+                "upload that ended"
+            )
+    if written is not None:  # so that a copy that is interrupted goes on
+        with replaced(note) as part:
+            part.write_bytes(files.cat_file(f"{source.rpartition('.')[0]}.json"))
+
+
+def stream_rows(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a folder here or elsewhere, in order, as lists, without a copy: about a million tokens are held.
+
+    Raises:
+        ValueError: if it is no finished folder, or cannot be read.
+    """
+    url = remote_url(folder) or Path(folder).absolute().as_uri()
+    files, root, names = _listed(url)
+    with _told(url):
+        if "state.json" in names:
+            state = json.loads(files.cat_file(f"{root}/state.json"))
+            shards = [file["filename"] for file in state["_data_files"]]
+        else:
+            shards = [name for name in names if name.endswith(".parquet")]
+        for name in shards:
+            with files.open(f"{root}/{name}", "rb") as file:
+                batches = pq.ParquetFile(file).iter_batches() if name.endswith(".parquet") else pa.ipc.open_stream(file)
+                for batch in batches:
+                    yield from batch.to_pylist()
+
+
+def upload(folder: str | os.PathLike[str], url: str) -> int:
+    """Copy a finished folder of rows or scores, with its notes and provenance, to a URL such as s3://bucket/scored or
+    hf://datasets/org/name. What makes it a finished one there comes last.
+
+    Returns:
+        The number of files that were sent. Called again after an interruption, it sends those that are missing, or have
+        another size; notes are always sent.
+
+    Raises:
+        ValueError: if the folder is not finished, or the URL cannot be written to.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not {"state.json", "contents.json"} & {*names}:
+        raise ValueError(f"{folder} is not a finished folder of rows: expected one that prepare or score has completed")
+    if remote_url(url) is None:
+        raise ValueError(f"url {url}: expected one such as s3://bucket/scored or hf://datasets/org/name")
+    with _told(url):
+        if url.startswith("hf://"):
+            _upload_to_hub(folder, url)
+            return len(names)
+        files, root = fsspec.url_to_fs(remote_url(url))
+        files.makedirs(root, exist_ok=True)
+        there = {entry["name"].rpartition("/")[2]: entry["size"] for entry in files.ls(root, detail=True)}
+        sent = 0
+        for name in sorted(names, key=lambda name: (name in _LAST, not name.endswith(_SHARDS), name)):
+            if name.endswith(_SHARDS) and there.get(name) == (folder / name).stat().st_size:
+                continue
+            files.put_file(str(folder / name), f"{root}/{name}")
+            sent += 1
+    return sent
+
+
+def _upload_to_hub(folder: Path, url: str) -> None:
+    """One commit, or a few: a file system of the Hub would make one of each file."""
+    from huggingface_hub import HfApi
+
+    found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", url.rstrip("/"))
+    if found is None:
+        raise ValueError("expected hf://datasets/ORG/NAME, or a folder within it")
+    api = HfApi()
+    api.create_repo(found[1], repo_type="dataset", private=True, exist_ok=True)
+    where = {"repo_id": found[1], "repo_type": "dataset", "revision": found[2], "path_in_repo": found[3]}
+    api.upload_folder(folder_path=folder, ignore_patterns=[".*"], **where)
+
+
+def _listed(url: str) -> tuple[Any, str, list[str]]:
+    """The file system of a URL, the folder in it, and the names of its files."""
+    with _told(url):
+        files, root = fsspec.url_to_fs(url)
+        entries = files.ls(root, detail=True) if files.exists(root) else []
+    names = [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
+    names = [name for name in names if not name.startswith(".")]
+    if not names:
+        raise ValueError(f"{url}: no such folder of rows")
+    return files, root, names
+
+
+@contextlib.contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Name the URL in whatever goes wrong: a missing package, rights, a network."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and url in str(error):
+            raise
+        raise ValueError(f"{url}: {' '.join(str(error).split()) or type(error).__name__}") from error

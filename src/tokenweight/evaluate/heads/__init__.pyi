@@ -1,0 +1,11 @@
+from .attention import around_attention as around_attention
+from .attention import attention_rows as attention_rows
+from .attention import without_heads as without_heads
+from .masked import choose_heads as choose_heads
+from .masked import masked_probes as masked_probes
+from .record import add_heads as add_heads
+from .record import heads_markdown as heads_markdown
+from .scores import HeadSample as HeadSample
+from .scores import HeadScores as HeadScores
+from .scores import head_samples as head_samples
+from .scores import retrieval_scores as retrieval_scores

@@ -1,0 +1,5 @@
+"""Other ways to attend, for models that are evaluated beyond their length."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

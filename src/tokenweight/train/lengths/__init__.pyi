@@ -1,0 +1,2 @@
+from .curriculum import LengthCurriculum as LengthCurriculum
+from .pieces import Pieces as Pieces
