@@ -246,7 +246,7 @@ def frontier_figure(found: Extension) -> Figure:
     axes.set_xscale("symlog", linthresh=0.05)
     ticks = [-0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set(xlim=(-0.025, 1.4), ylim=(-0.36, 0.16))
+    axes.set(xlim=(-0.025, 1.4), ylim=(-0.42, 0.16))
     axes.set_xlabel("plain text: loss above uniform weights (nats; logarithmic beyond 0.05)")
     axes.set_ylabel("far answers: loss above uniform weights (nats)")
     axes.minorticks_off()
