@@ -64,10 +64,14 @@ def measures(measured: dict[str, Any], bins: Sequence[tuple[int, int]] = BINS) -
         found[f"far_{name}_right"] = statistics.fmean(float(right[cell].mean()) for cell in cells if cell.any())
     for key in ("far", "far_right"):
         found[key] = statistics.fmean(found[key.replace("far", f"far_{name}")] for name in ("last", "only"))
-    near = distance < bins[0][0]
-    found["near"] = float(loss[near].mean()) if near.any() else math.nan
+    found["near"] = float(loss[distance < bins[0][0]].mean())
+    return found | plain_losses(measured)
+
+
+def plain_losses(measured: dict[str, Any]) -> dict[str, float]:
+    """The mean losses of plain tokens in the first `size` tokens, beyond, and of all."""
     short, beyond = (np.array(measured[key]).sum(axis=0) for key in ("short", "beyond"))
-    found |= {"short": short[0] / short[1], "beyond": beyond[0] / beyond[1] if beyond[1] else math.nan}
+    found = {"short": short[0] / short[1], "beyond": beyond[0] / beyond[1]}
     return found | {"plain": (short[0] + beyond[0]) / (short[1] + beyond[1])}
 
 
@@ -176,7 +180,7 @@ def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
             f"{made(found.runs)} {len(found.units)} units. Of uniform's far answers {base['far_only_right']:.3f} were "
             f"right where the value was stated once, {base['far_last_right']:.3f} where others were before.\n",
             table(head, rows),
-            table(["expected form", "strengths", "area", "plain form's", "more", "units"], areas(found)),
+            table(["expected form", "area (strengths)", "plain form's", "more", "units"], areas(found)),
             table(["arm", "predicted", "measured"], predicted),
         ]
     )
@@ -191,17 +195,23 @@ def made(runs: Runs) -> str:
 
 
 def areas(found: Extension) -> list[list[str]]:
-    """For each expected form, what it dominates beside its plain form at the same strengths, in nats² / 1000."""
+    """For each expected form, what it dominates beside its plain form, in nats² / 1000.
+
+    At the strengths that both have; and, where these are not all, at all that each has."""
     rows = []
-    for proper, plain_form in PAIRS:
-        own = {arm.removeprefix(proper) for arm in found.family(proper)}
-        both = sorted(own & {arm.removeprefix(plain_form) for arm in found.family(plain_form)})
-        if both:
-            of_both = [found.volumes([f"{name}{end}" for end in both]) for name in (proper, plain_form)]
-            more = [1000 * (a - b) for a, b in zip(*of_both)]
-            shown = [f"{1000 * statistics.fmean(one):.2f}" for one in of_both]
-            strengths = ", ".join(end.removeprefix("-") for end in both)
-            rows.append([proper, strengths, *shown, cell(more, "{:+.2f}"), signs(more)])
+    for forms in PAIRS:
+        ends = [{arm.removeprefix(form) for arm in found.family(form)} for form in forms]
+        both = ends[0] & ends[1]
+        for own in ([both, both], ends) if {*ends[0]} != {*ends[1]} else [ends]:
+            if not all(own):
+                continue
+            volumes = [found.volumes([f"{form}{end}" for end in chosen]) for form, chosen in zip(forms, own)]
+            more = [1000 * (a - b) for a, b in zip(*volumes)]
+            shown = [
+                f"{1000 * statistics.fmean(one):.2f} ({', '.join(sorted(end.removeprefix('-') for end in chosen))})"
+                for one, chosen in zip(volumes, own)
+            ]
+            rows.append([forms[0], *shown, cell(more, "{:+.2f}"), signs(more)])
     return rows
 
 
@@ -217,28 +227,32 @@ def signs(values: Sequence[float]) -> str:
 
 def frontier_figure(found: Extension) -> Figure:
     """Change of the far loss against the change of the plain loss, with intervals; a line for each family."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for name, (begins, color, line) in FAMILIES.items():
         arms = found.family(begins)
         points = sorted((interval(found.changes(arm, "plain")), interval(found.changes(arm, "far"))) for arm in arms)
         if points:
             x, y = zip(*((price[0], loss[0]) for price, loss in points))
-            errors = {"xerr": [p[1] for p, _ in points], "yerr": [loss[1] for _, loss in points]}
-            look = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "elinewidth": 0.4}
-            axes.errorbar(x, y, label=name, **errors, **look)
-    for arm in ("sparse", "longce", "ppmi", "exact", "random", "oracle"):
-        for own in found.family(arm):
-            x, y = (statistics.fmean(found.changes(own, key)) for key in ("plain", "far"))
-            if x < 0.1:
-                axes.annotate(own, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
-                axes.plot([x], [y], marker="x", color="#8d959e", linestyle="")
-    axes.set_xlabel("plain text: loss above uniform weights (nats)")
+            errors = {"xerr": [price[1] for price, _ in points], "yerr": [loss[1] for _, loss in points]}
+            face = color if line == "-" else "white"
+            look = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "markerfacecolor": face}
+            axes.errorbar(x, y, label=name, elinewidth=0.4, **errors, **look)
+    for arm in ("sparse", "longce", "ppmi", "exact", "random-.5", "oracle-.5", "wide-uniform"):
+        if arm in found.of:
+            x, y = (statistics.fmean(found.changes(arm, key)) for key in ("plain", "far"))
+            axes.annotate(arm, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            axes.plot([x], [y], marker="x", color="#8d959e", linestyle="")
+    axes.set_xscale("symlog", linthresh=0.05)
+    ticks = [-0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlim=(-0.025, 1.4), ylim=(-0.42, 0.16))
+    axes.set_xlabel("plain text: loss above uniform weights (nats; logarithmic beyond 0.05)")
     axes.set_ylabel("far answers: loss above uniform weights (nats)")
-    axes.set_xlim(-0.02, 0.1)
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e6ea", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure
 
 
@@ -263,7 +277,7 @@ def scratch_tables(runs: Runs) -> str:
     halves = {arm: [steps_to_half(curve(own[unit], recall)) for unit in units] for arm, own in runs.items()}
     last = {arm: [record["curve"][-1]["step"] for record in own.values()] for arm, own in runs.items()}
     steps = {arm: [half or end + 1 for half, end in zip(own, last[arm])] for arm, own in halves.items()}
-    noise = {arm: [plain(own[unit]) for unit in units] for arm, own in runs.items()}
+    noise = {arm: [plain_losses(own[unit]["measured"])["plain"] for unit in units] for arm, own in runs.items()}
     rows = []
     for arm, own in runs.items():
         rows.append(
@@ -288,11 +302,6 @@ def scratch_tables(runs: Runs) -> str:
 def differences(values: Mapping[str, Sequence[float]], arm: str, other: str) -> list[float]:
     """Of each unit, by how much the value of an arm is above that of another."""
     return [a - b for a, b in zip(values[arm], values[other])]
-
-
-def plain(record: dict[str, Any]) -> float:
-    """The mean loss of plain tokens."""
-    return measures(record["measured"], [(1, 1 << 30)])["plain"]
 
 
 def scratch_figure(runs: Runs) -> Figure:

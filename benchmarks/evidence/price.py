@@ -71,7 +71,7 @@ def both_losses(model: torch.nn.Module, tokens: Tensor, experiment: Experiment) 
 def predicted_prices(folder: Path, units: Sequence[tuple[int, ...]]) -> dict[str, list[float]]:
     """For each arm that scores itself, of each unit, the price of its optimum at plain tokens beyond `size`."""
     given = json.loads((folder / "settings.json").read_text())
-    stages = {name: Stage(**given[name]) for name in ("train", "pretrain")}
+    stages = {name: Stage(**given[name]) for name in ("train", "pretrain") if given[name] is not None}
     experiment = Experiment(**{**given, **stages, "units": []})
     bench = Bench(experiment, folder)
     rows = Rows(*(values[:ROWS] for values in bench.held_out()))
