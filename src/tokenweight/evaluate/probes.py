@@ -137,13 +137,13 @@ def make_probes(
         family: one of `FAMILIES`.
         tokenizer: of the model that will read them.
         length: tokens.
-        depth: where the fact asked for lies, 0 (beginning) to 1 (end), at the nearest border of two sentences; several
-            lie evenly around it, as far apart as they can. Facts nobody asks for lie anywhere, so that a model that
-            copies the last fact does well at depth 1 only. None for a family without depth.
+        depth: where the fact asked for lies, 0 (beginning) to 1 (end), at a border of sentences; several lie evenly
+            around it. Other facts lie anywhere: copying the last one does well at depth 1 only. None for no depth.
         distance: in place of a depth, the most tokens of text between the facts asked for, which then stand together,
             and the question: as many whole sentences as that allows. All other facts lie before. Of two lengths at one
             distance, the longer text ends as the shorter one does: what is added stands before the facts.
-        num, seed: how many, and which facts and piece of the haystack.
+        num: how many.
+        seed: another seed gives other facts and another piece of the haystack.
         haystack: a text, read from any of its sentences on, and again from its start; by default sentences of noise.
         room: tokens that a prompt leaves free, if its continuations need less.
 

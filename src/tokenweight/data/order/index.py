@@ -134,7 +134,8 @@ def rank_chunks(
     Args:
         question: words to look for.
         chunks: parts of a text.
-        k1, b: as in `TextIndex.bm25`.
+        k1: as in `TextIndex.bm25`.
+        b: likewise.
 
     Source: Gao, Zhang, Callan 2024, ACER, arXiv 2410.09141.
 

@@ -78,18 +78,19 @@ class DistillingHead(Head):
     which is at most the divergence of the whole distributions, and equal to it for k = V, or where the student spreads
     R in the teacher's proportions. Its gradient by the logits is p - q in the top k, and p * (1 - r / R) beyond: as of
     a teacher that spreads r as the student does, so that nothing is learned about the order of tokens beyond the top k.
-
-    Args:
-        head: of the student.
-        teacher: of each state, in the order of the states.
-        share: w, from 0 (the weighted loss alone) to 1 (distillation alone).
     """
 
     teacher: TopK
     share: float
 
     def __new__(cls, head: Head, teacher: TopK, share: float) -> "DistillingHead":
-        """A head like another, with a teacher."""
+        """A head like another, with a teacher.
+
+        Args:
+            head: of the student.
+            teacher: of each state, in the order of the states.
+            share: w, from 0 (the weighted loss alone) to 1 (distillation alone).
+        """
         found = super().__new__(cls, *head)
         found.teacher, found.share = teacher, share
         return found
