@@ -323,7 +323,7 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
         (["demo", "--out", "notes"], "--out notes: exists already"),
         (["demo", "--out", "out", "--weighting", "dens"], "unknown weighting 'dens'"),
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
-        (["nonsense"], "unknown command 'nonsense': expected one of prepare, score, plan, train, export, show"),
+        (["nonsense"], "unknown command 'nonsense': expected one of prepare, score, plan, train, export, upload"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )  # fmt: skip

@@ -83,4 +83,4 @@ def test_three_of_four_hosts_die_and_the_folder_is_as_if_one_had_made_it(seed, t
         openers = [host for host, point in points if point == "open"]
         assert survivor not in openers[:-1], (shard, points)  # again only where its owner has died
         assert len(openers) == len(set(openers))
-        assert [point for _, point in points].count("renamed") == 1
+        assert [point for _, point in points].count("renamed") <= 1  # 0 of who died then

@@ -190,10 +190,11 @@ def test_probes_are_summed_by_the_fact_they_ask_for(by, with_tokenizer, tmp_path
             assert found[name]["total"] == [sum(r.accuracies[i] for r in records) for i in range(num)]
             assert found[name]["num_tokens"] == [len(records)] * num
             assert found[name]["value"] == pytest.approx(sum(r.accuracy for r in records) / len(records))
-            assert (f"{name}_margin" in found) == (by == "likelihood")
+            assert (f"{name}_margin" in found) == (f"{name}_loss" in found) == (by == "likelihood")
             if by == "likelihood":
+                assert found[f"{name}_loss"]["total"] == [sum(r.losses[i] for r in records) for i in range(num)]
                 assert found[f"{name}_margin"]["total"] == [sum(r.margins[i] for r in records) for i in range(num)]
-    assert sum(name.startswith("probe_") for name in found) == (12 if by == "likelihood" else 3)
+    assert sum(name.startswith("probe_") for name in found) == (18 if by == "likelihood" else 3)
 
 
 def batches_of(lengths, max_tokens, **columns):

@@ -233,12 +233,15 @@ def finished(evidence, place, tmp_path_factory):
     out, seen, train = tmp_path_factory.mktemp("finished") / "out", {}, evidence.train
 
     def recorded(settings):
-        def collated(rows):
-            batch = DataCollatorWithScores()(rows)
-            seen.setdefault(Path(settings.out).name.removesuffix(".unfinished"), []).append(batch["input_ids"])
-            return batch
+        def watched(*arguments):
+            def collated(rows):
+                batch = DataCollatorWithScores(*arguments)(rows)
+                seen.setdefault(Path(settings.out).name.removesuffix(".unfinished"), []).append(batch["input_ids"])
+                return batch
 
-        with mock.patch("tokenweight.train.run.DataCollatorWithScores", return_value=collated):
+            return collated
+
+        with mock.patch("tokenweight.train.run.DataCollatorWithScores", watched):
             return train(settings)
 
     with mock.patch.object(evidence, "train", recorded):

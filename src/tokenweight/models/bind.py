@@ -343,11 +343,13 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     batch.check(scored=weighted and bool(bound.columns), scorer=scores)
     # Before the pass that keeps activations, so that both are not in memory at once.
     values = values_of(model, bound, batch) if weighted else Values()
-    head = bound.parts.head
-    if bound.distillation is not None and weighted and torch.is_grad_enabled():
+    distillation = bound.distillation if weighted and torch.is_grad_enabled() else None
+    if distillation is not None:
         given_masks = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-        head = bound.distillation.head(head, batch.teacher, batch.tokens, batch.mask, **given_masks)
+        top = distillation.top_k(batch.teacher, batch.tokens, batch.mask, **given_masks)
     terms = _states(model, bound, own, batch, given)
+    head = bound.parts.head  # after the pass, in which FSDP2 gathers it
+    head = head if distillation is None else distillation.head(head, top, batch.mask)
     values = with_divergence(bound, batch, values, terms.hidden)
     mask, share = batch.mask, batch.share
     split: dict[str, Any] = {} if share is None else {"own": share.own, "whole": share.whole}

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tokenweight import models
-from tokenweight.method import TOP_K
+from tokenweight import method, models
 from tokenweight.records import token_count
 from tokenweight.train.checks import check_values, held_out_arguments
 
@@ -294,7 +293,7 @@ def distillation_arguments(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"distill.top_k {top_k}: that of a stored teacher is that of `tokenweight score`: leave it out"
         )
-    return {**found, "top_k": TOP_K if top_k is None else top_k}
+    return {**found, "top_k": method.TOP_K if top_k is None else top_k}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

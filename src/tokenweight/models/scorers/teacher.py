@@ -84,10 +84,8 @@ class Distillation:
         if not 0 < self.weight <= 1:
             raise ValueError(f"distillation: weight {self.weight}: expected above 0 and at most 1")
 
-    def head(
-        self, head: Head, stored: TopK | None, tokens: Tensor, mask: Tensor, **given: Tensor | None
-    ) -> DistillingHead:
-        """The head of the student for a batch.
+    def top_k(self, stored: TopK | None, tokens: Tensor, mask: Tensor, **given: Tensor | None) -> TopK:
+        """What the student learns from in a batch.
 
         Args:
             stored: the columns of the batch, if it has them.
@@ -95,7 +93,7 @@ class Distillation:
             given: `position_ids` and `attention_mask` of the batch.
 
         Raises:
-            ValueError: if there is neither teacher nor columns, or columns hold what is no top k of this model.
+            ValueError: if there is neither teacher nor columns.
         """
         if self.teacher is None and stored is None:
             raise ValueError(
@@ -104,5 +102,13 @@ class Distillation:
             )
         top = stored if self.teacher is None else self.teacher(tokens, chosen=mask, **given)[0]
         assert top is not None
+        return top
+
+    def head(self, head: Head, top: TopK, mask: Tensor) -> DistillingHead:
+        """The head of the student for a batch, of which `top` is the `top_k`.
+
+        Raises:
+            ValueError: if `top` holds what is no top k of this model.
+        """
         top = top.checked(mask, len(head.weight))
         return DistillingHead(head, TopK(*(values.flatten(0, 1) for values in top)), self.weight)
