@@ -1,6 +1,6 @@
 """Loss by position of a model that reads beyond its length: as it is, by YaRN, and by Dual Chunk Attention.
 
-    python benchmarks/attention.py                    16,384 tokens; 12 minutes on one core
+    python benchmarks/attention.py                    16,384 tokens
     python benchmarks/attention.py --lengths 32768    the same for other lengths
     python benchmarks/attention.py --quick            seconds, on a tiny model: says nothing
 

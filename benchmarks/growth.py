@@ -3,7 +3,7 @@
     python benchmarks/growth.py                              some 12 minutes on two cores
     python benchmarks/growth.py --quick                      half a minute, on a short sequence: says nothing
     python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
-    python benchmarks/growth.py --long                       up to 131,072 tokens, one step each; 10 minutes of one core
+    python benchmarks/growth.py --long                       up to 131,072 tokens, one step each
     python benchmarks/growth.py --long --draw docs/length    its figure
 
 A random model, so small that a CPU reads 32k tokens. What grows with the length is attention, whose share is

@@ -1,6 +1,6 @@
 """Which heads of SmolLM2-135M copy facts, what recall loses without them, and recall by distance and by text before.
 
-    python benchmarks/heads.py            about 6 minutes on one core
+    python benchmarks/heads.py            several minutes on one core
     python benchmarks/heads.py --quick    seconds, on a tiny random model: says nothing
 
 Facts are hidden in State of the Union messages. The retrieval score is that of `tokenweight eval --heads`. p50 of a

@@ -38,7 +38,7 @@ def live(host, out, log, dies_at, off):
     socket.gethostname = lambda: host
     time.time = lambda: now() + off
     os.utime = lambda path: utime(path, (time.time(), time.time()))
-    leases.RENEWAL, leases.EXPIRY = 0.05, 1.5
+    leases.RENEWAL, leases.EXPIRY = 0.05, 4.0  # on a busy machine a live process may do nothing for long
 
     def reached(point, path):
         if path.suffix == ".arrow" and point in ("open", "renamed"):
@@ -83,4 +83,5 @@ def test_three_of_four_hosts_die_and_the_folder_is_as_if_one_had_made_it(seed, t
         openers = [host for host, point in points if point == "open"]
         assert survivor not in openers[:-1], (shard, points)  # again only where its owner has died
         assert len(openers) == len(set(openers))
-        assert [point for _, point in points].count("renamed") <= 1  # 0 of who died then
+        renamed = [point for _, point in points].count("renamed")
+        assert renamed == 1 or (renamed == 0 and openers[-1] != survivor)  # it died before it could say so

@@ -90,7 +90,7 @@ class Pieces(Dataset):
         return [str(size) for size in self.sizes]
 
     def _row(self, place: int, number: int) -> int:
-        """The row of the sequence that comes, of all of its length, as the so-manieth."""
+        """The row of a sequence, by its number among all of its length, in the order in which they come."""
         members = self._members[place]
         turn, number = divmod(number, len(members))
         if (place, turn) not in self._orders:
