@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.columns import BESIDE, COLUMNS, TRANSLATED, is_score
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import open_rows, row_lengths
+from tokenweight.data.dataset import open_rows, read_provenance, row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import (
     Verifier,
@@ -29,7 +29,7 @@ from tokenweight.data.shards import (
     shard_lease,
     unlock,
 )
-from tokenweight.data.stores import local_folder, remote_url
+from tokenweight.data.stores import remote_url
 from tokenweight.data.tokenize import text_prefix, text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
@@ -55,7 +55,6 @@ from tokenweight.records import (
     make_folder,
     pauses,
     read_json,
-    read_provenance,
     write_json,
 )
 
@@ -131,7 +130,7 @@ def score_folder(
     Raises:
         ValueError: if rows, tokenizer, model and windows do not fit, before any work starts.
     """
-    (rows, contents), made = open_rows(folder), read_provenance(local_folder(folder))
+    (rows, contents), made = open_rows(folder), read_provenance(folder)
     role = _role({"as_reference": as_reference, "top_k": top_k})
     if role is not None:
         sizes = ",".join(str(context.size) for context in contexts or ())
