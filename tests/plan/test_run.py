@@ -128,12 +128,11 @@ def test_the_data_says_how_many_tokens_have_more_context_than_the_short_one(plac
 def test_data_at_a_url_is_planned_as_the_folder_that_was_sent(place, own_cache):
     prepare_rows(some_documents(), trained_tokenizer(), 16, place / "sent", provenance={"texts": ["file"]})
     url = f"memory://{place.name}/rows"
-    assert plan(settings(data=url)).length_from == "the model's context length"  # nothing is there yet
     upload(place / "sent", url)
-    here, there = (plan(settings(data=str(folder), size=4)) for folder in (place / "sent", url))
-    assert there == here
-    assert (there.length, there.length_from) == (16, "data")
-    assert there.shares == context_shares(place / "sent", 4)
+    budget = plan(settings(data=url, size=4))
+    assert (budget.length, budget.length_from) == (16, "data")
+    assert budget.num_steps == len(datasets.load_from_disk(str(place / "sent")))
+    assert budget.shares == context_shares(place / "sent", 4)
 
 
 def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):
