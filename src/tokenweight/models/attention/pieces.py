@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 _SCORES, _SCORES_CPU = 2**28, 2**22
-"""Attention scores that are held at a time: on a CPU as many as its caches hold, elsewhere enough to fill the device."""
+"""Attention scores that are held at a time: as many as fill a device, or as the caches of a CPU hold."""
 
 
 class Scores(NamedTuple):
