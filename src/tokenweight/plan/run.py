@@ -24,7 +24,6 @@ from tokenweight.models import (
     context_length,
     count_scorer,
     extend_context,
-    load_config,
     rope_depends_on_length,
     score_columns,
 )
@@ -33,6 +32,7 @@ from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, win
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
+from tokenweight.plan.shapes import find_config
 from tokenweight.records import read_provenance
 from tokenweight.train import (
     LengthCurriculum,
@@ -115,7 +115,8 @@ def plan(
     """What training by a recipe costs, whether it fits, and how both change with the length of its sequences.
 
     Args:
-        settings: the recipe; its `model` may be a folder with nothing but config.json.
+        settings: the recipe; its `model` may be a folder with nothing but config.json. Of the models of the recipes,
+            no config is needed.
         length: tokens of a sequence; by default those of the data, else `extend.length`, else the model's context.
         lengths: further lengths, for the growth.
         hardware: the GPUs that train; their memory says what fits, their speed gives hours.
@@ -161,6 +162,8 @@ class _Recipe:
 
     settings: TrainSettings
     config: PreTrainedConfig
+    kept: bool
+    """Whether it is a shape that was kept, since no config was found."""
     lora: dict[str, Any]
     """Arguments of peft.LoraConfig; empty if all weights are trained."""
     weighting: Weighting
@@ -197,7 +200,7 @@ class _Recipe:
         arguments, num_sequences = _arguments(settings), None
         if settings.curriculum is not None:
             LengthCurriculum.parse(settings.curriculum)  # raises
-        config = load_config(settings.model, revision=settings.revision)
+        config, kept = find_config(settings.model, settings.revision)
         length = (context_length(config), "the model's context length")
         extension, lora = extension_and_adapter(settings)
         if extension:
@@ -213,7 +216,7 @@ class _Recipe:
         data = length, num_sequences, folders, own_contrast, counted
         fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus, lora)
         forward = count_forward(config, lora)
-        return cls(settings, config, lora, weighting, arguments, hardware, *data, forward, fixed, {})
+        return cls(settings, config, kept, lora, weighting, arguments, hardware, *data, forward, fixed, {})
 
     def choose_length(self, given: int | None) -> tuple[int, str]:
         """Tokens of a sequence, and where they were read; a ValueError if nothing says so, or they are too many."""
@@ -375,6 +378,8 @@ class _Recipe:
     def notes(self, longest: int, length: int, flops_per_s: float | None) -> list[str]:
         """What holds for this recipe and is not in the numbers."""
         notes = []
+        if self.kept:
+            notes.append(f"{self.settings.model}: no config was found, and the shape of this model is known")
         if flops_per_s is not None and self.num_steps is not None and self.scored_before:
             hours = self.num_steps * self.scoring_flops(length) / flops_per_s / 3600
             notes.append(f"of the hours with precomputed scores, {hours:,.3g} are for scoring the data once")
