@@ -28,6 +28,7 @@ from tokenweight.models import (
     score_columns,
 )
 from tokenweight.plan.alternatives import Advice, Alternative, alternatives, recomputes
+from tokenweight.plan.disk import Disk, disk_bytes
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
@@ -94,6 +95,8 @@ class Budget:
     """For each length at which the recipe's mode does not fit the GPU: the first change that does."""
     notes: list[str]
     """What the numbers leave out, in this recipe."""
+    disk: Disk
+    """What the recipe's mode leaves on disk."""
     adapter: int | None = None
     """Parameters of the adapter that is trained; None if all weights are."""
     shares: list[ContextShare] = dataclasses.field(default_factory=list)
@@ -151,6 +154,7 @@ def plan(
         growth=[cost for number in lengths for cost in costs[number]],
         advice=advice,
         notes=recipe.notes(every[-1], length, flops_per_s),
+        disk=recipe.disk(length),
         adapter=None if recipe.forward.adapted is None else recipe.forward.adapted.num_trained,
         shares=[share for folder in recipe.folders for share in context_shares(folder, recipe.context(length).size)],
     )
@@ -327,6 +331,18 @@ class _Recipe:
 
     def peak(self, length: int, mode: str) -> Peak:
         return peak(self.fixed, self.hold(length), scoring=mode == "self-scored")
+
+    def disk(self, length: int) -> Disk:
+        """What the recipe's mode leaves on disk, of sequences of that length: those of the data, or of all steps."""
+        num, dtype = self.num_sequences, getattr(torch, self.settings.dtype)
+        if num is None and self.num_steps is not None:
+            num = self.num_steps * self.sequences_per_step
+        numbers: dict[str, Any] = {
+            "num_tokens": None if num is None else num * length,
+            "num_columns": len(self.scored_columns) if self.settings.scorer == "stored" else 0,
+            "num_steps": self.num_steps,
+        }
+        return disk_bytes(self.config, self.arguments, dtype, self.lora, **numbers)
 
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
         """A run of the recipe on sequences of that length, by mode."""
