@@ -295,10 +295,17 @@ def test_a_scorer_of_four_ranks_makes_the_weights_and_the_gradients_of_one_proce
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "split"), [("dense", "split"), ("longce", "split"), ("self", "split"), ("self", "split in four")]
+    ("name", "split"),
+    [
+        ("dense", "split"),
+        ("longce", "split"),
+        ("self", "split"),
+        ("self", "split in four"),
+        ("self", "split in four, fsdp2"),
+    ],
 )
 def test_the_train_command_makes_the_steps_of_one_process(request, name, split):
-    folder = request.getfixturevalue("four_ranks" if split == "split in four" else "two_ranks")[0]
+    folder = request.getfixturevalue("four_ranks" if split.startswith("split in four") else "two_ranks")[0]
     if not (folder / "whole").exists():
         script.train_folders(folder, "whole")
 

@@ -1,8 +1,8 @@
 """Rows split over two or four processes that torchrun starts; four also as two groups with rows of their own.
 
 The batch is split by torch's own context parallelism, under transformers' own Trainer where there is one. Three things
-stand in for a GPU: accelerate would refuse to split rows on a CPU, and would use FSDP2 where DDP is used here; and the
-attention gathers the keys of all ranks, since torch has no ring of the attention of CPUs.
+stand in for a GPU: accelerate would refuse to split rows on a CPU, and would use FSDP2 where DDP is used here, but for
+one run; and the attention gathers the keys of all ranks, since torch has no ring of the attention of CPUs.
 """
 
 import functools
@@ -14,8 +14,10 @@ import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.big_modeling import _attach_context_parallel_hooks
+from engines import choose_engine
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._context_parallel import _attention, _load_balancer
 from torch.nn import functional
@@ -224,18 +226,20 @@ def refusals(mesh) -> dict[str, str]:
     return messages
 
 
-def train_folders(folder: Path, out: str, names=("dense", "longce", "self"), batch: int = 2) -> None:
+def train_folders(folder: Path, out: str, names=("dense", "longce", "self"), batch: int = 2, **engine) -> None:
     """`tokenweight train` on what `two_ranks` put into the folder: 2 steps, of 2 micro-batches of 2 rows each."""
     for name in names:
         settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
-        settings |= {"per_device_train_batch_size": batch}
+        settings |= {"per_device_train_batch_size": batch, **engine}
         settings |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "save_strategy": "no", "use_cpu": True}
         where = {"model": str(folder / "model"), "data": str(folder / "rows"), "out": str(folder / out / name)}
         scorer = {"weighting": name}
         if name == "self":
             where["data"] = str(folder / "unscored")
             scorer = {"weighting": "dense", "scorer": "self", "size": 8, "stride": 5}
-        train(TrainSettings(**where, **scorer, dtype="float64", trainer={**settings, "disable_tqdm": True}))
+        trainer = {**settings, "disable_tqdm": True}
+        model = train(TrainSettings(**where, **scorer, dtype="float64", trainer=trainer))
+        assert isinstance(model, FSDPModule) == bool(engine)
 
 
 def of_parts(folder: Path) -> str:
@@ -304,4 +308,7 @@ if __name__ == "__main__":
         results, training = in_four(), {"out": "split in four", "names": ("self",), "batch": 1}
     torch.save(results | past_the_ring, folder / f"rank{dist.get_rank()}.pt")
     train_folders(folder, **training)
+    if dist.get_world_size() == 4:
+        choose_engine("fsdp2")
+        train_folders(folder, **{**training, "out": "split in four, fsdp2"}, fsdp=True)
     dist.destroy_process_group()
