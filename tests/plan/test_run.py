@@ -93,6 +93,7 @@ def settings(**changes):
     return TrainSettings(**{"model": "blank", "data": "", "out": "", **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [{"gradient_checkpointing": True}, {"fsdp_config": {"activation_checkpointing": True}}])
 def test_recomputation_is_counted_whoever_makes_it(by, place):
     kept, recomputed = (
@@ -132,12 +133,14 @@ def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):
         plan(settings(data="pieces", curriculum="long"))
 
 
+@pytest.mark.slow
 def test_the_growth_is_drawn(place):
     assert run("--config", "recipe.yaml", "--lengths", "600", "--figure", "growth") == 0
     assert (place / "growth.svg").read_text().startswith("<?xml")
     assert (place / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_all_grows_with_the_length_of_sequences(place):
     budget = plan(settings(size=32), length=48, lengths=[64, 256])
     for mode in range(3):
@@ -202,14 +205,13 @@ def total(trainer, num_gpus=1):
     return plan(settings(**SCORED, trainer=trainer), length=64, hardware=Hardware(num_gpus=num_gpus)).run[2].peak.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "num_gpus"),
     [
         ({"gradient_checkpointing": True}, 1),
-        pytest.param(SMALL, 1, marks=pytest.mark.slow),
-        pytest.param(
-            {**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8, marks=pytest.mark.slow
-        ),
+        (SMALL, 1),
+        ({**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8),
     ],
     ids=["checkpointing", "all", "FSDP"],
 )
@@ -261,6 +263,7 @@ def test_an_alternative_keeps_what_the_recipe_says_of_fsdp_and_the_sequences_of_
     assert all(trainer["fsdp_config"] == {"version": 2, **own} for _, trainer in found)
 
 
+@pytest.mark.slow
 def test_time_and_money_are_those_of_the_flops(place):
     hardware = Hardware("L4", num_gpus=2, mfu=0.5, price=0.25)
     steps = {"max_steps": 10, "per_device_train_batch_size": 3}
@@ -292,6 +295,7 @@ def test_a_speed_that_the_recipe_cannot_have_is_said(gpu, trainer, said, place):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_costs_less_than_all_weights(place, capsys):
     pytest.importorskip("peft")
     words = ["--model", "blank", "--length", "64", "--lengths", "128", "--json", "plan.json"]

@@ -108,9 +108,8 @@ class Seen(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "checkpoint", [pytest.param(8, marks=pytest.mark.slow), 16, pytest.param(24, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [8, 16, 24])
 def test_a_mixture_that_was_resumed_ends_as_if_undisturbed(checkpoint, mixed, tmp_path):
     trained = train(mixed)
     again = dataclasses.replace(mixed, out=str(tmp_path / "again"))

@@ -94,6 +94,7 @@ def test_training_is_that_of_the_plain_trainer(weighting, scored, kwargs, tmp_pa
     assert_same(trainer, plain(tmp_path, rows, weighting, scored=scored))
 
 
+@pytest.mark.slow
 def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain_trainer(tmp_path):
     rows = with_scores(some_rows())
     for weighting, contrast in (("dense", "scorer"), ("models.ByColumns", "trained")):
@@ -105,7 +106,8 @@ def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain
         sft(tmp_path, some_rows(), "models.ByColumns")
 
 
-@pytest.mark.parametrize("weighting", ["expected(gain)", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["expected(gain)", "dense"])
 def test_scores_by_counts_while_sequences_are_read_are_the_stored_ones(weighting, tmp_path):
     rows = packed(some_rows((17, 9, 21, 30, 12), scored=False), [1, 0], [2], [3], [1, 2, 4])
     rows.save_to_disk(str(tmp_path / "rows"))
