@@ -21,6 +21,7 @@ from tokenweight import Dense, Scorer, ShortContext, with_weighted_loss
 from tokenweight.method import parse_weighting
 from tokenweight.models import context_mesh, context_parallel
 from tokenweight.models.context_parallel import attention_within_rank, dealt, sequence_shard
+from tokenweight.train.checks import MEASURES
 
 
 class OneRank(DeviceMesh):
@@ -200,7 +201,7 @@ def four_ranks(two_ranks):
 def ranks(num, folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, script.__file__, str(folder)], env=environ, check=True, timeout=500)
+    subprocess.run([*torchrun, script.__file__, str(folder)], env=environ, check=True, timeout=900)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(num)]
 
 
@@ -312,9 +313,11 @@ def test_the_train_command_makes_the_steps_of_one_process(request, name, split):
     def steps(kind):
         lines = [json.loads(line) for line in (folder / kind / name / "metrics.jsonl").read_text().splitlines()]
         keys = ("loss", "grad_norm", "effective_tokens", "weight_std", "unweighted_loss")
-        return [line[key] for line in lines if "loss" in line for key in keys]
+        trained = [line[key] for line in lines if "loss" in line for key in keys]
+        return trained + [line[key] for line in lines for key in sorted(line) if key in held_out]
 
-    assert len(steps("whole")) == 10
+    held_out = [f"eval_{key}" for key in MEASURES] if name == "self" else []
+    assert len(steps("whole")) == 10 + 2 * len(held_out)
     assert steps(split) == pytest.approx(steps("whole"), rel=1e-5)  # as CLOSE: norms in float32
     whole, trained = (
         dict(models.tiny().from_pretrained(folder / kind / name).named_parameters()) for kind in ("whole", split)

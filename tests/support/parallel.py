@@ -236,7 +236,8 @@ def train_folders(folder: Path, out: str, names=("dense", "longce", "self"), bat
         scorer = {"weighting": name}
         if name == "self":
             where["data"] = str(folder / "unscored")
-            scorer = {"weighting": "dense", "scorer": "self", "size": 8, "stride": 5}
+            scorer = {"weighting": "dense", "scorer": "self", "size": 8, "stride": 5, "eval_data": where["data"]}
+            settings |= {"eval_steps": 1, "per_device_eval_batch_size": batch}
         trainer = {**settings, "disable_tqdm": True}
         model = train(TrainSettings(**where, **scorer, dtype="float64", trainer=trainer))
         assert isinstance(model, FSDPModule) == bool(engine)
