@@ -66,7 +66,7 @@ def shards_of_two(monkeypatch):
     """Scores are stored in shards of two rows of `models.some_rows`."""
     import models
 
-    monkeypatch.setattr("tokenweight.data.score.SHARD_TOKENS", 2 * models.LENGTH + 1)
+    monkeypatch.setattr("tokenweight.data.score.write.SHARD_TOKENS", 2 * models.LENGTH + 1)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "framed"])

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import models
+from texts import some_documents, trained_tokenizer
 from tokenweight import cli
-from tokenweight.data import score_folder
+from tokenweight.data import context_shares, prepare_rows, score_folder, upload
 from tokenweight.method import ShortContext, parse_weighting, sliding_windows
 from tokenweight.plan import Hardware, plan
 from tokenweight.plan.alternatives import alternatives
@@ -122,6 +123,16 @@ def test_the_data_says_how_many_tokens_have_more_context_than_the_short_one(plac
     assert run("--model", "blank", "--data", "rows:1", "mixed:3", "--size", "10", "--lengths", "none") == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["mixed", "141", "29.8%"] in shown
+
+
+def test_data_at_a_url_is_planned_as_the_folder_that_was_sent(place, own_cache):
+    prepare_rows(some_documents(), trained_tokenizer(), 16, place / "sent", provenance={"texts": ["file"]})
+    url = f"memory://{place.name}/rows"
+    upload(place / "sent", url)
+    budget = plan(settings(data=url, size=4))
+    assert (budget.length, budget.length_from) == (16, "data")
+    assert budget.num_steps == len(datasets.load_from_disk(str(place / "sent")))
+    assert budget.shares == context_shares(place / "sent", 4)
 
 
 def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):

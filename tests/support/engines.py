@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 import models
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from tokenweight.cli import main
+from tokenweight.models import Distillation, Teacher
 from tokenweight.train import DataCollatorWithScores, prepare_engine, training_arguments
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a 64th": {"weighting": "a 64th", "scorer": "stored"},
     "history": {"weighting": "history", "scorer": "stored"},
     "sparse, of the scorer": {"weighting": "sparse", "scorer": "stored", "contrast": "scorer"},
+    "dense, taught": {"weighting": "dense", "scorer": "stored", "taught": True},
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -111,6 +113,7 @@ def fit(
     kind: str = "llama",
     dtype: torch.dtype = torch.float64,
     contrast: str = "trained",
+    taught: bool = False,
     **given: Any,
 ) -> Run:
     """Three steps of AdamW on rows of different lengths, two rows together in all processes."""
@@ -118,7 +121,8 @@ def fit(
     model = models.tiny(kind, dtype=dtype)
     # Two windows at a time, so that a process with longer rows has more passes to run.
     scoring = Scorer(model, ShortContext(8, 5), max_tokens=16) if scorer == "self" else None
-    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring, contrast=contrast)
+    teaching = Distillation(0.5, Teacher(models.tiny(kind, seed=3, dtype=dtype), top_k=5)) if taught else None
+    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring, contrast=contrast, distillation=teaching)
     watch = Watch(model)
     settings = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     batch = max(1, 2 // int(os.environ.get("WORLD_SIZE", "1")))

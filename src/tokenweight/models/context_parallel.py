@@ -40,6 +40,8 @@ class SequenceShard:
     """The place of each token of a sequence among those of all ranks, one rank after the other."""
     columns: Int[Tensor, "batch share"]
     """The tokens of the sequences that this rank holds."""
+    positions: Int[Tensor, "batch seq"]
+    """Of whole sequences, in their order."""
 
     def in_order(self, values: Shaped[Tensor, "batch share"]) -> Shaped[Tensor, "batch seq"]:
         """The values of all ranks in the order of the sequence, not shifted: tokens to tokens, or states to states."""
@@ -109,7 +111,8 @@ def sequence_shard(position_ids: Int[Tensor, "batch share"] | None, mesh: Device
         )
     positions = _gather(position_ids, mesh)
     order = positions.argsort(dim=1)
-    repeated = positions.gather(1, order).diff(dim=1) == 0
+    positions = positions.gather(1, order)
+    repeated = positions.diff(dim=1) == 0
     if repeated.any():
         raise ValueError(
             f"position_ids of row {repeated.nonzero()[0, 0].item()} repeat: packed documents would see each other in "
@@ -117,7 +120,7 @@ def sequence_shard(position_ids: Int[Tensor, "batch share"] | None, mesh: Device
             "document per sequence"
         )
     first = mesh.get_local_rank() * share
-    return SequenceShard(mesh, order, order.argsort(dim=1)[:, first : first + share])
+    return SequenceShard(mesh, order, order.argsort(dim=1)[:, first : first + share], positions)
 
 
 def context_mesh(accelerator: Any) -> DeviceMesh | None:

@@ -91,12 +91,10 @@ class Batch:
     @functools.cached_property
     def read_by_scorer(self) -> tuple[Tensor, dict[str, Any]]:
         """The tokens of whole sequences, and their positions and attention mask by name."""
-        tokens, positions = self.tokens, self.position_ids
         if self.share is None:
-            return tokens, {"position_ids": positions, "attention_mask": self.attention_mask}
-        assert positions is not None  # or nobody would know the share
-        positions = self.share.in_order(positions)
-        return self.share.in_order(tokens), {"position_ids": positions, "attention_mask": self.real}
+            return self.tokens, {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        of_all = {"position_ids": self.share.positions, "attention_mask": self.real}
+        return self.share.in_order(self.tokens), of_all
 
     @functools.cached_property
     def mask(self) -> Bool[Tensor, "batch seq"]:

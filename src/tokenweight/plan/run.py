@@ -4,13 +4,19 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import Contents, ContextShare, context_shares, read_contents
+from tokenweight.data import (
+    Contents,
+    ContextShare,
+    context_shares,
+    folder_exists,
+    read_contents,
+    read_provenance,
+)
 from tokenweight.method import (
     ShortContext,
     Uniform,
@@ -34,7 +40,6 @@ from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
 from tokenweight.plan.shapes import find_config
-from tokenweight.records import read_provenance
 from tokenweight.train import (
     LengthCurriculum,
     TrainSettings,
@@ -210,7 +215,7 @@ class _Recipe:
         if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
         mixed = shares_of(settings)
-        folders = list(mixed) if all(folder and Path(folder).exists() for folder in mixed) else []
+        folders = list(mixed) if all(folder and folder_exists(folder) for folder in mixed) else []
         made = list(map(read_provenance, folders))
         if folders:
             longest, num_sequences = _epoch(mixed, pieces=settings.curriculum is not None)

@@ -15,10 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from tokenweight.method import NonFinite
-from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
+from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss, without_distillation
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes
@@ -294,3 +294,15 @@ def save_whole(trainer: Trainer) -> None:
     """Let the Trainer save the whole model from now on, even if its checkpoints hold a part per process."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+class EndOfDistillation(TrainerCallback):
+    """Ends a distillation after so many steps, also where a run is resumed later."""
+
+    def __init__(self, model: PreTrainedModel, steps: int) -> None:
+        self.model, self.steps = model, steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the weighted loss alone, from the step after the last."""
+        if state.global_step >= self.steps:
+            without_distillation(self.model)
