@@ -82,9 +82,19 @@ class Batch:
 
     @functools.cached_property
     def real(self) -> Bool[Tensor, "batch seq"] | None:
-        """False at padding; None without any, and where a mask does not speak of single tokens."""
+        """False at padding, of whole sequences; None without any, and where a mask does not speak of single tokens."""
         mask = self.attention_mask
-        return mask != 0 if mask is not None and self.share is None and mask.shape == self.tokens.shape else None
+        if mask is None or mask.shape != self.tokens.shape:
+            return None
+        return mask != 0 if self.share is None else self.share.in_order((mask != 0).to(torch.uint8)) != 0
+
+    @functools.cached_property
+    def read_by_scorer(self) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens of whole sequences, and their positions and attention mask by name."""
+        if self.share is None:
+            return self.tokens, {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        of_all = {"position_ids": self.share.positions, "attention_mask": self.real}
+        return self.share.in_order(self.tokens), of_all
 
     @functools.cached_property
     def mask(self) -> Bool[Tensor, "batch seq"]:
@@ -124,13 +134,16 @@ class Batch:
         named, counted = self.labels != -100, self.num_items is not None
         for name, values in self.scores.items():
             yield (name, "a finite number"), self.mask & ~values.isfinite()
-        if self.share is not None:
-            return
-        if scored:
-            other = self.labels != self.tokens
-            yield ("labels", "the token itself, of which its scores speak"), self.mask & other
         later = torch.ones_like(named)
         later[:, 0] = False
+        if self.share is not None and self.real is not None:
+            expected = "padding only after a sequence: where ranks split it, attention is causal and hears no mask"
+            yield ("attention_mask", expected), self.real & later & ~self.real.roll(1, dims=1)
+        if scored and (self.share is None or scorer):  # which has the whole sequences, that are not gathered else
+            other = self.labels != self.read_by_scorer[0]
+            yield ("labels", "the token itself, of which its scores speak"), self.mask & other
+        if self.share is not None:
+            return
         if counted and self.position_ids is not None:
             expected = "-100 where a document begins, which nothing predicts (tokenweight.train.DataCollatorWithScores)"
             yield ("labels", expected), named & later & (self.position_ids == 0)

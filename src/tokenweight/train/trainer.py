@@ -248,6 +248,7 @@ def prepare_engine(trainer: Trainer) -> None:
             "second time: expected transformers 5.8 or newer"
         )
     check_one_gpu(trainer.args)
+    _check_dimensions(trainer)
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "
@@ -264,11 +265,28 @@ def prepare_engine(trainer: Trainer) -> None:
             float32 = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = float32
     if trainer.is_deepspeed_enabled:
-        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        tensor, zero = (settings.get(name, {}) for name in ("tensor_parallel", "zero_optimization"))
+        if tensor.get("autotp_size", 0) > 1:
+            raise ValueError(
+                f"trainer: deepspeed has autotp_size {tensor['autotp_size']}: a weighted loss knows no tensor "
+                "parallelism: expected it unset"
+            )
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
                 "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
                 "no model: expected true under zero_optimization"
+            )
+
+
+def _check_dimensions(trainer: Trainer) -> None:
+    """Raise a ValueError for ways to share a model among processes that a weighted loss does not know."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    for name, what in {"tp_size": "tensor", "sp_size": "sequence"}.items():
+        if (size := getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"trainer: parallelism_config has {name} {size}: a weighted loss knows no {what} parallelism: "
+                "expected 1, and dp_replicate_size, dp_shard_size or cp_size in its place"
             )
 
 
