@@ -313,6 +313,16 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         sft(tmp_path, some_rows((30,) * 4))
 
 
+def test_engines_are_prepared_and_split_sequences_are_refused(monkeypatch, tmp_path):
+    prepared = []
+    monkeypatch.setattr("tokenweight.train.trl.prepare_engine", prepared.append)
+    trainer = sft(tmp_path, some_rows())
+    assert prepared == [trainer]
+    monkeypatch.setattr("tokenweight.train.trl.context_mesh", lambda accelerator: object())
+    with pytest.raises(ValueError, match=r"parallelism_config: .*expected 1, or tokenweight.train.WeightedTrainer"):
+        sft(tmp_path, some_rows())
+
+
 def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):
     for arguments in (TrainingArguments(str(tmp_path), **SETTINGS), SFTConfig(str(tmp_path), **SETTINGS)):
         with pytest.raises(ValueError, match=f"args: found a {type(arguments).__name__}: expected a TokenWeighted"):

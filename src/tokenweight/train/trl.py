@@ -18,6 +18,7 @@ from tokenweight.models import (
     Scorer,
     Teacher,
     check_tokenizer,
+    context_mesh,
     find_tokenizer,
     load_model,
     score_columns,
@@ -29,7 +30,7 @@ from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 from tokenweight.train.settings import counts_of
-from tokenweight.train.trainer import EndOfDistillation
+from tokenweight.train.trainer import EndOfDistillation, prepare_engine
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
@@ -184,6 +185,12 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
                 "weighted one: expected 0.0"
+            )
+        prepare_engine(self)
+        if context_mesh(self.accelerator) is not None:
+            raise ValueError(
+                "parallelism_config: has a cp_size above 1, and TRL's collators would not split scores as sequences: "
+                "expected 1, or tokenweight.train.WeightedTrainer"
             )
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
