@@ -7,12 +7,14 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from scored import tiny_scorer
+import torch
+from scored import CONTEXT, tiny_scorer
 
 import models
 from tokenweight import cli
 from tokenweight.data import (
     Permutation,
+    RowScorer,
     folder_exists,
     load_rows,
     load_scores,
@@ -137,6 +139,32 @@ def test_what_was_sent_in_part_or_changed_is_not_opened_and_a_copy_is_completed(
     first = sorted(path.name for path in scored.glob("*.arrow"))[0]
     files.pipe_file(f"{root}/{first}", b"it is here already, and not read again")
     assert len(load_rows(elsewhere)) == models.NUM_ROWS
+
+
+def test_other_scores_of_as_many_bytes_replace_those_that_were_sent(elsewhere, scored, monkeypatch):
+    other = scored.with_name("other")
+    scorer = RowScorer(models.tiny(seed=1, dtype=torch.float32), [CONTEXT])
+    score_rows(models.some_rows(), scorer, other, provenance={"model": "other"})
+    sizes = [[path.stat().st_size for path in sorted(folder.glob("*.arrow"))] for folder in (scored, other)]
+    assert sizes[0] == sizes[1]
+    upload(scored, elsewhere)
+    files, root = fsspec.url_to_fs(elsewhere)
+    put = type(files).put_file
+
+    def interrupted(self, source, target, **given):
+        if target.endswith("-00002-of-00004.arrow"):
+            raise ConnectionError("lost")
+        put(self, source, target, **given)
+
+    monkeypatch.setattr(type(files), "put_file", interrupted)
+    with pytest.raises(ValueError, match="lost"):
+        upload(other, elsewhere)
+    assert not files.exists(f"{root}/state.json")  # neither the old folder nor the new one is a finished one
+    monkeypatch.setattr(type(files), "put_file", put)
+    assert upload(other, elsewhere) == len(list(other.glob("*.json"))) + 2
+    rows, provenance = load_scores(elsewhere)
+    assert provenance["model"] == "other"
+    assert rows.with_format(None)[:] == load_scores(other)[0].with_format(None)[:]
 
 
 def test_the_command_line_takes_urls_and_says_where_it_writes(elsewhere, scored, capsys, unchecked):

@@ -143,14 +143,15 @@ def upload(folder: str | os.PathLike[str], url: str) -> int:
     hf://datasets/org/name. What makes it a finished one there comes last.
 
     Returns:
-        The number of files that were sent. Called again after an interruption, it sends those that are missing, or have
-        another size; notes are always sent.
+        The number of files that were sent. Called again after an interruption, it sends the shards that are missing,
+        or are others by their notes; notes are always sent.
 
     Raises:
         ValueError: if the folder is not finished, or the URL cannot be written to.
     """
     folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files_here = folder.iterdir() if folder.is_dir() else ()
+    names = [path.name for path in files_here if path.is_file() and not path.name.startswith(".")]
     if not {"state.json", "contents.json"} & {*names}:
         raise ValueError(f"{folder} is not a finished folder of rows: expected one that prepare or score has completed")
     if remote_url(url) is None:
@@ -162,13 +163,26 @@ def upload(folder: str | os.PathLike[str], url: str) -> int:
         files, root = fsspec.url_to_fs(remote_url(url))
         files.makedirs(root, exist_ok=True)
         there = {entry["name"].rpartition("/")[2]: entry["size"] for entry in files.ls(root, detail=True)}
-        sent = 0
-        for name in sorted(names, key=lambda name: (name in _LAST, not name.endswith(_SHARDS), name)):
-            if name.endswith(_SHARDS) and there.get(name) == (folder / name).stat().st_size:
-                continue
+        shards = [name for name in names if name.endswith(_SHARDS)]
+        known = {name for name in shards if _is_there(files, root, there, folder / name)}
+        for name in _LAST if len(known) < len(shards) else ():  # of another upload, which is finished no more
+            if name in there:
+                files.rm(f"{root}/{name}")
+        # A shard before its note, by which it is known after an interruption.
+        order = sorted(names, key=lambda name: (name in _LAST, name.rpartition(".")[0], name not in shards))
+        for name in (sent := [name for name in order if name not in known]):
             files.put_file(str(folder / name), f"{root}/{name}")
-            sent += 1
-    return sent
+    return len(sent)
+
+
+def _is_there(files: Any, root: str, there: dict[str, int], shard: Path) -> bool:
+    """Whether a shard was sent already, by its size and the checksum in its note: of other scores, the size is the
+    same."""
+    note = shard.with_suffix(".json")
+    if there.get(shard.name) != shard.stat().st_size or note.name not in there or not note.is_file():
+        return False
+    written = read_json(note).get("sha256")
+    return written is not None and json.loads(files.cat_file(f"{root}/{note.name}")).get("sha256") == written
 
 
 def _upload_to_hub(folder: Path, url: str) -> None:
