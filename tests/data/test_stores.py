@@ -178,6 +178,13 @@ def test_the_command_line_takes_urls_and_says_where_it_writes(elsewhere, scored,
     assert cli.main(["export", str(scored), "--format", "jsonl", "--out", elsewhere]) == 2
     assert "expected a folder on this machine" in capsys.readouterr().err
     assert cli.main(["verify", str(scored.parent)]) == 2
+    for words in (["verify"], ["verify", "nothing"], ["upload", "nothing", "--to", elsewhere]):
+        assert cli.main(words) == 2
+    assert [line.partition(":")[2] for line in capsys.readouterr().err.splitlines()[1:]] == [
+        " name at least one folder",
+        " nothing: no such folder of rows",
+        " nothing is not a finished folder of rows: expected one that prepare or score has completed",
+    ]
 
 
 def test_the_hub_gets_all_files_of_a_folder_with_its_provenance(scored, monkeypatch):

@@ -68,6 +68,8 @@ class Verify:
 
     def run(self) -> None:
         """Compare them, one after the other."""
+        if not self.folders:
+            raise ValueError("name at least one folder")
         for folder in self.folders:
             num_shards = data.verify(folder)
             if not num_shards:

@@ -277,8 +277,10 @@ class Verifier:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._left: list[tuple[range, Path, str]] = []
-        start = 0
-        for path, remedy in _own_shards(local_folder(folder)):
+        start, local = 0, local_folder(folder)
+        if not local.is_dir():
+            raise ValueError(f"{folder}: no such folder of rows")
+        for path, remedy in _own_shards(local):
             with _named(remedy):
                 stop = start + read_json(_note(path))["rows"]
             self._left.append((range(start, stop), path, remedy))
