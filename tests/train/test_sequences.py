@@ -15,9 +15,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import models
+from tokenweight.data import score_folder
 from tokenweight.records import read_json
 from tokenweight.train import DataCollatorWithScores, Mixture, TrainSettings, read_recipe, resolve, train
-from tokenweight.train.sequences import SOURCE, name_row
+from tokenweight.train.sequences import SOURCE, name_row, open_sequences
 
 
 def some_folders(*lengths):
@@ -203,6 +205,17 @@ def test_folders_that_were_scored_with_different_contexts_are_refused_unless_sco
     ):
         train(other)
     train(dataclasses.replace(other, weighting="uniform"))
+
+
+def test_folders_with_different_numbers_of_a_teachers_tokens_are_refused(mixed, corpus, tmp_path):
+    models.tiny(seed=3, dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    data = []
+    for part, top_k in zip(mixed.data, (3, 5)):
+        data.append({"path": str(tmp_path / f"taught-{top_k}"), "share": 1})
+        score_folder(part["path"], str(tmp_path / "teacher"), None, data[-1]["path"], top_k=top_k)
+    run = dataclasses.replace(mixed, data=data, weighting="uniform", distill={"weight": 0.5})
+    with pytest.raises(ValueError, match=r"^data .*taught-5: scored with top_k 5 of a teacher, but .*taught-3 with 3"):
+        open_sequences(resolve(run))
 
 
 RUN = """

@@ -139,6 +139,8 @@ def open_sequences(run: Run) -> Sequences:
                 f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
                 "expected one short context in all folders of a mixture"
             )
+    if TEACHER[0] in needed:
+        _check_teachers(sources)
     of_weights = needed - {*TEACHER}  # an evaluation hears no teacher
     held_out = None if settings.eval_data is None else _held_out(run, contrast, of_weights, first.context)
     if run.arguments.process_index == 0:  # the others would read and compare the same files
@@ -166,6 +168,17 @@ def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], f
             f"contrast trained: {folder} was scored by {scores.get('model')}, whose losses cannot be compared with "
             "those of the model that is trained: expected contrast scorer"
         )
+
+
+def _check_teachers(sources: Sequence[Source]) -> None:
+    """Raise a ValueError if folders hold different numbers of a teacher's tokens, which no batch could hold."""
+    first, *others = ((source.folder, len(source.rows[0][TEACHER[0]][0])) for source in sources)
+    for folder, top_k in others:
+        if top_k != first[1]:
+            raise ValueError(
+                f"data {folder}: scored with top_k {top_k} of a teacher, but {first[0]} with {first[1]}: expected one "
+                "top_k in all folders of a mixture"
+            )
 
 
 def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
