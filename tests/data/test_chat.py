@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from texts import CHATML, MARKED, chat_tokenizer, conversation, trained_tokenizer
+from tokenweight import cli
 from tokenweight.data import Document, find_sources, load_rows, prepare_rows, read_documents
 from tokenweight.data.chat import ChatCutter, chat_tokens, conversation_text
 
@@ -126,6 +127,12 @@ def test_tools_their_calls_and_results_are_rendered():
 def test_what_is_no_conversation_is_refused_by_its_message(record, message):
     with pytest.raises(ValueError, match=message):
         conversation_text(record)
+
+
+def test_a_column_of_texts_is_refused_beside_chats(capsys):
+    words = ["--chat", "--text_column", "talk", "--tokenizer", "t", "--length", "8", "--out", "rows"]
+    assert cli.main(["prepare", "a.jsonl", *words]) == 2
+    assert "--text_column talk: chats are read of messages" in capsys.readouterr().err
 
 
 def test_records_of_other_names_are_the_same_conversations(tmp_path):

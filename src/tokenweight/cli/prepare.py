@@ -67,6 +67,10 @@ class Prepare:
         if self.order == "similar" and (self.short != "pack" or self.chat):
             found = "chats are packed as they fit" if self.chat else "such sequences hold one document each"
             raise ValueError(f"order similar: {found}: expected texts and --short pack")
+        if self.chat and self.text_column != "text":
+            raise ValueError(
+                f"text_column {self.text_column}: chats are read of messages, or prompt and completion: leave it out"
+            )
         if self.size is not None and self.size >= self.length:
             raise ValueError(f"size {self.size}: expected less than length, {self.length}")
         text_column = None if self.chat else self.text_column
