@@ -1,5 +1,6 @@
 """Chats: which tokens are answers, for templates of two kinds; what is refused; sequences of whole conversations."""
 
+import datetime
 import itertools
 import json
 
@@ -89,6 +90,16 @@ def test_a_token_across_the_border_is_read_as_at_inference(prompt, completion):
             MARKED,
             "leaves out or changes 'whale' of message 6",
         ),
+        (
+            {"messages": [*TALK["messages"], {"role": "assistant", "tool_calls": [TOOLS[0]]}]},
+            MARKED.replace("{% generation %}", "{{ m.tool_calls }}{% generation %}"),
+            "does not mark message 6 as an answer",
+        ),
+        (
+            conversation("a", "yes", "b", "yes"),
+            MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.index < 3"),
+            "does not mark message 4 as an answer",
+        ),
     ],
 )
 def test_a_template_that_would_lose_something_is_refused(record, template, message):
@@ -114,6 +125,8 @@ def test_tools_their_calls_and_results_are_rendered():
         ({"messages": "a"}, "messages holds str"),
         ({"messages": [3]}, "messages, message 1: found int"),
         ({"messages": [{"content": "a"}]}, "messages, message 1: no role: found content"),
+        ({"messages": [{"from": ["gpt"], "value": "a"}]}, "messages, message 1: no role"),
+        ({"prompt": "a", "completion": "b", "tools": TOOLS}, "^tools: beside a prompt and a completion that are texts"),
         (conversation("a"), "no message of the assistant"),
         (conversation("a", " "), "message 2: the answer is empty"),
         (conversation("a", 3), "message 2: content holds int"),
@@ -133,6 +146,12 @@ def test_a_column_of_texts_is_refused_beside_chats(capsys):
     words = ["--chat", "--text_column", "talk", "--tokenizer", "t", "--length", "8", "--out", "rows"]
     assert cli.main(["prepare", "a.jsonl", *words]) == 2
     assert "--text_column talk: chats are read of messages" in capsys.readouterr().err
+
+
+def test_what_no_template_reads_may_be_no_json():
+    record = conversation("a", "b")
+    record["messages"][0]["sent"] = datetime.date(2024, 2, 29)
+    assert json.loads(conversation_text(record))["messages"][0]["sent"] == "2024-02-29"
 
 
 def test_records_of_other_names_are_the_same_conversations(tmp_path):

@@ -30,6 +30,8 @@ def conversation_text(record: Mapping[str, Any]) -> str:
     if isinstance(record.get("completion"), str) and isinstance(record.get("prompt"), str):
         if not record["completion"].strip():
             raise ValueError("completion is empty: expected a text, which is predicted")
+        if _tools(record.get("tools")):
+            raise ValueError("tools: beside a prompt and a completion that are texts: expected messages, or no tools")
         return _json({"prompt": record["prompt"], "completion": record["completion"]})
     if "completion" in record:
         given, answers = (_messages(record[name], name) for name in ("prompt", "completion"))
@@ -43,7 +45,7 @@ def conversation_text(record: Mapping[str, Any]) -> str:
 
 
 def _json(conversation: dict[str, Any]) -> str:
-    text = json.dumps(conversation, ensure_ascii=False)
+    text = json.dumps(conversation, ensure_ascii=False, default=str)  # a table may note times beside a message
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -64,7 +66,7 @@ def _message(found: Any, where: str) -> dict[str, Any]:
     message = _without_nulls(found)
     if "from" in message and "role" not in message:
         role = message.pop("from")
-        message = {"role": _ROLES.get(role, role), "content": message.pop("value", ""), **message}
+        message = {"role": _ROLES.get(str(role), role), "content": message.pop("value", ""), **message}
     role = message.get("role")
     if not isinstance(role, str):
         raise ValueError(f"{where}: no role: found {', '.join(message) or 'nothing'}: expected role and content")
