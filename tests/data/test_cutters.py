@@ -1,6 +1,7 @@
 """Pieces of 2^k + 1 tokens, and rows in the order of documents, against slow and plain ways to make them."""
 
 import collections
+import copy
 from itertools import groupby
 
 import datasets
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from texts import BOS, EOS, TEXT, plain_ids, trained_tokenizer
 from tokenweight.data import Document, prepare, prepare_rows
@@ -138,6 +140,15 @@ def test_a_cutter_in_order_goes_on_from_its_state(sizes, length, restart_at):
             rows[-1] += list(cutter.rows(str(number), np.full(size, 2000 + number, np.int32)))
         rows[-1] += list(cutter.last_rows())
     assert str(rows[0]) == str(rows[1])
+
+
+def test_pieces_shorter_than_what_stands_before_a_text_are_refused(tmp_path):
+    tokenizer = copy.deepcopy(trained_tokenizer())
+    twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.backend_tokenizer.post_processor = twice
+    with pytest.raises(ValueError, match=r"^shortest 2: expected more than the 2 tokens before"):
+        prepare_rows([Document("a", "ab")], tokenizer, 8, tmp_path / "rows", short="decompose", shortest=2)
+    assert prepare_rows([Document("a", "whale" * 9)], tokenizer, 8, tmp_path / "rows", short="decompose", shortest=4)
 
 
 @pytest.mark.parametrize(

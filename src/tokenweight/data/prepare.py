@@ -106,6 +106,8 @@ def prepare_rows(
     _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
     settings = {**(provenance or {}), "length": length, "max_rows": max_rows, "format": format, "prefix": prefix}
     settings |= {"suffix": suffix, **_of_short(short, length, shortest, in_order, chat)}
+    if settings.get("shortest", length) <= len(prefix):
+        raise ValueError(f"shortest {settings['shortest']}: expected more than the {len(prefix)} tokens before a text")
     settings |= {"chat": True, "skip_invalid": skip_invalid} if chat else {}
     return _prepared(out, documents, tokenizer, num_proc, settings)
 
