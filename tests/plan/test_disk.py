@@ -60,6 +60,8 @@ def test_scored_sequences_hold_tokens_and_scores(tmp_path):
         (5, {"save_steps": 50}),
         (4, {"save_steps": 50, "save_total_limit": 3}),
         (5, {"save_steps": 50, "save_total_limit": 9}),
+        (5, {"save_steps": 50, "save_total_limit": 0}),  # all are kept
+        (3, {"save_steps": 50, "save_total_limit": 1, "metric_for_best_model": "loss"}),
         (4, {"save_steps": 0.25}),
         (3, {"save_strategy": "epoch", "num_train_epochs": 2.5}),
         (0, {"save_strategy": "no"}),

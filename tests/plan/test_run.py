@@ -14,7 +14,7 @@ import models
 from texts import some_documents, trained_tokenizer
 from tokenweight import cli
 from tokenweight.data import context_shares, prepare_rows, score_folder, upload
-from tokenweight.method import ShortContext, parse_weighting, sliding_windows
+from tokenweight.method import TOP_K, ShortContext, parse_weighting, sliding_windows
 from tokenweight.plan import Hardware, plan
 from tokenweight.plan.alternatives import alternatives
 from tokenweight.plan.flops import count_forward, step_flops
@@ -181,6 +181,12 @@ def test_stored_scores_by_counts_have_the_scorers_contrast_and_cost_nothing(weig
     assert precomputed.flops.head / uniform.flops.head == pytest.approx(products / 3)
     assert precomputed.hours * 3600 == pytest.approx(5 * precomputed.step_seconds)
     assert not any("scoring the data once" in note for note in found.notes)
+
+
+def test_what_a_stored_teacher_leaves_on_disk_is_counted(place):
+    given = TrainSettings("blank", "rows", "run", weighting="uniform", distill={"weight": 0.5})
+    tokens = models.NUM_ROWS * models.LENGTH
+    assert plan(given).disk.scored == 4 * tokens * (1 + 2 * TOP_K)
 
 
 def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):

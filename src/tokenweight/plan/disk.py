@@ -65,7 +65,8 @@ def disk_bytes(
 
 
 def _num_checkpoints(arguments: TrainingArguments, num_steps: int | None) -> int | None:
-    """Those that exist at most at a time: one more than `save_total_limit`, since the oldest is removed last."""
+    """Those that exist at most at a time: one more than `save_total_limit`, since the oldest is removed last, and the
+    best."""
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     made: int | None = None
     if strategy == "no":
@@ -75,6 +76,7 @@ def _num_checkpoints(arguments: TrainingArguments, num_steps: int | None) -> int
     elif strategy == "steps" and num_steps is not None:
         every = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(num_steps * arguments.save_steps)
         made = math.ceil(num_steps / every)
-    kept = None if arguments.save_total_limit is None else arguments.save_total_limit + 1
+    limit, best = arguments.save_total_limit, arguments.metric_for_best_model is not None
+    kept = None if limit is None or limit < 1 else limit + 1 + best
     known = [number for number in (made, kept) if number is not None]
     return min(known, default=None)

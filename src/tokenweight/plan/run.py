@@ -18,6 +18,7 @@ from tokenweight.data import (
     read_provenance,
 )
 from tokenweight.method import (
+    TOP_K,
     ShortContext,
     Uniform,
     Weighting,
@@ -342,9 +343,13 @@ class _Recipe:
         num, dtype = self.num_sequences, getattr(torch, self.settings.dtype)
         if num is None and self.num_steps is not None:
             num = self.num_steps * self.sequences_per_step
+        num_columns = len(self.scored_columns) if self.settings.scorer == "stored" else 0
+        if self.settings.distill:  # of a stored teacher, ids and log-probabilities
+            noted = (read_provenance(folder).get("teacher", {}).get("top_k", TOP_K) for folder in self.folders)
+            num_columns += 2 * max(noted, default=TOP_K)
         numbers: dict[str, Any] = {
             "num_tokens": None if num is None else num * length,
-            "num_columns": len(self.scored_columns) if self.settings.scorer == "stored" else 0,
+            "num_columns": num_columns,
             "num_steps": self.num_steps,
         }
         return disk_bytes(self.config, self.arguments, dtype, self.lora, **numbers)
