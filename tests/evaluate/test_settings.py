@@ -90,6 +90,11 @@ def test_settings_of_probes_do_not_matter_without_probes():
         ({"distances": "4,64"}, "distances 4,64: expected 0 or more tokens, below the 64 of the longest probe"),
         ({"num_probes": 0}, "num_probes 0: expected at least 1"),
         ({"max_tokens": 0}, "max_tokens 0: expected at least 1"),
+        (
+            {"attention": "dual-chunk", "attn_implementation": "eager"},
+            "attn_implementation eager: expected none beside",
+        ),
+        ({"attention": "dual-chunk", "heads": True}, "heads true: expected none beside attention"),
     ],
     ids=str,
 )

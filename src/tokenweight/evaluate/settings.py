@@ -151,6 +151,11 @@ def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
     short = min(1024, length // 4) if settings.short is None else settings.short
     _require("short", short, 2 <= short <= length, f"2 to {length} tokens, the length of a sequence")
     _require("max_tokens", settings.max_tokens, settings.max_tokens >= 1, "at least 1")
+    if settings.attention is not None:
+        kernel = settings.attn_implementation
+        _require("attn_implementation", kernel, kernel is None, "none beside attention, which has its own")
+        expected = "none beside attention, of which a head has several queries for a token"
+        _require("heads", "true", not settings.heads, expected)
     long_context, whose = _long_context(settings, length)
     return EvalPlan(
         length=length,
