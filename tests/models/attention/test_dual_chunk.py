@@ -166,7 +166,7 @@ def test_senseless_texts_are_refused(text, named):
         parse_attention(text)
 
 
-@pytest.mark.parametrize(("settings", "named"), [((129, 3), "chunk"), ((8, 8), "local"), ((1, 1), "chunk")])
+@pytest.mark.parametrize(("settings", "named"), [((128, 3), "chunk"), ((8, 8), "local"), ((1, 1), "chunk")])
 def test_senseless_settings_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         with_dual_chunk(models.tiny(), DualChunk(*settings))

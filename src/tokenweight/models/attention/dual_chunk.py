@@ -84,8 +84,8 @@ class DualChunk:
             )
         chunk = 3 * positions // 4 if self.chunk is None else self.chunk
         local = positions // 8 if self.local is None else self.local
-        if not 1 < chunk <= positions:
-            raise ValueError(f"{_NAMED}chunk={chunk}: expected 2 to {positions}, the positions of {kind}")
+        if not 1 < chunk < positions:  # the longest distance in so many positions is one less
+            raise ValueError(f"{_NAMED}chunk={chunk}: expected 2 to {positions - 1}, below the positions of {kind}")
         if not 1 <= local < chunk:
             raise ValueError(f"{_NAMED}local={local}: expected 1 to {chunk - 1}, below chunk")
         return dataclasses.replace(self, chunk=chunk, local=local)
