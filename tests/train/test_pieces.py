@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 import models
 from texts import TEXT, trained_tokenizer
 from tokenweight import token_nll
-from tokenweight.data import Document, prepare_rows
+from tokenweight.data import Document, prepare_rows, score_folder
 from tokenweight.records import read_json
 from tokenweight.train import LengthCurriculum, Pieces, TrainSettings, read_recipe, resolve, train
 from tokenweight.train.sequences import SOURCE
@@ -162,12 +162,18 @@ def test_a_model_of_128_rotary_positions_predicts_128_tokens_of_129(kind, fits, 
         short_run, model=str(tmp_path / "model"), data=str(tmp_path / "rows"), curriculum="pow2", weighting="uniform"
     )
     run = with_trainer(run, tmp_path / "out", max_steps=2, save_strategy="no")
+    distilled = dataclasses.replace(run, distill={"weight": 0.5}, out=str(tmp_path / "distilled"))
     if fits:
         train(dataclasses.replace(run, eval_data=run.data))
+        train(dataclasses.replace(distilled, distill={"weight": 0.5, "teacher": run.model}))
+        score_folder(run.data, run.model, None, tmp_path / "taught", top_k=4)
+        train(dataclasses.replace(distilled, data=str(tmp_path / "taught"), out=str(tmp_path / "stored")))
         assert {line["tokens/128"] for line in logged(run.out)} <= {0, 128}
     else:
         with pytest.raises(ValueError, match="rows of 129 tokens: the model has 128 positions"):
             train(run)
+        with pytest.raises(ValueError, match="rows of 129 tokens: the model has 128 positions"):
+            score_folder(run.data, run.model, None, tmp_path / "taught", top_k=4)
     with pytest.raises(ValueError, match="rows of 129 tokens: the model has 128 positions"):
         train(dataclasses.replace(run, curriculum=None, out=str(tmp_path / "plain")))
 

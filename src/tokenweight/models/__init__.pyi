@@ -43,6 +43,7 @@ from .rope import check_stale_windows as check_stale_windows
 from .rope import context_length as context_length
 from .rope import describe_rope as describe_rope
 from .rope import extend_context as extend_context
+from .rope import predicts_one_more as predicts_one_more
 from .rope import rope_depends_on_length as rope_depends_on_length
 from .rope_check import verify_rope as verify_rope
 from .scorers import AlignedScorer as AlignedScorer

@@ -368,6 +368,17 @@ def rope_depends_on_length(config: PreTrainedConfig) -> bool:
     return not {"dynamic", "longrope"}.isdisjoint(_types(config))
 
 
+def predicts_one_more(config: PreTrainedConfig) -> bool:
+    """Whether a model of n positions may read n + 1 tokens of which the last is only predicted: no loss depends on how
+    it is read.
+
+    A table of positions has no place for it, and by frequencies that depend on the length, the others would be read
+    otherwise.
+    """
+    rotary = getattr(config.get_text_config(), "rope_parameters", None)
+    return bool(rotary) and not rope_depends_on_length(config)
+
+
 def check_stale_windows(config: PreTrainedConfig, size: int) -> None:
     """Raise a ValueError if windows of `size` tokens would be read with the frequencies of a longer row before them.
 

@@ -32,7 +32,7 @@ from tokenweight.models import (
     is_config,
     load_config,
     load_model,
-    rope_depends_on_length,
+    predicts_one_more,
     with_weighted_loss,
 )
 from tokenweight.train.checkpoints import find_checkpoint
@@ -174,19 +174,17 @@ def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizer
     for source in sequences.sources:
         note = source.provenance if tokenizer is None else tokenizer_note(tokenizer, run.settings.model)
         fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
-        check_fit(teacher.config, theirs, name, **fits, longest=source.contents.longest, provenance=note)
+        longest = (source.contents.longest or 0) - _predicted_alone(run, teacher.config)
+        check_fit(teacher.config, theirs, name, **fits, longest=longest, provenance=note)
     return Distillation(weight, Teacher(teacher.to(run.arguments.device), run.distill["top_k"]))
 
 
 def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
     """Tokens at the end of the longest rows that are only predicted, so that no loss depends on how they are read.
 
-    Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first. What it computes at the last
-    one, no loss sees; but a table of positions has no place for it, and by frequencies that depend on the length, the
-    others would be read otherwise.
+    Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first.
     """
-    rotary = getattr(config.get_text_config(), "rope_parameters", None) and not rope_depends_on_length(config)
-    return int(run.curriculum is not None and bool(rotary))
+    return int(run.curriculum is not None and predicts_one_more(config))
 
 
 def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
