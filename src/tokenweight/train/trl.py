@@ -186,12 +186,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
                 "weighted one: expected 0.0"
             )
-        prepare_engine(self)
-        if context_mesh(self.accelerator) is not None:
-            raise ValueError(
-                "parallelism_config: has a cp_size above 1, and TRL's collators would not split scores as sequences: "
-                "expected 1, or tokenweight.train.WeightedTrainer"
-            )
+        self._check_engine()
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
         teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
@@ -201,6 +196,15 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         if (steps := args.distillation.get("steps")) is not None:
             self.add_callback(EndOfDistillation(base, steps))
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
+
+    def _check_engine(self) -> None:
+        """Prepare what shares the model among processes; a ValueError for what would change the loss."""
+        prepare_engine(self)
+        if context_mesh(self.accelerator) is not None:
+            raise ValueError(
+                "parallelism_config: has a cp_size above 1, and TRL's collators would not split scores as sequences: "
+                "expected 1, or tokenweight.train.WeightedTrainer"
+            )
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
         if args.counts is not None or args.scorer == "stored":
