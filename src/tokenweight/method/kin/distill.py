@@ -42,7 +42,7 @@ def linear_top_k(
         hidden: states of the teacher; the state in row i predicts `targets[i]`.
         head: of the teacher.
         targets: token ids; rows with -100 cost nothing, and hold token 0 with probability 0.
-        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`.
+        chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
 
     Returns:
         Ids in int32, likeliest first; log-probabilities and losses in nats, float32 (float64 from float64 states).

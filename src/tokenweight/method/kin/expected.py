@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenweight.method.device.products import BUFFER_BYTES, CAST_BYTES
 from tokenweight.method.kin.gain import BoundedGain, Gain, KeyTokens, LongFilter
 from tokenweight.method.kin.longce import LongCE
 from tokenweight.method.kin.pmi import NPMI, PPMI
-from tokenweight.method.loss import BUFFER_BYTES, CAST_BYTES, Logits, active_rows
+from tokenweight.method.loss import Logits, active_rows
 from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Weighting, require
 
 DIVERGENCES: dict[str, ScoreWeighting] = {"kl": Gain(), "tv": BoundedGain(), "absolute": Dense()}
@@ -96,7 +97,7 @@ def linear_divergence(
         long_hidden: states with the long context; the state in row i predicts `targets[i]`.
         short_hidden: states with the short context, of the same tokens.
         weighting: of whose score the divergence is the expectation.
-        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`, both together.
+        chunk_size: rows whose logits are held at a time; by default as many as fit a buffer, both together.
 
     The other arguments, dtypes and errors are those of `linear_nll`.
 
