@@ -262,14 +262,14 @@ class Live(TorchDispatchMode):
 def test_on_a_gpu_at_most_a_fiftieth_of_the_logits_is_held_beside_the_gradients(vocabulary, monkeypatch):
     n, d = 32_768, 2048
     rows = products.rows_at_once(n, vocabulary, 4, on_gpu=True)
-    monkeypatch.setattr(module, "active_rows", lambda *_: torch.arange(2 * rows))  # the other chunks hold no more
     monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})  # fake tensors multiply into float32 there, too
     context = SimpleNamespace(needs_input_grad=(True, True, False))
     with FakeTensorMode():
         hidden, head = (torch.empty(num, d, dtype=torch.bfloat16) for num in (n, vocabulary))
         targets, weights = torch.empty(n, dtype=torch.long), torch.empty(n)
+        settings = (torch.arange(2 * rows), 1.0, None, rows, True)  # the other chunks hold no more
         with Live(hidden, head, targets, weights) as found:
-            module._WeightedLoss.forward(context, hidden, head, None, targets, weights, 1.0, None, rows, True)
+            module._WeightedLoss.forward(context, hidden, head, None, targets, weights, settings)
     gradients = sum(one.nbytes for one in context.grads[:2])
     assert gradients == 4 * d * (n + vocabulary)
     assert 4 * n * vocabulary / 70 <= found.most - gradients <= 4 * n * vocabulary / 50

@@ -47,6 +47,7 @@ from .scoring import Reading as Reading
 from .scoring import ShortContext as ShortContext
 from .scoring import plan_passes as plan_passes
 from .scoring import read_passes as read_passes
+from .weightings import LATER as LATER
 from .weightings import SCORES as SCORES
 from .weightings import Dense as Dense
 from .weightings import History as History

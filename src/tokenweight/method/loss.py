@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenweight.method.device.products import add_product, multiply_into, parts, rows_at_once
+from tokenweight.method.device.rows import active_rows
 
 INTO_FLOAT32 = frozenset({"cuda"})
 """Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
@@ -35,9 +36,11 @@ class Head(NamedTuple):
         """What happens to `hidden @ weight.T`: the keywords of both losses."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
-    def loss(self, hidden: Tensor, targets: Tensor, weights: "Tensor | WeightsOfChunk") -> Float[Tensor, ""]:
+    def loss(
+        self, hidden: Tensor, targets: Tensor, weights: "Tensor | WeightsOfChunk", active: Tensor | None = None
+    ) -> Float[Tensor, ""]:
         """`weighted_linear_cross_entropy` of this head."""
-        return weighted_linear_cross_entropy(hidden, self.weight, targets, weights, **self.after)
+        return weighted_linear_cross_entropy(hidden, self.weight, targets, weights, active=active, **self.after)
 
 
 def linear_nll(
@@ -49,6 +52,7 @@ def linear_nll(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Negative log-likelihood of each target under `softmax(logits)`, without gradient.
 
@@ -62,6 +66,7 @@ def linear_nll(
         scale: multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: bound of the logits (Gemma's `final_logit_softcapping`).
         chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
+        active: numbers of the rows to read, with valid targets; by default found, for which the host waits for a GPU.
 
     Returns:
         Nats in float32 (float64 from float64 states), whatever the dtype of the states.
@@ -72,7 +77,8 @@ def linear_nll(
     logits = Logits(hidden, head, bias, scale, softcap)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         losses = torch.zeros(len(hidden), dtype=logits.dtype, device=hidden.device)
-        for rows in logits.chunks(active_rows(targets, len(head)), chunk_size):
+        active = active_rows(targets, len(head)) if active is None else active
+        for rows in logits.chunks(active, chunk_size):
             losses[rows] = logits.losses(hidden[rows], targets[rows])
     return losses
 
@@ -87,6 +93,7 @@ def weighted_linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over all rows of weight times negative log-likelihood; not divided, since only the caller knows by what.
 
@@ -102,15 +109,18 @@ def weighted_linear_cross_entropy(
     """
     if isinstance(weights, Tensor) and len(weights) != len(hidden):
         raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
-    given = (weights.detach() if isinstance(weights, Tensor) else weights, scale, softcap, chunk_size)
-    return _WeightedLoss.apply(hidden, head, bias, targets, *given, torch.is_grad_enabled())
+    weights = weights.detach() if isinstance(weights, Tensor) else weights
+    settings = (active, scale, softcap, chunk_size, torch.is_grad_enabled())
+    return _WeightedLoss.apply(hidden, head, bias, targets, weights, settings)
 
 
 class _WeightedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad):
+    def forward(ctx, hidden, head, bias, targets, weights, settings):
+        active, scale, softcap, chunk_size, needs_grad = settings
         logits = Logits(hidden, head, bias, scale, softcap)
-        active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
+        if active is None:
+            active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
         inputs = (hidden, head, bias)
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
@@ -135,7 +145,7 @@ class _WeightedLoss(torch.autograd.Function):
         # Scaled in place and given away, so that no second array of the size of the head comes into being.
         grads, ctx.grads = ctx.grads, None
         scaled = [None if grad is None else grad.mul_(grad_output).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None
 
 
 class Logits:
@@ -223,18 +233,3 @@ class Logits:
             of_hidden[rows] = of_states
         if of_bias is not None:
             of_bias += z.sum(dim=0)
-
-
-def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
-    """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
-    valid = targets != -100
-    wrong = valid & ((targets < 0) | (targets >= vocabulary))
-    active = valid if weights is None else valid & (weights != 0)
-    # One wait of the host for the device, where `any` and `nonzero` would be two.
-    num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
-    if num_wrong:
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target {int(targets[row])} in row {row}: expected -100 or a token id from 0 to {vocabulary - 1}"
-        )
-    return active.byte().argsort(descending=True, stable=True)[:num_active]

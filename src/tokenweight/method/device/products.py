@@ -8,7 +8,7 @@ from torch import Tensor
 BUFFER_BYTES = 256 << 20
 """Logits held at a time. Smaller chunks re-read the head too often; larger ones gain nothing (benchmarks/loss.py)."""
 MOST_ROWS = 1536
-"""Of a chunk on a GPU. Each adds a whole gradient of the head in float32, which takes longer than its product where rows
+"""Of a chunk on a GPU. Each adds a whole gradient of the head in float32, which takes longer than its product if rows
 are fewer than about this; more gain nothing (`tokenweight.plan.loss_floor`)."""
 CAST_BYTES = 32 << 20
 """What is held in another dtype at a time: of a 16-bit head in float32, of the gradient of the logits in 16 bits."""
