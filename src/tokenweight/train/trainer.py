@@ -13,6 +13,7 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
@@ -92,6 +93,7 @@ class WeightedTrainer(Trainer):
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
+        compile_decoder(self)
         self.late = LateChecks(self._named)
         self.add_callback(self.statistics)
         self.add_callback(self.late)
@@ -285,6 +287,19 @@ def prepare_engine(trainer: Trainer) -> None:
                 "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
                 "no model: expected true under zero_optimization"
             )
+
+
+def compile_decoder(trainer: Trainer) -> None:
+    """Where `torch_compile` asks for it, compile the decoder of a bound model, in place of all that Accelerate would.
+
+    The rest of a step asks the device for numbers and holds logits in chunks, at which a graph would break again and
+    again. The decoder is one graph where it trains, and one where it scores.
+    """
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        settings = plugin.to_kwargs()
+        plugin.backend = DynamoBackend.NO
+        trainer.model._token_weighting.parts.decoder.compile(**settings)
 
 
 def save_whole(trainer: Trainer) -> None:
