@@ -192,6 +192,19 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def verify_again(model: PreTrainedModel) -> None:
+    """Verify a bound model anew, after somebody put other kernels into it.
+
+    Raises:
+        ValueError: if it is not bound, or the loss with equal weights is no longer the model's own.
+    """
+    bound = _bound(model)
+    for name in ("_causal_parts", "_verified_loss"):
+        vars(model).pop(name, None)
+    found = dataclasses.replace(bound, parts=causal_parts(model))
+    model._token_weighting = dataclasses.replace(found, adds_terms=_adds_terms(model, found))
+
+
 def without_distillation(model: PreTrainedModel) -> PreTrainedModel:
     """End the distillation of a bound model, whose loss is the weighted loss alone from now on, and return it.
 

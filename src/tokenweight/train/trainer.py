@@ -17,12 +17,14 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import unwrap_peft_model
 
 from tokenweight.method import NonFinite
-from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss
+from tokenweight.models import add_older_rope, any_process, context_mesh, verify_again, with_weighted_loss
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
-from tokenweight.train.checks import check_one_gpu, check_processes
+from tokenweight.train.checks import check_one_gpu, check_processes, check_values
 from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import LISTED, SOURCE, Drawn, HeldOut, InOrder, Mixture, name_row
@@ -93,6 +95,7 @@ class WeightedTrainer(Trainer):
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
+        use_liger(self)
         compile_decoder(self)
         self.late = LateChecks(self._named)
         self.add_callback(self.statistics)
@@ -287,6 +290,24 @@ def prepare_engine(trainer: Trainer) -> None:
                 "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
                 "no model: expected true under zero_optimization"
             )
+
+
+def use_liger(trainer: Trainer) -> None:
+    """Where `use_liger_kernel` asks for them, put Liger's kernels into a bound model, and verify the loss with them.
+
+    The Trainer would put them in when training begins, which it still does: the same ones, which changes nothing.
+
+    Raises:
+        ValueError: if losses are among them, Liger is not installed, or the loss is no longer the model's own.
+    """
+    arguments = trainer.args
+    check_values({name: getattr(arguments, name) for name in ("use_liger_kernel", "liger_kernel_config")})
+    if arguments.use_liger_kernel:
+        try:
+            apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
+        except ImportError as error:
+            raise ValueError(f"trainer.use_liger_kernel: {error}: expected liger-kernel to be installed") from error
+        verify_again(unwrap_peft_model(trainer.model))
 
 
 def compile_decoder(trainer: Trainer) -> None:
