@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
+# The tests start many processes: where the shell forbids to keep bytecode, each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Of the builds that pip finds of a version, it prefers the one for CPU (2.13.0+cpu). On Linux x86_64 it finds that one
 # only where it is told of the index of torch's CPU builds (CONTRIBUTING.md, Environments); what it finds otherwise is
 # the build for CUDA. For tests and CI, where CI is set, that one is refused.

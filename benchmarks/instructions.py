@@ -93,8 +93,8 @@ class Instructions(Bench):
             setting = {"what": "instruction tuning, on held-out conversations", "x": x, "implementation": weighting}
             for metric, unit in of_rows[0]:
                 values = [found[metric, unit] for found in of_rows]
-                report.add(**setting, metric=metric, unit=unit, values=values)
-                report.add(**setting, metric=f"mean {metric}", unit=unit, values=[sum(values) / len(values)])
+                means = {(f"mean {metric}", unit): [sum(values) / len(values)]}
+                report.add_each({(metric, unit): values} | means, **setting)
         report.finish()
 
     def _train(self, model: Any, weighting: str, rows: list[dict[str, Any]], length: int) -> None:

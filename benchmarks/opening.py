@@ -23,7 +23,8 @@ import pyarrow as pa
 import tyro
 
 from bench.report import Bench
-from tokenweight.data import load_scores, row_lengths, score, shards
+from tokenweight.data import load_scores, row_lengths, shards
+from tokenweight.data.score import write
 from tokenweight.records import write_json
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "short_nll_1024": pa.list_(pa.float32())})
@@ -35,7 +36,7 @@ def make(folder: Path, num_rows: int, length: int, shard_tokens: int | None = No
     draw = np.random.default_rng(0)
     folder.mkdir()
     lengths = np.full(num_rows, length)
-    parts = score._shards(lengths, shard_tokens or score._shard_tokens(lengths))
+    parts = write._shards(lengths, shard_tokens or write._shard_tokens(lengths))
     names = [f"scores-{number:05d}-of-{len(parts):05d}.arrow" for number in range(len(parts))]
     write_json(folder / "scores.json", {"contexts": [{"size": 1024, "stride": 768}]})
     for name, part in zip(names, parts):

@@ -88,8 +88,7 @@ class Precision(Bench):
         x = f"{name}, {rows} x {length} tokens, windows {context.size}/{context.stride}"
         for who, metrics in found.items():
             setting = {"what": "scores and weights in bfloat16, beside float32", "x": x, "implementation": who}
-            for (metric, unit), values in metrics.items():
-                report.add(**setting, metric=metric, unit=unit, values=values.tolist())
+            report.add_each({metric: values.tolist() for metric, values in metrics.items()}, **setting)
         report.finish()
 
 

@@ -9,18 +9,31 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their processes: a thread each, set before torch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import checking
 import hypothesis
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook("tokenweight", "checking.checked")
+checking.check_package()
 # The same examples in every run, and no limit on the time that one takes: that would test the machine.
 hypothesis.settings.register_profile("tokenweight", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tokenweight")
 
 
+def pytest_collection_modifyitems(items):
+    """The demo takes minutes: at the end of the tests it would keep one core busy and leave the others idle."""
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+
+
 def pytest_collection_finish():
     """What was imported is there to the end: each `gc.collect` of the Trainer would look through it again."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def later_imports():
+    """What the tests of a module imported stays as well, and with it the little garbage of the moment."""
+    yield
     gc.freeze()
 
 
@@ -53,7 +66,7 @@ def shards_of_two(monkeypatch):
     """Scores are stored in shards of two rows of `models.some_rows`."""
     import models
 
-    monkeypatch.setattr("tokenweight.data.score.SHARD_TOKENS", 2 * models.LENGTH + 1)
+    monkeypatch.setattr("tokenweight.data.score.write.SHARD_TOKENS", 2 * models.LENGTH + 1)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "framed"])

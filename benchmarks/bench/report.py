@@ -3,7 +3,7 @@
 import csv
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -80,6 +80,13 @@ class Report:
         """Median and the 20th and 80th percentile of `values`, one per round."""
         p20, p50, p80 = (_rounded(value) for value in np.percentile(list(values), [20, 50, 80]))
         self.rows.append(Row(self.benchmark, what, implementation, metric, unit, x, p50, p20, p80, **self.conditions))
+
+    def add_each(
+        self, measured: Mapping[tuple[str, str], Sequence[float]], *, what: str, x: str, implementation: str
+    ) -> None:
+        """Several metrics of one implementation: their values, by (metric, unit)."""
+        for (metric, unit), values in measured.items():
+            self.add(what=what, x=x, implementation=implementation, metric=metric, unit=unit, values=values)
 
     def add_ratio(
         self, *, what: str, x: str, implementation: str, metric: str, over: Sequence[float], under: Sequence[float]

@@ -98,6 +98,7 @@ def test_prepare_given_again_says_that_it_is_complete(rows, run, place):
     assert "sources is {'files': 1, 'bytes': 3000} there, {'files': 2, 'bytes': 3001} now" in errors
 
 
+@pytest.mark.slow
 def test_chats_are_prepared_scored_trained_and_shown(run, place):
     tokenizer = chat_tokenizer()
     models.tiny(dtype=torch.float32, vocab_size=304).save_pretrained(place / "chat-model")
@@ -183,6 +184,7 @@ def logged(folder):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_train_takes_a_recipe_with_overrides_and_its_record_as_a_recipe(scored, run, place):
     overrides = ["--trainer.max_steps", "2", "--trainer.bf16", "--weighting", "sparse:keep=0.5", "--trainer.seed=3"]
     status, printed, _ = run("train", "--config", "recipe.yaml", *overrides)

@@ -19,6 +19,8 @@ from tokenweight.data import (
     corpus_frame,
     load_rows,
     load_scores,
+    read_prepared,
+    read_provenance,
     read_row,
     score_folder,
     score_text,
@@ -27,7 +29,25 @@ from tokenweight.data import (
     verify,
 )
 from tokenweight.data.row_scorer import ContextGain
-from tokenweight.records import read_provenance
+from tokenweight.records import write_json
+
+
+def test_the_provenance_of_scores_goes_before_that_of_rows(tmp_path):
+    assert read_provenance(tmp_path) == {}
+    write_json(tmp_path / "rows.json", {"length": 3})
+    assert read_provenance(tmp_path) == {"length": 3}
+    write_json(tmp_path / "scores.json", {"size": 2})
+    assert read_provenance(str(tmp_path)) == {"size": 2}
+
+
+def test_what_was_scored_is_unknown_once_its_folder_is_gone_or_out_of_reach(tmp_path, caplog):
+    write_json(tmp_path / "rows.json", {"texts": ["file"]})
+    assert read_prepared({"texts": ["own"]})["texts"] == ["own"]
+    assert read_prepared({"rows": str(tmp_path)})["texts"] == ["file"]
+    assert read_prepared({"rows": str(tmp_path / "gone")}) == read_prepared({"rows": "memory://gone"}) == {}
+    assert not caplog.records
+    assert read_prepared({"rows": "nosuchprotocol://bucket/rows"}) == {}
+    assert "nosuchprotocol://bucket/rows" in caplog.text
 
 
 def test_an_unscored_folder_holds_no_scores(folders):

@@ -12,7 +12,8 @@ import models
 from models import LENGTH, NUM_ROWS, some_rows
 from texts import trained_tokenizer
 from tokenweight import Scorer, ShortContext, load_tokenizer, token_nll
-from tokenweight.data import RowScorer, load_rows, load_scores, process_share, score, score_folder, score_rows
+from tokenweight.data import RowScorer, load_rows, load_scores, process_share, score_folder, score_rows
+from tokenweight.data.score import write
 from tokenweight.models import tokenizer_fingerprint
 
 
@@ -329,7 +330,7 @@ def test_without_a_size_the_context_is_a_quarter_of_the_longest_row(folders):
 
 @pytest.mark.parametrize("num_rows", [1, 999, 5000])
 def test_there_are_few_shards_however_many_rows(num_rows, monkeypatch):
-    monkeypatch.setattr(score, "SHARD_TOKENS", 24)
-    shards = score._shards(np.full(num_rows, 24), score._shard_tokens(np.full(num_rows, 24)))
+    monkeypatch.setattr(write, "SHARD_TOKENS", 24)
+    shards = write._shards(np.full(num_rows, 24), write._shard_tokens(np.full(num_rows, 24)))
     assert np.concatenate(shards).tolist() == list(range(num_rows))
-    assert len(shards) <= score.MAX_SHARDS + 1
+    assert len(shards) <= write.MAX_SHARDS + 1

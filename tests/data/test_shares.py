@@ -8,7 +8,7 @@ import pytest
 import models
 from texts import TEXT, some_documents, trained_tokenizer
 from tokenweight import ShortContext
-from tokenweight.data import Document, context_shares, load_rows, prepare_rows, score_folder
+from tokenweight.data import Document, context_shares, load_rows, prepare_rows, score_folder, upload
 
 
 def counted(folder, size, source):
@@ -80,3 +80,12 @@ def test_scored_rows_have_the_sources_of_those_that_were_scored(tmp_path):
     score_folder(tmp_path / "rows", str(tmp_path / "model"), [ShortContext(4, 3)], tmp_path / "scored")
     assert context_shares(tmp_path / "scored", 4) == context_shares(tmp_path / "rows", 4)
     assert [share.source for share in context_shares(tmp_path / "scored", 4)] == ["file"]
+
+
+@pytest.mark.parametrize("format", ["arrow", "parquet"])
+def test_a_folder_at_a_url_has_the_shares_of_the_one_that_was_sent(format, own_cache, tmp_path):
+    given = {"short": "pack", "provenance": {"texts": TEXTS}, "format": format}
+    prepare_rows(DOCUMENTS, trained_tokenizer(), 32, tmp_path / "rows", **given)
+    url = f"memory://{tmp_path.name}/rows"
+    upload(tmp_path / "rows", url)
+    assert context_shares(url, 8) == context_shares(tmp_path / "rows", 8)

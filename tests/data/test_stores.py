@@ -13,9 +13,11 @@ import models
 from tokenweight import cli
 from tokenweight.data import (
     Permutation,
+    folder_exists,
     load_rows,
     load_scores,
     local_folder,
+    read_provenance,
     score_rows,
     stream_rows,
     upload,
@@ -23,7 +25,7 @@ from tokenweight.data import (
 )
 from tokenweight.data.stores import map_table, remote_url
 from tokenweight.data.stores.remote import _copied
-from tokenweight.records import read_json, read_provenance
+from tokenweight.records import read_json
 from tokenweight.train import sequences
 
 
@@ -93,7 +95,12 @@ def elsewhere(request, tmp_path):
 
 
 def test_a_folder_elsewhere_is_opened_streamed_and_verified_as_the_one_that_was_sent(elsewhere, scored):
+    assert not folder_exists(elsewhere)
+    assert read_provenance(elsewhere) == {}
     assert upload(scored, elsewhere) == len([path for path in scored.iterdir() if not path.name.startswith(".")])
+    assert folder_exists(elsewhere)
+    assert read_provenance(elsewhere) == read_provenance(scored)
+    assert not (scored.parent / "cache" / "tokenweight").exists()  # nothing was copied for it
     rows, provenance = load_scores(elsewhere)
     ours, known = load_scores(scored)
     assert rows.with_format(None)[:] == ours.with_format(None)[:]
@@ -103,6 +110,17 @@ def test_a_folder_elsewhere_is_opened_streamed_and_verified_as_the_one_that_was_
     stored = datasets.load_from_disk(str(scored)).to_list()
     assert list(stream_rows(elsewhere)) == list(stream_rows(scored)) == stored
     assert upload(scored, elsewhere) == len(list(scored.glob("*.json")))  # shards are there
+
+
+def test_what_cannot_be_reached_is_not_taken_for_missing(monkeypatch):
+    def refused(*arguments, **given):
+        raise PermissionError("no key")
+
+    for method in ("ls", "info", "cat_file"):
+        monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{method}", refused)
+    for read in (folder_exists, read_provenance, load_rows):
+        with pytest.raises(ValueError, match=r"^memory://bucket/rows: no key"):
+            read("memory://bucket/rows")
 
 
 def test_what_was_sent_in_part_or_changed_is_not_opened_and_a_copy_is_completed(elsewhere, scored):

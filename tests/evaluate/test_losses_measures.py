@@ -167,7 +167,7 @@ def test_a_row_is_read_once_whole_and_once_in_the_windows_of_each_context(place,
     }
 
 
-@pytest.mark.parametrize("by", ["likelihood", "generation"])
+@pytest.mark.parametrize("by", [pytest.param("likelihood", marks=pytest.mark.slow), "generation"])
 def test_probes_are_summed_by_the_fact_they_ask_for(by, with_tokenizer, tmp_path):
     lengths, depths, families, num = [400, 440], [0.2, 0.9], ["single", "frequent_words"], 3
     haystack = tmp_path / "haystack.txt"

@@ -39,6 +39,7 @@ def test_a_baseline_from_a_folder_is_the_baseline_from_the_model_to_the_last_dig
     assert third["models"][:2] == whole["models"]
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_evaluator_is_as_much_a_party_as_the_evaluator(place, tmp_path):
     judges = {}
     for name, options in {

@@ -112,6 +112,7 @@ def test_ruler_samples_longer_than_their_length_are_seen(tokenizer):
         check(tokenizer, "ruler_fwe", max_length=512, lengths=[512], limit=2)
 
 
+@pytest.mark.slow
 def test_babilong_is_loaded_and_reported_at_every_length(monkeypatch, tokenizer):
     asked = []
 
@@ -135,6 +136,7 @@ def test_examples_are_as_many_as_a_task_says(tokenizer, tmp_path):
     assert [task.get_config("num_fewshot") for _, tasks in parts for task in tasks.values()] == [0, 0, 2]
 
 
+@pytest.mark.slow
 def test_a_task_of_any_name_is_found_among_all_tasks_and_a_task_of_no_file_at_once(monkeypatch, offline, tokenizer):
     from lm_eval import tasks
 

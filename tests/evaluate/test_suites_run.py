@@ -122,6 +122,7 @@ class Oracle(torch.nn.Module):
         return torch.cat([input_ids, torch.tensor([self.tokenizer(f" {said}").input_ids])], dim=1)
 
 
+@pytest.mark.slow
 def test_ruler_is_scored_by_its_answers_at_every_length(tokenizer):
     model, oracle = tiny(), Oracle(tokenizer)
     model.generate = oracle.forward
@@ -177,6 +178,7 @@ def test_measures_hold_the_value_of_every_sample_of_a_suite(unchecked):
             assert measure.summary == (measure.name == suite)
 
 
+@pytest.mark.slow
 def test_a_suite_that_would_be_cut_is_refused_before_any_row_is_read(unchecked, tmp_path):
     tiny(max_position_embeddings=600).save_pretrained(tmp_path / "model")
     ruler_tokenizer().save_pretrained(tmp_path / "model")

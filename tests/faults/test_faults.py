@@ -49,7 +49,7 @@ def moments(name):
     return [*within, *note, *last, *data_set, *folder]
 
 
-@pytest.mark.parametrize("name", ["packed", "long"])
+@pytest.mark.parametrize("name", ["packed", pytest.param("long", marks=pytest.mark.slow)])
 def test_killed_again_and_again_a_command_ends_as_if_undisturbed(name, place):
     where = []
     for point in moments(name):

@@ -272,6 +272,7 @@ def test_gradients_that_are_not_finite_stop_a_run_before_anything_is_saved(step,
     assert not (place / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_earlier_checkpoint_and_forgets_what_came_after_it(place, origin):
     keep = [*TRAIN, "--trainer.save_total_limit", "3"]
     assert run(place, *keep).status == 0

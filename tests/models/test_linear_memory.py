@@ -55,7 +55,7 @@ def dual_chunk(model, tokens):
 
 @pytest.mark.parametrize("step", [frozen, self_scored, counted, evaluated, dual_chunk])
 def test_the_largest_tensor_is_far_from_the_square_of_the_length(step, monkeypatch):
-    monkeypatch.setattr("tokenweight.models.attention.pieces._SCORES", 100 * LENGTH)
+    monkeypatch.setattr("tokenweight.models.attention.pieces._SCORES_CPU", 100 * LENGTH)
     model, tokens = models.tiny(dtype=torch.float32, max_position_embeddings=LENGTH), models.some_tokens(1, LENGTH)
     with Largest() as largest:
         step(model, tokens)

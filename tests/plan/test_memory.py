@@ -158,6 +158,7 @@ def test_weights_gradients_and_states_are_those_of_a_trainer(tmp_path):
     assert several == Fixed(whole, 2 * whole, whole, 2 * whole)
 
 
+@pytest.mark.slow
 def test_of_an_adapter_alone_there_are_gradients_and_states(tmp_path):
     pytest.importorskip("peft")
     config = config_of("llama")

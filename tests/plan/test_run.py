@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import models
+from texts import some_documents, trained_tokenizer
 from tokenweight import cli
-from tokenweight.data import score_folder
+from tokenweight.data import context_shares, prepare_rows, score_folder, upload
 from tokenweight.method import ShortContext, parse_weighting, sliding_windows
 from tokenweight.plan import Hardware, plan
 from tokenweight.plan.alternatives import alternatives
@@ -93,6 +94,7 @@ def settings(**changes):
     return TrainSettings(**{"model": "blank", "data": "", "out": "", **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [{"gradient_checkpointing": True}, {"fsdp_config": {"activation_checkpointing": True}}])
 def test_recomputation_is_counted_whoever_makes_it(by, place):
     kept, recomputed = (
@@ -123,6 +125,16 @@ def test_the_data_says_how_many_tokens_have_more_context_than_the_short_one(plac
     assert ["mixed", "141", "29.8%"] in shown
 
 
+def test_data_at_a_url_is_planned_as_the_folder_that_was_sent(place, own_cache):
+    prepare_rows(some_documents(), trained_tokenizer(), 16, place / "sent", provenance={"texts": ["file"]})
+    url = f"memory://{place.name}/rows"
+    upload(place / "sent", url)
+    budget = plan(settings(data=url, size=4))
+    assert (budget.length, budget.length_from) == (16, "data")
+    assert budget.num_steps == len(datasets.load_from_disk(str(place / "sent")))
+    assert budget.shares == context_shares(place / "sent", 4)
+
+
 def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):
     lengths = [33] * 3 + [9] * 5 + [5] * 3
     datasets.Dataset.from_dict({"input_ids": [[5] * length for length in lengths]}).save_to_disk(str(place / "pieces"))
@@ -132,12 +144,14 @@ def test_a_curriculum_has_steps_of_as_many_tokens_as_its_longest_pieces(place):
         plan(settings(data="pieces", curriculum="long"))
 
 
+@pytest.mark.slow
 def test_the_growth_is_drawn(place):
     assert run("--config", "recipe.yaml", "--lengths", "600", "--figure", "growth") == 0
     assert (place / "growth.svg").read_text().startswith("<?xml")
     assert (place / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_all_grows_with_the_length_of_sequences(place):
     budget = plan(settings(size=32), length=48, lengths=[64, 256])
     for mode in range(3):
@@ -202,14 +216,13 @@ def total(trainer, num_gpus=1):
     return plan(settings(**SCORED, trainer=trainer), length=64, hardware=Hardware(num_gpus=num_gpus)).run[2].peak.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "num_gpus"),
     [
         ({"gradient_checkpointing": True}, 1),
-        pytest.param(SMALL, 1, marks=pytest.mark.slow),
-        pytest.param(
-            {**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8, marks=pytest.mark.slow
-        ),
+        (SMALL, 1),
+        ({**SHARDED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 8),
     ],
     ids=["checkpointing", "all", "FSDP"],
 )
@@ -261,6 +274,7 @@ def test_an_alternative_keeps_what_the_recipe_says_of_fsdp_and_the_sequences_of_
     assert all(trainer["fsdp_config"] == {"version": 2, **own} for _, trainer in found)
 
 
+@pytest.mark.slow
 def test_time_and_money_are_those_of_the_flops(place):
     hardware = Hardware("L4", num_gpus=2, mfu=0.5, price=0.25)
     steps = {"max_steps": 10, "per_device_train_batch_size": 3}
@@ -292,6 +306,7 @@ def test_a_speed_that_the_recipe_cannot_have_is_said(gpu, trainer, said, place):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_costs_less_than_all_weights(place, capsys):
     pytest.importorskip("peft")
     words = ["--model", "blank", "--length", "64", "--lengths", "128", "--json", "plan.json"]

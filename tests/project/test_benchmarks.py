@@ -61,6 +61,7 @@ def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_path, mo
     assert_complete(name, METRICS[name], capsys.readouterr().out, tmp_path / "rows.csv")
 
 
+@pytest.mark.slow
 def test_other_weightings_have_rows_under_a_name_of_their_own(tmp_path, monkeypatch, uncollected, capsys):
     monkeypatch.setattr(sys, "argv", ["training.py", "--quick", "--others"])
     load("training").Training(quick=True, others=True, csv=tmp_path / "rows.csv").run()

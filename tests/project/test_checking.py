@@ -1,10 +1,12 @@
 """The tests check the signatures of the package while they run."""
 
+import beartype
 import jaxtyping
 import pytest
 import torch
 
 from tokenweight import ShortContext, linear_nll
+from tokenweight.records.counts import counted
 
 
 def test_a_wrong_shape_and_a_wrong_type_are_noticed():
@@ -15,3 +17,5 @@ def test_a_wrong_shape_and_a_wrong_type_are_noticed():
             linear_nll(*wrong)
     with pytest.raises(jaxtyping.TypeCheckError):
         ShortContext.of("8")
+    with pytest.raises(beartype.roar.BeartypeCallHintViolation):  # a signature without shapes
+        counted("8", "token")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,29 +18,15 @@ FACTS = {"threads": 3, "nearest": 6, "farthest": 40}
 
 
 @pytest.fixture(scope="module")
-def worlds():
-    return load("evidence/worlds")
-
-
-@pytest.fixture(scope="module")
-def miniature():
-    return load("evidence/miniature")
-
-
-@pytest.fixture(scope="module")
-def frontier():
-    return load("evidence/frontier")
-
-
-@pytest.fixture(scope="module")
-def price():
-    return load("evidence/price")
+def evidence():
+    """The scripts that the tests read, by their names."""
+    return SimpleNamespace(**{name: load(f"evidence/{name}") for name in ("worlds", "miniature", "frontier", "price")})
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_an_answer_is_the_value_of_its_attribute_that_was_stated_last(worlds, shared):
-    world = worlds.NoiseWorld(8, 2, attributes=5, values=4, shared=shared)
-    rows = world.rows("train", 40, 64, [(1.0, worlds.Facts(statements=3, **FACTS))], seed=0)
+def test_an_answer_is_the_value_of_its_attribute_that_was_stated_last(evidence, shared):
+    world = evidence.worlds.NoiseWorld(8, 2, attributes=5, values=4, shared=shared)
+    rows = world.rows("train", 40, 64, [(1.0, evidence.worlds.Facts(statements=3, **FACTS))], seed=0)
     fact, ask = world.symbols.first, world.symbols.first + 1
     found, several = 0, 0
     for tokens, plain, distance, older in zip(*(values.tolist() for values in rows)):
@@ -65,8 +52,8 @@ def test_an_answer_is_the_value_of_its_attribute_that_was_stated_last(worlds, sh
     assert max(rows.tokens.ravel()) < world.vocab_size
 
 
-def test_rows_depend_on_seed_and_number_alone(worlds):
-    world, kinds = worlds.NoiseWorld(8, 2, 5, 4), [(1.0, worlds.Facts(statements=1, **FACTS))]
+def test_rows_depend_on_seed_and_number_alone(evidence):
+    world, kinds = evidence.worlds.NoiseWorld(8, 2, 5, 4), [(1.0, evidence.worlds.Facts(statements=1, **FACTS))]
     first, same, other = (world.rows("train", 5, 64, kinds, seed) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, same))
     assert not np.array_equal(first.tokens, other.tokens)
@@ -83,9 +70,9 @@ def test_random_weights_are_those_of_dense_at_other_tokens():
 
 
 @pytest.mark.parametrize("name", ["extension", "scratch"])
-def test_arms_of_the_recipes_differ_and_can_be_read(miniature, name, monkeypatch):
+def test_arms_of_the_recipes_differ_and_can_be_read(evidence, name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
-    experiment = miniature.read_experiment(RECIPES / f"{name}.yaml")
+    experiment = evidence.miniature.read_experiment(RECIPES / f"{name}.yaml")
     assert experiment.arms["uniform"] == {"weighting": "uniform"}
     assert len({str(arm) for arm in experiment.arms.values()}) == len(experiment.arms)
     for arm in experiment.arms.values():
@@ -95,25 +82,25 @@ def test_arms_of_the_recipes_differ_and_can_be_read(miniature, name, monkeypatch
     assert len({tuple(unit) for unit in experiment.units}) == len(experiment.units) >= 3
 
 
-def test_a_frontier_is_what_no_other_point_dominates_and_its_area_that_of_its_steps(frontier):
+def test_a_frontier_is_what_no_other_point_dominates_and_its_area_that_of_its_steps(evidence):
     points = [(0.1, 3.0), (0.2, 2.0), (0.3, 2.5), (0.4, 1.0)]
-    assert frontier.front(points) == [(0.1, 3.0), (0.2, 2.0), (0.4, 1.0)]
-    assert frontier.at_price(points, 0.3) == pytest.approx(1.5)
-    assert (frontier.at_price(points, 0.0), frontier.at_price(points, 9.0)) == (3.0, 1.0)
+    assert evidence.frontier.front(points) == [(0.1, 3.0), (0.2, 2.0), (0.4, 1.0)]
+    assert evidence.frontier.at_price(points, 0.3) == pytest.approx(1.5)
+    assert (evidence.frontier.at_price(points, 0.0), evidence.frontier.at_price(points, 9.0)) == (3.0, 1.0)
     grid = list(itertools.product(np.arange(0.005, 0.5, 0.01), np.arange(0.05, 4, 0.1)))
     inside = sum(any(x > a and y > b for a, b in points) for x, y in grid)
-    assert frontier.hypervolume(points, 0.5, 4.0) == pytest.approx(inside * 0.01 * 0.1, rel=0.03)
-    assert frontier.hypervolume([(0.6, 1.0), (0.1, 5.0)], 0.5, 4.0) == 0
+    assert evidence.frontier.hypervolume(points, 0.5, 4.0) == pytest.approx(inside * 0.01 * 0.1, rel=0.03)
+    assert evidence.frontier.hypervolume([(0.6, 1.0), (0.1, 5.0)], 0.5, 4.0) == 0
 
 
-def test_an_interval_is_student_s(frontier):
-    mean, width = frontier.interval([1.0, 2.0, 4.0])
+def test_an_interval_is_student_s(evidence):
+    mean, width = evidence.frontier.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)
     assert width == pytest.approx(4.303 * math.sqrt(7 / 3 / 3), rel=1e-9)  # variance 7 / 3 of three
-    assert math.isnan(frontier.interval([1.0])[1])
+    assert math.isnan(evidence.frontier.interval([1.0])[1])
 
 
-def test_measures_are_means_over_bins_of_distance_and_over_tokens(frontier):
+def test_measures_are_means_over_bins_of_distance_and_over_tokens(evidence):
     measured = {
         "distance": [10, 130, 140, 200, 400, 130],
         "older": [1, 1, 2, 1, 1, 0],
@@ -122,7 +109,7 @@ def test_measures_are_means_over_bins_of_distance_and_over_tokens(frontier):
         "short": [[4.0, 2], [2.0, 1]],
         "beyond": [[9.0, 3], [1.0, 1]],
     }
-    found = frontier.measures(measured)
+    found = evidence.frontier.measures(measured)
     assert found["far_last"] == pytest.approx((2 + 5 + 6) / 3)
     assert found["far_last_right"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert (found["far_only"], found["near"], found["short"], found["beyond"]) == (7.0, 9.0, 2.0, 2.5)
@@ -130,11 +117,11 @@ def test_measures_are_means_over_bins_of_distance_and_over_tokens(frontier):
 
 
 @pytest.mark.parametrize("weighting", [Dense(0.5), Gain(0.25), LongCE(3.0)], ids=str)
-def test_the_predicted_price_is_what_the_optimum_of_the_weighted_loss_costs(price, weighting):
+def test_the_predicted_price_is_what_the_optimum_of_the_weighted_loss_costs(evidence, weighting):
     torch.manual_seed(0)
     long, short = -torch.randn(2, 6, 5, dtype=torch.float64).log_softmax(dim=2)
     targets = torch.randint(5, (6,))
-    weights, p = price.weights_of_all(weighting, long, short, targets), (-long).exp()
+    weights, p = evidence.price.weights_of_all(weighting, long, short, targets), (-long).exp()
     own = weights.gather(1, targets[:, None])[:, 0]
     mask = torch.ones(1, 6, dtype=torch.bool)
     of_targets = (values.gather(1, targets[:, None])[:, 0][None] for values in (long, short))
@@ -150,33 +137,33 @@ def test_the_predicted_price_is_what_the_optimum_of_the_weighted_loss_costs(pric
 
     optimizer.step(closure)
     paid = (p * (p.log() - logits.detach().log_softmax(dim=1))).sum(dim=1)
-    torch.testing.assert_close(price.price(weights, long), paid, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(evidence.price.price(weights, long), paid, rtol=1e-4, atol=1e-6)
 
 
-def test_what_selects_tokens_has_no_finite_price(price):
+def test_what_selects_tokens_has_no_finite_price(evidence):
     long, short = -torch.randn(2, 6, 5, dtype=torch.float64).log_softmax(dim=2)
-    weights = price.weights_of_all(Sparse(0.2), long, short, torch.randint(5, (6,)))
-    assert price.price(weights, long).isinf().any() or (weights > 0).all()
+    weights = evidence.price.weights_of_all(Sparse(0.2), long, short, torch.randint(5, (6,)))
+    assert evidence.price.price(weights, long).isinf().any() or (weights > 0).all()
 
 
 @pytest.mark.slow
-def test_arms_resume_and_a_rerun_of_one_is_the_same(miniature, frontier, tmp_path, monkeypatch):
+def test_arms_resume_and_a_rerun_of_one_is_the_same(evidence, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
-    whole = miniature.read_experiment(RECIPES / "scratch.yaml")
+    whole = evidence.miniature.read_experiment(RECIPES / "scratch.yaml")
     train = dataclasses.replace(whole.train, steps=4, batch=4)
     small = dataclasses.replace(whole, train=train, held_out={**whole.held_out, "rows": 8}, every=2)
-    monkeypatch.setattr(miniature, "read_experiment", lambda path: small)
+    monkeypatch.setattr(evidence.miniature, "read_experiment", lambda path: small)
     out = tmp_path / "out"
-    miniature.main(RECIPES / "scratch.yaml", out=out, units=2)
+    evidence.miniature.main(RECIPES / "scratch.yaml", out=out, units=2)
     records = {path.name: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
     assert len(records) == 2 * len(whole.arms)
     chosen = out / "runs" / "dense-.75-model1-seed1.json"
     chosen.unlink()
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    miniature.main(RECIPES / "scratch.yaml", out=out, units=2)
+    evidence.miniature.main(RECIPES / "scratch.yaml", out=out, units=2)
     assert json.loads(chosen.read_text())["measured"] == records[chosen.name]["measured"]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert list(frontier.read_runs(out)["oracle-.5"]) == [(0, 0), (1, 1)]
+    assert list(evidence.frontier.read_runs(out)["oracle-.5"]) == [(0, 0), (1, 1)]
     changed = dataclasses.replace(small, every=0)
     with pytest.raises(ValueError, match="other settings"):
-        miniature.begin(changed, out)
+        evidence.miniature.begin(changed, out)

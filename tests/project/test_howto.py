@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import jaxtyping
 import pytest
 import torch
+import yaml
 
 import models
 from texts import EXCERPT, trained_tokenizer
@@ -24,7 +26,7 @@ BEGIN = {"first-run-on-your-texts": "texts", "mixtures": "texts"}
 SMALL = {
     "32768": "64", "16384": "32", "8192": "16", "4096": "12", "2048": "8", "240": "2", "100": "20",
 }  # fmt: skip
-LONG = ("choosing", "reading-results")
+LONG = ("choosing", "cluster", "reading-results")
 """Pages whose commands take long."""
 every_page = pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES])
 
@@ -86,6 +88,8 @@ def place(page, request, tmp_path, monkeypatch):
     shutil.copytree(request.getfixturevalue(BEGIN.get(page, "made")), tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.setattr(doctor, "examine", lambda: iter([("torch", torch.__version__)]))  # has tests of its own
     if not any(" --out run " in f"{text} " for _, text, _ in blocks(page)) and (tmp_path / "trained").exists():
         (tmp_path / "trained").rename(tmp_path / "run")
@@ -94,17 +98,19 @@ def place(page, request, tmp_path, monkeypatch):
 
 @every_page
 def test_what_a_page_says_to_type_works(page, place, unchecked, capsys):
+    printed = ""
     for language, text, before in blocks(page):
         if language == "console":
             for program, *words in commands(smaller(text), "$ "):
                 if program == "tokenweight":
                     extra = {"eval": ["--probes", "none"], "plan": ["--lengths", "none"]}.get(words[0], [])
                     assert cli.main([*words, *extra]) == 0, (words, capsys.readouterr().err)
+                    printed = capsys.readouterr().out
                 else:
                     assert program == "pip"
         elif language == "python":
             code = compile(smaller(text), page, "exec")
-            if "needs a network" not in before:
+            if not re.search("[Nn]eeds a (network|Ray cluster)", before):
                 exec(code, {})
         elif language == "bash":
             assert re.search(r"\b[Nn]eeds ", text + (HOWTO / f"{page}.md").read_text().split("\n\n")[1])
@@ -112,11 +118,21 @@ def test_what_a_page_says_to_type_works(page, place, unchecked, capsys):
             for words in commands(re.sub(r"\$SLURM_ARRAY_TASK_ID", "0", text)):
                 if "tokenweight" in words and "--print-completion" not in words:
                     cli.parse(words[words.index("tokenweight") + 1 :])
+        elif language == "yaml" and page == "cluster":
+            (container,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
+            *_, command = container["command"]
+            cli.parse(shlex.split(command.replace("$JOB_COMPLETION_INDEX", "0"))[1:])
+        elif language == "" and page == "cluster":
+            assert text.splitlines()
+            assert [
+                line for line in text.splitlines() if line not in [one.rstrip() for one in printed.splitlines()]
+            ] == []
 
 
 @every_page
 def test_a_page_is_short_and_listed(page):
-    assert len((HOWTO / f"{page}.md").read_text().splitlines()) <= 60
+    text = (HOWTO / f"{page}.md").read_text()
+    assert len(" ".join(text.split("```")[::2]).split()) <= 900 if page == "cluster" else len(text.splitlines()) <= 60
     assert f"howto/{page}.md" in (ROOT / "mkdocs.yml").read_text()
     assert f"({page}.md)" in (HOWTO / "index.md").read_text() or page == "index"
 

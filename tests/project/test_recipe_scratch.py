@@ -66,6 +66,7 @@ def test_its_commands_train_from_scratch_with_weights_from_the_first_step(place,
     assert record["scores"] == "count:order=4,vocab_size=262144"
 
 
+@pytest.mark.slow
 def test_it_is_planned_and_has_the_size_that_its_name_says(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     settings = TrainSettings(**read_recipe(RECIPE))

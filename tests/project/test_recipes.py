@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import models
 from texts import EXCERPT, trained_tokenizer
 from tokenweight import cli
 from tokenweight.method import parse_weighting
-from tokenweight.plan import Hardware, plan
+from tokenweight.plan import Hardware, plan, shapes
 from tokenweight.train import TrainSettings, read_recipe, training_arguments
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -190,22 +190,63 @@ SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 
 
 def planned(recipe, folder, monkeypatch, *, num_layers=None, **hardware):
-    """The plan of a recipe as it stands, from the config of its model alone."""
+    """The plan of a recipe as it stands, where its model is gated."""
     settings = TrainSettings(**read_recipe(FOLDER / f"{recipe}.yaml"))
-    kind, layers, positions, sizes = SHAPES[settings.model]
-    shape = {**dict(zip(SIZES, sizes, strict=True)), "num_hidden_layers": num_layers or layers}
-    shape |= {"max_position_embeddings": positions, "tie_word_embeddings": kind == "qwen2"}
-    AutoConfig.for_model(kind, **shape).save_pretrained(folder / settings.model)
-    monkeypatch.chdir(folder)
-    return plan(settings, hardware=Hardware(**hardware))
+    known = json.loads(shapes._SHAPES.read_text())
+    known[settings.model] |= {} if num_layers is None else {"num_hidden_layers": num_layers}
+    (folder / "shapes.json").write_text(json.dumps(known))
+    monkeypatch.setattr(shapes, "_SHAPES", folder / "shapes.json")
+    monkeypatch.setattr(shapes, "load_config", mock.Mock(side_effect=ValueError("gated")))
+    budget = plan(settings, hardware=Hardware(**hardware))
+    assert budget.notes[0].startswith(f"{settings.model}: no config was found")
+    return budget
 
 
 @every_recipe
-def test_a_recipe_is_planned_without_further_options(recipe, tmp_path, monkeypatch):
+def test_a_recipe_is_planned_without_further_options_or_a_network(recipe, tmp_path, monkeypatch):
     budget = planned(recipe, tmp_path, monkeypatch, num_layers=2, gpu="H100")
     prepare = next(run.commands[0] for run in RUNS.values() if run.recipe == recipe)
     assert budget.length == int(options_of(prepare)["length"])
     assert budget.run[0].hours > 0
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_shape_of_every_model_is_known_without_its_config(name, monkeypatch):
+    monkeypatch.setattr(shapes, "load_config", mock.Mock(side_effect=ValueError("no network")))
+    config, kept = shapes.find_config(name)
+    assert kept
+    _, _, rope, _ = MODELS[name]
+    found = {**config.rope_parameters, "original_max_position_embeddings": None}
+    assert found.items() >= {**rope, "original_max_position_embeddings": None}.items()
+    if name in SHAPES:
+        kind, layers, positions, sizes = SHAPES[name]
+        assert (config.model_type, config.num_hidden_layers, config.max_position_embeddings) == (
+            kind,
+            layers,
+            positions,
+        )
+        assert tuple(getattr(config, size) for size in SIZES) == sizes
+    for known, revision in ((name, "v2"), ("no/such-model", None)):
+        with pytest.raises(ValueError, match="no network"):
+            shapes.find_config(known, revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", 8030.3),
+        ("meta-llama/Llama-3.2-1B", 1235.8),
+        ("meta-llama/Llama-3.2-3B", 3212.7),
+        ("meta-llama/Llama-2-7b-hf", 6738.4),
+        ("microsoft/phi-2", 2779.7),
+        ("Qwen/Qwen2.5-0.5B", 494.0),
+    ],
+)
+def test_a_known_shape_has_the_parameters_that_are_published(name, millions, monkeypatch):
+    monkeypatch.setattr(shapes, "load_config", mock.Mock(side_effect=ValueError("no network")))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes.find_config(name)[0])
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.slow  # of all layers

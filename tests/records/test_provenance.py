@@ -8,15 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tokenweight.records import environment, provenance, read_provenance, write_json
-
-
-def test_the_provenance_of_scores_goes_before_that_of_rows(tmp_path):
-    assert read_provenance(tmp_path) == {}
-    write_json(tmp_path / "rows.json", {"length": 3})
-    assert read_provenance(tmp_path) == {"length": 3}
-    write_json(tmp_path / "scores.json", {"size": 2})
-    assert read_provenance(str(tmp_path)) == {"size": 2}
+from tokenweight.records import environment, provenance
 
 
 def test_the_environment_has_command_versions_device_and_time(monkeypatch):

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 import models
 from tokenweight import Scorer, ShortContext, with_weighted_loss
 from tokenweight.cli import main
+from tokenweight.models import Distillation, Teacher
 from tokenweight.train import DataCollatorWithScores, prepare_engine, training_arguments
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a 64th": {"weighting": "a 64th", "scorer": "stored"},
     "history": {"weighting": "history", "scorer": "stored"},
     "sparse, of the scorer": {"weighting": "sparse", "scorer": "stored", "contrast": "scorer"},
+    "dense, taught": {"weighting": "dense", "scorer": "stored", "taught": True},
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -57,6 +59,9 @@ PLANS = {
     "fsdp2, checkpointing": ["longce, self"],
     "fsdp2, from rank 0": ["dense, self, tied, checkpointing"],
 }
+HSDP = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+HSDP |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+"""What `accelerate launch` sets for four processes that hold two copies of a model, each in two shards."""
 ORIGINAL = PartialState.__init__
 
 
@@ -108,6 +113,7 @@ def fit(
     kind: str = "llama",
     dtype: torch.dtype = torch.float64,
     contrast: str = "trained",
+    taught: bool = False,
     **given: Any,
 ) -> Run:
     """Three steps of AdamW on rows of different lengths, two rows together in all processes."""
@@ -115,10 +121,11 @@ def fit(
     model = models.tiny(kind, dtype=dtype)
     # Two windows at a time, so that a process with longer rows has more passes to run.
     scoring = Scorer(model, ShortContext(8, 5), max_tokens=16) if scorer == "self" else None
-    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring, contrast=contrast)
+    teaching = Distillation(0.5, Teacher(models.tiny(kind, seed=3, dtype=dtype), top_k=5)) if taught else None
+    model = with_weighted_loss(model, WEIGHTINGS[weighting], scoring, contrast=contrast, distillation=teaching)
     watch = Watch(model)
     settings = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    batch = 2 // int(os.environ.get("WORLD_SIZE", "1"))
+    batch = max(1, 2 // int(os.environ.get("WORLD_SIZE", "1")))
     with tempfile.TemporaryDirectory() as out:
         given = {**settings, "disable_tqdm": True, "per_device_train_batch_size": batch, **ENGINES[engine], **given}
         trainer = Trainer(
@@ -168,9 +175,13 @@ def command(engine: str, words: list[str]) -> None:
 
 if __name__ == "__main__":
     found, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
-    results = {(engine, case): fit(engine, **CASES[case]) for engine in PLANS for case in PLANS[engine]}
-    half = {"weighting": "longce", "scorer": "stored", "dtype": torch.float32, "bf16": True}
-    results["fsdp2", "bf16"] = fit("fsdp2", **half)
+    results: dict[Any, Run]
+    if os.environ["WORLD_SIZE"] == "4":
+        results = {case: fit("fsdp2", **CASES[case]) for case in ("dense", "sparse, self, in parts")}
+    else:
+        results = {(engine, case): fit(engine, **CASES[case]) for engine in PLANS for case in PLANS[engine]}
+        half = {"weighting": "longce", "scorer": "stored", "dtype": torch.float32, "bf16": True}
+        results["fsdp2", "bf16"] = fit("fsdp2", **half)
     for engine, words in commands:
         command(engine, words)
     if torch.distributed.get_rank() == 0:

@@ -171,7 +171,8 @@ def _signal_at(at, send):
 
 
 def _fork(folder, argv, streams, at, send, limit, small, environment):
-    from tokenweight.data import prepare, score
+    from tokenweight.data import prepare
+    from tokenweight.data.score import write
 
     for number, name in enumerate(streams, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -180,7 +181,7 @@ def _fork(folder, argv, streams, at, send, limit, small, environment):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have begun with it ignored
     for name, value in SMALL.items() if small else ():
         module, _, setting = name.partition(".")
-        setattr({"prepare": prepare, "score": score}[module], setting, value)
+        setattr({"prepare": prepare, "score": write}[module], setting, value)
     if at is not None:
         _signal_at(at, send)
     if limit is not None:
@@ -204,11 +205,12 @@ def _serve():
     """Answer requests on standard input: a command, with its process id; a process id, with its exit status."""
     from tokenweight import cli, load_model
     from tokenweight.cli import demo
-    from tokenweight.data import prepare, score
+    from tokenweight.data import prepare
+    from tokenweight.data.score import write
     from tokenweight.records import provenance
     from tokenweight.train import run
 
-    assert all((demo, prepare, score, run))  # imported before the first fork, as all that is warmed here
+    assert all((demo, prepare, write, run))  # imported before the first fork, as all that is warmed here
     provenance.source_commit = lambda: None  # it takes longer than all else
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         models.tiny().save_pretrained(folder)

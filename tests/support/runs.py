@@ -19,9 +19,10 @@ def packed(rows, *groups):
     return datasets.Dataset.from_dict(columns)
 
 
-def torchrun(*words, **environ):
-    """Run Python with these words in two processes, which have to succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+def torchrun(*words, processes=2, **environ):
+    """Run Python with these words in two or more processes, which have to succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += map(str, words)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

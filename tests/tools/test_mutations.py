@@ -60,7 +60,7 @@ def test_of_two_mutations_the_one_that_no_test_notices_survives_and_what_is_know
         ({"file": "src/gone.py"}, "occurs 0 times in src/gone.py"),
         ({"new": "a > b"}, "expected another text"),
         ({"tests": ["tests/test_gone.py"]}, "expected a file of tests"),
-        ({"new": "a >"}, "expected tests that run"),
+        pytest.param({"new": "a >"}, "expected tests that run", marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_fit_the_tree_is_refused(changes, message, tree, capsys):

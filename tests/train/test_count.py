@@ -52,7 +52,7 @@ def fit(settings, scorer, folders, **changes):
 
 
 @pytest.mark.parametrize("weighting", ["dense", "sparse:keep=0.4", PROPER])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_without_stored_scores_is_that_with_stored_ones_however_many_workers_read(
     weighting, workers, folders, short_run
 ):

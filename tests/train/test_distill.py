@@ -1,6 +1,7 @@
 """Distillation in runs: settings, stored and live teachers, its last step, and the same in TRL's trainer."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainerCallback
 
 import models
 from tokenweight.data import load_scores, score_folder
+from tokenweight.models import load_model, weights_fingerprint
 from tokenweight.train import resolve, train
 from tokenweight.train.trl import TokenWeightedSFTConfig, TokenWeightedSFTTrainer
 
@@ -39,6 +41,11 @@ def test_a_stored_teacher_teaches_as_the_live_one_until_its_last_step(short_run,
     of_stored = losses(stored, distill={"weight": "0.5"})
     of_live = losses(short_run, distill={"weight": 0.5, "teacher": str(taught / "teacher"), "top_k": 5})
     assert of_stored == pytest.approx(of_live, rel=1e-4)
+    teacher = (
+        f"`{taught}/teacher`, frozen, fingerprint of its weights {weights_fingerprint(load_model(taught / 'teacher'))}"
+    )
+    cards = [path.read_text() for path in Path(short_run.out).parent.glob("*/README.md")]
+    assert len(cards) == sum(f"| {teacher}, its 5 likeliest tokens, weight 0.5 |" in card for card in cards) == 2
     alone = losses(stored)
     assert of_stored[0] != pytest.approx(alone[0], rel=1e-3)
     ended = losses(stored, distill={"weight": 0.5, "steps": 2})
@@ -78,17 +85,19 @@ def test_the_trainer_of_trl_hears_the_same_teacher(taught, corpus, monkeypatch, 
     settings = {"max_steps": 2, "logging_steps": 1.0, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     settings |= {"bf16": False, "disable_tqdm": True, "learning_rate": 1e-2}
     trained_tokenizer().save_pretrained(taught / "teacher")
-    given = {"stored": {}, str(taught / "teacher"): {"distill_top_k": 5}}
-    for teacher, more in given.items():
+    live = str(taught / "teacher")
+    for teacher, more in (("stored", {}), (live, {"distill_top_k": 5}), ("stored", {"distill_steps": 1})):
         teaching = {"distill_weight": 0.5, "distill_teacher": teacher, **more}
         arguments = TokenWeightedSFTConfig(str(tmp_path / "run"), **settings, **teaching)
         data = rows if teacher == "stored" else rows.remove_columns(["teacher_ids", "teacher_logprobs"])
         model = models.tiny(dtype=torch.float32)
         trainer = TokenWeightedSFTTrainer(model, arguments, data, processing_class=trained_tokenizer())
         trainer.train()
-        found[teacher] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    first, second = found.values()
+        found[teacher, *more] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    first, second, ended = found.values()
     assert first == pytest.approx(second, rel=1e-4)
+    assert ended[0] == first[0]
+    assert abs(ended[1] - first[1]) > 1e-3
     bare, arguments = (
         load_scores(corpus / "scored-long")[0],
         TokenWeightedSFTConfig(str(tmp_path / "run"), **settings, distill_weight=0.5),
@@ -97,3 +106,5 @@ def test_the_trainer_of_trl_hears_the_same_teacher(taught, corpus, monkeypatch, 
         TokenWeightedSFTTrainer(models.tiny(), arguments, bare, processing_class=trained_tokenizer())
     with pytest.raises(ValueError, match=r"distill\.weight 7"):
         TokenWeightedSFTConfig(str(tmp_path / "run"), **settings, distill_weight=7.0)
+    with pytest.raises(ValueError, match=r"distill\.weight None"):
+        TokenWeightedSFTConfig(str(tmp_path / "run"), **settings, distill_steps=3)

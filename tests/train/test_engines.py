@@ -89,6 +89,21 @@ def test_two_processes_make_the_steps_of_one(engine, case, ran, alone):
 
 
 @pytest.mark.slow
+def test_hsdp_of_two_shards_in_two_copies_makes_the_steps_of_one_process(tmp_path):
+    torchrun(Path(engines.__file__), tmp_path / "found.pt", "[]", processes=4, **engines.HSDP)
+    num_processes, found = torch.load(tmp_path / "found.pt")
+    assert num_processes == 4
+    for case, run in found.items():
+        run, expected = Run(**run), fit("alone", **CASES[case], per_device_train_batch_size=4)
+        assert run.sharded
+        assert run.losses == pytest.approx(expected.losses, **SAME_LOSSES)
+        for gradients, others in zip(run.gradients, expected.gradients, strict=True):
+            assert_same(gradients, others, **SAME_GRADIENTS)
+        assert_same(run.trained, expected.trained, **SAME_TRAINED)
+    assert len(found) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["alone", "ddp", "fsdp2"])
 def test_weights_of_a_64th_scale_the_gradient_by_a_64th_exactly(engine, ran, alone):
     small, whole = (alone[case] if engine == "alone" else ran.found[engine, case] for case in ("a 64th", "uniform"))
@@ -186,6 +201,23 @@ def test_several_gpus_in_one_process_are_refused(unchecked):
     trainer, _ = bound()
     trainer.args.n_gpu = 4
     with pytest.raises(ValueError, match=r"4 GPUs in one process: expected one, as under `torchrun --nproc-per-node 4"):
+        prepare_engine(trainer)
+
+
+@pytest.mark.parametrize(
+    ("config", "deepspeed", "message"),
+    [
+        ({"tp_size": 2}, {}, "parallelism_config has tp_size 2: .* no tensor parallelism"),
+        ({"sp_size": 4}, {}, "parallelism_config has sp_size 4: .* no sequence parallelism"),
+        ({}, {"tensor_parallel": {"autotp_size": 2}}, "deepspeed has autotp_size 2"),
+    ],
+)
+def test_tensor_and_sequence_parallelism_are_refused(config, deepspeed, message, unchecked):
+    trainer, _ = bound()
+    trainer.accelerator.parallelism_config = SimpleNamespace(**{"tp_size": 1, "sp_size": 1, "cp_size": 2, **config})
+    trainer.accelerator.state.deepspeed_plugin = SimpleNamespace(deepspeed_config=deepspeed)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=message):
         prepare_engine(trainer)
 
 

@@ -152,6 +152,7 @@ def test_two_processes_make_the_steps_of_one(by_length, tmp_path):
         assert line == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fits"), [("llama", True), ("gpt2", False)])
 def test_a_model_of_128_rotary_positions_predicts_128_tokens_of_129(kind, fits, short_run, tmp_path):
     models.tiny(kind, dtype=torch.float32, vocab_size=300).save_pretrained(tmp_path / "model")

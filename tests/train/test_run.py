@@ -277,6 +277,7 @@ def test_a_checkpoint_is_resumed_from_by_its_name_in_the_folder(settings):
         train(dataclasses.replace(settings, trainer=gone))
 
 
+@pytest.mark.slow
 def test_the_record_of_a_resumed_run_repeats_the_run_that_was_made(settings, tmp_path):
     train(settings)
     longer = {**settings.trainer, "max_steps": 6, "resume_from_checkpoint": "true"}

@@ -66,7 +66,7 @@ def test_a_resumed_adapter_ends_as_if_undisturbed(adapted):
         assert torch.equal(weight, whole[name]), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"scorer": "self", "data": "long"}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"scorer": "self", "data": "long"}, marks=pytest.mark.slow)])
 def test_the_best_adapter_is_loaded_at_the_end(changes, adapted, corpus):
     changes = {name: str(corpus / value) if name == "data" else value for name, value in changes.items()}
     given = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "load_best_model_at_end": True, "max_steps": 5}
@@ -111,6 +111,7 @@ def test_without_peft_the_command_that_installs_it_is_named(short_run, monkeypat
         resolve(dataclasses.replace(short_run, lora=LORA))
 
 
+@pytest.mark.slow
 def test_the_base_of_the_adapter_scores_as_a_frozen_copy_of_it_does(adapted, corpus, tmp_path):
     lora = {**LORA, "dropout": 0.0}
     given = dataclasses.replace(adapted, data=str(corpus / "long"), size=10, stride=7, lora=lora)
@@ -130,6 +131,7 @@ def test_a_base_that_is_trained_is_no_frozen_scorer(lora, found, adapted, corpus
         resolve(dataclasses.replace(adapted, data=str(corpus / "long"), scorer="base", lora=lora))
 
 
+@pytest.mark.slow
 def test_the_seed_of_the_run_draws_the_adapter(adapted, tmp_path):
     found = []
     for number, seed in enumerate((3, 3, 4)):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -15,8 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from tokenweight.records import read_json
-from tokenweight.train import Mixture, TrainSettings, read_recipe, resolve, train
-from tokenweight.train.sequences import SOURCE
+from tokenweight.train import DataCollatorWithScores, Mixture, TrainSettings, read_recipe, resolve, train
+from tokenweight.train.sequences import SOURCE, name_row
 
 
 def some_folders(*lengths):
@@ -51,6 +52,28 @@ def test_no_sequence_of_a_folder_comes_twice_before_all_have_come_and_each_pass_
         assert len(passes) > 3
         assert all(sorted(part) == list(range(num)) for part in passes)
         assert len({tuple(part) for part in passes}) > 2
+
+
+def test_arrays_that_cannot_be_written_become_batches_without_a_warning(monkeypatch):
+    names = ("input_ids", "labels", "position_ids", "short_nll")
+    row = {name: np.arange(1, 6, dtype=np.float32 if name == "short_nll" else np.int64) for name in names}
+    expected = DataCollatorWithScores()([row])
+    for values in row.values():
+        values.flags.writeable = False
+    torch.set_warn_always(True)  # torch gives this warning once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batch = DataCollatorWithScores()([row])
+            named = name_row(
+                datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5]]}), *batch["input_ids"], *batch["labels"], 0
+            )
+    finally:
+        torch.set_warn_always(False)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert named == "row 0 of the data"
+    batch["input_ids"][0, 0] = 7
+    assert row["input_ids"][0] == 1
 
 
 def test_an_epoch_has_as_many_tokens_as_all_folders_and_the_next_goes_on():
@@ -108,9 +131,8 @@ class Seen(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "checkpoint", [pytest.param(8, marks=pytest.mark.slow), 16, pytest.param(24, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [8, 16, 24])
 def test_a_mixture_that_was_resumed_ends_as_if_undisturbed(checkpoint, mixed, tmp_path):
     trained = train(mixed)
     again = dataclasses.replace(mixed, out=str(tmp_path / "again"))

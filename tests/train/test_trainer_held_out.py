@@ -67,6 +67,7 @@ def test_losses_are_those_of_all_tokens_whatever_the_batches(scored, batch, shor
     assert found[2] == pytest.approx(expected(at_two, folder, scored=scored), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_scores_itself_weighs_held_out_sequences_without_scores(short_run, corpus):
     settings = dataclasses.replace(short_run, data=str(corpus / "long"), scorer="self", eval_data=str(corpus / "mixed"))
     train(settings)

@@ -94,6 +94,7 @@ def test_training_is_that_of_the_plain_trainer(weighting, scored, kwargs, tmp_pa
     assert_same(trainer, plain(tmp_path, rows, weighting, scored=scored))
 
 
+@pytest.mark.slow
 def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain_trainer(tmp_path):
     rows = with_scores(some_rows())
     for weighting, contrast in (("dense", "scorer"), ("models.ByColumns", "trained")):
@@ -105,7 +106,8 @@ def test_weights_of_the_scorers_pair_and_of_other_columns_are_those_of_the_plain
         sft(tmp_path, some_rows(), "models.ByColumns")
 
 
-@pytest.mark.parametrize("weighting", ["expected(gain)", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["expected(gain)", "dense"])
 def test_scores_by_counts_while_sequences_are_read_are_the_stored_ones(weighting, tmp_path):
     rows = packed(some_rows((17, 9, 21, 30, 12), scored=False), [1, 0], [2], [3], [1, 2, 4])
     rows.save_to_disk(str(tmp_path / "rows"))
@@ -309,6 +311,16 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 .*, or CUDA_VISIBLE_DEVICES=0"):
         sft(tmp_path, some_rows((30,) * 4))
+
+
+def test_engines_are_prepared_and_split_sequences_are_refused(monkeypatch, tmp_path):
+    prepared = []
+    monkeypatch.setattr("tokenweight.train.trl.prepare_engine", prepared.append)
+    trainer = sft(tmp_path, some_rows())
+    assert prepared == [trainer]
+    monkeypatch.setattr("tokenweight.train.trl.context_mesh", lambda accelerator: object())
+    with pytest.raises(ValueError, match=r"parallelism_config: .*expected 1, or tokenweight.train.WeightedTrainer"):
+        sft(tmp_path, some_rows())
 
 
 def test_arguments_of_other_trainers_are_refused(unchecked, tmp_path):

@@ -127,6 +127,7 @@ def test_tables_by_position_and_kind_are_those_of_python_and_only_the_first_sett
     assert "mean weight 1.00 · 80.3% weigh 0 · effective tokens 47.0 of 239 (19.7%)" in shown[0] or name == "packed"
 
 
+@pytest.mark.slow
 def test_every_chart_of_scores_says_of_how_many_sequences_it_is(runs, tmp_path):
     page = written(runs, tmp_path, "scored")
     notes = [text_of(part.split("</p>")[0]) for part in page.split("</figcaption>")[1:]]

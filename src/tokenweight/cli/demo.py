@@ -74,7 +74,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     trained = train.train(settings)
     say("Reading the held-out message again: loss by position, in nats")
     rows = data.load_rows(out / "held-out")
-    tokens, before = (torch.stack([torch.as_tensor(row) for row in rows[name]]) for name in ("input_ids", "long_nll"))
+    tokens, before = (torch.stack([torch.tensor(row) for row in rows[name]]) for name in ("input_ids", "long_nll"))
     after = torch.cat([models.token_nll(trained, one[None].to(trained.device)).cpu() for one in tokens.long()])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False

@@ -1,7 +1,9 @@
 """The command `prepare`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,16 +74,9 @@ class Prepare:
         complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {**data.tokenizer_note(tokenizer, self.tokenizer), **self._provenance(sources, text_column)}
-        documents = self._documents(sources, text_column)
-        with progress_bar("characters") as advance:
-
-            def counted() -> Iterator[Any]:
-                for document in documents:
-                    yield document
-                    advance(len(document.text))
-
+        with contextlib.closing(_counted(self._documents(sources, text_column))) as documents:
             summary = data.prepare_rows(
-                counted(),
+                documents,
                 tokenizer,
                 self.length,
                 self.out,
@@ -126,5 +121,20 @@ class Prepare:
             skip_invalid=self.skip_invalid,
         )
         if self.order == "similar":
-            return data.by_similarity(documents, seed=self.seed or 0, folder=self.out.parent)
+            return self._by_similarity(documents)
         return documents if self.seed is None else data.shuffled(documents, self.seed)
+
+    def _by_similarity(self, documents: Iterator[Any]) -> Iterator[Any]:
+        with progress_bar("documents read and compared") as advance:
+            ordered = data.by_similarity(documents, seed=self.seed or 0, folder=self.out.parent, progress=advance)
+            first = list(itertools.islice(ordered, 1))
+        yield from itertools.chain(first, ordered)
+
+
+def _counted(documents: Iterator[Any]) -> Generator[Any]:
+    """The documents, with a progress bar of their characters, once the first is there: order has a bar of its own."""
+    first = list(itertools.islice(documents, 1))
+    with progress_bar("characters") as advance:
+        for document in itertools.chain(first, documents):
+            yield document
+            advance(len(document.text))

@@ -11,6 +11,8 @@ from .dataset import load_scores as load_scores
 from .dataset import noted_contrast as noted_contrast
 from .dataset import open_rows as open_rows
 from .dataset import read_contents as read_contents
+from .dataset import read_prepared as read_prepared
+from .dataset import read_provenance as read_provenance
 from .dataset import row_lengths as row_lengths
 from .dataset import scan_contents as scan_contents
 from .documents import Document as Document
@@ -43,6 +45,7 @@ from .scored_row import score_texts as score_texts
 from .shards import checksum as checksum
 from .shards import verify as verify
 from .stores import Permutation as Permutation
+from .stores import folder_exists as folder_exists
 from .stores import local_folder as local_folder
 from .stores import remote_url as remote_url
 from .stores import stream_rows as stream_rows

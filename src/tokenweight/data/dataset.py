@@ -18,7 +18,7 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
-from tokenweight.data.stores import local_folder, map_rows, map_table
+from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of
 from tokenweight.method import SCORES, Weighting, divergence_kind
 from tokenweight.models import SCORE_OPTIONS, TEACHER
 from tokenweight.records import make_folder, read_json, replaced, writing_to
@@ -174,6 +174,31 @@ def read_contents(folder: str | os.PathLike[str]) -> Contents:
         ValueError: as `load_rows` does.
     """
     return noted_contents(local_folder(folder)) or open_rows(folder)[1]
+
+
+def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was written with a folder of rows or scores, here or at a URL: `scores.json`, else `rows.json`, or nothing.
+
+    Raises:
+        ValueError: if that cannot be read.
+    """
+    found = (read_note_of(folder, name) for name in ("scores.json", "rows.json"))
+    return next((note for note in found if note is not None), {})
+
+
+def read_prepared(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `prepare` has noted of rows with this provenance: of scored ones, in the folder that was scored.
+
+    Nothing, if that folder is gone; with a warning, if it cannot be read.
+    """
+    scored = provenance.get("rows")
+    if not isinstance(scored, str):
+        return provenance
+    try:
+        return read_provenance(scored)
+    except ValueError as error:
+        logger.warning("%s: of which texts the scored rows are made is not known", error)
+        return {}
 
 
 def scan_contents(rows: datasets.Dataset) -> Contents:

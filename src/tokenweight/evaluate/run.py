@@ -16,8 +16,8 @@ from tokenweight.data import (
     Contents,
     check_predicted,
     checksum,
-    local_folder,
     open_rows,
+    read_provenance,
     row_lengths,
     scan_contents,
     text_prefix,
@@ -57,7 +57,7 @@ from tokenweight.models import (
     tokenizer_fingerprint,
     with_dual_chunk,
 )
-from tokenweight.records import differences, environment, new_folder, read_json, read_provenance, write_json
+from tokenweight.records import differences, environment, new_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 _WEIGHTS = "token_weights.npy"
@@ -142,9 +142,7 @@ def _open(settings: EvalSettings) -> _Task:
     aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
     readers = [name for name in loaded if aligned is None or name != evaluator]
     tokenizer = _common_tokenizer(readers, settings)
-    rows = Rows(
-        data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(local_folder(settings.data)))
-    )
+    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
     for name in readers:
         _check_model(name, settings, plan, rows, contents)
         _warn_of_training_data(name, settings, contents)
@@ -196,7 +194,7 @@ def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTraine
 
 def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTokenizerBase | None:
     """The tokenizer of all models that have one; it must be the same, and that of the data."""
-    provenance = read_provenance(local_folder(settings.data))
+    provenance = read_provenance(settings.data)
     found = {name: tokenizer for name in names if (tokenizer := find_tokenizer(name)) is not None}
     for name, tokenizer in found.items():
         check_tokenizer(tokenizer, name, provenance, settings.data)

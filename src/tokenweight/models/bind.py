@@ -105,7 +105,7 @@ def with_weighted_loss(
     Args:
         model: any causal language model of transformers with a decoder and an output head.
         weighting: such as `Dense()`, its text ("sparse:keep=0.1"), or a function of (long, short, mask).
-        scorer: scores sequences that come without columns of scores.
+        scorer: scores sequences that come without columns of scores; the ranks of a context share its windows.
         context: the ranks that split sequences (`context_mesh`). The model then takes `shift_labels`, positions and
             columns of this rank's tokens; without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
         contrast: whose long loss weights are made of: "trained", this model's (the paper), or "scorer", the column
@@ -113,8 +113,8 @@ def with_weighted_loss(
         distillation: mixes the loss with the divergence from a teacher, in training only.
 
     Raises:
-        ValueError: if the weighting or the contrast is not one, or there are a context and a scorer or teacher; if with
-            equal weights, loss and gradient are not the model's own (verified on a few tokens).
+        ValueError: if the weighting or the contrast is not one, or a context does not go with the attention, teacher or
+            divergence; if with equal weights, loss and gradient are not the model's own (verified on a few tokens).
 
     Example:
         >>> model = with_weighted_loss(model, Dense(), Scorer(model, size=1024))  # scores itself
@@ -135,9 +135,14 @@ def with_weighted_loss(
 
 
 def _check_bindable(model: PreTrainedModel, distillation: Distillation | None, context: DeviceMesh | None) -> None:
-    """Raise a ValueError if a model comes too late, or a teacher could not read its sequences, or is the model."""
+    """Raise a ValueError if a model comes too late, or its attention or a teacher would read parts of sequences."""
     if not hasattr(model, "_token_weighting") and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
+    if context is not None and (attention := model.config._attn_implementation) != "sdpa":
+        raise ValueError(
+            f"attn_implementation {attention}: context parallelism puts its ring in place of sdpa alone, and any other "
+            "attention would see this process's tokens only: expected sdpa"
+        )
     if distillation is not None and context is not None:
         raise ValueError(
             "distillation: a teacher reads whole sequences, but context parallelism splits them: expected one of both"
@@ -161,10 +166,10 @@ def _binding(
             f"scorer {scorer}: expected a Scorer; what gives both losses itself scores sequences as they are read: "
             "tokenweight.train.DataCollatorWithScores(scorer, context)"
         )
-    if scorer is not None and context is not None:
+    if scorer is not None and context is not None and weighting.divergence_of is not None:
         raise ValueError(
-            "a scorer reads whole sequences, but context parallelism splits them: score them beforehand "
-            "(`tokenweight score`), and give no scorer"
+            f"weighting {weighting}: where context parallelism splits sequences, no process has the hidden states of "
+            "both contexts: expected the column divergence (`tokenweight score --divergence kl`), and no scorer"
         )
     parts = causal_parts(model)
     taken = [inspect.signature(part.forward).parameters for part in (type(model), parts.decoder)]

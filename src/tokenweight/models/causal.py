@@ -233,17 +233,33 @@ def causal_parts(model: PreTrainedModel) -> CausalParts:
     see each other. What the head trains is looked at every time.
 
     Raises:
-        ValueError: if the model's logits are not its head times its decoder's hidden states, scaled and soft-capped.
+        ValueError: if the model's logits are not its head times its decoder's hidden states, scaled and soft-capped; or
+            if it was loaded in parts.
     """
     if not isinstance(model, PreTrainedModel):
         inner = ": use model.get_base_model(), which it wraps" if hasattr(model, "get_base_model") else ""
         raise ValueError(f"{type(model).__name__} is not a model of transformers{inner}")
+    _check_complete(model)
     output = _output_head(model)
     verified_with = (output, model.config._attn_implementation)
     known = model.__dict__.get("_causal_parts")
     if known is None or known[0] != verified_with:
         known = model._causal_parts = verified_with, _verified_parts(model, output)
     return known[1]
+
+
+def _check_complete(model: PreTrainedModel) -> None:
+    """Raise a ValueError for a model that transformers has split over processes as it loaded it."""
+    config = getattr(model.config, "distributed_config", None)
+    names = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+    sizes = {name: getattr(config, name, None) or 1 for name in names}
+    sizes["tp_size"] = max(sizes["tp_size"], getattr(model, "tp_size", None) or 1)
+    found = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    if found:
+        raise ValueError(
+            f"model: loaded in parts ({', '.join(found)}), as by tp_plan or distributed_config, so that no process has "
+            "its head: expected a complete model, which FSDP2 of a Trainer shards later"
+        )
 
 
 def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:

@@ -1,15 +1,20 @@
 """Context parallelism: sequences split over ranks, gathered where weights need whole sequences."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
-from torch.distributed import all_gather
+from torch.distributed import all_gather, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from tokenweight.method import aligned_with_states, aligned_with_tokens
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class SequenceShard:
     """The place of each token of a sequence among those of all ranks, one rank after the other."""
     columns: Int[Tensor, "batch share"]
     """The tokens of the sequences that this rank holds."""
+    positions: Int[Tensor, "batch seq"]
+    """Of whole sequences, in their order."""
 
     def in_order(self, values: Shaped[Tensor, "batch share"]) -> Shaped[Tensor, "batch seq"]:
         """The values of all ranks in the order of the sequence, not shifted: tokens to tokens, or states to states."""
@@ -104,14 +111,16 @@ def sequence_shard(position_ids: Int[Tensor, "batch share"] | None, mesh: Device
         )
     positions = _gather(position_ids, mesh)
     order = positions.argsort(dim=1)
-    repeated = positions.gather(1, order).diff(dim=1) == 0
+    positions = positions.gather(1, order)
+    repeated = positions.diff(dim=1) == 0
     if repeated.any():
         raise ValueError(
-            f"position_ids of row {repeated.nonzero()[0, 0].item()} repeat: packed documents would see each other "
-            "where the sequence is split over ranks. Expected one document per sequence"
+            f"position_ids of row {repeated.nonzero()[0, 0].item()} repeat: packed documents would see each other in "
+            "torch's ring attention, which is causal and takes no mask, where ranks split a sequence: expected one "
+            "document per sequence"
         )
     first = mesh.get_local_rank() * share
-    return SequenceShard(mesh, order, order.argsort(dim=1)[:, first : first + share])
+    return SequenceShard(mesh, order, order.argsort(dim=1)[:, first : first + share], positions)
 
 
 def context_mesh(accelerator: Any) -> DeviceMesh | None:
@@ -121,6 +130,38 @@ def context_mesh(accelerator: Any) -> DeviceMesh | None:
     """
     config = getattr(accelerator, "parallelism_config", None)
     return accelerator.torch_device_mesh["cp"] if config is not None and config.cp_enabled else None
+
+
+def dealt(items: Sequence[Item], mesh: DeviceMesh) -> Sequence[Item]:
+    """The items that this rank works on. Of items in the order of their size, all ranks get about as much work."""
+    return items[mesh.get_local_rank() :: mesh.size()]
+
+
+def merged(values: Shaped[Tensor, "*shape"], mesh: DeviceMesh) -> Shaped[Tensor, "*shape"]:
+    """What all ranks found, to the bit: each value was found by one of them, and is 0 or False at the others."""
+    total = values.to(torch.uint8) if values.dtype == torch.bool else values.clone()
+    _sum(total, mesh)
+    return total.to(values.dtype)
+
+
+@contextlib.contextmanager
+def attention_within_rank() -> Iterator[None]:
+    """Attention over what this process holds, also where torch's `context_parallel` has put a ring over all ranks in
+    its place: for passes over tokens that this process has to itself.
+
+    Source: torch 2.13, `_distribute_function` of `torch.distributed.tensor.experimental._context_parallel`, which
+    replaces this attribute of `torch.nn.functional`; transformers 5 looks it up at each call.
+    """
+    ring = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = ring
+
+
+def _sum(values: Tensor, mesh: DeviceMesh) -> None:
+    all_reduce(values, group=mesh.get_group())
 
 
 def _gather(values: Shaped[Tensor, "batch share"], mesh: DeviceMesh) -> Shaped[Tensor, "batch seq"]:

@@ -84,9 +84,19 @@ class Batch:
 
     @functools.cached_property
     def real(self) -> Bool[Tensor, "batch seq"] | None:
-        """False at padding; None without any, and where a mask does not speak of single tokens."""
+        """False at padding, of whole sequences; None without any, and where a mask does not speak of single tokens."""
         mask = self.attention_mask
-        return mask != 0 if mask is not None and self.share is None and mask.shape == self.tokens.shape else None
+        if mask is None or mask.shape != self.tokens.shape:
+            return None
+        return mask != 0 if self.share is None else self.share.in_order((mask != 0).to(torch.uint8)) != 0
+
+    @functools.cached_property
+    def read_by_scorer(self) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens of whole sequences, and their positions and attention mask by name."""
+        if self.share is None:
+            return self.tokens, {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
+        of_all = {"position_ids": self.share.positions, "attention_mask": self.real}
+        return self.share.in_order(self.tokens), of_all
 
     @functools.cached_property
     def mask(self) -> Bool[Tensor, "batch seq"]:
@@ -123,21 +133,21 @@ class Batch:
         num_wrong, num_predicted, padding = torch.stack([places.sum(), self.mask.sum(), padded.long()]).tolist()
         if num_wrong:
             raise self._error(places, [*wrong], scorer)
-        batch = self if padding else dataclasses.replace(self, attention_mask=None)
         if self.share is not None:
-            return batch, None
+            return self, None
+        batch = self if padding else dataclasses.replace(self, attention_mask=None)
         return batch, self.mask.flatten().byte().argsort(descending=True, stable=True)[:num_predicted]
 
     def _error(self, places: Tensor, wrong: list[tuple[str, str]], scorer: int | None) -> ValueError:
         """What is said of the first place where something is wrong."""
         number, row, column = places.nonzero()[0].tolist()
         name, expected = wrong[number]
-        values: dict[str, Any] = {"labels": self.labels, "attention_mask": self.real, "input_ids": self.tokens}
-        value = {**values, **self.scores}[name][row, column].item()
+        if name == "input_ids":
+            return UnknownToken(int(self.read_by_scorer[0][row, column]), row, column, scorer or 0)
+        values: dict[str, Any] = {**self.scores, "labels": self.labels, "attention_mask": self.real}
+        value = values[name][row, column].item()
         if name in SCORES:
             return NonFinite(name, row, column, value)
-        if name == "input_ids":
-            return UnknownToken(value, row, column, scorer or 0)
         return ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
 
     def _wrong(self, scored: bool, scorer: int | None, vocabulary: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
@@ -145,18 +155,24 @@ class Batch:
         named, counted = self.labels != -100, self.num_items is not None
         for name, values in self.scores.items():
             yield (name, "a finite number"), self.mask & ~values.isfinite()
+        later = torch.ones_like(named)
+        later[:, 0] = False
+        if self.share is not None and self.real is not None:
+            expected = "padding only after a sequence: where ranks split it, attention is causal and hears no mask"
+            yield ("attention_mask", expected), self.real & later & ~self.real.roll(1, dims=1)
+        if scorer is not None:
+            read = self.read_by_scorer[0]
+            yield ("input_ids", "tokens that the scorer knows"), (read < 0) | (read >= scorer)
+        if scored and (
+            self.share is None or scorer is not None
+        ):  # which has the whole sequences, that are not gathered else
+            other = self.labels != self.read_by_scorer[0]
+            yield ("labels", "the token itself, of which its scores speak"), self.mask & other
         if self.share is not None:
             return
         # A target beyond the head would end a process that uses a GPU.
         beyond = (self.labels < 0) | (self.labels >= vocabulary)
         yield ("labels", f"-100 or a token id from 0 to {vocabulary - 1}"), self.mask & beyond
-        if scorer is not None:
-            yield ("input_ids", "tokens that the scorer knows"), (self.tokens < 0) | (self.tokens >= scorer)
-        if scored:
-            other = self.labels != self.tokens
-            yield ("labels", "the token itself, of which its scores speak"), self.mask & other
-        later = torch.ones_like(named)
-        later[:, 0] = False
         if counted and self.position_ids is not None:
             expected = "-100 where a document begins, which nothing predicts (tokenweight.train.DataCollatorWithScores)"
             yield ("labels", expected), named & later & (self.position_ids == 0)

@@ -1,5 +1,6 @@
 """What the weights of a batch are made of: its columns, what a scorer finds, and what was trained on before."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tokenweight.method import (
     vanishes,
 )
 from tokenweight.models.causal import CausalParts, evaluating
+from tokenweight.models.context_parallel import attention_within_rank
 from tokenweight.models.inputs import SCORE_OPTIONS, Batch, documents_of
 from tokenweight.models.processes import sum_over_processes
 from tokenweight.models.scorers.scorer import Scorer, ShortStates
@@ -163,20 +165,22 @@ def values_of(model: Any, bound: Binding, batch: Batch) -> Values:
 def _scored(model: Any, bound: Binding, batch: Batch, values: Values) -> Values:
     """The values with what the bound scorer finds; of both of its losses, if weights are made of these."""
     assert bound.scorer is not None
-    scorer = bound.scorer.of(model if bound.scorer.model is None else bound.scorer.model, checked=True)
-    given: dict[str, Any] = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    own = model if bound.scorer.model is None else bound.scorer.model
+    scorer = bound.scorer.of(own, checked=True).among(bound.context)
+    tokens, given = batch.read_by_scorer
     # Whether the long losses that short ones are compared with, if any are, come from the same model.
     of_both = {**given, "self_scored": bound.self_scored or bound.contrast == "scorer"}
     long_states = None
-    if (of := bound.weighting.divergence_of) is not None:
-        of_both["self_scored"] = (of_both["self_scored"] or not bound.weighting.uses_short) and vanishes(of)
-        if not bound.self_scored or find_noise(model, now=True):
-            long_states = scorer.long_states(batch.tokens, **given)
-        values = values._replace(scored=(scorer, long_states, scorer.short_states(batch.tokens, **of_both)))
-    elif bound.weighting.uses_short:
-        values = values._replace(short=scorer.short_losses(batch.tokens, **of_both))
-    if "long_nll" in bound.columns or (bound.self_scored and bound.compares and long_states is not None):
-        values = values._replace(long=scorer.long_nll(batch.tokens, **given, states=long_states))
+    with contextlib.nullcontext() if batch.share is None else attention_within_rank():
+        if (of := bound.weighting.divergence_of) is not None:
+            of_both["self_scored"] = (of_both["self_scored"] or not bound.weighting.uses_short) and vanishes(of)
+            if not bound.self_scored or find_noise(model, now=True):
+                long_states = scorer.long_states(tokens, **given)
+            values = values._replace(scored=(scorer, long_states, scorer.short_states(tokens, **of_both)))
+        elif bound.weighting.uses_short:
+            values = values._replace(short=scorer.short_losses(tokens, **of_both))
+        if "long_nll" in bound.columns or (bound.self_scored and bound.compares and long_states is not None):
+            values = values._replace(long=scorer.long_nll(tokens, **given, states=long_states))
     bound.scorer.max_tokens = scorer.max_tokens  # less than before, if memory did not suffice
     return values
 

@@ -104,7 +104,7 @@ def fixed_bytes(
         whole, trained = _Parameters.of(model, blocks), _Parameters.of(model, blocks, trained=True)
         untied = embedding.numel() if embedding is not head and embedding.requires_grad else 0
         tensors = [(tuple(one.shape), one.dtype) for one in model.parameters() if one.requires_grad]
-    states = _optimizer_bytes(tensors, arguments)
+    states = optimizer_bytes(tensors, arguments)
     if not arguments.fsdp:
         buckets = trained.bytes if num_gpus > 1 else 0.0
         return Fixed(whole.bytes, states, buckets + (trained.bytes if accumulating else 0.0), buckets + trained.bytes)
@@ -165,8 +165,15 @@ def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
-def _optimizer_bytes(tensors: list[tuple[tuple[int, ...], torch.dtype]], arguments: TrainingArguments) -> float:
-    """Make one update on the meta device, and count the states that it leaves."""
+def optimizer_bytes(tensors: list[tuple[tuple[int, ...], torch.dtype]], arguments: TrainingArguments) -> float:
+    """Bytes of the states of an optimizer: one update on the meta device is made, and what it leaves is counted.
+
+    Args:
+        tensors: shape and dtype of all that is trained.
+
+    Raises:
+        ValueError: for an optimizer that has no such update.
+    """
     kind_name = getattr(arguments.optim, "value", arguments.optim)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)

@@ -4,13 +4,19 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from tokenweight.data import Contents, ContextShare, context_shares, read_contents
+from tokenweight.data import (
+    Contents,
+    ContextShare,
+    context_shares,
+    folder_exists,
+    read_contents,
+    read_provenance,
+)
 from tokenweight.method import (
     ShortContext,
     Uniform,
@@ -24,16 +30,16 @@ from tokenweight.models import (
     context_length,
     count_scorer,
     extend_context,
-    load_config,
     rope_depends_on_length,
     score_columns,
 )
 from tokenweight.plan.alternatives import Advice, Alternative, alternatives, recomputes
+from tokenweight.plan.disk import Disk, disk_bytes
 from tokenweight.plan.flops import Forward, Step, count_forward, step_flops, window_flops
 from tokenweight.plan.gpus import Fixed, Peak, autocast_dtype, fixed_bytes, peak
 from tokenweight.plan.hardware import UNKNOWN, Hardware
 from tokenweight.plan.memory import Held, hold
-from tokenweight.records import read_provenance
+from tokenweight.plan.shapes import find_config
 from tokenweight.train import (
     LengthCurriculum,
     TrainSettings,
@@ -94,6 +100,8 @@ class Budget:
     """For each length at which the recipe's mode does not fit the GPU: the first change that does."""
     notes: list[str]
     """What the numbers leave out, in this recipe."""
+    disk: Disk
+    """What the recipe's mode leaves on disk."""
     adapter: int | None = None
     """Parameters of the adapter that is trained; None if all weights are."""
     shares: list[ContextShare] = dataclasses.field(default_factory=list)
@@ -115,7 +123,8 @@ def plan(
     """What training by a recipe costs, whether it fits, and how both change with the length of its sequences.
 
     Args:
-        settings: the recipe; its `model` may be a folder with nothing but config.json.
+        settings: the recipe; its `model` may be a folder with nothing but config.json. Of the models of the recipes,
+            no config is needed.
         length: tokens of a sequence; by default those of the data, else `extend.length`, else the model's context.
         lengths: further lengths, for the growth.
         hardware: the GPUs that train; their memory says what fits, their speed gives hours.
@@ -150,6 +159,7 @@ def plan(
         growth=[cost for number in lengths for cost in costs[number]],
         advice=advice,
         notes=recipe.notes(every[-1], length, flops_per_s),
+        disk=recipe.disk(length),
         adapter=None if recipe.forward.adapted is None else recipe.forward.adapted.num_trained,
         shares=[share for folder in recipe.folders for share in context_shares(folder, recipe.context(length).size)],
     )
@@ -161,6 +171,8 @@ class _Recipe:
 
     settings: TrainSettings
     config: PreTrainedConfig
+    kept: bool
+    """Whether it is a shape that was kept, since no config was found."""
     lora: dict[str, Any]
     """Arguments of peft.LoraConfig; empty if all weights are trained."""
     weighting: Weighting
@@ -197,13 +209,13 @@ class _Recipe:
         arguments, num_sequences = _arguments(settings), None
         if settings.curriculum is not None:
             LengthCurriculum.parse(settings.curriculum)  # raises
-        config = load_config(settings.model, revision=settings.revision)
+        config, kept = find_config(settings.model, settings.revision)
         length = (context_length(config), "the model's context length")
         extension, lora = extension_and_adapter(settings)
         if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
         mixed = shares_of(settings)
-        folders = list(mixed) if all(folder and Path(folder).exists() for folder in mixed) else []
+        folders = list(mixed) if all(folder and folder_exists(folder) for folder in mixed) else []
         made = list(map(read_provenance, folders))
         if folders:
             longest, num_sequences = _epoch(mixed, pieces=settings.curriculum is not None)
@@ -213,7 +225,7 @@ class _Recipe:
         data = length, num_sequences, folders, own_contrast, counted
         fixed = fixed_bytes(config, arguments, dtype, hardware.num_gpus, lora)
         forward = count_forward(config, lora)
-        return cls(settings, config, lora, weighting, arguments, hardware, *data, forward, fixed, {})
+        return cls(settings, config, kept, lora, weighting, arguments, hardware, *data, forward, fixed, {})
 
     def choose_length(self, given: int | None) -> tuple[int, str]:
         """Tokens of a sequence, and where they were read; a ValueError if nothing says so, or they are too many."""
@@ -325,6 +337,18 @@ class _Recipe:
     def peak(self, length: int, mode: str) -> Peak:
         return peak(self.fixed, self.hold(length), scoring=mode == "self-scored")
 
+    def disk(self, length: int) -> Disk:
+        """What the recipe's mode leaves on disk, of sequences of that length: those of the data, or of all steps."""
+        num, dtype = self.num_sequences, getattr(torch, self.settings.dtype)
+        if num is None and self.num_steps is not None:
+            num = self.num_steps * self.sequences_per_step
+        numbers: dict[str, Any] = {
+            "num_tokens": None if num is None else num * length,
+            "num_columns": len(self.scored_columns) if self.settings.scorer == "stored" else 0,
+            "num_steps": self.num_steps,
+        }
+        return disk_bytes(self.config, self.arguments, dtype, self.lora, **numbers)
+
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
         """A run of the recipe on sequences of that length, by mode."""
         costs = []
@@ -375,6 +399,8 @@ class _Recipe:
     def notes(self, longest: int, length: int, flops_per_s: float | None) -> list[str]:
         """What holds for this recipe and is not in the numbers."""
         notes = []
+        if self.kept:
+            notes.append(f"{self.settings.model}: no config was found, and the shape of this model is known")
         if flops_per_s is not None and self.num_steps is not None and self.scored_before:
             hours = self.num_steps * self.scoring_flops(length) / flops_per_s / 3600
             notes.append(f"of the hours with precomputed scores, {hours:,.3g} are for scoring the data once")

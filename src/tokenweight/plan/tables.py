@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from tokenweight.plan.alternatives import MOST_GPUS, Advice
+from tokenweight.plan.disk import Disk
 from tokenweight.plan.run import Budget, Cost
 from tokenweight.records import counted
 
@@ -44,6 +45,7 @@ def plan_tables(budget: Budget) -> list[Any]:
     if budget.run[0].step_seconds is not None:
         title = f"Time and cost: {hardware.num_gpus:,} {'GPUs' if hardware.num_gpus > 1 else 'GPU'}, {hardware.speed}"
         tables.append(_by_mode(title, budget.run, lambda cost: _cost(cost, budget.sequences_per_step)))
+    tables.append(_disk(budget.disk))
     if budget.growth:
         tables.append(_growth(budget.growth))
         tables += [_advised(advice, budget) for advice in budget.advice if advice.length != budget.length]
@@ -121,6 +123,24 @@ def _cost(cost: Cost, sequences: int) -> dict[str, str]:
     return shown
 
 
+def _disk(disk: Disk) -> Table:
+    """A line for each thing that is written."""
+    num = "" if disk.num_checkpoints is None else f"{disk.num_checkpoints} x "
+    lines = {
+        "sequences, prepared": _giga(disk.sequences),
+        "sequences, scored": _giga(disk.scored),
+        "checkpoints": num + _giga(disk.checkpoint),
+        "trained model": _giga(disk.model),
+        "total": _giga(disk.total),
+    }
+    table = _table("GB on disk (10^9 bytes)", ("",), ("",))
+    table.show_header = False
+    for name, shown in lines.items():
+        if shown != "0":
+            table.add_row(name, shown)
+    return table
+
+
 def _growth(costs: Sequence[Cost]) -> Table:
     """A line for each length and mode; no column for what is not known."""
     columns: dict[str, Callable[[Cost], str]] = {
@@ -160,6 +180,10 @@ def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def _tera(flops: float) -> str:
     return f"{flops / 1e12:,.4g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"
+
+
+def _giga(size: float | None) -> str:
+    return _number(None if size is None else size / 1e9)
 
 
 def _number(value: float | None) -> str:

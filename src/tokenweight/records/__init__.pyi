@@ -28,6 +28,5 @@ from .modelcard import with_section as with_section
 from .provenance import device_name as device_name
 from .provenance import differences as differences
 from .provenance import environment as environment
-from .provenance import read_provenance as read_provenance
 from .provenance import run_kind as run_kind
 from .provenance import versions as versions

@@ -1,7 +1,6 @@
 """What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
 
 import contextlib
-import os
 import platform
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenweight.records.counts import counted
-from tokenweight.records.files import read_json
 
 _KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
 """What a folder is, by the file it holds."""
@@ -77,14 +75,6 @@ def differences(there: dict[str, Any], ours: dict[str, Any], *, ignored: Sequenc
         for key, value in ours.items()
         if key not in ignored and there.get(key) != value
     )
-
-
-def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is known of a folder of rows or scores: `scores.json`, else `rows.json`, else nothing."""
-    for name in ("scores.json", "rows.json"):
-        if (Path(folder) / name).is_file():
-            return read_json(Path(folder) / name)
-    return {}
 
 
 def run_kind(folder: Path) -> str:

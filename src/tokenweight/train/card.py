@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from tokenweight.method import WEIGHTINGS, weighting_names
+from tokenweight.method import TOP_K, WEIGHTINGS, weighting_names
 from tokenweight.records import edit_card, read_json, read_metrics, table_cell, with_section
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Context": _context(rope),
         "Weighting": f"`{settings['weighting']}`{_formula(settings['weighting'])}",
         "Short losses": _scorer(run),
-        "Reference": _reference(run.get("reference")),
+        "Reference": None if run.get("reference") is None else _frozen(run["reference"]),
+        "Teacher": _teacher(run),
         "Texts": _texts(run.get("texts", {})),
         "Rows": _rows(rows, run.get("data", {})),
         "Mixture": "; ".join(_part(name, part) for name, part in run.get("mixture", {}).items()),
@@ -134,10 +135,22 @@ def _formula(weighting: str) -> str:
     return f": {'; '.join(formulas)}" if formulas else ""
 
 
-def _reference(made: dict[str, Any] | None) -> str | None:
-    """The model of the reference losses; None if weights are made of none."""
-    if made is None:
+def _teacher(run: dict[str, Any]) -> str | None:
+    """The teacher of a distillation, stored or live, and how much it counts; None if there is none."""
+    distill = run["settings"].get("distill") or {}
+    if not distill:
         return None
+    name = distill.get("teacher", "stored")
+    made = run.get("data", {}).get("teacher", {})
+    if name != "stored":
+        made = {"top_k": distill.get("top_k", TOP_K), "model": name, **run.get("teacher", {})}
+    given = [f"its {made['top_k']} likeliest tokens"] if made.get("top_k") else []
+    given += [f"weight {distill['weight']}", *([f"for {distill['steps']} steps"] if distill.get("steps") else [])]
+    return ", ".join([_frozen(made), *given])
+
+
+def _frozen(made: dict[str, Any]) -> str:
+    """A model whose losses or predictions are used; stored ones may be of an unknown one."""
     given = [f"{label} {made[key]}" for key, label in _WEIGHTS.items() if made.get(key)]
     return ", ".join([f"`{made['model']}`, frozen" if made.get("model") else "stored", *given])
 

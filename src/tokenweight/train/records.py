@@ -144,10 +144,16 @@ def describe(
     }
 
 
-def identities(run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None) -> dict[str, Any]:
-    """What names the weights that a run begins from, and those of another model that scores."""
-    found = {"model": identity(model, run.settings.model)}
-    return found if scoring is None else {**found, "scorer": identity(scoring, run.settings.scorer)}
+def identities(
+    run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None, teaching: PreTrainedModel | None
+) -> dict[str, Any]:
+    """What names the weights that a run begins from, and those of other models that score or teach."""
+    named = {
+        "model": (model, run.settings.model),
+        "scorer": (scoring, run.settings.scorer),
+        "teacher": (teaching, run.distill.get("teacher", "")),
+    }
+    return {role: identity(one, name) for role, (one, name) in named.items() if one is not None}
 
 
 def _rope(config: PreTrainedConfig) -> str | None:

@@ -34,7 +34,6 @@ from tokenweight.models import (
     load_model,
     rope_depends_on_length,
     with_weighted_loss,
-    without_distillation,
 )
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.display import Display
@@ -42,7 +41,7 @@ from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import Records, describe, identities
 from tokenweight.train.sequences import DataCollatorWithScores, HeldOut, Sequences, open_sequences
 from tokenweight.train.settings import Run, TrainSettings, resolve
-from tokenweight.train.trainer import WeightedTrainer
+from tokenweight.train.trainer import EndOfDistillation, WeightedTrainer
 
 
 def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), *, dry_run: bool = False) -> Any:
@@ -85,8 +84,10 @@ def _trained(
     record = describe(run, sequences, context, before, model.config)
     if not isinstance(rows, Pieces):
         record["rows"]["epoch"] = len(rows)
+    distillation = _distillation(run, sequences, tokenizer)
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
-        record.update(identities(run, model, scoring))
+        teacher = None if distillation is None or distillation.teacher is None else distillation.teacher.model
+        record.update(identities(run, model, scoring, teacher))
     set_seed(arguments.seed)  # which draws the first weights of an adapter
     trained = with_adapter(model, run.lora)
     scorer, counts = None, run.counts
@@ -94,10 +95,9 @@ def _trained(
         prefix = text_prefix(tokenizer, sequences.provenance)
         adapters = run.settings.scorer != "base"
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix, adapters=adapters)
-    distillation = _distillation(run, sequences, tokenizer)
     with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast, distillation=distillation)
     if run.distill.get("steps") is not None:
-        callbacks = [*callbacks, _EndOfDistillation(model, run.distill["steps"])]
+        callbacks = [*callbacks, EndOfDistillation(model, run.distill["steps"])]
     at_once = arguments.world_size * arguments.eval_batch_size
     trainer = WeightedTrainer(
         model=trained,
@@ -176,17 +176,6 @@ def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizer
         fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
         check_fit(teacher.config, theirs, name, **fits, longest=source.contents.longest, provenance=note)
     return Distillation(weight, Teacher(teacher.to(run.arguments.device), run.distill["top_k"]))
-
-
-class _EndOfDistillation(TrainerCallback):
-    """Ends a distillation after so many steps, also where a run is resumed later."""
-
-    def __init__(self, model: PreTrainedModel, steps: int) -> None:
-        self.model, self.steps = model, steps
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= self.steps:
-            without_distillation(self.model)
 
 
 def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:

@@ -23,15 +23,15 @@ from tokenweight.data import (
     check_divergence,
     choose_scores,
     has_scores,
-    local_folder,
     open_rows,
+    read_prepared,
+    read_provenance,
     row_lengths,
     translated,
     verify,
 )
 from tokenweight.method import SCORES, ShortContext, Weighting
 from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
-from tokenweight.records import read_provenance
 from tokenweight.train.lengths import Pieces
 from tokenweight.train.lengths.pieces import SOURCE
 from tokenweight.train.settings import Run
@@ -60,8 +60,7 @@ class Source:
     @property
     def texts(self) -> dict[str, Any]:
         """What `prepare` noted of the texts: of scored data, in the folder that was scored."""
-        made = self.provenance
-        prepared = read_provenance(made["rows"]) if isinstance(made.get("rows"), str) else made
+        prepared = read_prepared(self.provenance)
         if (prepared.get("rows"), prepared.get("tokens")) != (self.contents.rows, self.contents.tokens):
             return {}  # the folder holds other sequences by now
         noted = ("texts", "hub", "subset", "split", "seed", "documents")
@@ -132,9 +131,7 @@ def open_sequences(run: Run) -> Sequences:
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
             _check_scores(run.weighting, contrast, scores, folder)
-        sources.append(
-            Source(folder, _without(rows, needed), contents, {**read_provenance(local_folder(folder)), **scores})
-        )
+        sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
     first = sources[0]
     for source in sources[1:] if needed else ():
         if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
@@ -155,7 +152,7 @@ def _contrast(run: Run) -> str:
     if run.settings.contrast is not None or not run.weighting.uses_short:  # the loss is that of the trained model
         return run.settings.contrast or "trained"
     stored = run.settings.scorer == "stored"
-    own = stored and any(read_provenance(local_folder(folder)).get("contrast") == "scorer" for folder in run.shares)
+    own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
     return "scorer" if own or run.counts is not None else "trained"
 
 
@@ -197,7 +194,7 @@ def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]
         folder,
         _without(rows, needed if scores else set()),
         contents,
-        {**read_provenance(local_folder(folder)), **scores},
+        {**read_provenance(folder), **scores},
     )
 
 
@@ -323,7 +320,7 @@ def name_row(data: "datasets.Dataset | Mixture | Pieces", tokens: Tensor, labels
     tokens, predicted = tokens.cpu(), (labels != -100).cpu()
 
     def same(row: dict[str, Any]) -> bool:
-        found = torch.as_tensor(row["input_ids"])
+        found = _tensor(row["input_ids"])
         return torch.equal(found, tokens[: len(found)]) and not predicted[len(found) :].any()
 
     parts = data.rows if isinstance(data, Mixture) else [data.rows if isinstance(data, Pieces) else data]
@@ -394,21 +391,21 @@ class DataCollatorWithScores:
         columns = [name for name in _COLUMNS[1:] if any(name in row for row in rows)]
         length = max(len(row["input_ids"]) for row in rows)
         padded = any(len(row["input_ids"]) < length for row in rows)
-        packed = any((torch.as_tensor(row["position_ids"][1:]) == 0).any() for row in rows if "position_ids" in row)
+        packed = any((_tensor(row["position_ids"][1:]) == 0).any() for row in rows if "position_ids" in row)
         batch: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", *columns)}
         for number, row in enumerate(rows):
             _check_columns(number, row, columns)
-            tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)
+            tokens = _tensor(row["input_ids"], torch.long)
             fill = length - len(tokens)
-            labels = torch.as_tensor(row.get("labels", tokens), dtype=torch.long).clone()
+            labels = _tensor(row.get("labels", tokens), torch.long).clone()
             labels[:1] = -100
             if "position_ids" in columns:
-                positions = torch.as_tensor(row["position_ids"], dtype=torch.long)
+                positions = _tensor(row["position_ids"], torch.long)
                 labels[positions == 0] = -100
                 padding = torch.arange(fill) if packed else positions[-1:].clamp(min=1).expand(fill)
                 batch["position_ids"].append(torch.cat([positions, padding]))
             for name in set(columns) & {*SCORES}:
-                values = torch.as_tensor(row[name], dtype=torch.float32)
+                values = _tensor(row[name], torch.float32)
                 batch[name].append(pack_bits(pad(values, (0, fill), value=torch.nan)))
             for name in [name for name in TEACHER if name in columns]:
                 top = torch.as_tensor(np.array(list(row[name])))
@@ -428,11 +425,19 @@ class DataCollatorWithScores:
         assert self.context is not None
         if there := [name for name in Contrast._fields if name in row]:
             raise ValueError(f"row {number} of the batch has a column {there[0]}: expected none beside a scorer")
-        tokens = torch.as_tensor(row["input_ids"], dtype=torch.long)[None]
-        positions = torch.as_tensor(row["position_ids"], dtype=torch.long)[None] if "position_ids" in row else None
+        tokens = _tensor(row["input_ids"], torch.long)[None]
+        positions = _tensor(row["position_ids"], torch.long)[None] if "position_ids" in row else None
         with numbered_from(number):
             found = self.scorer(tokens, self.context, position_ids=positions)._asdict()
         return {**row, **{name: values[0] for name, values in found.items() if values is not None}}
+
+
+def _tensor(values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Values of a row as a tensor. Those that are mapped into memory are copied: torch would warn that they cannot be
+    written."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values, dtype=dtype)
 
 
 def _check_columns(number: int, row: Mapping[str, Any], columns: list[str]) -> None:

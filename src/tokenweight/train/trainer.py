@@ -16,12 +16,19 @@ import transformers
 from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import unwrap_peft_model
 
 from tokenweight.method import NonFinite
-from tokenweight.models import add_older_rope, any_process, context_mesh, verify_again, with_weighted_loss
+from tokenweight.models import (
+    add_older_rope,
+    any_process,
+    context_mesh,
+    verify_again,
+    with_weighted_loss,
+    without_distillation,
+)
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
 from tokenweight.train.checks import check_one_gpu, check_processes, check_values
@@ -268,6 +275,7 @@ def prepare_engine(trainer: Trainer) -> None:
             "second time: expected transformers 5.8 or newer"
         )
     check_one_gpu(trainer.args)
+    _check_dimensions(trainer)
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"trainer: fsdp is true, but Accelerate {accelerate.__version__} leaves it out on this device: expected "
@@ -284,7 +292,13 @@ def prepare_engine(trainer: Trainer) -> None:
             float32 = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = float32
     if trainer.is_deepspeed_enabled:
-        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        tensor, zero = (settings.get(name, {}) for name in ("tensor_parallel", "zero_optimization"))
+        if tensor.get("autotp_size", 0) > 1:
+            raise ValueError(
+                f"trainer: deepspeed has autotp_size {tensor['autotp_size']}: a weighted loss knows no tensor "
+                "parallelism: expected it unset"
+            )
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
                 "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
@@ -323,7 +337,30 @@ def compile_decoder(trainer: Trainer) -> None:
         trainer.model._token_weighting.parts.decoder.compile(**settings)
 
 
+def _check_dimensions(trainer: Trainer) -> None:
+    """Raise a ValueError for ways to share a model among processes that a weighted loss does not know."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    for name, what in {"tp_size": "tensor", "sp_size": "sequence"}.items():
+        if (size := getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"trainer: parallelism_config has {name} {size}: a weighted loss knows no {what} parallelism: "
+                "expected 1, and dp_replicate_size, dp_shard_size or cp_size in its place"
+            )
+
+
 def save_whole(trainer: Trainer) -> None:
     """Let the Trainer save the whole model from now on, even if its checkpoints hold a part per process."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+class EndOfDistillation(TrainerCallback):
+    """Ends a distillation after so many steps, also where a run is resumed later."""
+
+    def __init__(self, model: PreTrainedModel, steps: int) -> None:
+        self.model, self.steps = model, steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the weighted loss alone, from the step after the last."""
+        if state.global_step >= self.steps:
+            without_distillation(self.model)

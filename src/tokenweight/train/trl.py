@@ -18,6 +18,7 @@ from tokenweight.models import (
     Scorer,
     Teacher,
     check_tokenizer,
+    context_mesh,
     find_tokenizer,
     load_model,
     score_columns,
@@ -29,7 +30,7 @@ from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 from tokenweight.train.settings import counts_of
-from tokenweight.train.trainer import compile_decoder, use_liger
+from tokenweight.train.trainer import EndOfDistillation, compile_decoder, prepare_engine, use_liger
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
@@ -89,6 +90,9 @@ class TokenWeightedSFTConfig(SFTConfig):
     distill_top_k: int | None = field(
         default=None, metadata={"help": "Tokens of each prediction of a teacher that is a model; 16 by default."}
     )
+    distill_steps: int | None = field(
+        default=None, metadata={"help": "Steps after which the weighted loss is left alone; by default never."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "None: sequences and scores are not truncated."})
 
     def __post_init__(self) -> None:
@@ -110,8 +114,8 @@ class TokenWeightedSFTConfig(SFTConfig):
     @property
     def distillation(self) -> dict[str, Any]:
         """Settings of the distillation, or nothing."""
-        given = {"weight": self.distill_weight, "teacher": self.distill_teacher, "top_k": self.distill_top_k}
-        return {} if self.distill_weight is None else distillation_arguments(given)
+        given = {name: getattr(self, f"distill_{name}") for name in ("weight", "teacher", "top_k", "steps")}
+        return distillation_arguments(given) if {*given.values()} - {None, "stored"} else {}
 
     @property
     def counts(self) -> CountScorer | None:
@@ -182,6 +186,12 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
                 "weighted one: expected 0.0"
             )
+        prepare_engine(self)
+        if context_mesh(self.accelerator) is not None:
+            raise ValueError(
+                "parallelism_config: has a cp_size above 1, and TRL's collators would not split scores as sequences: "
+                "expected 1, or tokenweight.train.WeightedTrainer"
+            )
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
         teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
@@ -190,6 +200,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         compile_decoder(self)
         if weighting.history:
             self.add_callback(WeightingState())
+        if (steps := args.distillation.get("steps")) is not None:
+            self.add_callback(EndOfDistillation(base, steps))
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:

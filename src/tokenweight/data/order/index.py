@@ -3,7 +3,7 @@
 import collections
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -77,17 +77,24 @@ class TextIndex:
             scores[texts] += times * inverse * counts * (k1 + 1) / damped
         return scores
 
-    def neighbors(self, num: int) -> Int[np.ndarray, "texts num"]:
+    def neighbors(
+        self, num: int, *, progress: Callable[[int, int], object] = lambda done, total: None
+    ) -> Int[np.ndarray, "texts num"]:
         """The numbers of the texts that are most like each text, the nearest first; -1 where there are fewer.
 
         Alike is the cosine of vectors (1 + ln count) * ln(N / n), of which the heaviest words of the text are looked
         up, until they have occurred in 16,384 texts: so the time is linear, too.
+
+        Args:
+            num: neighbors of each text, at most.
+            progress: called for each text that is done, with the number of all.
         """
         found = np.full((len(self), num), -1, dtype=np.int32)
         for text in range(len(self)):
             texts, weights = self._alike(text)
             best = np.lexsort((texts, -weights))[:num]
             found[text, : len(best)] = texts[best]
+            progress(1, len(self))
         return found
 
     def _alike(self, text: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,11 @@ BEGINNING, NGRAM, ALIKE = 100, 3, 0.85
 
 
 def by_similarity(
-    documents: Iterable[Document], *, seed: int = 0, folder: str | os.PathLike[str] | None = None
+    documents: Iterable[Document],
+    *,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[..., object] = lambda done, total=None: None,
 ) -> Iterator[Document]:
     """Each document beside those that are most like it, by TF-IDF of their words: `similar_path` of a `TextIndex`.
 
@@ -36,6 +40,8 @@ def by_similarity(
         documents: read once.
         seed: of the documents that chains begin with.
         folder: of the temporary file, with room for all texts; by default that of the system.
+        progress: called before the first document comes: for each that is read, and again for each whose neighbors
+            are found, then with the number of these calls as its total.
 
     Source: Shi et al. 2024, In-Context Pretraining, arXiv 2310.10638; `sort/sort.py` of its code. There, documents are
     compared by an encoder (Contriever) and an approximate search.
@@ -49,9 +55,10 @@ def by_similarity(
                 names.append(name)
                 file.write(text.encode("utf-8", "surrogatepass"))
                 stops.append(file.tell())
+                progress(1)
                 yield text
 
-        neighbors = TextIndex(texts()).neighbors(NEIGHBORS)
+        neighbors = TextIndex(texts()).neighbors(NEIGHBORS, progress=lambda done, total: progress(done, 2 * total))
         previous, left_out = None, array("q")
         for number in similar_path(neighbors, seed=seed):
             file.seek(stops[number])

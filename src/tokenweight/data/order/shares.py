@@ -4,16 +4,16 @@ import collections
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenweight.data.dataset import load_rows
+from tokenweight.data.dataset import load_rows, read_prepared, read_provenance
 from tokenweight.data.shards import dataset_files, noted_contents
-from tokenweight.records import read_provenance
+from tokenweight.data.stores import local_folder
 
 _ROWS_READ = 256
 
@@ -51,7 +51,7 @@ def context_shares(folder: str | os.PathLike[str], size: int) -> list[ContextSha
     only = texts[0] if len(texts) == 1 else str(folder)
     totals: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2, dtype=np.int64))
     known: dict[str, str] = {}
-    for table in _tables(Path(folder), ("document", "documents") if len(texts) > 1 else ()):
+    for table in _tables(local_folder(folder), ("document", "documents") if len(texts) > 1 else ()):
         for name, counts in _counts(table, size):
             if name is None:
                 if counts.any():  # what fills up a packed row is in no document, and is not predicted
@@ -114,10 +114,7 @@ def _values(table: pa.Table, name: str) -> np.ndarray:
 
 def _texts(folder: str | os.PathLike[str]) -> list[str]:
     """What `prepare` was given, by its note; of scored rows, by that of the folder that was scored."""
-    made: dict[str, Any] = read_provenance(folder)
-    if isinstance(made.get("rows"), str):
-        made = read_provenance(made["rows"])
-    return [str(text) for text in made.get("texts") or ()]
+    return [str(text) for text in read_prepared(read_provenance(folder)).get("texts") or ()]
 
 
 def _source(document: str, texts: Sequence[str]) -> str | None:

@@ -87,6 +87,36 @@ def _copy_shard(files: Any, source: str, path: Path, written: str | None, url: s
             part.write_bytes(files.cat_file(f"{source.rpartition('.')[0]}.json"))
 
 
+def folder_exists(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is there, on this file system or at a URL.
+
+    Raises:
+        ValueError: if the URL cannot be read.
+    """
+    url = remote_url(folder)
+    return Path(folder).exists() if url is None else bool(_files(url)[2])
+
+
+def read_note_of(folder: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
+    """A JSON file of a folder here or at a URL, of which nothing else is read; None if there is none.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no JSON object; naming it.
+    """
+    url = remote_url(folder)
+    if url is None:
+        return read_json(Path(folder) / name) if (Path(folder) / name).is_file() else None
+    with _told(url):
+        files, root = fsspec.url_to_fs(url)
+        try:
+            note = json.loads(files.cat_file(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
+    if not isinstance(note, dict):
+        raise ValueError(f"{url}/{name} holds a {type(note).__name__}: expected a JSON object")
+    return note
+
+
 def stream_rows(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The rows of a folder here or elsewhere, in order, as lists, without a copy: about a million tokens are held.
 
@@ -155,15 +185,23 @@ def _upload_to_hub(folder: Path, url: str) -> None:
 
 
 def _listed(url: str) -> tuple[Any, str, list[str]]:
-    """The file system of a URL, the folder in it, and the names of its files."""
+    """`_files` of a folder that has some."""
+    found = _files(url)
+    if not found[2]:
+        raise ValueError(f"{url}: no such folder of rows")
+    return found
+
+
+def _files(url: str) -> tuple[Any, str, list[str]]:
+    """The file system of a URL, the folder in it, and the names of its files: none, if there is no such folder."""
     with _told(url):
         files, root = fsspec.url_to_fs(url)
-        entries = files.ls(root, detail=True) if files.exists(root) else []
+        try:
+            entries = files.ls(root, detail=True)
+        except FileNotFoundError:  # not `exists`, for which whatever cannot be reached is not there
+            entries = []
     names = [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
-    names = [name for name in names if not name.startswith(".")]
-    if not names:
-        raise ValueError(f"{url}: no such folder of rows")
-    return files, root, names
+    return files, root, [name for name in names if not name.startswith(".")]
 
 
 @contextlib.contextmanager

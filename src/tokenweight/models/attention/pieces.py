@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-_SCORES = 2**25
-"""Attention scores that are held at a time."""
+_SCORES, _SCORES_CPU = 2**28, 2**22
+"""Attention scores that are held at a time: as many as fill a device, or as the caches of a CPU hold."""
 
 
 class Scores(NamedTuple):
@@ -29,19 +29,19 @@ class Scores(NamedTuple):
         self,
         parts: list[tuple[Float[Tensor, "batch heads queries dim"], Float[Tensor, "batch key_heads _ dim"]]],
         value: Float[Tensor, "batch key_heads keys dim_v"],
-        hidden: Bool[Tensor, "... queries keys"],
+        hidden: Bool[Tensor, "... queries _"],
     ) -> Float[Tensor, "batch queries heads dim_v"]:
         """The means of values by attention to keys, which come in parts: each with the queries that it is seen by.
 
         Args:
-            hidden: True where a query does not see a key.
+            hidden: True where a query does not see a key of the last part; those of the others are seen by all.
         """
         (batch, heads, num, _), groups = parts[0][0].shape, value.shape[1]
-        products = [_grouped(query, groups) @ key.transpose(-1, -2) for query, key in parts]
-        scores = torch.cat(products, dim=-1).unflatten(2, (heads // groups, num)) * self.scaling
+        products = [_grouped(query * self.scaling, groups) @ key.transpose(-1, -2) for query, key in parts]
         if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(hidden, -math.inf)
+            products = [self.softcap * torch.tanh(product / self.softcap) for product in products]
+        *others, last = (product.unflatten(2, (heads // groups, num)) for product in products)
+        scores = torch.cat([*others, last.masked_fill(hidden, -math.inf)], dim=-1)
         if self.sinks is not None:
             sinks = self.sinks.to(scores.dtype).view(1, groups, -1, 1, 1).expand(batch, -1, -1, num, -1)
             scores = torch.cat([scores, sinks], dim=-1)
@@ -95,15 +95,17 @@ def chunked(
             here, edges = slice(piece.start - keys + num, piece.stop - keys + num), [0, *starts, piece.stop]
             spans = [slice(*pair) for pair in itertools.pairwise(edges)]
             parts = [(query[:, :, here], key[:, :, span]) for query, span in zip((older, before, own), spans)]
-            columns = torch.arange(piece.stop, device=key.device)
-            pieces.append(scores.mix(parts, value[:, :, : piece.stop], columns > columns[piece, None]))
+            own_keys = torch.arange(starts[-1], piece.stop, device=key.device)
+            hidden = own_keys > own_keys[piece.start - piece.stop :, None]
+            pieces.append(scores.mix(parts, value[:, :, : piece.stop], hidden))
         first += length
     return torch.cat(pieces, dim=1)
 
 
 def _at_a_time(query: Tensor, keys: int) -> int:
     batch, heads = query.shape[:2]
-    return max(1, _SCORES // (batch * heads * keys))
+    scores = _SCORES_CPU if query.device.type == "cpu" else _SCORES
+    return max(1, scores // (batch * heads * keys))
 
 
 def _slices(start: int, stop: int, most: int) -> Iterator[slice]:

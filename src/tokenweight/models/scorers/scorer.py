@@ -11,6 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from tokenweight.method import (
@@ -27,6 +28,7 @@ from tokenweight.method import (
 )
 from tokenweight.models.causal import causal_parts, check_base_is_frozen, evaluating, without_adapters
 from tokenweight.models.checks import UnknownToken
+from tokenweight.models.context_parallel import dealt, merged
 from tokenweight.models.inputs import documents_of
 from tokenweight.models.processes import any_process, is_sharded
 from tokenweight.models.rope import check_stale_windows, rope_depends_on_length
@@ -114,6 +116,7 @@ class Scorer:
             check_base_is_frozen(model)
         self.model, self.prefix, self.adapters = model, tuple(prefix), adapters
         self.parts = causal_parts(model)
+        self.ranks: DeviceMesh | None = None
 
     def __repr__(self) -> str:
         name = "the bound model"
@@ -137,6 +140,13 @@ class Scorer:
         """
         scorer = copy.copy(self)
         scorer.model, scorer._checked = model, checked
+        return scorer
+
+    def among(self, ranks: DeviceMesh | None) -> "Scorer":
+        """The same scorer for losses by processes that share the work: all call it alike, with the same whole
+        sequences, and have the losses of all tokens. Each reads some windows; for `long_nll`, some sequences."""
+        scorer = copy.copy(self)
+        scorer.ranks = ranks
         return scorer
 
     def __call__(
@@ -205,15 +215,16 @@ class Scorer:
 
         The other arguments and errors are those of a call.
         """
-        dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
-        short_nll = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
+        short_nll = self._no_losses(tokens)
 
         def write(hidden: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> None:
             head, rows = self.parts.head, torch.arange(len(hidden), device=hidden.device)
             losses = linear_nll(hidden, head.weight, tokens.flatten()[target], active=rows, **head.after)
-            short_nll.view(-1)[target] = losses.to(dtype)
+            short_nll.view(-1)[target] = losses.to(short_nll.dtype)
 
         scored, _ = self._read_windows(passes, tokens, position_ids, write)
+        if self.ranks is not None:
+            short_nll, scored = merged(short_nll, self.ranks), merged(scored, self.ranks)
         check_finite({"the short loss": short_nll}, scored)
         return short_nll, scored
 
@@ -338,6 +349,7 @@ class Scorer:
         """
         if states is None:
             long_nll = self._of_rows(self.parts.nll, tokens, position_ids, attention_mask)
+            long_nll = long_nll if self.ranks is None else merged(long_nll, self.ranks)
         else:
             long_nll = self.parts.nll_of(states, tokens, position_ids)
         check_finite({"the long loss": long_nll}, torch.ones_like(tokens, dtype=torch.bool))
@@ -352,7 +364,7 @@ class Scorer:
     ) -> Shaped[Tensor, "batch seq *values"]:
         """What `of_batch` finds in whole rows, as many at once as `max_tokens` allows."""
         self._check(tokens)
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {} if self.ranks is None else dict(enumerate(self._no_losses(tokens)))
 
         def read(rows: list[int]) -> None:
             positions, mask = (None if of is None else of[rows] for of in (position_ids, attention_mask))
@@ -375,6 +387,7 @@ class Scorer:
         collects the parts; and none can halve its batches alone.
         """
         items = sorted(items, key=num_tokens, reverse=True)
+        items = items if self.ranks is None else [*dealt(items, self.ranks)]
         together = is_sharded(self.model)
         while any_process(bool(items), device) if together else items:
             if not items:
@@ -407,6 +420,10 @@ class Scorer:
             reading = _packed(reading, lengths)
         hidden = self.parts.states(reading.tokens, reading.position_ids).flatten(0, 1)
         return hidden[reading.inside.to(tokens.device, non_blocking=True)], reading.target
+
+    def _no_losses(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
+        return torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
 
     def _check(self, tokens: Tensor) -> None:
         """Refuse a model whose head was replaced, and tokens that it does not know."""
