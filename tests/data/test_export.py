@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from crossing import crossed
 
 import models
 from tokenweight import Dense, LongCE, ShortContext, Sparse, Uniform, with_weighted_loss
@@ -174,8 +175,7 @@ def tinker_loss(rows):
     return total
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
-@pytest.mark.parametrize(("format", "loss"), [("hf", hf_loss), ("trl", trl_loss), ("ms-swift", ms_swift_loss)])
+@crossed("format, loss, weighting", [("hf", hf_loss), ("trl", trl_loss), ("ms-swift", ms_swift_loss)], WEIGHTINGS)
 def test_tools_that_divide_by_predicted_tokens_have_our_loss(format, loss, weighting, scored):
     folder, columns = scored
     parts = list(references(columns, weighting))

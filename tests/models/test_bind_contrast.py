@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossing import crossed
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, pad
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -152,9 +153,10 @@ def expected_scores(weighting, long, short):
 
 
 @pytest.mark.parametrize("contrast", ["trained", "scorer"])
-@pytest.mark.parametrize("scoring", ["self", "another"])
-@pytest.mark.parametrize(
-    "weighting", [Gain(0.5), BoundedGain(), Dense(), LongCE(), NPMI(0.5, shift=0.5), KeyTokens(-1.0, -5.0)], ids=str
+@crossed(
+    "weighting, scoring",
+    [Gain(0.5), BoundedGain(), Dense(), LongCE(), NPMI(0.5, shift=0.5), KeyTokens(-1.0, -5.0)],
+    ["self", "another"],
 )
 def test_a_scorer_gives_the_divergence_of_its_own_predictions(weighting, scoring, contrast):
     model = models.tiny()
@@ -270,8 +272,7 @@ def noisy(noise):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("self_scored", [True, False])
-@pytest.mark.parametrize("noise", ["dropout", "adapter", "neftune"])
-@pytest.mark.parametrize("weighting", [Dense(), LongCE(), Expected(Gain()), ESLM(0.5)], ids=str)
+@crossed("weighting, noise", [Dense(), LongCE(), Expected(Gain()), ESLM(0.5)], ["dropout", "adapter", "neftune"])
 def test_noise_of_the_trained_pass_is_in_the_loss_and_never_in_the_weights(weighting, noise, self_scored, caplog):
     model, around = noisy(noise)
     scores = {} if self_scored else some_scores("short_nll")

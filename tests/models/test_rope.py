@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossing import crossed
 from transformers import AutoModelForCausalLM
 
 import models
@@ -41,8 +42,7 @@ def extended_model(method, dtype=torch.float64, **changes):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
+@crossed("kind, method", list(KINDS), METHODS)
 def test_every_method_reaches_the_rotary_embeddings_and_survives_saving(kind, method, tmp_path):
     config = config_of(kind)
     before = copy.deepcopy(config.to_dict())
@@ -261,8 +261,7 @@ def test_windows_that_would_keep_the_dynamic_frequencies_of_longer_rows_are_refu
 WEIGHTINGS = [Uniform(), Dense(), Sparse(), LongCE(), PPMI(), NPMI()]
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@crossed("method, weighting", METHODS, WEIGHTINGS)
 def test_every_weighting_trains_with_every_method_and_scores_windows_as_if_they_stood_alone(method, weighting):
     model, tokens, context = extended_model(method), models.some_tokens(2, 200), ShortContext(size=64, stride=48)
     alone = copy.deepcopy(model)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossing import crossed
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
@@ -54,9 +55,8 @@ def test_short_and_long_losses_equal_those_of_the_reference_implementation(case,
         torch.testing.assert_close(actual, torch.tensor(case[name]), rtol=0, atol=4e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 21])
-@pytest.mark.parametrize(("size", "stride"), [(8, 4), (8, 7), (8, 1), (5, 3), (2, 1)])
 @pytest.mark.parametrize("kind", CLOSE)
+@crossed("size, stride, length", [(8, 4), (8, 7), (8, 1), (5, 3), (2, 1)], [1, 2, 7, 8, 9, 16, 21])
 def test_every_token_is_scored_with_exactly_its_window(kind, size, stride, length):
     model, tokens, context = models.tiny(kind), models.some_tokens(3, length), ShortContext(size, stride)
     expected = torch.stack([slow(model, row, context) for row in tokens])

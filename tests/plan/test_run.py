@@ -46,6 +46,7 @@ def run(*words):
     return cli.main(["plan", *words])
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_from_its_config_alone(place, capsys):
     before = {path.name for path in place.iterdir()}
     words = [
@@ -192,6 +193,7 @@ def test_data_says_how_many_rows_there_are_and_how_long(place, capsys):
     assert found["run"][1]["hours"] > found["run"][0]["hours"]
 
 
+@pytest.mark.slow
 def test_without_data_or_extension_a_sequence_is_as_long_as_the_model_reads(place, monkeypatch):
     budget = plan(settings())
     assert (budget.length, budget.length_from) == (
@@ -294,6 +296,7 @@ def test_time_and_money_are_those_of_the_flops(place):
     assert any("max_steps" in note for note in endless.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "trainer", "said"), [("H100", {}, "trainer.bf16"), ("V100", {"bf16": True}, "trainer.fp16")]
 )
