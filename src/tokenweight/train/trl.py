@@ -30,7 +30,7 @@ from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 from tokenweight.train.settings import counts_of
-from tokenweight.train.trainer import EndOfDistillation, prepare_engine
+from tokenweight.train.trainer import EndOfDistillation, compile_decoder, prepare_engine, use_liger
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
@@ -191,6 +191,8 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         weighting = parse_weighting(args.weighting)
         teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
         with_weighted_loss(base, weighting, self._scorer(base, args), **teaching)
+        use_liger(self)
+        compile_decoder(self)
         if weighting.history:
             self.add_callback(WeightingState())
         if (steps := args.distillation.get("steps")) is not None:
