@@ -181,11 +181,6 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             collator = DataCollatorWithScores(args.counts, ShortContext(args.size, args.stride))
         collate = functools.partial(_collate, collator)
         super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": collate})
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
-                "weighted one: expected 0.0"
-            )
         self._check_engine()
         base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
@@ -201,6 +196,11 @@ class TokenWeightedSFTTrainer(SFTTrainer):
 
     def _check_engine(self) -> None:
         """Prepare what shares the model among processes; a ValueError for what would change the loss."""
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
+                "weighted one: expected 0.0"
+            )
         prepare_engine(self)
         if context_mesh(self.accelerator) is not None:
             raise ValueError(
