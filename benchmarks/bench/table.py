@@ -57,8 +57,13 @@ def training_table(results: Results, benchmark: str = "training") -> list[str]:
     return lines[:-1]
 
 
-def gpu_table(results: Results) -> list[str]:
+def gpu_table(results: Results, benchmark: str = "gpu") -> list[str]:
     forms = {
+        **{f"error of the {part}": "{:.1e}" for part in ("loss", "states", "head")},
+        "time": "{:.4f}",
+        "time / floor": "{:.2f}",
+        "peak memory over inputs": "{:.2f}",
+        "synchronizing calls": "{:.0f}",
         "tokens per second": "{:,.0f}",
         "time / uniform": "{:.2f}",
         "arithmetic / uniform": "{:.2f}",
@@ -66,12 +71,12 @@ def gpu_table(results: Results) -> list[str]:
         "peak memory": "{:.1f}",
         "longest row that fits": "{:,.0f}",
     }
-    found = {key[1:]: row for key, row in results.rows.items() if key[0] == "gpu"}
+    found = {key[1:]: row for key, row in results.rows.items() if key[0] == benchmark}
     lines = []
     for what, x in dict.fromkeys((row["what"], row["x"]) for row in found.values()):
         shown = [metric for metric in forms if any(key[1:] == (metric, x) for key in found)]
         lines += [f"On a GPU: {what} ({x}):", "", f"| | {' | '.join(shown)} |", "|" + "---|" * (len(shown) + 1)]
-        for name in results.implementations("gpu", x):
+        for name in results.implementations(benchmark, x):
             rows = ((forms[metric], found.get((name, metric, x))) for metric in shown)
             cells = ("" if row is None else form.format(float(row["p50"])) for form, row in rows)
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -341,6 +346,7 @@ MAKERS = {
     "training": training_table,
     "weightings": weightings_table,
     "gpu": gpu_table,
+    "gpu-loss": lambda results: gpu_table(results, "gpu-loss"),
     "reference": reference_table,
     "growth": growth_table,
     "length": length_table,

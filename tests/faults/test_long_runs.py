@@ -233,6 +233,27 @@ class Poison(TrainerCallback):
             model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * torch.nan)
 
 
+def test_a_loss_that_is_not_finite_is_told_a_step_later_by_its_own_step_and_row(place):
+    given = {"max_steps": 6, "save_strategy": "no", "logging_steps": 100, "disable_tqdm": True}
+    given |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+    settings = TrainSettings(str(place / "model"), str(place / "scored"), str(place / "out"), trainer=given)
+    ended = Ended()
+    with pytest.raises(ValueError, match=r"^step 3: the long loss of row 2 of the data .* is nan"):
+        train(settings, callbacks=[Poison(2), ended])
+    assert ended.steps == [1, 2, 3, 4]
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+class Ended(TrainerCallback):
+    """Which optimizer steps came to an end."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step + 1)
+
+
 @pytest.mark.parametrize(
     ("step", "logging_steps", "named"),
     [(3, 1, "gradient norm"), (4, 100, "weight"), (5, 100, "weight")],

@@ -133,8 +133,8 @@ def test_losses_and_divergence_of_hidden_states_are_those_of_their_logits(head, 
 
 def test_hidden_states_are_multiplied_with_the_head_twice_and_no_logits_of_all_rows_are_held(monkeypatch):
     products, held = [], []
-    multiply, empty = loss._multiply_into, torch.empty
-    monkeypatch.setattr(loss, "_multiply_into", lambda out, a, b: products.append(len(a)) or multiply(out, a, b))
+    multiply, empty = loss.multiply_into, torch.empty
+    monkeypatch.setattr(loss, "multiply_into", lambda out, a, b: products.append(len(a)) or multiply(out, a, b))
     monkeypatch.setattr(torch, "empty", lambda *shape, **kind: held.append(shape) or empty(*shape, **kind))
     monkeypatch.setattr(expected_module, "BUFFER_BYTES", 2 * 4 * 20 * 500)
     long, short, weight = torch.randn(100, 4), torch.randn(100, 4), torch.randn(500, 4)

@@ -1,15 +1,19 @@
 """The joined loss against plain logits in float64, and its promises about memory, dtypes and rows without weight."""
 
 import itertools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenweight import linear_nll, weighted_linear_cross_entropy
 from tokenweight.method import loss as module
+from tokenweight.method.device import products
 
 N, D, V = 11, 5, 17
 OPTIONS = [
@@ -222,7 +226,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_array_of_all_logits_comes_into_being(options, default_size, monkeypatch):
     n, d, v, chunk_size = 512, 8, 500, 16
     hidden, head, bias, targets, weights = problem(n, d, v, dtype=torch.float32)
-    monkeypatch.setattr(module, "BUFFER_BYTES", 4 * v * chunk_size)
+    monkeypatch.setattr(products, "BUFFER_BYTES", 4 * v * chunk_size)
     options = {**options, "bias": bias, "chunk_size": None if default_size else chunk_size}
     with LargestTensor() as largest:
         linear_nll(hidden, head, targets, **options)
@@ -230,26 +234,87 @@ def test_no_array_of_all_logits_comes_into_being(options, default_size, monkeypa
     assert largest.numel == max(v * chunk_size, v * d, n * d) == n * v / 32
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """torch's product of 16-bit matrices into float32, which CPUs lack, made in float32; counts its calls."""
-    plain, calls = torch.mm, []
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is active, and exist at once at most."""
 
-    def multiply(a, b, *, out_dtype=None, **options):
-        if out_dtype is None:
-            return plain(a, b, **options)
-        calls.append(a.dtype)
-        torch.ops.aten.mm.dtype(a.to("meta"), b.to("meta"), out_dtype)  # refuses what a GPU would refuse
-        return plain(a.to(out_dtype), b.to(out_dtype), **options)
+    live = most = 0
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in inputs}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.live)
+        return result
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("vocabulary", [128_256, 256_000])
+def test_on_a_gpu_at_most_a_fiftieth_of_the_logits_is_held_beside_the_gradients(vocabulary, monkeypatch):
+    n, d = 32_768, 2048
+    rows = products.rows_at_once(n, vocabulary, 4, on_gpu=True)
+    monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})  # fake tensors multiply into float32 there, too
+    context = SimpleNamespace(needs_input_grad=(True, True, False))
+    with FakeTensorMode():
+        hidden, head = (torch.empty(num, d, dtype=torch.bfloat16) for num in (n, vocabulary))
+        targets, weights = torch.empty(n, dtype=torch.long), torch.empty(n)
+        settings = (torch.arange(2 * rows), 1.0, None, rows, True)  # the other chunks hold no more
+        with Live(hidden, head, targets, weights) as found:
+            module._WeightedLoss.forward(context, hidden, head, None, targets, weights, settings)
+    gradients = sum(one.nbytes for one in context.grads[:2])
+    assert gradients == 4 * d * (n + vocabulary)
+    assert 4 * n * vocabulary / 70 <= found.most - gradients <= 4 * n * vocabulary / 50
+
+
+@pytest.fixture(params=[True, False], ids=["adds", "refuses to add"])
+def as_on_a_gpu(monkeypatch, request):
+    """torch's products of 16-bit matrices into float32, which CPUs lack, made in float32; counts its calls.
+
+    Older versions refuse to add them to a float32 matrix."""
+    calls = []
+
+    def wide(name, plain):
+        def multiply(*given, out_dtype=None, **options):
+            if given[-1].is_meta or out_dtype is None:
+                return plain(*given, **options, **({} if out_dtype is None else {"out_dtype": out_dtype}))
+            if name == "addmm" and not request.param:
+                raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+            calls.append(given[-1].dtype)
+            # Refuses what a GPU would refuse.
+            getattr(torch.ops.aten, name).dtype(*(one.to("meta") for one in given), out_dtype)
+            return plain(*given[:-2], *(one.to(out_dtype) for one in given[-2:]), **options)
+
+        monkeypatch.setattr(torch, name, multiply)
 
     monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})
-    monkeypatch.setattr(torch, "mm", multiply)
-    return calls
+    for name in ("mm", "addmm"):
+        wide(name, getattr(torch, name))
+    products._adds_into.cache_clear()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert products._adds_into(torch.float32, dtype, torch.device("cpu")) is request.param
+    calls.clear()
+    yield calls
+    products._adds_into.cache_clear()
 
 
-@pytest.mark.parametrize("device", ["cpu", "as_on_a_gpu"])
-def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computation(device, request):
-    calls = [] if device == "cpu" else request.getfixturevalue(device)
+def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computation():
+    assert_nearer_than_naive(calls=[], expected=0)
+
+
+def test_in_bfloat16_on_a_gpu_nothing_is_further_from_the_truth_than_the_naive_computation(as_on_a_gpu):
+    assert_nearer_than_naive(as_on_a_gpu, expected=4)  # losses; then losses and the gradients of states and head
+
+
+def assert_nearer_than_naive(calls, expected):
     *inputs, targets, weights = problem(n=64, d=128, v=256, dtype=torch.bfloat16)
     inputs[1].data /= 8
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -267,7 +332,7 @@ def test_in_bfloat16_nothing_is_further_from_the_truth_than_the_naive_computatio
         assert (one - exact).norm() <= (other - exact).norm() + epsilon
     # Sums of 128 products in float32, of logits up to 20: at worst 128 * 20 * 2**-24. The naive losses are off by .02.
     assert (ours_nll - truth_nll).abs().max() < 2e-4 < 1e-2 < (naive_nll - truth_nll).abs().max()
-    assert len(calls) == (0 if device == "cpu" else 4)  # losses; then losses and the gradients of states and head
+    assert len(calls) == expected
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -325,7 +390,7 @@ def test_a_16_bit_head_cast_in_blocks_gives_what_it_gives_cast_at_once(dtype, mo
         return losses, *results(weighted_linear_cross_entropy(hidden, head, targets, weights, bias=bias), *inputs)
 
     whole = computed()
-    monkeypatch.setattr(module, "CAST_BYTES", 4 * D * 3)  # 3 of the 17 rows
+    monkeypatch.setattr(products, "CAST_BYTES", 4 * D * 3)  # 3 of the 17 rows
     # Sums over 17 columns in another order, in float32, rounded to 16 bits where they are gradients.
     for one, other in zip(computed(), whole, strict=True):
         rounding = torch.finfo(one.dtype).eps + 17 * torch.finfo(torch.float32).eps

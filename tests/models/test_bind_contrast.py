@@ -238,11 +238,11 @@ def test_a_contrast_that_is_none_is_refused():
 @pytest.mark.parametrize("kept", [0.0, 0.25, 1.0])
 def test_weights_that_are_known_cost_a_product_for_each_token_and_two_more_for_each_with_a_weight(kept, monkeypatch):
     rows = []
-    multiply, add = head_loss._multiply_into, head_loss._add_product
-    monkeypatch.setattr(head_loss, "_multiply_into", lambda out, a, b: (rows.append(len(a)), multiply(out, a, b)))
+    multiply, add = head_loss.multiply_into, head_loss.add_product
+    monkeypatch.setattr(head_loss, "multiply_into", lambda out, a, b: (rows.append(len(a)), multiply(out, a, b)))
     monkeypatch.setattr(
         head_loss,
-        "_add_product",
+        "add_product",
         lambda out, a, b: (rows.append(len(a) if b.shape[0] == 11 else a.shape[1]), add(out, a, b)),
     )
     draw = torch.Generator().manual_seed(0)

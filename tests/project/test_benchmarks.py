@@ -28,7 +28,7 @@ METRICS = {
 OVER_MODEL, GIVEN_BACK = "peak memory over model and gradients", "freed memory given back"
 SLOW_METRICS = {
     "corpus": {"tokens per second / datasets.map", "most anonymous memory, 10 x", "per million tokens"},
-    "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform"},
+    "gpu": {"tokens per second", "time / uniform", "arithmetic / uniform", "error of the head", "time"},
     "heads": {"heads above 0.1", "retrieval score", "loss of the answer"},
     "growth": {"time per token", "time / uniform", f"{OVER_MODEL} per token, {GIVEN_BACK}"},
     "instructions": {"loss of the answer", "mean loss of the code", "mean digits of the code found"},
@@ -79,10 +79,12 @@ def test_the_command_of_a_quick_run_does_the_same(name, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_complete(name, SLOW_METRICS[name], done.stdout, tmp_path / "rows.csv")
     if name == "gpu":
-        longest = [*command, "--longest", "--steps", "uniform"]
+        longest = [*command, "--parts", "longest", "--steps", "uniform"]
         assert subprocess.run(longest, cwd=tmp_path).returncode == 0
         table = load("bench/table")
-        assert "| uniform | 2,048 |" in table.gpu_table(table.Results(tmp_path / "rows.csv"))
+        results = table.Results(tmp_path / "rows.csv")
+        assert "| uniform | 2,048 |" in table.gpu_table(results)
+        assert any("chunks of 64" in line for line in table.gpu_table(results, "gpu-loss"))
     if name == "growth":
         load("growth").draw_figure(tmp_path / "rows.csv", tmp_path / "growth")
         assert (tmp_path / "growth.svg").stat().st_size > 1000
@@ -101,7 +103,7 @@ def assert_complete(name, metrics, output, path, script=None):
     assert {row["metric"] for row in rows} >= metrics
     for row in rows:
         assert all(row.values()), row
-        assert row["benchmark"] == name
+        assert row["benchmark"] in (name, f"{name}-loss")
         assert row["command"].startswith(f"python benchmarks/{script or name}.py --quick")
         values = [float(row[column]) for column in ("p50", "p20", "p80")]
         assert all(map(math.isfinite, values)), row

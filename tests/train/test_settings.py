@@ -177,7 +177,11 @@ def test_numbers_without_a_point_survive_the_way_through_json_and_yaml(tmp_path)
         ({"hub_token": "hf_x"}, "trainer.hub_token would be written into run.json"),
         ({"output_dir": "elsewhere"}, "trainer.output_dir"),  # settings have `out`
         ({"label_smoothing_factor": 0.1}, "put another loss in place of the weighted one"),
-        ({"use_liger_kernel": "true"}, "put another loss in place of the weighted one"),
+        ({"use_liger_kernel": "true"}, "use_liger_kernel would put another loss in place of the weighted one"),
+        (
+            {"use_liger_kernel": "true", "liger_kernel_config": {"fused_linear_cross_entropy": False}},
+            'expected trainer.liger_kernel_config {"cross_entropy": false, "fused_linear_cross_entropy": false}',
+        ),
     ],
 )
 def test_a_field_that_the_trainer_does_not_have_or_take_is_refused_by_name(given, message, tmp_path, capfd):

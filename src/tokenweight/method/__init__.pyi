@@ -2,6 +2,8 @@ from .alignment import aligned_with_states as aligned_with_states
 from .alignment import aligned_with_tokens as aligned_with_tokens
 from .alignment import document_positions as document_positions
 from .alignment import prediction_mask as prediction_mask
+from .device.products import BUFFER_BYTES as BUFFER_BYTES
+from .device.products import rows_at_once as rows_at_once
 from .kin.combine import Combination as Combination
 from .kin.combine import FirstWindow as FirstWindow
 from .kin.combine import Floor as Floor
@@ -34,7 +36,6 @@ from .kin.pmi import NPMI as NPMI
 from .kin.pmi import PPMI as PPMI
 from .kin.selection import ESLM as ESLM
 from .kin.selection import Rho1 as Rho1
-from .loss import BUFFER_BYTES as BUFFER_BYTES
 from .loss import Head as Head
 from .loss import linear_nll as linear_nll
 from .loss import weighted_linear_cross_entropy as weighted_linear_cross_entropy
@@ -46,6 +47,7 @@ from .scoring import Reading as Reading
 from .scoring import ShortContext as ShortContext
 from .scoring import plan_passes as plan_passes
 from .scoring import read_passes as read_passes
+from .weightings import LATER as LATER
 from .weightings import SCORES as SCORES
 from .weightings import Dense as Dense
 from .weightings import History as History

@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BUFFER_BYTES = 256 << 20
-"""Logits held at a time. Smaller chunks re-read the head too often; larger ones gain nothing (benchmarks/loss.py)."""
-CAST_BYTES = 32 << 20
-"""The part of a 16-bit head that is held in float32 at a time, where the device cannot multiply into float32."""
+from tokenweight.method.device.products import add_product, multiply_into, parts, rows_at_once
+from tokenweight.method.device.rows import active_rows
+
 INTO_FLOAT32 = frozenset({"cuda"})
 """Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
 WeightsOfChunk = Callable[[Float[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor, " n"]]
@@ -37,9 +36,11 @@ class Head(NamedTuple):
         """What happens to `hidden @ weight.T`: the keywords of both losses."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
-    def loss(self, hidden: Tensor, targets: Tensor, weights: "Tensor | WeightsOfChunk") -> Float[Tensor, ""]:
+    def loss(
+        self, hidden: Tensor, targets: Tensor, weights: "Tensor | WeightsOfChunk", active: Tensor | None = None
+    ) -> Float[Tensor, ""]:
         """`weighted_linear_cross_entropy` of this head."""
-        return weighted_linear_cross_entropy(hidden, self.weight, targets, weights, **self.after)
+        return weighted_linear_cross_entropy(hidden, self.weight, targets, weights, active=active, **self.after)
 
 
 def linear_nll(
@@ -51,6 +52,7 @@ def linear_nll(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Negative log-likelihood of each target under `softmax(logits)`, without gradient.
 
@@ -63,7 +65,8 @@ def linear_nll(
         bias: of the output projection.
         scale: multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: bound of the logits (Gemma's `final_logit_softcapping`).
-        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`.
+        chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
+        active: numbers of the rows to read, with valid targets; by default found, for which the host waits for a GPU.
 
     Returns:
         Nats in float32 (float64 from float64 states), whatever the dtype of the states.
@@ -74,7 +77,8 @@ def linear_nll(
     logits = Logits(hidden, head, bias, scale, softcap)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         losses = torch.zeros(len(hidden), dtype=logits.dtype, device=hidden.device)
-        for rows in logits.chunks(active_rows(targets, len(head)), chunk_size):
+        active = active_rows(targets, len(head)) if active is None else active
+        for rows in logits.chunks(active, chunk_size):
             losses[rows] = logits.losses(hidden[rows], targets[rows])
     return losses
 
@@ -89,6 +93,7 @@ def weighted_linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over all rows of weight times negative log-likelihood; not divided, since only the caller knows by what.
 
@@ -104,15 +109,18 @@ def weighted_linear_cross_entropy(
     """
     if isinstance(weights, Tensor) and len(weights) != len(hidden):
         raise ValueError(f"found {len(weights)} weights for {len(hidden)} rows: expected one per row")
-    given = (weights.detach() if isinstance(weights, Tensor) else weights, scale, softcap, chunk_size)
-    return _WeightedLoss.apply(hidden, head, bias, targets, *given, torch.is_grad_enabled())
+    weights = weights.detach() if isinstance(weights, Tensor) else weights
+    settings = (active, scale, softcap, chunk_size, torch.is_grad_enabled())
+    return _WeightedLoss.apply(hidden, head, bias, targets, weights, settings)
 
 
 class _WeightedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, targets, weights, scale, softcap, chunk_size, needs_grad):
+    def forward(ctx, hidden, head, bias, targets, weights, settings):
+        active, scale, softcap, chunk_size, needs_grad = settings
         logits = Logits(hidden, head, bias, scale, softcap)
-        active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
+        if active is None:
+            active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
         inputs = (hidden, head, bias)
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
@@ -137,7 +145,7 @@ class _WeightedLoss(torch.autograd.Function):
         # Scaled in place and given away, so that no second array of the size of the head comes into being.
         grads, ctx.grads = ctx.grads, None
         scaled = [None if grad is None else grad.mul_(grad_output).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None
 
 
 class Logits:
@@ -154,8 +162,7 @@ class Logits:
             # float16 their gradients, often below 1e-7, vanish before a scaler of the loss could make them larger.
             self.compute_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self.dtype = torch.promote_types(self.compute_dtype, torch.float32)
-        block = len(head) if head.dtype == self.compute_dtype else max(1, CAST_BYTES // (4 * head.shape[1]))
-        self.blocks = [slice(i, min(i + block, len(head))) for i in range(0, len(head), block)]
+        self.blocks = parts(len(head), 0 if head.dtype == self.compute_dtype else 4 * head.shape[1])
 
     def chunks(self, rows: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
         """Split row numbers into chunks of `chunk_size`, or of as many rows as fit the buffer, and evenly so."""
@@ -164,7 +171,8 @@ class Logits:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
         if chunk_size is None:
-            chunk_size = max(16, BUFFER_BYTES // (self.dtype.itemsize * len(self.head)))
+            on_gpu = self.dtype != self.compute_dtype
+            chunk_size = rows_at_once(len(rows), len(self.head), self.dtype.itemsize, on_gpu=on_gpu)
         chunk_size = -(-len(rows) // -(-len(rows) // chunk_size))
         # One buffer for all chunks: fresh pages of memory for each would cost a third of a head product.
         self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
@@ -175,7 +183,7 @@ class Logits:
         z = self.logits = self.buffer[: len(states)]
         states = states.to(self.compute_dtype)
         for block in self.blocks:
-            _multiply_into(z[:, block], states, self.head[block].to(self.compute_dtype).t())
+            multiply_into(z[:, block], states, self.head[block].to(self.compute_dtype).t())
         if self.bias is not None:
             z += self.bias
         if self.scale != 1:
@@ -213,44 +221,15 @@ class Logits:
         of_hidden, of_head, of_bias = grads
         states = states.to(self.compute_dtype)
         of_states = torch.zeros_like(states, dtype=self.dtype)
-        for block in self.blocks:
+        copied = 0 if z.dtype == self.compute_dtype else len(z) * self.compute_dtype.itemsize
+        for block in self.blocks if len(self.blocks) > 1 else parts(z.shape[1], copied):
             of_logits = z[:, block].to(self.compute_dtype)
             if of_hidden is not None:
-                _add_product(of_states, of_logits, self.head[block].to(self.compute_dtype))
+                add_product(of_states, of_logits, self.head[block].to(self.compute_dtype))
             if of_head is not None:
-                _add_product(of_head[block], of_logits.t(), states)
+                add_product(of_head[block], of_logits.t(), states)
+            del of_logits  # before the next copy is made
         if of_hidden is not None:
             of_hidden[rows] = of_states
         if of_bias is not None:
             of_bias += z.sum(dim=0)
-
-
-def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, summed and returned in the dtype of `out` even where a and b have 16 bits."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in the dtype of `out` even where a and b have 16 bits."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out += torch.mm(a, b, out_dtype=out.dtype)
-
-
-def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
-    """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
-    valid = targets != -100
-    wrong = valid & ((targets < 0) | (targets >= vocabulary))
-    active = valid if weights is None else valid & (weights != 0)
-    # One wait of the host for the device, where `any` and `nonzero` would be two.
-    num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
-    if num_wrong:
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target {int(targets[row])} in row {row}: expected -100 or a token id from 0 to {vocabulary - 1}"
-        )
-    return active.byte().argsort(descending=True, stable=True)[:num_active]

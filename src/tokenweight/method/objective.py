@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tokenweight.method.device.rows import active_rows, split_rows
 from tokenweight.method.loss import Head, linear_nll
 from tokenweight.method.weightings import History, Weighting, check_finite
 
@@ -49,18 +50,17 @@ def weighted_loss(
     short: ShortLosses | None,
     used: Mapping[str, Shaped[Tensor, "batch seq"]] = MappingProxyType({}),
     *,
+    rows: Int[Tensor, " n"] | None = None,
     long: Float[Tensor, "batch seq"] | None = None,
     history: History = lambda observed: observed,
     own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
     whole: Callable[..., Tensor] = lambda of_states: of_states,
 ) -> WeightedLoss:
-    """The weighted loss of a batch, by products with the head: 3 if weights are pointwise, 1 and 2 more for tokens with
-    a weight other than 0 if they are known before the losses, else at most 4.
+    """The weighted loss of a batch. Products with the head: 3 if weights are pointwise or known before, else at most 4.
 
     Args:
-        hidden: the hidden state that predicts each token.
-        targets: token ids, -100 outside `mask`.
-        mask: True where a token is predicted and counts.
+        hidden: the state that predicts each token; `rows` are the numbers of those with a target, if they are known.
+        targets: token ids, -100 outside `mask`, which is True where a token is predicted and counts.
         short: None only if the weighting does not use short losses; the long ones then stand in for them.
         used: what else the weighting uses, by name, of whole sequences and aligned with tokens.
         long: the long losses that weights are made of, if not those of the trained model.
@@ -68,12 +68,12 @@ def weighted_loss(
         own: from whole sequences to what stands at this rank's states, where ranks split them; `whole` is its inverse.
 
     Raises:
-        NonFinite: if a loss or a weight under `mask` is not finite; a ValueError if the weighting lacks what it uses.
+        NonFinite: if a loss or a weight under `mask` is not finite; ValueError if the weighting lacks what it uses.
     """
     hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
     if long is not None or (used and not weighting.of_losses):  # weights are known before the losses
         weights, of_short = _known_weights(hidden.dtype, mask, weighting, short, used, long, history)
-        loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten())
+        loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten(), rows, weighting)
         long_nll = whole(nll.view(len(mask), -1))
         short_nll = long_nll if of_short is None else of_short
         check_finite({"the long loss": long_nll}, mask)
@@ -81,14 +81,15 @@ def weighted_loss(
         known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
         of_rows = {name: own(values).flatten() for name, values in used.items()}
         past = _past(weighting, mask, used, history)
-        loss, *of_states = _in_one_pass(hidden, head, own_targets, weighting, known, of_rows, past)
+        loss, *of_states = _in_one_pass(hidden, head, own_targets, rows, weighting, known, of_rows, past)
         weights, long_nll, short_nll = (whole(values.view(len(mask), -1)) for values in of_states)
         check_finite({"the long loss": long_nll, **used, f"the weight by {weighting}": weights}, mask)
     else:  # all losses of a sequence come first
-        long_nll = whole(linear_nll(hidden.detach(), head.weight, own_targets, **head.after).view(len(mask), -1))
+        nll = linear_nll(hidden.detach(), head.weight, own_targets, active=rows, **head.after)
+        long_nll = whole(nll.view(len(mask), -1))
         short_nll = long_nll if short is None else short.filled(long_nll)
         weights = weighting(long_nll, short_nll, mask, history=history, **used)
-        loss = head.loss(hidden, own_targets, own(weights).flatten())
+        loss = head.loss(hidden, own_targets, own(weights).flatten(), None if weighting.selects else rows)
     return WeightedLoss(loss, weights.where(mask, 0.0), long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
@@ -116,22 +117,25 @@ def _past(
 
 
 def _with_weights(
-    hidden: Float[Tensor, "N dim"], head: Head, targets: Int[Tensor, " N"], weights: Float[Tensor, " N"]
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, rows: Tensor | None, weighting: Weighting
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """The loss, and the losses of all tokens, those of weight 0 too."""
-    nll = linear_nll(hidden.detach(), head.weight, targets.where(weights == 0, -100), **head.after)
+    """The loss, and the losses of all rows, those of weight 0 too."""
+    rows = active_rows(targets, len(head.weight)) if rows is None else rows
+    chosen, others = split_rows(rows, weights[rows] != 0) if weighting.selects else (rows, rows[:0])
+    nll = linear_nll(hidden.detach(), head.weight, targets, active=others, **head.after)
 
     def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         nll[rows] = losses
         return weights[rows]
 
-    return head.loss(hidden, targets.where(weights != 0, -100), weigh), nll
+    return head.loss(hidden, targets, weigh, chosen), nll
 
 
 def _in_one_pass(
     hidden: Float[Tensor, "N dim"],
     head: Head,
     targets: Int[Tensor, " N"],
+    active: Int[Tensor, " n"] | None,
     weighting: Weighting,
     short: ShortLosses | None,
     used: Mapping[str, Shaped[Tensor, " N"]],
@@ -151,5 +155,5 @@ def _in_one_pass(
         weights[rows] = of_rows[0].to(dtype)
         return weights[rows]
 
-    loss = head.loss(hidden, targets, weigh)
+    loss = head.loss(hidden, targets, weigh, active)
     return loss, weights, long_nll, short_nll

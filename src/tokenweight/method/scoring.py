@@ -93,16 +93,17 @@ def read_passes(
     """
     device, length = tokens.device, tokens.shape[1]
     width = max(one.num_tokens for one in passes)
-    # Index tensors are made on the host, so that no device is asked anything.
-    columns = torch.stack(
-        [torch.arange(w.start, w.start + width).clamp(max=w.stop - 1) + document for _, document, w in passes]
-    ).to(device)
-    rows = torch.tensor([[row] for row, _, _ in passes], device=device)
+    # Index tensors are made on the host, so that no device is asked anything, and nobody waits for their copies.
+    read_at = [torch.arange(w.start, w.start + width).clamp(max=w.stop - 1) + document for _, document, w in passes]
+    columns = torch.stack(read_at).to(device, non_blocking=True)
+    rows = torch.tensor([[row] for row, _, _ in passes]).to(device, non_blocking=True)
     read = tokens[rows, columns]
     if prefix:
-        first, num = torch.tensor(prefix, device=device), len(prefix)
+        first, num = torch.tensor(prefix).to(device, non_blocking=True), len(prefix)
         begins = torch.tensor([[document] for _, document, _ in passes]) + torch.arange(num)
-        other = (tokens[rows, begins.clamp(max=length - 1).to(device)] != first).any(dim=1, keepdim=True)
+        other = (tokens[rows, begins.clamp(max=length - 1).to(device, non_blocking=True)] != first).any(
+            dim=1, keepdim=True
+        )
         read[:, :num] = read[:, :num].where(other, first[:width])
     positions = None
     if position_ids is not None:
@@ -110,4 +111,4 @@ def read_passes(
         positions[:, 1:].clamp_(min=1)  # padding may stay at one position: 0 would begin a document
     inside = [i * width + torch.arange(w.first - w.start, w.stop - w.start) for i, (_, _, w) in enumerate(passes)]
     target = [row * length + document + torch.arange(w.first, w.stop) for row, document, w in passes]
-    return Reading(read, positions, torch.cat(inside), torch.cat(target).to(device))
+    return Reading(read, positions, torch.cat(inside), torch.cat(target).to(device, non_blocking=True))

@@ -5,6 +5,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,16 @@ class NonFinite(ValueError):
         return f"{self.name} of row {self.row}, position {self.position} is {self.value}: expected a finite number"
 
 
+LATER: ContextVar[Callable[[Mapping[str, Tensor], Tensor], None] | None] = ContextVar("LATER", default=None)
+"""What is told of losses and which are not finite, where it is set, in place of an error, for which the host waits."""
+
+
 def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"]) -> None:
     """Raise `NonFinite` for the first non-finite value under `mask`, with its name, row and position."""
     bad = torch.stack([mask & ~torch.isfinite(values) for values in losses.values()])
-    if bad.any():  # the one host-device synchronization
+    if (later := LATER.get()) is not None:
+        later(losses, bad)
+    elif bad.any():
         number, row, position = bad.nonzero()[0].tolist()
         name, value = list(losses)[number], list(losses.values())[number][row, position].item()
         raise NonFinite(name, row, position, value)
@@ -50,6 +57,8 @@ class Weighting(ABC):
     predictions with the short context from those with the long one)."""
     pointwise: ClassVar[bool] = False
     """True if a token's weight depends on its own values only: then the loss needs no second pass."""
+    selects: ClassVar[bool] = True
+    """False if hardly a weight is 0: then it is not asked which are, for which the host would wait for the device."""
     of_losses: ClassVar[bool] = True
     """False if neither the long nor the short loss is read: then the weights are known before the long loss is."""
     divergence_of: "ClassVar[ScoreWeighting | None]" = None
@@ -212,6 +221,7 @@ class Dense(ScoreWeighting):
 
     def __post_init__(self) -> None:
         require(self, "interpolation", 0 <= self.interpolation <= 1, "a number from 0 to 1")
+        vars(self)["selects"] = self.interpolation == 0
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
         """What the weight is in proportion to, where it is above 0."""

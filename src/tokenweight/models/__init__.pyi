@@ -3,6 +3,7 @@ from .attention import parse_attention as parse_attention
 from .attention import with_dual_chunk as with_dual_chunk
 from .bind import WeightedLossOutput as WeightedLossOutput
 from .bind import load_weighting_state as load_weighting_state
+from .bind import verify_again as verify_again
 from .bind import weighting_state as weighting_state
 from .bind import with_weighted_loss as with_weighted_loss
 from .bind import without_distillation as without_distillation

@@ -197,6 +197,19 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def verify_again(model: PreTrainedModel) -> None:
+    """Verify a bound model anew, after somebody put other kernels into it.
+
+    Raises:
+        ValueError: if it is not bound, or the loss with equal weights is no longer the model's own.
+    """
+    bound = _bound(model)
+    for name in ("_causal_parts", "_verified_loss"):
+        vars(model).pop(name, None)
+    found = dataclasses.replace(bound, parts=causal_parts(model))
+    model._token_weighting = dataclasses.replace(found, adds_terms=_adds_terms(model, found))
+
+
 def without_distillation(model: PreTrainedModel) -> PreTrainedModel:
     """End the distillation of a bound model, whose loss is the weighted loss alone from now on, and return it.
 
@@ -345,7 +358,9 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     weighted = can_weigh(bound, batch)
     weighting = bound.weighting if weighted else Uniform()
     scores = weighted and not bound.columns <= batch.scores.keys()
-    batch.check(scored=weighted and bool(bound.columns), scorer=scores)
+    reader = bound.parts if bound.scorer is None else bound.scorer.parts
+    known: dict[str, Any] = {"scorer": reader.num_tokens if scores else None, "vocabulary": bound.parts.num_tokens}
+    batch, rows = batch.check(scored=weighted and bool(bound.columns), **known)
     # Before the pass that keeps activations, so that both are not in memory at once.
     values = values_of(model, bound, batch) if weighted else Values()
     distillation = bound.distillation if weighted and torch.is_grad_enabled() else None
@@ -361,7 +376,7 @@ def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, 
     targets = batch.labels.where(mask, -100)
     num_ranks = 1 if bound.context is None else bound.context.size()
     history = functools.partial(bound.history.add, copies=num_ranks) if torch.is_grad_enabled() else bound.history.read
-    given_losses: dict[str, Any] = {"long": values.long, "history": history}
+    given_losses: dict[str, Any] = {"long": values.long, "history": history, "rows": rows}
     found = weighted_loss(
         terms.hidden, head, targets, mask, weighting, values.short, values.used, **given_losses, **split
     )

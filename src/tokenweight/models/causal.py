@@ -46,6 +46,12 @@ class CausalParts:
             )
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the head knows; under ZeRO-3 the head itself is empty between passes."""
+        weight: Any = self.output.weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+    @property
     def head(self) -> Head:
         """The output head as the losses take it."""
         weight: Any = self.output.weight
@@ -127,10 +133,14 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_pa
     Without a mask it takes *every* step other than +1 for a new document; with a mask it separates nothing.
     """
     jumps = position_ids.diff(dim=1) != 1
-    if not jumps.any():
-        return attention_mask
     restarts = jumps & (position_ids[:, 1:] == 0)
-    if not restarts.any():
+    padded = jumps.new_zeros(()) if attention_mask is None else ~attention_mask.all()
+    # One wait for the device, where four questions would be four.
+    found = torch.stack([jumps.any(), restarts.any(), (jumps != restarts).any(), padded]).tolist()
+    any_jump, any_restart, any_skip, any_padding = found
+    if not any_jump:
+        return attention_mask
+    if not any_restart:
         return torch.ones_like(position_ids) if attention_mask is None else attention_mask
     if len(position_ids) > max_packed_rows:
         remedy = "give each document a row" if max_packed_rows == 0 else "use batches of one row"
@@ -138,14 +148,14 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_pa
             f"position_ids hold packed documents, but in a batch of {len(position_ids)} rows this model, with its "
             f"attention, lets a document see those before it: {remedy}"
         )
-    if not torch.equal(jumps, restarts):
+    if any_skip:
         row, column = (jumps & ~restarts).nonzero()[0].tolist()
         raise ValueError(
             f"position_ids of row {row} jump to {position_ids[row, column + 1].item()} at token {column + 1}, in a "
             "batch with packed documents: transformers would take the jump for a document border. "
             "Skip positions, or pack documents, not both"
         )
-    if attention_mask is not None and not attention_mask.all():
+    if any_padding:
         raise ValueError(
             "position_ids hold packed documents, and attention_mask holds padding: transformers would then let the "
             "documents see each other. Drop attention_mask, and give the padding labels of -100 and positions from 0"

@@ -1,5 +1,6 @@
 """What a batch says beside its tokens: every input of a bound model is used in all passes, or refused by name."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import TransformersKwargs
 
 from tokenweight.method import SCORES, NonFinite, TopK, prediction_mask
+from tokenweight.models.checks import UnknownToken
 from tokenweight.models.context_parallel import SequenceShard, sequence_shard
 
 TEACHER = ("teacher_ids", "teacher_logprobs")
@@ -102,34 +104,53 @@ class Batch:
         mask = prediction_mask(self.labels, self.position_ids if self.share is None else None)
         return mask if self.real is None else mask & self.real & self.real.roll(1, dims=1)
 
-    def check(self, *, scored: bool, scorer: bool) -> None:
-        """Raise a ValueError for a token that would be weighted or counted wrongly; the host waits for the device once.
+    def check(self, *, scored: bool, scorer: int | None, vocabulary: int) -> "tuple[Batch, Tensor | None]":
+        """Refuse a token that would be weighted or counted wrongly; the host waits for the device once, and no more.
 
         Args:
             scored: whether the weights are made of scores of the tokens.
-            scorer: whether a scorer is to read the tokens.
+            scorer: tokens that a scorer knows, if one is to read the batch.
+            vocabulary: tokens that the model predicts.
+
+        Returns:
+            The batch, without a mask in which nothing is padding; and the numbers of the predicted tokens, where ranks
+            do not split the sequences.
+
+        Raises:
+            ValueError: for such a token, with its row and position.
         """
-        if scorer and self.attention_mask is not None and self.real is None:
+        if scorer is not None and self.attention_mask is not None and self.real is None:
             shape = list(self.attention_mask.shape)
             raise ValueError(
                 f"attention_mask has shape {shape}: expected that of input_ids, {list(self.tokens.shape)}: a scorer "
                 "cuts windows out of it"
             )
-        wrong = dict(self._wrong(scored, scorer))
-        if not wrong:
-            return
+        wrong = dict(self._wrong(scored, scorer, vocabulary))
+        if not wrong:  # split, without scores
+            return self, None
         places = torch.stack([*wrong.values()])
-        if not places.any():
-            return
-        number, row, column = places.nonzero()[0].tolist()
-        name, expected = [*wrong][number]
-        values: dict[str, Any] = {**self.scores, "labels": self.labels, "attention_mask": self.real}
-        value = values[name][row, column]
-        if name in SCORES:
-            raise NonFinite(name, row, column, value.item())
-        raise ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
+        padded = places.new_ones(()) if self.real is None else ~self.real.all()
+        num_wrong, num_predicted, padding = torch.stack([places.sum(), self.mask.sum(), padded.long()]).tolist()
+        if num_wrong:
+            raise self._error(places, [*wrong], scorer)
+        if self.share is not None:
+            return self, None
+        batch = self if padding else dataclasses.replace(self, attention_mask=None)
+        return batch, self.mask.flatten().byte().argsort(descending=True, stable=True)[:num_predicted]
 
-    def _wrong(self, scored: bool, scorer: bool) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    def _error(self, places: Tensor, wrong: list[tuple[str, str]], scorer: int | None) -> ValueError:
+        """What is said of the first place where something is wrong."""
+        number, row, column = places.nonzero()[0].tolist()
+        name, expected = wrong[number]
+        if name == "input_ids":
+            return UnknownToken(int(self.read_by_scorer[0][row, column]), row, column, scorer or 0)
+        values: dict[str, Any] = {**self.scores, "labels": self.labels, "attention_mask": self.real}
+        value = values[name][row, column].item()
+        if name in SCORES:
+            return NonFinite(name, row, column, value)
+        return ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
+
+    def _wrong(self, scored: bool, scorer: int | None, vocabulary: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """For each input, and what was expected of it, the tokens that are otherwise."""
         named, counted = self.labels != -100, self.num_items is not None
         for name, values in self.scores.items():
@@ -139,11 +160,19 @@ class Batch:
         if self.share is not None and self.real is not None:
             expected = "padding only after a sequence: where ranks split it, attention is causal and hears no mask"
             yield ("attention_mask", expected), self.real & later & ~self.real.roll(1, dims=1)
-        if scored and (self.share is None or scorer):  # which has the whole sequences, that are not gathered else
+        if scorer is not None:
+            read = self.read_by_scorer[0]
+            yield ("input_ids", "tokens that the scorer knows"), (read < 0) | (read >= scorer)
+        if scored and (
+            self.share is None or scorer is not None
+        ):  # which has the whole sequences, that are not gathered else
             other = self.labels != self.read_by_scorer[0]
             yield ("labels", "the token itself, of which its scores speak"), self.mask & other
         if self.share is not None:
             return
+        # A target beyond the head would end a process that uses a GPU.
+        beyond = (self.labels < 0) | (self.labels >= vocabulary)
+        yield ("labels", f"-100 or a token id from 0 to {vocabulary - 1}"), self.mask & beyond
         if counted and self.position_ids is not None:
             expected = "-100 where a document begins, which nothing predicts (tokenweight.train.DataCollatorWithScores)"
             yield ("labels", expected), named & later & (self.position_ids == 0)
@@ -153,7 +182,7 @@ class Batch:
         begins = self.real & ~(self.real.roll(1, dims=1) & later)
         if counted:
             yield ("labels", "-100 at the token after padding, which nothing predicts"), named & later & begins
-        if scorer:
+        if scorer is not None:
             expected = "1 from the first token of a sequence to its last, and padding only before and after"
             yield ("attention_mask", expected), begins & (begins.cumsum(dim=1) > 1)
 

@@ -165,7 +165,8 @@ def values_of(model: Any, bound: Binding, batch: Batch) -> Values:
 def _scored(model: Any, bound: Binding, batch: Batch, values: Values) -> Values:
     """The values with what the bound scorer finds; of both of its losses, if weights are made of these."""
     assert bound.scorer is not None
-    scorer = (bound.scorer.of(model) if bound.scorer.model is None else bound.scorer).among(bound.context)
+    own = model if bound.scorer.model is None else bound.scorer.model
+    scorer = bound.scorer.of(own, checked=True).among(bound.context)
     tokens, given = batch.read_by_scorer
     # Whether the long losses that short ones are compared with, if any are, come from the same model.
     of_both = {**given, "self_scored": bound.self_scored or bound.contrast == "scorer"}

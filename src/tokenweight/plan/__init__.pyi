@@ -9,6 +9,8 @@ from .hardware import GPUS as GPUS
 from .hardware import Gpu as Gpu
 from .hardware import Hardware as Hardware
 from .hardware import find_gpu as find_gpu
+from .roofline import LossFloor as LossFloor
+from .roofline import loss_floor as loss_floor
 from .run import Budget as Budget
 from .run import Cost as Cost
 from .run import plan as plan

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokenweight.method import BUFFER_BYTES, ShortContext, sliding_windows
+from tokenweight.method import ShortContext, rows_at_once, sliding_windows
 from tokenweight.plan.flops import blank_model, explained, parts_of
 
 _SCORED_AT_ONCE = 32768
@@ -91,7 +91,8 @@ class _Loss(torch.autograd.Function):
 
 def _logits(hidden: Tensor, head: Tensor, num_rows: int, capped: bool) -> list[Tensor]:
     """The chunk of logits that is held at a time, and its copy where a soft-cap is undone."""
-    most = max(16, BUFFER_BYTES // (4 * len(head)))
+    narrow = head.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
+    most = rows_at_once(num_rows, len(head), 4, on_gpu=narrow)
     chunk = -(-num_rows // -(-num_rows // most))
     return [hidden.new_empty(chunk, len(head), dtype=torch.float32) for _ in range(2 if capped else 1)]
 

@@ -134,9 +134,8 @@ def plan(
     Raises:
         ValueError: for settings that `train` would refuse, and where something needed is not known.
     """
-    for number in (length, *lengths):
-        if number is not None and number < 2:
-            raise ValueError(f"length {number}: expected at least 2")
+    if wrong := [number for number in (length, *lengths) if number is not None and number < 2]:
+        raise ValueError(f"length {wrong[0]}: expected at least 2")
     recipe = _Recipe.read(settings, hardware)
     length, length_from = recipe.choose_length(length)
     every, costs, advice = sorted({length, *lengths}), {}, []  # one that is too short raises first

@@ -38,7 +38,8 @@ _HELD_OUT: dict[str, tuple[Any, ...]] = {
     "load_best_model_at_end": (True,),
     "save_strategy": ("best",),
 }
-_OTHER_LOSSES = ("use_liger_kernel", "label_smoothing_factor")
+_LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+"""Parts of a `liger_kernel_config` that put another loss in place of a model's own; mostly the second is on."""
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -61,9 +62,17 @@ def check_values(values: Mapping[str, Any]) -> None:
         file = values.get(name)
         if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
             raise ValueError(f"trainer.{name} {file}: no such file")
-    for name in _OTHER_LOSSES:
-        if values.get(name):
-            raise ValueError(f"trainer.{name} would put another loss in place of the weighted one: expected it unset")
+    if values.get("label_smoothing_factor"):
+        raise ValueError(
+            "trainer.label_smoothing_factor would put another loss in place of the weighted one: expected it unset"
+        )
+    config = values.get("liger_kernel_config") or {}
+    if values.get("use_liger_kernel") and any(config.get(name) is not False for name in _LIGER_LOSSES):
+        expected = ", ".join(f'"{name}": false' for name in _LIGER_LOSSES)
+        raise ValueError(
+            "trainer.use_liger_kernel would put another loss in place of the weighted one: expected "
+            f"trainer.liger_kernel_config {{{expected}}}, which keeps its other kernels"
+        )
 
 
 MEASURES = ("loss", "loss_beyond_half", "loss_short", "weighted_loss")

@@ -1,15 +1,15 @@
-"""What is logged during training: statistics of the weights, losses by source, and losses of held-out sequences."""
+"""What is collected on the device during training: sums for the log, of weights and losses, and what is not finite."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenweight.method import document_positions
+from tokenweight.method import LATER, NonFinite, document_positions
 from tokenweight.models import sum_over_processes
 
 
@@ -114,8 +114,91 @@ class WeightStatistics(TrainerCallback):
         if self.sources and self.source is not None:
             rows = torch.stack([values.sum(dim=1, dtype=dtype) for values in (mask, output["long_nll"])])
             parts = rows.new_zeros(2, len(self.sources))
-            added = torch.cat([added, parts.index_add(1, self.source.to(rows.device), rows).flatten()])
+            added = torch.cat(
+                [added, parts.index_add(1, self.source.to(rows.device, non_blocking=True), rows).flatten()]
+            )
         self._open = added if self._open is None else self._open + added
+
+
+class _Checked(NamedTuple):
+    """What one check looked at, and where it found the first value that is not finite."""
+
+    number: Tensor
+    """Of that value among all; how many there are, if all are finite."""
+    value: Tensor
+    shape: torch.Size
+    names: list[str]
+    where: Any
+
+
+class LateChecks(TrainerCallback):
+    """Finds losses and weights that are not finite on the device, and raises a step later, when nobody has to wait.
+
+    Args:
+        error: from what was found, and the `where` of its batch, to what is raised.
+    """
+
+    def __init__(self, error: Callable[[NonFinite, Any], Exception]) -> None:
+        self._error = error
+        self._open: list[_Checked] = []  # of the step that is not done
+        self._sent: tuple[list[_Checked], Tensor, Tensor, Any] | None = None  # of the one before, on its way
+
+    @contextlib.contextmanager
+    def collecting(self, where: Any) -> Iterator[None]:
+        """Collect what is checked of a batch, in place of the errors that a check would raise."""
+
+        def look(losses: Mapping[str, Tensor], bad: Tensor) -> None:
+            num, flat = bad.numel(), bad.flatten()
+            number = torch.arange(num, device=bad.device).where(flat, num).amin()
+            values = torch.stack([one.float() for one in losses.values()]).flatten()
+            self._open.append(_Checked(number, values[number.clamp(max=num - 1)[None]][0], bad.shape, [*losses], where))
+
+        token = LATER.set(look)
+        try:
+            yield
+        finally:
+            LATER.reset(token)
+
+    def step(self) -> None:
+        """End an optimizer step: raise what was found in the one before, and send this one's findings to the host."""
+        self._read()
+        if not self._open:
+            return
+        checked, self._open = self._open, []
+        found = [torch.stack(list(column)) for column in zip(*(one[:2] for one in checked))]
+        numbers, values = (one.to("cpu", non_blocking=True) for one in found)
+        arrived = None
+        if found[0].device.type != "cpu":
+            arrived = torch.Event(found[0].device)
+            arrived.record()
+        self._sent = checked, numbers, values, arrived
+
+    def finish(self) -> None:
+        """Raise what was found so far; the host waits for it."""
+        self.step()
+        self._read()
+
+    def _read(self) -> None:
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        checked, numbers, values, arrived = sent
+        if arrived is not None:
+            arrived.synchronize()
+        for one, number, value in zip(checked, numbers.tolist(), values.tolist()):
+            if number < one.shape.numel():
+                name, row, position = torch.unravel_index(torch.tensor(number), one.shape)
+                raise self._error(NonFinite(one.names[int(name)], int(row), int(position), value), one.where)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End an optimizer step."""
+        self.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise what the last step found."""
+        self.finish()
 
 
 class HeldOutLosses:

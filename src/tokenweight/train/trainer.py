@@ -13,19 +13,29 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import unwrap_peft_model
 
 from tokenweight.method import NonFinite
-from tokenweight.models import add_older_rope, any_process, context_mesh, with_weighted_loss, without_distillation
+from tokenweight.models import (
+    add_older_rope,
+    any_process,
+    context_mesh,
+    verify_again,
+    with_weighted_loss,
+    without_distillation,
+)
 from tokenweight.train.card import write_card
 from tokenweight.train.checkpoints import WeightingState, last_whole_named, mark_whole, rotate, writing
-from tokenweight.train.checks import check_one_gpu, check_processes
+from tokenweight.train.checks import check_one_gpu, check_processes, check_values
 from tokenweight.train.lengths import Pieces
 from tokenweight.train.records import FinishedRun
 from tokenweight.train.sequences import LISTED, SOURCE, Drawn, HeldOut, InOrder, Mixture, name_row
-from tokenweight.train.statistics import HeldOutLosses, WeightStatistics
+from tokenweight.train.statistics import HeldOutLosses, LateChecks, WeightStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +102,11 @@ class WeightedTrainer(Trainer):
         self._copies = 1 if ranks is None else ranks.size()
         self.statistics = WeightStatistics(self.model, size=size, copies=self._copies, sources=sources)
         self.out = Path(self.args.output_dir)
+        use_liger(self)
+        compile_decoder(self)
+        self.late = LateChecks(self._named)
         self.add_callback(self.statistics)
+        self.add_callback(self.late)
         if bound.weighting.history:
             self.add_callback(WeightingState())
         # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
@@ -103,6 +117,7 @@ class WeightedTrainer(Trainer):
 
         With float16, gradients overflow now and then and their step is skipped.
         """
+        self.late.finish()  # it names the row, and the mean that is logged is waited for anyway
         losses = {key: key for key in logs if key.startswith("eval_")}
         for key, name in {"loss": "loss", "grad_norm": "gradient norm", **losses}.items():
             scaled = key == "grad_norm" and self.accelerator.scaler is not None
@@ -112,18 +127,29 @@ class WeightedTrainer(Trainer):
         super().log({**logs, **statistics}, start_time)
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; what the loss says of a row of the batch is said of a row of the data."""
+        """Forward and backward; what the loss says of a row of the batch is said of a row of the data, a step later."""
         self.statistics.source = inputs.pop(SOURCE, None)
+        where: Any = (
+            self.state.global_step + 1,
+            {name: inputs[name] for name in ("input_ids", "labels") if name in inputs},
+        )
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
-        except NonFinite as error:
-            tokens, labels = (inputs[name][error.row] for name in ("input_ids", "labels"))
-            named = name_row(self.train_dataset, tokens, labels, error.position)
-            told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
-            raise self._stop(told, self.state.global_step + 1) from error
+            with self.late.collecting(where):
+                return super().training_step(model, inputs, *args, **kwargs)
+        except NonFinite as error:  # of what a batch came with
+            raise self._named(error, where) from error
+
+    def _named(self, error: NonFinite, where: tuple[int, dict[str, Tensor]]) -> ValueError:
+        """What is said of a value that is not finite, in a batch of a step."""
+        step, inputs = where
+        tokens, labels = (inputs[name][error.row] for name in ("input_ids", "labels"))
+        named = name_row(self.train_dataset, tokens, labels, error.position)
+        told = f"{error.name} of {named}, position {error.position} is {error.value}: expected a finite number"
+        return self._stop(told, step)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the Trainer does; of `HeldOut`, losses over all tokens in place of means of the means of batches."""
+        self.late.finish()
         rows = dataloader.dataset
         if not isinstance(rows, HeldOut):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -197,6 +223,7 @@ class WeightedTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer does; then mark it, and only then make room."""
+        self.late.finish()
         self._check_weights_finite()
         folder = self.out / f"checkpoint-{self.state.global_step}"
         try:
@@ -277,6 +304,37 @@ def prepare_engine(trainer: Trainer) -> None:
                 "trainer: deepspeed has ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, and would save "
                 "no model: expected true under zero_optimization"
             )
+
+
+def use_liger(trainer: Trainer) -> None:
+    """Where `use_liger_kernel` asks for them, put Liger's kernels into a bound model, and verify the loss with them.
+
+    The Trainer would put them in when training begins, which it still does: the same ones, which changes nothing.
+
+    Raises:
+        ValueError: if losses are among them, Liger is not installed, or the loss is no longer the model's own.
+    """
+    arguments = trainer.args
+    check_values({name: getattr(arguments, name) for name in ("use_liger_kernel", "liger_kernel_config")})
+    if arguments.use_liger_kernel:
+        try:
+            apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
+        except ImportError as error:
+            raise ValueError(f"trainer.use_liger_kernel: {error}: expected liger-kernel to be installed") from error
+        verify_again(unwrap_peft_model(trainer.model))
+
+
+def compile_decoder(trainer: Trainer) -> None:
+    """Where `torch_compile` asks for it, compile the decoder of a bound model, in place of all that Accelerate would.
+
+    The rest of a step asks the device for numbers and holds logits in chunks, at which a graph would break again and
+    again. The decoder is one graph where it trains, and one where it scores.
+    """
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        settings = plugin.to_kwargs()
+        plugin.backend = DynamoBackend.NO
+        trainer.model._token_weighting.parts.decoder.compile(**settings)
 
 
 def _check_dimensions(trainer: Trainer) -> None:

@@ -30,7 +30,7 @@ from tokenweight.train.checkpoints import WeightingState
 from tokenweight.train.checks import check_processes
 from tokenweight.train.sequences import DataCollatorWithScores
 from tokenweight.train.settings import counts_of
-from tokenweight.train.trainer import EndOfDistillation, prepare_engine
+from tokenweight.train.trainer import EndOfDistillation, compile_decoder, prepare_engine, use_liger
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
 """Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
@@ -181,6 +181,21 @@ class TokenWeightedSFTTrainer(SFTTrainer):
             collator = DataCollatorWithScores(args.counts, ShortContext(args.size, args.stride))
         collate = functools.partial(_collate, collator)
         super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": collate})
+        self._check_engine()
+        base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
+        weighting = parse_weighting(args.weighting)
+        teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
+        with_weighted_loss(base, weighting, self._scorer(base, args), **teaching)
+        use_liger(self)
+        compile_decoder(self)
+        if weighting.history:
+            self.add_callback(WeightingState())
+        if (steps := args.distillation.get("steps")) is not None:
+            self.add_callback(EndOfDistillation(base, steps))
+        self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
+
+    def _check_engine(self) -> None:
+        """Prepare what shares the model among processes; a ValueError for what would change the loss."""
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
@@ -192,15 +207,6 @@ class TokenWeightedSFTTrainer(SFTTrainer):
                 "parallelism_config: has a cp_size above 1, and TRL's collators would not split scores as sequences: "
                 "expected 1, or tokenweight.train.WeightedTrainer"
             )
-        base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
-        weighting = parse_weighting(args.weighting)
-        teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
-        with_weighted_loss(base, weighting, self._scorer(base, args), **teaching)
-        if weighting.history:
-            self.add_callback(WeightingState())
-        if (steps := args.distillation.get("steps")) is not None:
-            self.add_callback(EndOfDistillation(base, steps))
-        self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _scorer(self, base: PreTrainedModel, args: TokenWeightedSFTConfig) -> Scorer | None:
         if args.counts is not None or args.scorer == "stored":

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenweight.method.loss import Head, Logits, WeightsOfChunk, _WeightedLoss, active_rows
+from tokenweight.method.device.rows import active_rows
+from tokenweight.method.loss import Head, Logits, WeightsOfChunk, _WeightedLoss
 
 TOP_K = 16
 """Of a teacher's tokens, by default. Ours: how many the paper keeps was not seen."""
@@ -42,7 +43,7 @@ def linear_top_k(
         hidden: states of the teacher; the state in row i predicts `targets[i]`.
         head: of the teacher.
         targets: token ids; rows with -100 cost nothing, and hold token 0 with probability 0.
-        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`.
+        chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
 
     Returns:
         Ids in int32, likeliest first; log-probabilities and losses in nats, float32 (float64 from float64 states).
@@ -96,10 +97,14 @@ class DistillingHead(Head):
         return found
 
     def loss(
-        self, hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], weights: Tensor | WeightsOfChunk
+        self,
+        hidden: Float[Tensor, "N D"],
+        targets: Int[Tensor, " N"],
+        weights: Tensor | WeightsOfChunk,
+        active: Tensor | None = None,
     ) -> Float[Tensor, ""]:
         """As `weighted_linear_cross_entropy`, with as many head products."""
-        return distilled_linear_cross_entropy(hidden, self, targets, weights, self.teacher, self.share)
+        return distilled_linear_cross_entropy(hidden, self, targets, weights, self.teacher, self.share, active=active)
 
 
 def distilled_linear_cross_entropy(
@@ -111,6 +116,7 @@ def distilled_linear_cross_entropy(
     share: float,
     *,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over all rows of weight times the mixture of `DistillingHead`; not divided by anything.
 
@@ -122,17 +128,17 @@ def distilled_linear_cross_entropy(
         raise ValueError(f"teacher_ids and teacher_logprobs have shapes {found}: expected [{len(hidden)}, k]")
     if isinstance(weights, Tensor):
         weights = weights.detach()
-    needs_grad, after = torch.is_grad_enabled(), (head.scale, head.softcap)
-    given = (hidden, head.weight, head.bias, targets, weights, after, (teacher, share))
-    return _DistilledLoss.apply(*given, chunk_size, needs_grad)
+    settings = (active, head.scale, head.softcap, teacher, share, chunk_size, torch.is_grad_enabled())
+    return _DistilledLoss.apply(hidden, head.weight, head.bias, targets, weights, settings)
 
 
 class _DistilledLoss(_WeightedLoss):
     @staticmethod
-    def forward(ctx, hidden, head, bias, targets, weights, after, distillation, chunk_size, needs_grad):
-        (teacher, share), inputs = distillation, (hidden, head, bias)
-        logits = _Mixed(hidden, head, bias, after[0], after[1], share)
-        active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
+    def forward(ctx, hidden, head, bias, targets, weights, settings):
+        active, scale, softcap, teacher, share, chunk_size, needs_grad = settings
+        logits, inputs = _Mixed(hidden, head, bias, scale, softcap, share), (hidden, head, bias)
+        if active is None:
+            active = active_rows(targets, len(head), weights if isinstance(weights, Tensor) else None)
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
         loss = torch.zeros((), dtype=logits.dtype, device=hidden.device)

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenweight.method.device.products import BUFFER_BYTES, CAST_BYTES
+from tokenweight.method.device.rows import active_rows
 from tokenweight.method.kin.gain import BoundedGain, Gain, KeyTokens, LongFilter
 from tokenweight.method.kin.longce import LongCE
 from tokenweight.method.kin.pmi import NPMI, PPMI
-from tokenweight.method.loss import BUFFER_BYTES, CAST_BYTES, Logits, active_rows
+from tokenweight.method.loss import Logits
 from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Weighting, require
 
 DIVERGENCES: dict[str, ScoreWeighting] = {"kl": Gain(), "tv": BoundedGain(), "absolute": Dense()}
@@ -49,7 +51,8 @@ class Expected(Weighting):
     def __post_init__(self) -> None:
         holds = isinstance(self.weighting, ScoreWeighting)
         require(self, "weighting", holds, "one whose weights follow from a score of the two losses")
-        vars(self).update(pointwise=self.weighting.pointwise, divergence_of=self.weighting)
+        of = self.weighting
+        vars(self).update(pointwise=of.pointwise, selects=of.selects, divergence_of=of)
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, *, divergence: Tensor) -> Tensor:
         """The weights of the weighting, by the divergence."""
@@ -89,6 +92,7 @@ def linear_divergence(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    active: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Both losses of each target and the divergence of its two distributions, without gradient: two head products.
 
@@ -96,7 +100,7 @@ def linear_divergence(
         long_hidden: states with the long context; the state in row i predicts `targets[i]`.
         short_hidden: states with the short context, of the same tokens.
         weighting: of whose score the divergence is the expectation.
-        chunk_size: rows whose logits are held at a time; by default as many as fit `BUFFER_BYTES`, both together.
+        chunk_size: rows whose logits are held at a time; by default as many as fit a buffer, both together.
 
     The other arguments, dtypes and errors are those of `linear_nll`.
 
@@ -111,7 +115,7 @@ def linear_divergence(
         chunk_size = max(16, BUFFER_BYTES // (2 * of[0].dtype.itemsize * len(head)))
     with torch.no_grad(), torch.autocast(long_hidden.device.type, enabled=False):
         found = torch.zeros(3, len(targets), dtype=of[0].dtype, device=targets.device)
-        active = active_rows(targets, len(head))
+        active = active_rows(targets, len(head)) if active is None else active
         for rows, _ in zip(*(logits.chunks(active, chunk_size) for logits in of)):
             states = (long_hidden[rows], short_hidden[rows])
             long, short = (_Distribution(logits.fill(chunk)) for logits, chunk in zip(of, states))

@@ -23,6 +23,7 @@ class LongCE(ScoreWeighting):
     knob = ("cap", (1.0, 2.0, 5.0, 10.0, 20.0))
     cap: float = 5.0
     pointwise: ClassVar[bool] = True
+    selects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self, "cap", 0 < self.cap < math.inf, "a finite number above 0")

@@ -55,6 +55,8 @@ class ShortStates(NamedTuple):
     states: Float[Tensor, "batch seq dim"]
     scored: Bool[Tensor, "batch seq"]
     """Where windows scored a token."""
+    rows: Int[Tensor, " n"]
+    """The numbers of these among all tokens, in any order."""
     skipped: bool
     """Whether the first window of a document was not read, in which both contexts are the same."""
 
@@ -109,7 +111,7 @@ class Scorer:
         if len(prefix) >= context.size:
             raise ValueError(f"prefix {list(prefix)}: expected fewer tokens than size, {context.size}")
         check_stale_windows(model.config, context.size)
-        self.context, self.max_tokens = context, max_tokens
+        self.context, self.max_tokens, self._checked = context, max_tokens, False
         if not adapters:
             check_base_is_frozen(model)
         self.model, self.prefix, self.adapters = model, tuple(prefix), adapters
@@ -130,10 +132,14 @@ class Scorer:
         scorer.context = context
         return scorer
 
-    def of(self, model: Any) -> "Scorer":
-        """The same scorer with its model taken out (None) or put in again, as it was found when this one was made."""
+    def of(self, model: Any, *, checked: bool = False) -> "Scorer":
+        """The same scorer with its model taken out (None) or put in again, as it was found when this one was made.
+
+        Args:
+            checked: whether somebody has checked that the model knows the tokens, for which the host waits.
+        """
         scorer = copy.copy(self)
-        scorer.model = model
+        scorer.model, scorer._checked = model, checked
         return scorer
 
     def among(self, ranks: DeviceMesh | None) -> "Scorer":
@@ -212,10 +218,11 @@ class Scorer:
         short_nll = self._no_losses(tokens)
 
         def write(hidden: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> None:
-            losses = linear_nll(hidden, self.parts.head.weight, tokens.flatten()[target], **self.parts.head.after)
+            head, rows = self.parts.head, torch.arange(len(hidden), device=hidden.device)
+            losses = linear_nll(hidden, head.weight, tokens.flatten()[target], active=rows, **head.after)
             short_nll.view(-1)[target] = losses.to(short_nll.dtype)
 
-        scored = self._read_windows(passes, tokens, position_ids, write)
+        scored, _ = self._read_windows(passes, tokens, position_ids, write)
         if self.ranks is not None:
             short_nll, scored = merged(short_nll, self.ranks), merged(scored, self.ranks)
         check_finite({"the short loss": short_nll}, scored)
@@ -242,7 +249,7 @@ class Scorer:
             states.flatten(0, 1)[target] = hidden.to(head.dtype)
 
         position_ids, passes, skipped = self._plan(tokens, position_ids, attention_mask, skip_first=self_scored)
-        return ShortStates(states, self._read_windows(passes, tokens, position_ids, write), skipped)
+        return ShortStates(states, *self._read_windows(passes, tokens, position_ids, write), skipped)
 
     @_with_its_adapters
     @torch.no_grad()
@@ -283,7 +290,9 @@ class Scorer:
         """
         head, targets = self.parts.head, tokens.where(short.scored, -100).flatten()
         states = (long.detach().flatten(0, 1), short.states.flatten(0, 1))
-        _, short_nll, divergence = linear_divergence(*states, head.weight, targets, weighting, **head.after)
+        _, short_nll, divergence = linear_divergence(
+            *states, head.weight, targets, weighting, active=short.rows, **head.after
+        )
         short_nll, divergence = short_nll.view_as(tokens), divergence.view_as(tokens)
         check_finite({"the short loss": short_nll, "the divergence": divergence}, short.scored)
         return divergence, ShortLosses(short_nll, ~short.scored if short.skipped else None)
@@ -295,7 +304,8 @@ class Scorer:
         not if their losses depend on the length of what is read."""
         position_ids = documents_of(position_ids, attention_mask)
         skip_first = skip_first and not rope_depends_on_length(self.model.config)
-        return position_ids, plan_passes(tokens, position_ids, self.context, skip_first=skip_first), skip_first
+        on_host = None if position_ids is None else position_ids.cpu()
+        return position_ids, plan_passes(tokens, on_host, self.context, skip_first=skip_first), skip_first
 
     def _read_windows(
         self,
@@ -303,24 +313,25 @@ class Scorer:
         tokens: Int[Tensor, "batch seq"],
         position_ids: Int[Tensor, "batch seq"] | None,
         write: Callable[[Tensor, Tensor], None],
-    ) -> Bool[Tensor, "batch seq"]:
+    ) -> tuple[Bool[Tensor, "batch seq"], Int[Tensor, " n"]]:
         """Call `write` with the states that predict the tokens which windows score, and the places of these.
 
         Returns:
-            Which tokens were scored.
+            Which tokens were scored, and their numbers.
         """
         self._check(tokens)
-        scored = torch.zeros_like(tokens, dtype=torch.bool)
+        scored, places = torch.zeros_like(tokens, dtype=torch.bool), [tokens.new_empty(0)]
         skips = position_ids is not None and bool(((position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] != 0)).any())
 
         def read(batch: list[Pass]) -> None:
             hidden, target = self._read(batch, tokens, position_ids if skips else None)
             write(hidden, target)
             scored.view(-1)[target] = True
+            places.append(target)
 
         with evaluating(self.model):
             self._in_batches(passes, lambda item: item.num_tokens, read, tokens.device)
-        return scored
+        return scored, torch.cat(places)
 
     @_with_its_adapters
     def long_nll(
@@ -408,7 +419,7 @@ class Scorer:
         if min(lengths) < max(lengths) and reading.position_ids is None and self.parts.packs_without_mask:
             reading = _packed(reading, lengths)
         hidden = self.parts.states(reading.tokens, reading.position_ids).flatten(0, 1)
-        return hidden[reading.inside.to(tokens.device)], reading.target
+        return hidden[reading.inside.to(tokens.device, non_blocking=True)], reading.target
 
     def _no_losses(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
         dtype = torch.promote_types(self.parts.head.weight.dtype, torch.float32)
@@ -417,6 +428,8 @@ class Scorer:
     def _check(self, tokens: Tensor) -> None:
         """Refuse a model whose head was replaced, and tokens that it does not know."""
         self.parts.check_head(self.model)
+        if self._checked:
+            return
         known = len(self.parts.head.weight)
         unknown = (tokens < 0) | (tokens >= known)
         if unknown.any():
@@ -433,6 +446,7 @@ def _packed(reading: Reading, lengths: Sequence[int]) -> Reading:
     read = reading.tokens
     columns = torch.arange(read.shape[1]).expand_as(read)  # on the host, like `inside`
     kept = columns < torch.tensor(lengths)[:, None]
-    tokens = read.flatten()[kept.flatten().nonzero()[:, 0].to(read.device)]
+    tokens = read.flatten()[kept.flatten().nonzero()[:, 0].to(read.device, non_blocking=True)]
     inside = kept.flatten().cumsum(0)[reading.inside] - 1
-    return Reading(tokens[None], columns[kept][None].to(read.device), inside, reading.target)
+    positions = columns[kept][None].to(read.device, non_blocking=True)
+    return Reading(tokens[None], positions, inside, reading.target)

@@ -1,0 +1,26 @@
+"""Which rows the loss reads. To know how many they are, the host waits for the device."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
+    """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
+    valid = targets != -100
+    wrong = valid & ((targets < 0) | (targets >= vocabulary))
+    active = valid if weights is None else valid & (weights != 0)
+    # One wait of the host for the device, where `any` and `nonzero` would be two.
+    num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
+    if num_wrong:
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target {int(targets[row])} in row {row}: expected -100 or a token id from 0 to {vocabulary - 1}"
+        )
+    return active.byte().argsort(descending=True, stable=True)[:num_active]
+
+
+def split_rows(rows: Int[Tensor, " n"], first: Bool[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+    """Those for which `first` holds, and the others; the host waits for the device once, to know how many they are."""
+    ordered, num = rows[first.byte().argsort(descending=True, stable=True)], int(first.sum())
+    return ordered[:num], ordered[num:]
