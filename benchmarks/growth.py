@@ -14,7 +14,8 @@ in a process of its own where the C library gives back at once what is freed, di
 
 With --long, each kind is measured once at each length, after a step on a short sequence, and all kinds of one length in
 one process. "counted" counts the sequence (`CountScorer`) and trains on that contrast; "evaluation" computes the long
-and the short losses of all tokens. Beside memory stands what `tokenweight plan` says of the same step.
+and the short losses of all tokens, "dual-chunk losses" the long ones by Dual Chunk Attention in two chunks, "retrieval
+heads" the score of every head for one fact. Beside memory stands what `tokenweight plan` says of the same step.
 """
 
 import functools
@@ -30,15 +31,17 @@ from bench.measure import GIVEN_BACK, alternately, in_fresh_process, peak_bytes_
 from bench.models import tiny_llama
 from bench.report import RESULTS, Bench, Report
 from bench.results import Results, by_length
-from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
-from tokenweight.models import CountScorer
+from tokenweight import Scorer, ShortContext, parse_weighting, token_nll, with_weighted_loss
+from tokenweight.evaluate import retrieval_scores
+from tokenweight.evaluate.heads import HeadSample
+from tokenweight.models import CountScorer, with_dual_chunk
 from tokenweight.plan.memory import hold
 from training import STEPS, UNIFORM, Step, run_step
 
 KINDS = (UNIFORM, "frozen dense", "frozen sparse", "self-scored dense")
 TIME, MEMORY = "time per token", f"peak memory over model and gradients per token, {GIVEN_BACK}"
-COUNTED, EVALUATION = "counted dense", "evaluation"
-LONG_KINDS = ("frozen dense", "self-scored dense", COUNTED, EVALUATION)
+COUNTED, EVALUATION, DUAL_CHUNK, HEADS = "counted dense", "evaluation", "dual-chunk losses", "retrieval heads"
+LONG_KINDS = ("frozen dense", "self-scored dense", COUNTED, EVALUATION, DUAL_CHUNK, HEADS)
 SECONDS, PLANNED = "CPU time of a step", "peak memory over model and gradients per token, by plan"
 Sizes = dict[str, int]
 Lines = dict[str, list[tuple[int, float]]]
@@ -87,6 +90,11 @@ def measure_long(kind: str, sizes: Sizes, length: int, context: ShortContext) ->
         if kind == EVALUATION:
             scorer = Scorer(model.eval(), context)
             scorer(tokens, long_nll=scorer.long_nll(tokens))
+        elif kind == DUAL_CHUNK:
+            token_nll(model, tokens)
+        elif kind == HEADS:  # the answer repeats four tokens near the beginning
+            text = [*tokens[0, :-4].tolist(), *tokens[0, 8:12].tolist()]
+            retrieval_scores(model.eval(), [HeadSample(text, needle=range(8, 12), answer=len(text) - 4)])
         elif kind == COUNTED:
             step = Step(parse_weighting("dense:interpolation=0.75"), contrast="scorer")
             found = CountScorer(vocab_size=sizes["vocab_size"], divergence=False)(tokens, context)
@@ -98,6 +106,8 @@ def measure_long(kind: str, sizes: Sizes, length: int, context: ShortContext) ->
             steps.run(kind)
         seconds = time.process_time() - begin
 
+    if kind == DUAL_CHUNK:
+        with_dual_chunk(model.eval())
     model.zero_grad(set_to_none=False)
     run(row[:, : context.size + 8])
     model.zero_grad(set_to_none=False)
@@ -126,7 +136,7 @@ def report_long(report: Report, sizes: Sizes, length: int, context: ShortContext
         setting = {"what": "one step on a long sequence", "x": x, "implementation": kind}
         report.add(**setting, metric=SECONDS, unit="s", values=[seconds])
         report.add(**setting, metric=MEMORY, unit="KiB", values=[peak / 1024 / length])
-        if kind != EVALUATION:
+        if kind not in (EVALUATION, DUAL_CHUNK, HEADS):
             planned = planned_bytes(kind, sizes, length, context) / 1024 / length
             report.add(**setting, metric=PLANNED, unit="KiB", values=[planned])
     report.finish()
