@@ -24,5 +24,5 @@ def torchrun(*words, processes=2, **environ):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += map(str, words)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
