@@ -189,6 +189,14 @@ def describe_rope(config: PreTrainedConfig) -> str:
     return "; ".join(line if name is None else f"{name}: {line}" for name, line in lines.items())
 
 
+def _default(config: PreTrainedConfig, name: str) -> Any:
+    """What a config of transformers 5.13 has by itself, whatever `rope_parameters` say; newer ones have nothing."""
+    try:
+        return getattr(type(config)(), name, None)
+    except Exception:  # of code that came with a model
+        return None
+
+
 def _layers(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
     """`rope_parameters` by layer type, or under None if they hold for all layers, without any that would be ignored."""
     config = config.get_text_config()
@@ -206,7 +214,7 @@ def _layers(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
             )
     for name in ("rope_theta", "partial_rotary_factor"):
         late, values = getattr(config, name, None), [parameters.get(name) for parameters in layers.values()]
-        if late is not None and late not in values:
+        if late is not None and late not in values and late != _default(config, name):
             raise ValueError(f"config.{name} is {late}, which transformers ignores: rope_parameters say {values[0]}")
     for parameters in layers.values():
         rope_type, theta = parameters.get("rope_type"), parameters.get("rope_theta")

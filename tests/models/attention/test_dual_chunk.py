@@ -1,5 +1,7 @@
 """Dual Chunk Attention beside the model's own attention, asked for every distance one by one."""
 
+import inspect
+
 import architectures
 import pytest
 import torch
@@ -69,7 +71,8 @@ def test_losses_up_to_the_chunk_are_those_of_plain_attention(kind):
     model, tokens = models.tiny(kind), models.some_tokens(2, SETTINGS.step)
     expected = token_nll(model, tokens)
     found = token_nll(with_dual_chunk(model, SETTINGS), tokens)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # eager attention rounds weights to float32
+    # Eager attention rounds weights to float32, that of transformers 5.13 (gemma2) more than once.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_with_sliding_attention_stay_as_they_are():
@@ -91,7 +94,8 @@ def test_packed_documents_have_chunks_of_their_own():
 def test_a_cache_continues_what_it_holds():
     model, tokens = with_dual_chunk(models.tiny(), SETTINGS), models.some_tokens(2, LENGTH)
     cache = DynamicCache(config=model.config)
-    parts = [model(part, cache=cache).logits for part in (tokens[:, :7], tokens[:, 7:12], tokens[:, 12:13])]
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    parts = [model(part, **{name: cache}).logits for part in (tokens[:, :7], tokens[:, 7:12], tokens[:, 12:13])]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens[:, :13]).logits)
 
 
