@@ -192,9 +192,9 @@ def length_figure(memory: Lines, planned: Lines) -> Any:
     """A figure of matplotlib: memory of a step by the length of its sequence, and dashed what was planned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     panel = figure.subplots()
-    colors = dict(zip(memory, ("#1f5a92", "#f59132", "#333333", "#69a8de")))
+    colors = dict(zip(memory, ("#1f5a92", "#f59132", "#333333", "#69a8de", "#7a4b9a", "#4f9a54")))
     for found, style in ((memory, {"marker": "o", "markersize": 3}), (planned, {"linestyle": ":"})):
         for kind, points in found.items():
             label = f"{kind}, planned" if found is planned else kind
@@ -205,7 +205,7 @@ def length_figure(memory: Lines, planned: Lines) -> Any:
     panel.set(xlim=(0, None), ylim=(0, None))
     panel.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize="small")
+    panel.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
