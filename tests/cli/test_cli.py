@@ -224,6 +224,8 @@ def test_eval_prints_the_table_that_it_writes_and_goes_on_from_its_folder(rows, 
     [
         (["prepare", "missing.txt", *PREPARE, "--out", "out"], "missing.txt: no such file or folder"),
         (["prepare", "empty.txt", *PREPARE, "--out", "out"], "the text is empty"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--subset", "en"], "--subset en: found no data set"),
+        (["prepare", "book.txt", *PREPARE, "--out", "out", "--split", "test"], "--split test: found no data set"),
         (["prepare", "book.txt", "binary.txt", *PREPARE, "--out", "out"], "binary.txt: not UTF-8 text (byte 0"),
         (["prepare", "bad.jsonl", *PREPARE, "--out", "out"], "bad.jsonl, line 2: no column 'text': found body"),
         (["prepare", "book.txt", *PREPARE, "--out", "notes"], "--out notes: exists already"),

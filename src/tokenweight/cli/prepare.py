@@ -75,6 +75,9 @@ class Prepare:
             raise ValueError(f"size {self.size}: expected less than length, {self.length}")
         text_column = None if self.chat else self.text_column
         sources = data.find_sources(self.texts, text_column=text_column, glob=self.glob)
+        for name, value in {"subset": self.subset, "split": None if self.split == "train" else self.split}.items():
+            if value is not None and not any(source.kind == "hub" for source in sources):
+                raise ValueError(f"{name} {value}: found no data set of the Hub among the texts: leave it out")
         complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
         provenance = {**data.tokenizer_note(tokenizer, self.tokenizer), **self._provenance(sources, text_column)}
