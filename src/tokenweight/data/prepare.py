@@ -105,9 +105,7 @@ def prepare_rows(
     check_name(out)
     _check(format, length, len(prefix) + 2, max_rows=max_rows, num_proc=num_proc)
     settings = {**(provenance or {}), "length": length, "max_rows": max_rows, "format": format, "prefix": prefix}
-    settings |= {"suffix": suffix, **_of_short(short, length, shortest, in_order, chat)}
-    if settings.get("shortest", length) <= len(prefix):
-        raise ValueError(f"shortest {settings['shortest']}: expected more than the {len(prefix)} tokens before a text")
+    settings |= {"suffix": suffix, **_of_short(short, length, shortest, in_order, chat, len(prefix))}
     settings |= {"chat": True, "skip_invalid": skip_invalid} if chat else {}
     return _prepared(out, documents, tokenizer, num_proc, settings)
 
@@ -152,8 +150,14 @@ def _cutter(settings: dict[str, Any]) -> Cutter:
     return (InOrder if settings.get("in_order") else Cutter)(length, *frame, pack=pack)
 
 
-def _of_short(short: str | None, length: int, shortest: int | None, in_order: bool, chat: bool) -> dict[str, Any]:
-    """The settings of one way to treat short documents; a ValueError for those that it has not, or cannot have."""
+def _of_short(
+    short: str | None, length: int, shortest: int | None, in_order: bool, chat: bool, num_before: int
+) -> dict[str, Any]:
+    """The settings of one way to treat short documents; a ValueError for those that it has not, or cannot have.
+
+    Args:
+        num_before: tokens that a tokenizer puts before a text.
+    """
     short = _SHORT[chat][0] if short is None else short
     if short not in _SHORT[chat]:
         raise ValueError(f"short {short}: expected {' or '.join(_SHORT[chat])} of {'chats' if chat else 'texts'}")
@@ -170,6 +174,8 @@ def _of_short(short: str | None, length: int, shortest: int | None, in_order: bo
             raise ValueError(f"{name} {number}: expected a power of two with short decompose")
     if shortest > length:
         raise ValueError(f"shortest {shortest}: expected at most length, {length}")
+    if shortest <= num_before:
+        raise ValueError(f"shortest {shortest}: expected more than the {num_before} tokens before a text")
     return {"short": short, "shortest": shortest}
 
 

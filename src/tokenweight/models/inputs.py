@@ -163,9 +163,7 @@ class Batch:
         if scorer is not None:
             read = self.read_by_scorer[0]
             yield ("input_ids", "tokens that the scorer knows"), (read < 0) | (read >= scorer)
-        if scored and (
-            self.share is None or scorer is not None
-        ):  # which has the whole sequences, that are not gathered else
+        if scored and (self.share is None or scorer is not None):  # whole tokens are gathered for a scorer only
             other = self.labels != self.read_by_scorer[0]
             yield ("labels", "the token itself, of which its scores speak"), self.mask & other
         if self.share is not None:

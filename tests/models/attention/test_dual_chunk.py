@@ -69,10 +69,11 @@ def test_distances_are_exact_in_a_chunk_and_nearby_and_never_beyond_the_chunk():
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_losses_up_to_the_chunk_are_those_of_plain_attention(kind):
     model, tokens = models.tiny(kind), models.some_tokens(2, SETTINGS.step)
+    if kind == "gemma2":  # for which transformers 5.13 takes sdpa, which has no softcap
+        model.set_attn_implementation("eager")
     expected = token_nll(model, tokens)
     found = token_nll(with_dual_chunk(model, SETTINGS), tokens)
-    # Eager attention rounds weights to float32, that of transformers 5.13 (gemma2) more than once.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # eager attention rounds weights to float32
 
 
 def test_layers_with_sliding_attention_stay_as_they_are():

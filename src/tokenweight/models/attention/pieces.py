@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-_SCORES, _SCORES_CPU = 2**28, 2**22
-"""Attention scores that are held at a time: as many as fill a device, or as the caches of a CPU hold."""
+_SCORES, _SCORES_CPU = 2**25, 2**22
+"""Attention scores that are held at a time; fewer on a CPU, whose caches hold them."""
 
 
 class Scores(NamedTuple):
