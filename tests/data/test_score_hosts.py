@@ -1,5 +1,6 @@
 """Hosts that share a file system and nothing else score one folder together, while most of them die."""
 
+import contextlib
 import json
 import os
 import random
@@ -45,7 +46,8 @@ def live(host, out, log, dies_at, off):
         if path.suffix == ".arrow" and point in ("open", "renamed"):
             os.write(log, f"{host} {point} {path.name}\n".encode())
         if point == "locked":
-            utime(path.with_name(f".{path.name}.lock"), (time.time(), time.time()))
+            with contextlib.suppress(FileNotFoundError):  # the folder is complete, and another has tidied up
+                utime(path.with_name(f".{path.name}.lock"), (time.time(), time.time()))
         if next(points) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -70,7 +72,8 @@ def test_three_of_four_hosts_die_and_the_folder_is_as_if_one_had_made_it(seed, t
                 os._exit(1)
         began.append(pid)
     ended = {host: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for host, pid in zip(HOSTS, began)}
-    assert ended == {host: 0 if host == survivor else -signal.SIGKILL for host in HOSTS}
+    assert ended[survivor] == 0
+    assert set(ended.values()) == {0, -signal.SIGKILL}, ended  # one whose point did not come before the end lives
     scored(tmp_path / "alone")
     whole = contents(tmp_path / "alone")
     if any(name.endswith(".lock") for name in contents(out)):

@@ -53,7 +53,17 @@ def test_a_lease_of_another_host_holds_as_long_as_it_is_renewed_whatever_its_clo
     assert hosts.look(1) == hosts.look(EXPIRY - 2) == Held(alive=False)
     assert hosts.look(2 * EXPIRY, renewed=True, off=off) == Held(alive=False)  # it was, but some time ago
     assert hosts.look(EXPIRY - 1) == Held(alive=False)
-    assert hosts.look(1) == f".there.{os.getpid()}."  # of the dead holder
+    assert hosts.look(1) == [f".there.{os.getpid()}."]  # of the dead holder
+
+
+def test_who_follows_several_that_died_knows_all_of_them(hosts):
+    hosts.held_by("one")
+    for name in ("two", "three"):
+        hosts.look()
+        hosts.clock += EXPIRY
+        hosts.held_by(name)
+    hosts.look()
+    assert hosts.look(EXPIRY) == [f".{name}.{os.getpid()}." for name in ("one", "two", "three")]
 
 
 def test_who_is_taken_for_dead_and_comes_back_leaves_the_file_to_its_successor(hosts):
@@ -69,7 +79,7 @@ def test_who_is_taken_for_dead_and_comes_back_leaves_the_file_to_its_successor(h
     hosts.name = "elsewhere"
     assert hosts.look() == Held(alive=False)
     second.release()
-    assert hosts.look() == ""
+    assert hosts.look() == []
     assert not list(hosts.path.parent.iterdir())
 
 
@@ -81,7 +91,7 @@ def test_a_lease_whose_holder_cannot_be_asked_is_watched(said, hosts):
     holder = json.loads(lease.read_text())
     lease.write_text(json.dumps({**holder, "system": "another", "pid": 2**22 + 1}) if said is None else said)
     assert hosts.look() == Held(alive=False)
-    assert isinstance(hosts.look(EXPIRY), str)
+    assert isinstance(hosts.look(EXPIRY), list)
 
 
 @pytest.mark.parametrize("holder", [{"pid": 2**22 + 1}, {"started": "1"}], ids=["ended", "its number is another's"])
@@ -91,7 +101,7 @@ def test_a_holder_on_this_host_that_has_ended_is_followed_at_once(holder, hosts)
     lease.write_text(json.dumps({**json.loads(lease.read_text()), **holder}))
     with leased(hosts.path) as found:
         assert found
-        assert found.dead.startswith(".here.")
+        assert found.dead[0].startswith(".here.")
     assert not list(hosts.path.parent.iterdir())
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,15 @@ def rename_folder(folder: Path, path: Path) -> None:
     _rename(folder, path)
 
 
-def remove_abandoned(folder: Path, pattern: str, dead: str = "") -> None:
+def remove_abandoned(folder: Path, pattern: str, dead: Sequence[str] = ()) -> None:
     """Remove temporary files that were left by processes which have ended. The caller has the lease for them.
 
-    Those of other hosts are removed when they are old, or if their process was seen dead: its ".HOST.PROCESS.".
+    Those of other hosts are removed when they are old, or if their process was seen dead: `dead` has its
+    ".HOST.PROCESS.".
     """
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
-            if (dead and dead in path.name) or _is_abandoned(path):
+            if any(process in path.name for process in dead) or _is_abandoned(path):
                 path.unlink()
 
 

@@ -48,12 +48,21 @@ class Lease:
     two who take over at once one succeeds.
     """
 
-    def __init__(self, path: Path, number: int, dead: str) -> None:
-        self.path, self.dead = path, dead
-        """`dead`: ".HOST.PROCESS." of a holder that was seen dead, else empty."""
+    def __init__(self, path: Path, number: int) -> None:
+        self.path = path
         *self._own, self._next = (_file(path, one) for one in range(number + 2))
         self._ended = threading.Event()
         threading.Thread(target=self._renew, name=f"lease of {path.name}", daemon=True).start()
+
+    @property
+    def dead(self) -> list[str]:
+        """Of each earlier holder, ".HOST.PROCESS.": it was seen dead, and may have died before it could tidy up."""
+        found = []
+        for file in self._own[:-1]:
+            with contextlib.suppress(FileNotFoundError):  # nothing is left to be made: another process has tidied up
+                if holder := _holder(file.read_bytes()):
+                    found.append(f".{holder['host']}.{holder['pid']}.")
+        return found
 
     @property
     def lost(self) -> bool:
@@ -115,7 +124,7 @@ def _file(path: Path, number: int) -> Path:
 
 
 def _taken(path: Path) -> Lease | Held:
-    number, dead = 0, ""
+    number = 0
     while _file(path, number + 1).exists():
         number += 1
     file = _file(path, number)
@@ -125,10 +134,9 @@ def _taken(path: Path) -> Lease | Held:
     except FileNotFoundError:
         pass
     else:
-        holder = _holder(text)
-        if (held := _seen_alive(file, holder, (text, renewed))) is not None:
+        if (held := _seen_alive(file, _holder(text), (text, renewed))) is not None:
             return held
-        number, dead = number + 1, f".{holder['host']}.{holder['pid']}." if holder else ""
+        number += 1
     file = _file(path, number)
     try:
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -137,7 +145,7 @@ def _taken(path: Path) -> Lease | Held:
     own = {"host": socket.gethostname(), "system": _system(), "pid": os.getpid(), "started": _started(os.getpid())}
     with os.fdopen(descriptor, "w", encoding="utf-8") as written:
         json.dump({**own, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, written)  # the time is for people
-    return Lease(path, number, dead)
+    return Lease(path, number)
 
 
 def _holder(text: bytes) -> dict[str, Any]:
