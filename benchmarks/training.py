@@ -9,12 +9,13 @@ head for every predicted token, k the share of tokens with a weight, and S scori
 the windows read, head on those they score; the first window is not read when the model scores itself):
 
     uniform, longce    3 B + 3 H                one pass: the weight is known, or follows from the token's own losses
-    dense, gain, …     3 B + 4 H                the weights need all losses first
+    dense, gain, …     3 B + 4 H                the weights need all losses first (3 H if all logits fit at once)
     sparse, rho1, …    3 B + (1 + 3 k) H        gradients for tokens with a weight only
     of the scorer      3 B + (1 + 2 k) H        contrast scorer, divergences, positions: weights are known before
     self-scored        the same + S, and for a divergence H once more for the tokens of the windows
 
-A frozen scorer costs nothing here: its scores are columns of the data. Those of a selection are drawn, as its k is what
+A frozen scorer costs nothing here: its scores are columns of the data. `CountScorer` counts within the step, on the
+CPU; no model reads a window for it. Those of a selection are drawn, as its k is what
 counts. The ratios are to the uniform step; "measured /
 arithmetic" above 1 is time that multiply-adds do not explain. Under --autocast the decoder runs in bfloat16 and, on a
 CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic says little.
@@ -32,8 +33,8 @@ import tyro
 from bench.measure import alternately
 from bench.models import model_and_row
 from bench.report import Bench
-from tokenweight import Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
-from tokenweight.method import sliding_windows
+from tokenweight import CountScorer, Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
+from tokenweight.method import fit_at_once, sliding_windows
 from tokenweight.models import score_columns
 from tokenweight.plan import count_forward, step_flops
 
@@ -42,11 +43,13 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Step:
-    """A weighting, whether the model scores itself or finds scores in the data, and the contrast."""
+    """A weighting, whether the model scores itself or finds scores in the data, the contrast, and whether tokens are
+    counted for it in the step."""
 
     weighting: Weighting
     self_scored: bool = False
     contrast: str = "trained"
+    counted: bool = False
 
     @property
     def columns(self) -> frozenset[str]:
@@ -59,6 +62,7 @@ STEPS = {
     "frozen dense": Step(parse_weighting("dense:interpolation=0.75")),
     "frozen longce": Step(parse_weighting("longce")),
     "frozen sparse": Step(parse_weighting("sparse:keep=0.2")),
+    "count-scored dense": Step(parse_weighting("dense:interpolation=0.75"), contrast="scorer", counted=True),
     "self-scored dense": Step(parse_weighting("dense:interpolation=0.75"), self_scored=True),
     "self-scored sparse": Step(parse_weighting("sparse:keep=0.2"), self_scored=True),
 }
@@ -85,7 +89,8 @@ def flops_of(model: Any, step: Step, length: int, context: ShortContext, *, chec
     """FLOPs of a step: the table at the top of this file."""
     scored = sliding_windows(length, context.size, context.stride) if step.self_scored else []
     forward = count_forward(model.config)
-    counted: dict[str, Any] = {"contrast": step.contrast, "checkpointing": checkpointing}
+    at_once = fit_at_once(length, model.config.vocab_size)
+    counted: dict[str, Any] = {"contrast": step.contrast, "checkpointing": checkpointing, "at_once": at_once}
     return step_flops(forward, length, step.weighting, scored, **counted).total
 
 
@@ -108,10 +113,14 @@ def measure(
         step = steps[name]
         with_weighted_loss(model, step.weighting, scorer if step.self_scored else None, contrast=step.contrast)
 
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, step in steps.items():
-        scores = {column: columns[column] for column in step.columns}
-        runs[name] = functools.partial(run_step, model, tokens, scores, autocast)
+    counter = CountScorer(vocab_size=model.config.vocab_size, divergence=False)
+
+    def run(step: Step) -> None:
+        found = counter(tokens, context) if step.counted else None
+        scores = {column: columns[column] if found is None else getattr(found, column) for column in step.columns}
+        run_step(model, tokens, scores, autocast)
+
+    runs: dict[str, Callable[[], Any]] = {name: functools.partial(run, step) for name, step in steps.items()}
     return alternately(runs, rounds, prepare)
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, softplus
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenweight import NPMI, PPMI, Dense, LongCE, Sparse, Uniform
 from tokenweight.method import Custom, Head, NonFinite, ShortLosses, Weighting, weighted_loss
 from tokenweight.method.alignment import aligned_with_states, aligned_with_tokens
+from tokenweight.method.device import products
 
 ROWS, LENGTH, DIM, VOCABULARY = 2, 13, 6, 17
 HEADS = {"plain": {}, "biased": {"bias": True}, "scaled and capped": {"scale": 0.3, "softcap": 2.0}}
@@ -38,6 +40,12 @@ def written_out(hidden, head, targets, mask, weighting, short, same):
     return (weights * nll).sum(), weights, nll.detach(), shorts.where(mask, 0.0)
 
 
+@pytest.fixture(params=[256 << 20, 1], ids=["all logits fit", "chunks"])
+def buffer(request, monkeypatch):
+    monkeypatch.setattr(products, "BUFFER_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("weighting", [Uniform(), Dense(), Sparse(0.3), LongCE(), PPMI(), NPMI()], ids=str)
 def test_loss_weights_and_gradients_are_those_written_out_token_by_token(weighting, head):
@@ -54,6 +62,29 @@ def test_loss_weights_and_gradients_are_those_written_out_token_by_token(weighti
     assert torch.equal(ours.mask, mask)
 
 
+@pytest.mark.parametrize("weighting", [Dense(), Uniform(), Sparse(0.25)], ids=str)
+def test_products_with_the_head_are_three_where_all_logits_fit_and_else_as_few_as_weights_allow(weighting, buffer):
+    hidden, head, targets, mask, short, same = some_batch()
+    added = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which torch does not count
+    with FlopCounterMode(display=False, custom_mapping=added) as counter:
+        weighted_loss(hidden, head, targets, mask, weighting, ShortLosses(short, same))
+    num, fit = int(mask.sum()), products.fit_at_once(mask.numel(), VOCABULARY)
+    kept = sum(int(0.25 * of_row.sum()) for of_row in mask) / num
+    expected = {"dense": 3 if fit else 4, "uniform": 3, "sparse": 1 + 3 * kept}[type(weighting).__name__.lower()]
+    assert counter.get_total_flops() == round(expected * 2 * num * DIM * VOCABULARY)
+
+
+@pytest.mark.usefixtures("buffer")
+def test_a_batch_in_which_nothing_is_predicted_has_no_loss():
+    hidden, head, targets, mask, short, same = some_batch()
+    nothing = torch.zeros_like(mask)
+    found = weighted_loss(hidden, head, torch.full_like(targets, -100), nothing, Dense(), ShortLosses(short, same))
+    assert not torch.autograd.grad(found.loss, hidden)[0].any()
+    assert not found.loss
+    assert not found.weights.any()
+
+
+@pytest.mark.usefixtures("buffer")
 def test_what_ranks_hold_of_sequences_has_the_loss_of_whole_ones():
     hidden, head, targets, mask, short, same = some_batch()
     order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(1))
@@ -89,6 +120,7 @@ class ReadingPointwise(Reading):
     pointwise = True
 
 
+@pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("weighting", [Reading(), ReadingPointwise()], ids=["whole", "pointwise"])
 @pytest.mark.parametrize("split", [False, True])
 def test_a_weighting_reads_what_it_uses_in_one_pass_or_two_and_where_ranks_split_sequences(weighting, split):
@@ -120,6 +152,7 @@ def test_a_weighting_reads_what_it_uses_in_one_pass_or_two_and_where_ranks_split
         weighted_loss(hidden, head, targets, mask, weighting, None, used)
 
 
+@pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("weighting", [Uniform(), Dense(), LongCE()], ids=str)
 def test_a_hidden_state_that_is_not_finite_is_named_by_row_and_position(weighting):
     hidden, head, targets, mask, short, same = some_batch()

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
 from tokenweight.method import SCORES, Window, sliding_windows
+from tokenweight.method.device import products
 from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops
 from tokenweight.train import with_adapter
 
@@ -61,6 +62,12 @@ class Square(Forward):
 
 def product(added, one, other, **kwargs):
     return 2 * one[0] * one[1] * other[1]
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """As of long sequences: not all logits fit the buffer."""
+    monkeypatch.setattr(products, "BUFFER_BYTES", 1)
 
 
 def counted(model, weighting, scorer=None, contrast="trained"):
@@ -134,6 +141,21 @@ def test_a_step_with_an_adapter_computes_what_is_counted_from_its_config(kind, l
     expected = step_flops(forward, LENGTH, parse_weighting(weighting))
     assert counted(model, weighting) == pytest.approx(expected.total, rel=0.01)
     assert expected.backward < step_flops(forward._replace(adapted=None), LENGTH, parse_weighting(weighting)).backward
+
+
+@pytest.mark.parametrize("weighting", ["dense", "sparse:keep=0.3"])
+@pytest.mark.parametrize("lora", [None, {"target_modules": "all-linear", "r": 3, "task_type": "CAUSAL_LM"}])
+def test_where_all_logits_fit_weights_that_need_all_losses_cost_no_product_more(weighting, lora, monkeypatch):
+    monkeypatch.undo()
+    model = models.tiny("llama", dtype=torch.float32, **EAGER)
+    if lora is not None:
+        pytest.importorskip("peft")
+        with_adapter(model, lora)
+    forward, parsed = Square(*count_forward(config_of("llama"), lora)), parse_weighting(weighting)
+    steps = {at_once: step_flops(forward, LENGTH, parsed, at_once=at_once) for at_once in (False, True)}
+    assert counted(model, weighting) == pytest.approx(steps[True].total, rel=0.01)
+    saved = steps[False].head - steps[True].head
+    assert saved == (forward.head * (LENGTH - 1) if weighting == "dense" else 0)
 
 
 def moe():

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tokenweight.method.device.finite import check_finite
+from tokenweight.method.device.products import fit_at_once
 from tokenweight.method.device.rows import active_rows, split_rows
 from tokenweight.method.loss import Head, linear_nll
-from tokenweight.method.weightings import History, Weighting, check_finite
+from tokenweight.method.weightings import History, Weighting
 
 
 class ShortLosses(NamedTuple):
@@ -56,7 +58,8 @@ def weighted_loss(
     own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
     whole: Callable[..., Tensor] = lambda of_states: of_states,
 ) -> WeightedLoss:
-    """The weighted loss of a batch. Products with the head: 3 if weights are pointwise or known before, else at most 4.
+    """The weighted loss of a batch. Products with the head: 3 if weights are pointwise or known before, or if logits of
+    all states fit the buffer; else at most 4.
 
     Args:
         hidden: the state that predicts each token; `rows` are the numbers of those with a target, if they are known.
@@ -70,90 +73,115 @@ def weighted_loss(
     Raises:
         NonFinite: if a loss or a weight under `mask` is not finite; ValueError if the weighting lacks what it uses.
     """
-    hidden, own_targets, used = hidden.flatten(0, 1), own(targets, -100).flatten(), weighting.asked(used)
-    if long is not None or (used and not weighting.of_losses):  # weights are known before the losses
-        weights, of_short = _known_weights(hidden.dtype, mask, weighting, short, used, long, history)
-        loss, nll = _with_weights(hidden, head, own_targets, own(weights).flatten(), rows, weighting)
-        long_nll = whole(nll.view(len(mask), -1))
-        short_nll = long_nll if of_short is None else of_short
+    used, own_targets = weighting.asked(used), own(targets, -100).flatten()
+    batch = _Batch(
+        hidden.flatten(0, 1), head, own_targets, mask, weighting, short, used, rows, long, history, own, whole
+    )
+    if long is not None or (used and not weighting.of_losses):
+        loss, weights, long_nll, short_nll = batch.weights_first()
         check_finite({"the long loss": long_nll}, mask)
     elif weighting.pointwise:
-        known = None if short is None else short.map(lambda of_tokens: own(of_tokens).flatten())
-        of_rows = {name: own(values).flatten() for name, values in used.items()}
-        past = _past(weighting, mask, used, history)
-        loss, *of_states = _in_one_pass(hidden, head, own_targets, rows, weighting, known, of_rows, past)
-        weights, long_nll, short_nll = (whole(values.view(len(mask), -1)) for values in of_states)
+        loss, weights, long_nll, short_nll = batch.together()
         check_finite({"the long loss": long_nll, **used, f"the weight by {weighting}": weights}, mask)
-    else:  # all losses of a sequence come first
-        nll = linear_nll(hidden.detach(), head.weight, own_targets, active=rows, **head.after)
-        long_nll = whole(nll.view(len(mask), -1))
-        short_nll = long_nll if short is None else short.filled(long_nll)
-        weights = weighting(long_nll, short_nll, mask, history=history, **used)
-        loss = head.loss(hidden, own_targets, own(weights).flatten(), None if weighting.selects else rows)
+    else:
+        loss, weights, long_nll, short_nll = batch.losses_first()
     return WeightedLoss(loss, weights.where(mask, 0.0), long_nll.where(mask, 0.0), short_nll.where(mask, 0.0), mask)
 
 
-def _known_weights(
-    dtype: torch.dtype,
-    mask: Bool[Tensor, "batch seq"],
-    weighting: Weighting,
-    short: ShortLosses | None,
-    used: Mapping[str, Shaped[Tensor, "batch seq"]],
-    long: Float[Tensor, "batch seq"] | None,
-    history: History,
-) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"] | None]:
-    """The weights without the losses of the trained pass, and the short losses that they are made of, if any."""
-    given = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if long is None else long
-    of_short = None if short is None else short.filled(given)
-    return weighting(given, given if of_short is None else of_short, mask, history=history, **used), of_short
+class _Batch(NamedTuple):
+    """The arguments of `weighted_loss`, states and targets flat. Each method gives the loss, and of whole sequences
+    weights, long and short losses."""
 
+    hidden: Float[Tensor, "N dim"]
+    head: Head
+    targets: Int[Tensor, " N"]
+    mask: Bool[Tensor, "batch seq"]
+    weighting: Weighting
+    short: ShortLosses | None
+    used: Mapping[str, Shaped[Tensor, "batch seq"]]
+    rows: Int[Tensor, " n"] | None
+    long: Float[Tensor, "batch seq"] | None
+    history: History
+    own: Callable[..., Tensor]
+    whole: Callable[..., Tensor]
 
-def _past(
-    weighting: Weighting, mask: Tensor, used: Mapping[str, Tensor], history: History
-) -> dict[str, Float[Tensor, " history"]]:
-    """The history of a pointwise weighting, which reads no losses, as its keyword; nothing if it has none."""
-    nothing = torch.zeros(mask.shape, device=mask.device)
-    return {"history": history(weighting.observe(nothing, nothing, mask, **used))} if weighting.history else {}
+    def weights_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights that need none of the losses of the trained pass."""
+        dtype, device = self.hidden.dtype, self.hidden.device
+        long = torch.zeros(self.mask.shape, dtype=dtype, device=device) if self.long is None else self.long
+        of_sequences, short = self._weigh(long)
+        weights = self.own(of_sequences).flatten()
+        rows = active_rows(self.targets, len(self.head.weight)) if self.rows is None else self.rows
+        chosen, others = split_rows(rows, weights[rows] != 0) if self.weighting.selects else (rows, rows[:0])
+        nll = self._losses(others)  # those of weight 0 are known, too
 
+        def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            nll[rows] = losses
+            return weights[rows]
 
-def _with_weights(
-    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, rows: Tensor | None, weighting: Weighting
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """The loss, and the losses of all rows, those of weight 0 too."""
-    rows = active_rows(targets, len(head.weight)) if rows is None else rows
-    chosen, others = split_rows(rows, weights[rows] != 0) if weighting.selects else (rows, rows[:0])
-    nll = linear_nll(hidden.detach(), head.weight, targets, active=others, **head.after)
+        loss, long = self.head.loss(self.hidden, self.targets, weigh, chosen), self._of_sequences(nll)
+        return loss, of_sequences, long, long if self.short is None else short
 
-    def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        nll[rows] = losses
-        return weights[rows]
+    def together(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In one pass, where a weight depends on its own token's losses only."""
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        weights, long, short = torch.zeros(3, len(self.hidden), dtype=dtype, device=self.hidden.device)
+        of_short = None if self.short is None else self.short.map(self._of_states)
+        of_rows = {name: self._of_states(values) for name, values in self.used.items()}
+        past = self._past()
 
-    return head.loss(hidden, targets, weigh, chosen), nll
+        def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            long[rows] = short[rows] = losses
+            if of_short is not None:
+                short[rows] = of_short.map(lambda of_states: of_states[rows]).filled(losses).to(dtype)
+            present = torch.ones_like(rows, dtype=torch.bool)
+            chosen = {name: values[rows][None] for name, values in of_rows.items()}
+            found = self.weighting.weigh(losses[None], short[rows][None], present[None], **chosen, **past)
+            weights[rows] = found[0].to(dtype)
+            return weights[rows]
 
+        loss = self.head.loss(self.hidden, self.targets, weigh, self.rows)
+        return loss, self._of_sequences(weights), self._of_sequences(long), self._of_sequences(short)
 
-def _in_one_pass(
-    hidden: Float[Tensor, "N dim"],
-    head: Head,
-    targets: Int[Tensor, " N"],
-    active: Int[Tensor, " n"] | None,
-    weighting: Weighting,
-    short: ShortLosses | None,
-    used: Mapping[str, Shaped[Tensor, " N"]],
-    history: Mapping[str, Tensor],
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """The loss, and the weights, long and short losses, where a weight depends on its own token's losses only."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weights, long_nll, short_nll = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
+    def losses_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where a weight depends on the losses of other tokens: two passes, or one that keeps all probabilities."""
+        itemsize = torch.promote_types(self.hidden.dtype, torch.float32).itemsize
+        if self.weighting.selects or not fit_at_once(len(self.hidden), len(self.head.weight), itemsize):
+            long = self._of_sequences(self._losses(self.rows))
+            weights, short = self._weigh(long)
+            rows = None if self.weighting.selects else self.rows
+            return self.head.loss(self.hidden, self.targets, self._of_states(weights), rows), weights, long, short
+        found: list[Tensor] = []
 
-    def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        long_nll[rows] = short_nll[rows] = losses
-        if short is not None:
-            short_nll[rows] = short.map(lambda of_states: of_states[rows]).filled(losses).to(dtype)
-        present = torch.ones_like(rows, dtype=torch.bool)
-        chosen = {name: values[rows][None] for name, values in used.items()}
-        of_rows = weighting.weigh(losses[None], short_nll[rows][None], present[None], **chosen, **history)
-        weights[rows] = of_rows[0].to(dtype)
-        return weights[rows]
+        def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            long = self._of_sequences(losses.new_zeros(len(self.hidden)).index_put((rows,), losses))
+            weights, short = self._weigh(long)
+            found.extend((weights, long, short))
+            return self._of_states(weights)[rows]
 
-    loss = head.loss(hidden, targets, weigh, active)
-    return loss, weights, long_nll, short_nll
+        loss = self.head.loss(self.hidden, self.targets, weigh, self.rows)  # of one chunk
+        if not found:  # no token is predicted
+            weigh(loss.new_zeros(0), self.targets[:0])
+        weights, long, short = found
+        return loss, weights, long, short
+
+    def _weigh(self, long: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and short losses, given the long losses."""
+        short = long if self.short is None else self.short.filled(long)
+        return self.weighting(long, short, self.mask, history=self.history, **self.used), short
+
+    def _past(self) -> dict[str, Float[Tensor, " history"]]:
+        """The history of a pointwise weighting, which reads no losses, as its keyword; nothing if it has none."""
+        if not self.weighting.history:
+            return {}
+        nothing = torch.zeros(self.mask.shape, device=self.mask.device)
+        return {"history": self.history(self.weighting.observe(nothing, nothing, self.mask, **self.used))}
+
+    def _losses(self, rows: Tensor | None) -> Float[Tensor, " N"]:
+        return linear_nll(self.hidden.detach(), self.head.weight, self.targets, active=rows, **self.head.after)
+
+    def _of_states(self, of_tokens: Shaped[Tensor, "batch seq"]) -> Shaped[Tensor, " N"]:
+        return self.own(of_tokens).flatten()
+
+    def _of_sequences(self, of_states: Shaped[Tensor, " N"]) -> Shaped[Tensor, "batch seq"]:
+        return self.whole(of_states.view(len(self.mask), -1))

@@ -102,13 +102,15 @@ def step_flops(
     *,
     contrast: str = "trained",
     checkpointing: bool = False,
+    at_once: bool = False,
     num_sequences: int = 1,
 ) -> Step:
     """FLOPs of forward and backward pass over sequences that are one document each.
 
     With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
     3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
-    (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k.
+    (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k,
+    or 3 if all logits fit at once and all tokens have a weight.
     Where weights are known before the losses (contrast scorer, a divergence), tokens without one cost a product and the
     others three: 1 + 2 k. With an adapter, h is one product less for each gradient of the head, and the backward pass
     what torch counts. A divergence that the model scores itself takes a second product of the tokens of the windows.
@@ -116,6 +118,7 @@ def step_flops(
     Args:
         scored: what the model reads to score itself; empty where short losses are stored or not needed.
         contrast: whose long losses weights are made of (`with_weighted_loss`).
+        at_once: whether all logits of a micro-batch fit the buffer (`fit_at_once`).
         num_sequences: of the step, on all GPUs.
     """
     num_predicted, products = length - 1, 3.0 if forward.adapted is None or forward.adapted.trains_head else 2.0
@@ -124,7 +127,7 @@ def step_flops(
     known = contrast == "scorer" if weighting.of_losses else bool(weighting.uses)
     if known:
         products = 1 - kept + products * kept
-    elif not weighting.pointwise:
+    elif not weighting.pointwise and (weighting.selects or not at_once):
         products = 1 + products * kept
     if weighting.divergence_of is not None:
         products += sum(window.stop - window.first for window in scored) / num_predicted

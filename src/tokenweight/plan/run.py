@@ -23,6 +23,7 @@ from tokenweight.method import (
     Uniform,
     Weighting,
     Window,
+    fit_at_once,
     parse_weighting,
     sliding_windows,
 )
@@ -301,7 +302,9 @@ class _Recipe:
         weighting = Uniform() if mode == "uniform" else self.weighting
         scored = self.scored(length, first=rope_depends_on_length(self.config)) if mode == "self-scored" else []
         checkpointing, num = self.checkpointing is not None, self.sequences_per_step
-        counted: dict[str, Any] = {"checkpointing": checkpointing, "num_sequences": num}
+        num_rows = self.arguments.per_device_train_batch_size * length
+        at_once = fit_at_once(num_rows, self.config.get_text_config().vocab_size)
+        counted: dict[str, Any] = {"checkpointing": checkpointing, "at_once": at_once, "num_sequences": num}
         return step_flops(self.forward, length, weighting, scored, contrast=self.contrast, **counted)
 
     def flops_per_s(self, length: int) -> float | None:

@@ -20,6 +20,11 @@ def rows_at_once(num_rows: int, vocabulary: int, itemsize: int, *, on_gpu: bool)
     return max(fitting, min(num_rows // 60, MOST_ROWS)) if on_gpu else fitting
 
 
+def fit_at_once(num_rows: int, vocabulary: int, itemsize: int = 4) -> bool:
+    """Whether the logits of all rows are one chunk, on any device."""
+    return num_rows <= rows_at_once(num_rows, vocabulary, itemsize, on_gpu=False)
+
+
 def parts(vocabulary: int, copied: int) -> list[slice]:
     """The vocabulary in even parts, of which a copy of `copied` bytes for each entry fits; in one if none is made."""
     num = -(-vocabulary * copied // CAST_BYTES) if copied else 1
