@@ -46,6 +46,27 @@ def test_shares_of_tokens_hold_at_every_point_to_within_a_sequence():
     assert np.abs(tokens / tokens.sum() - shares).max() < 0.02
 
 
+@pytest.mark.parametrize(
+    ("lengths", "shares"),
+    [
+        ([[7, 3, 12, 5] * 9, [9] * 11, [2, 2, 4]], [0.5, 0.3, 0.2]),
+        ([[4] * 30, [4] * 5], [0.5, 0.5]),  # all ties
+        ([[2, 2, 4], [8] * 3], [0.01, 0.99]),
+    ],
+)
+def test_the_next_sequence_is_that_of_the_folder_which_lags_most(lengths, shares):
+    mixture, tokens = Mixture(some_folders(*lengths), shares, seed=1), [0] * len(shares)
+    for number in range(3 * len(mixture)):
+        lagging = min(range(len(shares)), key=lambda one: tokens[one] / shares[one])
+        source, row = mixture.place(number)
+        assert source == lagging
+        if number < len(mixture):
+            assert sum(tokens) < sum(mixture.tokens)
+        tokens[source] += lengths[source][row]
+        if number == len(mixture) - 1:
+            assert sum(tokens) >= sum(mixture.tokens)
+
+
 def test_no_sequence_of_a_folder_comes_twice_before_all_have_come_and_each_pass_has_an_order_of_its_own():
     mixture = Mixture(some_folders([4] * 12, [4] * 5), [0.6, 0.4], seed=1)
     for source, num in enumerate((12, 5)):

@@ -228,14 +228,17 @@ class Mixture(Dataset):
         self.rows, self.shares, self.seed = list(rows), list(shares), seed
         self._lengths = [row_lengths(part) for part in rows]
         self.tokens = [int(lengths.sum()) for lengths in self._lengths]
-        self._drawn = [0] * len(rows)  # tokens
-        self._orders: list[np.ndarray] = [np.zeros(0, dtype=np.int64) for _ in rows]  # of those that are still to come
         self._passes = [0] * len(rows)
+        self._ends = [0] * len(rows)  # tokens of all passes so far
+        self._waiting = [(np.zeros(0), np.zeros(0, dtype=np.int64))] * len(rows)  # tokens per share before a row, row
         self._places = array("q")  # row number * sources + source
         self._columns = [name for name in _COLUMNS if any(name in part.column_names for part in rows)]
-        while sum(self._drawn) < sum(self.tokens):
-            self._draw()
-        self._length = len(self._places)
+        drawn, total = 0, sum(self.tokens)
+        while drawn < total:
+            self._length = len(self._places)
+            lengths = self._draw().cumsum() + drawn
+            drawn = int(lengths[-1])
+        self._length += int(np.searchsorted(lengths, total)) + 1
 
     def __len__(self) -> int:
         """Sequences of an epoch."""
@@ -261,15 +264,37 @@ class Mixture(Dataset):
         total = sum(self.tokens)
         return [num * total * share / tokens for share, tokens in zip(self.shares, self.tokens)]
 
-    def _draw(self) -> None:
-        source = min(range(len(self.rows)), key=lambda one: self._drawn[one] / self.shares[one])
-        if not len(self._orders[source]):
-            order = np.random.default_rng([self.seed, source, self._passes[source]])
-            self._orders[source] = order.permutation(len(self.rows[source]))
-            self._passes[source] += 1
-        row, self._orders[source] = int(self._orders[source][0]), self._orders[source][1:]
-        self._drawn[source] += int(self._lengths[source][row])
-        self._places.append(row * len(self.rows) + source)
+    def _draw(self) -> np.ndarray:
+        """Append the rows up to the end of the pass that ends first; their tokens.
+
+        A row comes when the tokens of its folder before it, per share, are the fewest of all folders: so it is a merge
+        of sorted lists, in which the first folder wins a tie.
+        """
+        for source, (_, rows) in enumerate(self._waiting):
+            if not len(rows):
+                self._waiting[source] = self._pass(source)
+        ends = [tokens / share for tokens, share in zip(self._ends, self.shares)]
+        end = min(ends)
+        first = ends.index(end)
+        keys, places, lengths = [], [], []
+        for source, (before, rows) in enumerate(self._waiting):
+            num = int(np.searchsorted(before, end, side="right" if source < first else "left"))
+            num = len(rows) if source == first else num
+            keys.append(before[:num])
+            places.append(rows[:num] * len(self.rows) + source)
+            lengths.append(self._lengths[source][rows[:num]])
+            self._waiting[source] = (before[num:], rows[num:])
+        order = np.concatenate(keys).argsort(kind="stable")
+        self._places.frombytes(np.concatenate(places)[order].tobytes())
+        return np.concatenate(lengths)[order]
+
+    def _pass(self, source: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.random.default_rng([self.seed, source, self._passes[source]]).permutation(len(self.rows[source]))
+        tokens = self._lengths[source][rows].cumsum()
+        before = (self._ends[source] + np.concatenate(([0], tokens[:-1]))) / self.shares[source]
+        self._passes[source] += 1
+        self._ends[source] += int(tokens[-1])
+        return before, rows
 
 
 class InOrder(Sampler[int]):
