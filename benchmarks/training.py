@@ -2,6 +2,7 @@
 
     python benchmarks/training.py            about 20 minutes on two cores, 8 GiB of memory
     python benchmarks/training.py --others   the same for weightings beyond those of the paper
+    python benchmarks/training.py --compiled the same with the decoder compiled, as `--trainer.torch_compile true` does
     python benchmarks/training.py --quick    seconds, on a tiny model: says nothing
 
 The arithmetic counts multiply-adds only. With B the decoder's forward pass over the row, H one product with the output
@@ -22,6 +23,7 @@ CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ from bench.models import model_and_row
 from bench.report import Bench
 from tokenweight import CountScorer, Scorer, ShortContext, Weighting, parse_weighting, with_weighted_loss
 from tokenweight.method import fit_at_once, sliding_windows
-from tokenweight.models import score_columns
+from tokenweight.models import causal_parts, score_columns
 from tokenweight.plan import count_forward, step_flops
 
 UNIFORM = "uniform"
@@ -43,13 +45,14 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Step:
-    """A weighting, whether the model scores itself or finds scores in the data, the contrast, and whether tokens are
-    counted for it in the step."""
+    """A weighting, whether the model scores itself or finds scores in the data, the contrast, whether tokens are
+    counted for it in the step, and whether the decoder is compiled."""
 
     weighting: Weighting
     self_scored: bool = False
     contrast: str = "trained"
     counted: bool = False
+    compiled: bool = False
 
     @property
     def columns(self) -> frozenset[str]:
@@ -83,6 +86,11 @@ KIN = {
     "self-scored expected boundedgain": Step(parse_weighting("expected(boundedgain)"), self_scored=True),
 }
 """Weightings beyond those of the paper, beside dense."""
+COMPILED = {
+    f"{name}, compiled" if compiled else name: dataclasses.replace(STEPS[name], compiled=compiled)
+    for name in (UNIFORM, "frozen dense", "self-scored dense")
+    for compiled in (False, True)
+}
 
 
 def flops_of(model: Any, step: Step, length: int, context: ShortContext, *, checkpointing: bool = False) -> float:
@@ -108,9 +116,15 @@ def measure(
     drawn = {name: torch.rand(tokens.shape) for name in ("ref_nll", "divergence")}  # no cost depends on their values
     columns = {"long_nll": long_nll, "short_nll": scorer(tokens, long_nll=long_nll), **drawn}
 
+    decoder = causal_parts(model).decoder
+    if any(step.compiled for step in steps.values()):
+        decoder.compile()
+    compiled = decoder._compiled_call_impl
+
     def prepare(name: str) -> None:
         model.zero_grad(set_to_none=True)
         step = steps[name]
+        decoder._compiled_call_impl = compiled if step.compiled else None
         with_weighted_loss(model, step.weighting, scorer if step.self_scored else None, contrast=step.contrast)
 
     counter = CountScorer(vocab_size=model.config.vocab_size, divergence=False)
@@ -134,14 +148,17 @@ class Training(Bench):
     """Run the forward pass under bfloat16 autocast."""
     others: bool = False
     """Weightings beyond those of the paper."""
+    compiled: bool = False
+    """The decoder compiled, beside itself as it is."""
 
     def run(self) -> None:
-        report = self.report("weightings" if self.others else "training")
+        kind = "weightings" if self.others else "compiled" if self.compiled else "training"
+        report = self.report(kind)
         length = self.length // 16 if self.quick else self.length
         context = ShortContext(size=length // 4, stride=3 * length // 16)
         name, model, tokens = model_and_row(length, quick=self.quick)
         model.train()
-        steps = KIN if self.others else STEPS
+        steps = {"weightings": KIN, "compiled": COMPILED, "training": STEPS}[kind]
         seconds = measure(model, tokens, context, self.rounds, self.autocast, steps)
         flops = {run: flops_of(model, step, length, context) for run, step in steps.items()}
         x = f"{name}, 1 x {length} tokens, windows {context.size}/{context.stride}, "
