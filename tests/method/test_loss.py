@@ -262,7 +262,7 @@ class Live(TorchDispatchMode):
 def test_on_a_gpu_at_most_a_fiftieth_of_the_logits_is_held_beside_the_gradients(vocabulary, monkeypatch):
     n, d = 32_768, 2048
     rows = products.rows_at_once(n, vocabulary, 4, on_gpu=True)
-    monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})  # fake tensors multiply into float32 there, too
+    monkeypatch.setattr(products, "INTO_FLOAT32", {"cpu"})  # fake tensors multiply into float32 there, too
     context = SimpleNamespace(needs_input_grad=(True, True, False))
     with FakeTensorMode():
         hidden, head = (torch.empty(num, d, dtype=torch.bfloat16) for num in (n, vocabulary))
@@ -295,7 +295,7 @@ def as_on_a_gpu(monkeypatch, request):
 
         monkeypatch.setattr(torch, name, multiply)
 
-    monkeypatch.setattr(module, "INTO_FLOAT32", {"cpu"})
+    monkeypatch.setattr(products, "INTO_FLOAT32", {"cpu"})
     for name in ("mm", "addmm"):
         wide(name, getattr(torch, name))
     products._adds_into.cache_clear()

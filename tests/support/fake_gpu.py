@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
-from tokenweight.method import loss
+from tokenweight.method.device import products
 from tokenweight.train.statistics import LateChecks, WeightStatistics
 
 NAME = "gpu"
@@ -187,7 +187,7 @@ def waits_of(*case):
 
 if __name__ == "__main__":
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Gpu())
-    loss.INTO_FLOAT32 = {*loss.INTO_FLOAT32, NAME}
+    products.INTO_FLOAT32 = {*products.INTO_FLOAT32, NAME}
     torch.Event, FakeTensor.tolist = Event, torch.Tensor.tolist
     torch._C._set_only_lift_cpu_tensors(True)  # what is made of numbers is copied to the device, as on a GPU
     found = {case: waits_of(*json.loads(case)) for case in sys.argv[1:]}

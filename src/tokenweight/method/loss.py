@@ -14,11 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenweight.method.device.products import add_product, multiply_into, parts, rows_at_once
+from tokenweight.method.device.products import add_product, multiplied_in, multiply_into, parts, rows_at_once
 from tokenweight.method.device.rows import active_rows
 
-INTO_FLOAT32 = frozenset({"cuda"})
-"""Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
 WeightsOfChunk = Callable[[Float[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor, " n"]]
 """(losses of a chunk, their row numbers) -> weights of the chunk."""
 
@@ -153,14 +151,7 @@ class Logits:
 
     def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
         self.head, self.bias, self.scale, self.softcap = head, bias, scale, softcap
-        kind = hidden.device.type
-        self.compute_dtype = torch.promote_types(hidden.dtype, head.dtype)
-        if kind in INTO_FLOAT32 and torch.is_autocast_enabled(kind):
-            self.compute_dtype = torch.get_autocast_dtype(kind)
-        if kind not in INTO_FLOAT32 or self.compute_dtype == torch.float16:
-            # Logits rounded to bfloat16 are off by up to 0.06 nats: more than the differences we are after. And in
-            # float16 their gradients, often below 1e-7, vanish before a scaler of the loss could make them larger.
-            self.compute_dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        self.compute_dtype = multiplied_in(hidden.device.type, torch.promote_types(hidden.dtype, head.dtype))
         self.dtype = torch.promote_types(self.compute_dtype, torch.float32)
         self.blocks = parts(len(head), 0 if head.dtype == self.compute_dtype else 4 * head.shape[1])
 

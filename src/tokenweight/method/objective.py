@@ -128,7 +128,10 @@ class _Batch(NamedTuple):
         weights, long, short = torch.zeros(3, len(self.hidden), dtype=dtype, device=self.hidden.device)
         of_short = None if self.short is None else self.short.map(self._of_states)
         of_rows = {name: self._of_states(values) for name, values in self.used.items()}
-        past = self._past()
+        past = {}
+        if self.weighting.history:  # to which a pointwise weighting adds nothing that losses decide
+            nothing = torch.zeros(self.mask.shape, device=self.mask.device)
+            past["history"] = self.history(self.weighting.observe(nothing, nothing, self.mask, **self.used))
 
         def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
             long[rows] = short[rows] = losses
@@ -145,8 +148,7 @@ class _Batch(NamedTuple):
 
     def losses_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where a weight depends on the losses of other tokens: two passes, or one that keeps all probabilities."""
-        itemsize = torch.promote_types(self.hidden.dtype, torch.float32).itemsize
-        if self.weighting.selects or not fit_at_once(len(self.hidden), len(self.head.weight), itemsize):
+        if self.weighting.selects or not fit_at_once(len(self.hidden), len(self.head.weight), self.hidden.dtype):
             long = self._of_sequences(self._losses(self.rows))
             weights, short = self._weigh(long)
             rows = None if self.weighting.selects else self.rows
@@ -169,13 +171,6 @@ class _Batch(NamedTuple):
         """Weights and short losses, given the long losses."""
         short = long if self.short is None else self.short.filled(long)
         return self.weighting(long, short, self.mask, history=self.history, **self.used), short
-
-    def _past(self) -> dict[str, Float[Tensor, " history"]]:
-        """The history of a pointwise weighting, which reads no losses, as its keyword; nothing if it has none."""
-        if not self.weighting.history:
-            return {}
-        nothing = torch.zeros(self.mask.shape, device=self.mask.device)
-        return {"history": self.history(self.weighting.observe(nothing, nothing, self.mask, **self.used))}
 
     def _losses(self, rows: Tensor | None) -> Float[Tensor, " N"]:
         return linear_nll(self.hidden.detach(), self.head.weight, self.targets, active=rows, **self.head.after)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweight.method.device.finite import check_finite
+from tokenweight.method.device.rows import tie_order
 
 History = Callable[[Tensor], Tensor]
 """From what rows add to the history of a weighting to the history that they are weighed with."""
@@ -268,19 +269,8 @@ def keep_top(
     most = max(1, math.floor(keep * scores.shape[1]))  # static, so that no device has to be asked
     threshold = scores.topk(most, dim=1).values.gather(1, num_kept - 1)
     above, equal = scores > threshold, (scores == threshold) & mask
-    order = _tie_order(scores.shape[1], seed, scores.device)
+    order = tie_order(scores.shape[1], seed, scores.device)
     rank = torch.empty_like(num_kept.expand_as(scores))
     rank[:, order] = equal[:, order].long().cumsum(dim=1)
     kept = above | (equal & (rank <= num_kept - above.sum(dim=1, keepdim=True)))
     return normalize(kept.to(scores.dtype), mask)
-
-
-def _tie_order(length: int, seed: int, device: torch.device) -> Tensor:
-    """A permutation of the positions by a hash of (seed, position): the same on every device, and for every length a
-    prefix-consistent order, so that padding does not change it. The constants are those of splitmix64, in 63 bits."""
-    top = (1 << 63) - 1
-    begin = seed * 0x9E3779B97F4A7C15 % (1 << 62) + 1
-    x = (torch.arange(length, device=device) + begin) * 0x1E3779B97F4A7C15 & top
-    x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9 & top
-    x = (x ^ (x >> 27)) * 0x14D049BB133111EB & top
-    return (x ^ (x >> 31)).argsort(stable=True)

@@ -12,6 +12,19 @@ MOST_ROWS = 1536
 are fewer than about this; more gain nothing (`tokenweight.plan.loss_floor`)."""
 CAST_BYTES = 32 << 20
 """What is held in another dtype at a time: of a 16-bit head in float32, of the gradient of the logits in 16 bits."""
+INTO_FLOAT32 = frozenset({"cuda"})
+"""Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
+
+
+def multiplied_in(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that products with the head are made in, on a kind of device, of what has `dtype`."""
+    if device in INTO_FLOAT32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device in INTO_FLOAT32 and dtype != torch.float16:
+        return dtype
+    # Logits rounded to bfloat16 are off by up to 0.06 nats: more than the differences we are after. And in float16
+    # their gradients, often below 1e-7, vanish before a scaler of the loss could make them larger.
+    return torch.promote_types(dtype, torch.float32)
 
 
 def rows_at_once(num_rows: int, vocabulary: int, itemsize: int, *, on_gpu: bool) -> int:
@@ -20,8 +33,9 @@ def rows_at_once(num_rows: int, vocabulary: int, itemsize: int, *, on_gpu: bool)
     return max(fitting, min(num_rows // 60, MOST_ROWS)) if on_gpu else fitting
 
 
-def fit_at_once(num_rows: int, vocabulary: int, itemsize: int = 4) -> bool:
-    """Whether the logits of all rows are one chunk, on any device."""
+def fit_at_once(num_rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the logits of all rows, made of states of `dtype`, are one chunk, on any device."""
+    itemsize = torch.promote_types(dtype, torch.float32).itemsize
     return num_rows <= rows_at_once(num_rows, vocabulary, itemsize, on_gpu=False)
 
 

@@ -1,4 +1,4 @@
-"""Which rows the loss reads. To know how many they are, the host waits for the device."""
+"""Which rows the loss reads, for which the host waits for the device; and an order of tokens, the same on every one."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -24,3 +24,14 @@ def split_rows(rows: Int[Tensor, " n"], first: Bool[Tensor, " n"]) -> tuple[Tens
     """Those for which `first` holds, and the others; the host waits for the device once, to know how many they are."""
     ordered, num = rows[first.byte().argsort(descending=True, stable=True)], int(first.sum())
     return ordered[:num], ordered[num:]
+
+
+def tie_order(length: int, seed: int, device: torch.device) -> Tensor:
+    """A permutation of the positions by a hash of (seed, position): the same on every device, and for every length a
+    prefix-consistent order, so that padding does not change it. The constants are those of splitmix64, in 63 bits."""
+    top = (1 << 63) - 1
+    begin = seed * 0x9E3779B97F4A7C15 % (1 << 62) + 1
+    x = (torch.arange(length, device=device) + begin) * 0x1E3779B97F4A7C15 & top
+    x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9 & top
+    x = (x ^ (x >> 27)) * 0x14D049BB133111EB & top
+    return (x ^ (x >> 31)).argsort(stable=True)
