@@ -117,8 +117,6 @@ def measure(
     columns = {"long_nll": long_nll, "short_nll": scorer(tokens, long_nll=long_nll), **drawn}
 
     decoder = causal_parts(model).decoder
-    if any(step.compiled for step in steps.values()):
-        decoder.compile()
     compiled = decoder._compiled_call_impl
 
     def prepare(name: str) -> None:
@@ -158,6 +156,8 @@ class Training(Bench):
         context = ShortContext(size=length // 4, stride=3 * length // 16)
         name, model, tokens = model_and_row(length, quick=self.quick)
         model.train()
+        if self.compiled:  # in earnest it takes a minute
+            causal_parts(model).decoder.compile(backend="eager" if self.quick else "inductor")
         steps = {"weightings": KIN, "compiled": COMPILED, "training": STEPS}[kind]
         seconds = measure(model, tokens, context, self.rounds, self.autocast, steps)
         flops = {run: flops_of(model, step, length, context) for run, step in steps.items()}

@@ -51,7 +51,7 @@ NEEDED = dict.fromkeys(("corpus", "heads", "instructions", "processes"), ("llm_s
 @pytest.fixture
 def uncollected(monkeypatch):
     """Before each timing all garbage is collected, which takes long where as many modules are loaded as here."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -62,11 +62,13 @@ def test_a_quick_run_prints_a_table_and_appends_complete_rows(name, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_other_weightings_have_rows_under_a_name_of_their_own(tmp_path, monkeypatch, uncollected, capsys):
-    monkeypatch.setattr(sys, "argv", ["training.py", "--quick", "--others"])
-    load("training").Training(quick=True, others=True, csv=tmp_path / "rows.csv").run()
+@pytest.mark.parametrize(("option", "kind"), [("others", "weightings"), ("compiled", "compiled")])
+def test_other_steps_have_rows_under_a_name_of_their_own(option, kind, tmp_path, monkeypatch, uncollected, capsys):
+    monkeypatch.setattr(sys, "argv", ["training.py", "--quick", f"--{option}"])
+    load("training").Training(quick=True, **{option: True}, csv=tmp_path / "rows.csv").run()
+    torch._dynamo.reset()
     printed = capsys.readouterr().out
-    assert_complete("weightings", METRICS["training"], printed, tmp_path / "rows.csv", script="training")
+    assert_complete(kind, METRICS["training"], printed, tmp_path / "rows.csv", script="training")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import Tensor
 def aligned_with_tokens(of_states: Shaped[Tensor, "batch seq *dim"]) -> Shaped[Tensor, "batch seq *dim"]:
     """From what stands at the state that predicts a token to what stands at the token itself; column 0 is 0.
 
-    This and its inverse are the only shift by one in this library; everything else is aligned with the tokens.
+    This and its inverse are the only shift by one in what is computed here; everything else is aligned with the tokens.
 
         column of a row    0    1    2    3        state 0 reads token 0 and predicts token 1; nothing predicts token 0,
         of_states          a    b    c    d        and what state 3 predicts is not in the row
