@@ -178,6 +178,20 @@ def test_models_that_cannot_read_the_rows_are_refused(place, tmp_path, monkeypat
         assert "cannot be loaded" in refusal(place, tmp_path, monkeypatch, **{role: tmp_path / "gone"})
 
 
+def test_of_pieces_the_last_token_needs_no_position_of_its_own(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "rows", tmp_path / "pieces")
+    write_json(tmp_path / "pieces" / "rows.json", {"short": "decompose"})
+    found = []
+    for positions in (23, 24):
+        models.tiny(max_position_embeddings=positions).save_pretrained(tmp_path / str(positions))
+        asked = settings(place, tmp_path / f"of-{positions}", tmp_path / str(positions), data=tmp_path / "pieces")
+        found.append(values(evaluate(asked)["models"][0]))
+    assert found[0] == found[1]
+    models.tiny("gpt2", max_position_embeddings=23).save_pretrained(tmp_path / "table")
+    refused = refusal(place, tmp_path, monkeypatch, model=tmp_path / "table", data=tmp_path / "pieces")
+    assert refused.startswith("data: sequences of 24 tokens: ")
+
+
 def test_models_and_rows_of_different_tokenizers_are_refused(with_tokenizer, tmp_path, monkeypatch):
     other = trained_tokenizer(vocab_size=299)
     models.tiny(vocab_size=300, max_position_embeddings=460).save_pretrained(tmp_path / "other")

@@ -17,6 +17,7 @@ from tokenweight.data import (
     check_predicted,
     checksum,
     open_rows,
+    read_prepared,
     read_provenance,
     row_lengths,
     scan_contents,
@@ -54,6 +55,7 @@ from tokenweight.models import (
     load_model,
     own_device,
     parse_attention,
+    predicts_one_more,
     tokenizer_fingerprint,
     with_dual_chunk,
 )
@@ -230,7 +232,9 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
     if plan.attention is not None:
         parse_attention(plan.attention).of(config)
         positions = None
-    for what, length in (("data: sequences", plan.length), ("probe_lengths: probes", probe)):
+    pieces = read_prepared(read_provenance(settings.data)).get("short") == "decompose"  # of 2^k + 1 tokens
+    read = plan.length - (pieces and predicts_one_more(config))
+    for what, length in (("data: sequences", read), ("probe_lengths: probes", probe)):
         if positions is not None and length > positions:
             raise ValueError(
                 f"{what} of {length} tokens: {name} has {positions} positions; extend its context first "

@@ -197,7 +197,7 @@ def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
 def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     _require("num_probes", settings.num_probes, settings.num_probes >= 1, "at least 1")
     families, haystack = _families(settings.probes), _haystack(settings)
-    lengths = [length // 4, length // 2, length]
+    lengths = [length // 4, length // 2, length // 2 * 2]  # of a piece of 2^k + 1 tokens, all that a model of 2^k reads
     if settings.probe_lengths is not None:
         lengths = _numbers("probe_lengths", settings.probe_lengths, token_count)
     depths = _numbers("depths", settings.depths, float)
