@@ -15,6 +15,7 @@ from texts import some_documents, trained_tokenizer
 from tokenweight import cli
 from tokenweight.data import context_shares, prepare_rows, score_folder, upload
 from tokenweight.method import TOP_K, ShortContext, parse_weighting, sliding_windows
+from tokenweight.method.device import products
 from tokenweight.plan import Hardware, plan
 from tokenweight.plan.alternatives import alternatives
 from tokenweight.plan.flops import count_forward, step_flops
@@ -153,7 +154,10 @@ def test_the_growth_is_drawn(place):
 
 
 @pytest.mark.slow
-def test_all_grows_with_the_length_of_sequences(place):
+def test_all_grows_with_the_length_of_sequences(place, monkeypatch):
+    (uniform, precomputed, _) = plan(settings(size=32), length=48).run[:3]
+    assert uniform.flops == precomputed.flops  # all logits fit the buffer
+    monkeypatch.setattr(products, "BUFFER_BYTES", 1)
     budget = plan(settings(size=32), length=48, lengths=[64, 256])
     for mode in range(3):
         costs = [budget.run[mode], *budget.growth[mode::3]]
