@@ -36,10 +36,6 @@ def loss_table(results: Results) -> list[str]:
     return [*lines, "", f"At 32,768 tokens the loss needs {longest:.2f} GiB over inputs and gradients."]
 
 
-def weightings_table(results: Results) -> list[str]:
-    return training_table(results, "weightings")
-
-
 def training_table(results: Results, benchmark: str = "training") -> list[str]:
     metrics = ("time / uniform", "arithmetic / uniform", "measured / arithmetic")
     lines = []
@@ -344,7 +340,8 @@ def _answer(found: dict[tuple[str, str, str], float], name: str, x: str) -> str:
 MAKERS = {
     "loss": loss_table,
     "training": training_table,
-    "weightings": weightings_table,
+    "weightings": lambda results: training_table(results, "weightings"),
+    "compiled": lambda results: training_table(results, "compiled"),
     "gpu": gpu_table,
     "gpu-loss": lambda results: gpu_table(results, "gpu-loss"),
     "reference": reference_table,
