@@ -60,7 +60,8 @@ def by_baseline(model, baseline, field):
     return [Sums(torch.from_numpy(total), number) for total in sums]
 
 
-@pytest.mark.parametrize("noise", [0.3, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.3, 0.5])
 def test_of_equal_models_the_interval_holds_that_they_are_equal_as_often_as_it_says(noise):
     rows = rows_of([TOKENS] * DOCUMENTS, [str(number) for number in range(DOCUMENTS)])
     holds = {name: {"pair": 0, "baseline": 0} for name in NAMES}
