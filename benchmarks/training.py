@@ -15,11 +15,10 @@ the windows read, head on those they score; the first window is not read when th
     of the scorer      3 B + (1 + 2 k) H        contrast scorer, divergences, positions: weights are known before
     self-scored        the same + S, and for a divergence H once more for the tokens of the windows
 
-A frozen scorer costs nothing here: its scores are columns of the data. `CountScorer` counts within the step, on the
-CPU; no model reads a window for it. Those of a selection are drawn, as its k is what
-counts. The ratios are to the uniform step; "measured /
-arithmetic" above 1 is time that multiply-adds do not explain. Under --autocast the decoder runs in bfloat16 and, on a
-CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic says little.
+A frozen scorer costs nothing here: its scores are columns of the data. Those of a selection are drawn, as its k is what
+counts. `CountScorer` counts within the step, on the CPU; no model reads a window for it. The ratios are to the uniform
+step; "measured / arithmetic" above 1 is time that multiply-adds do not explain. Under --autocast the decoder runs in
+bfloat16 and, on a CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic says little.
 """
 
 import contextlib
@@ -156,7 +155,7 @@ class Training(Bench):
         context = ShortContext(size=length // 4, stride=3 * length // 16)
         name, model, tokens = model_and_row(length, quick=self.quick)
         model.train()
-        if self.compiled:  # in earnest it takes a minute
+        if self.compiled:  # by inductor it takes minutes
             causal_parts(model).decoder.compile(backend="eager" if self.quick else "inductor")
         steps = {"weightings": KIN, "compiled": COMPILED, "training": STEPS}[kind]
         seconds = measure(model, tokens, context, self.rounds, self.autocast, steps)

@@ -6,6 +6,7 @@ from .dataset import check_divergence as check_divergence
 from .dataset import check_predicted as check_predicted
 from .dataset import choose_scores as choose_scores
 from .dataset import has_scores as has_scores
+from .dataset import holds_pieces as holds_pieces
 from .dataset import load_rows as load_rows
 from .dataset import load_scores as load_scores
 from .dataset import noted_contrast as noted_contrast

@@ -201,6 +201,11 @@ def read_prepared(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
 
 
+def holds_pieces(provenance: Mapping[str, Any]) -> bool:
+    """Whether rows with this provenance are pieces of 2^k + 1 tokens, of which the last is only predicted."""
+    return read_prepared(provenance).get("short") == "decompose"
+
+
 def scan_contents(rows: datasets.Dataset) -> Contents:
     """What rows hold, in numbers, by looking at every token."""
     columns = [name for name in COLUMNS if name in rows.column_names]

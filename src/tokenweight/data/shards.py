@@ -154,8 +154,9 @@ def shard_lease(path: Path, *, wait: bool = False, known: bool = False) -> Itera
     """`leased`, of a file with a note: what dead processes have left of both is removed."""
     with leased(path, wait=wait, known=known) as lease:
         if isinstance(lease, Lease):
+            dead = lease.dead
             for name in (path.name, _note(path).name):
-                remove_abandoned(path.parent, f".{name}.*[0-9]", lease.dead)
+                remove_abandoned(path.parent, f".{name}.*[0-9]", dead)
         yield lease
 
 

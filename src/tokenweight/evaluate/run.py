@@ -16,8 +16,8 @@ from tokenweight.data import (
     Contents,
     check_predicted,
     checksum,
+    holds_pieces,
     open_rows,
-    read_prepared,
     read_provenance,
     row_lengths,
     scan_contents,
@@ -144,9 +144,11 @@ def _open(settings: EvalSettings) -> _Task:
     aligned = _other_tokenizer(evaluator, settings) if evaluator in loaded and evaluator not in names else None
     readers = [name for name in loaded if aligned is None or name != evaluator]
     tokenizer = _common_tokenizer(readers, settings)
-    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, read_provenance(settings.data)))
+    provenance = read_provenance(settings.data)
+    rows = Rows(data, lengths, settings.max_tokens, text_prefix(tokenizer, provenance))
+    pieces = holds_pieces(provenance)
     for name in readers:
-        _check_model(name, settings, plan, rows, contents)
+        _check_model(name, settings, plan, rows, contents, pieces)
         _warn_of_training_data(name, settings, contents)
     probes, samples = _make_probes(settings, plan, tokenizer)
     comparable = {**plan.comparable(), **_fingerprints(rows, contents, tokenizer)}
@@ -223,7 +225,9 @@ def _warn_of_training_data(name: str, settings: EvalSettings, contents: Contents
         )
 
 
-def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, contents: Contents) -> None:
+def _check_model(
+    name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, contents: Contents, pieces: bool
+) -> None:
     """Raise a ValueError if a model, by its config, cannot read the sequences or the probes."""
     config = load_config(name)
     check_tokens(config, *contents.token_range, settings.data)
@@ -232,7 +236,6 @@ def _check_model(name: str, settings: EvalSettings, plan: EvalPlan, rows: Rows, 
     if plan.attention is not None:
         parse_attention(plan.attention).of(config)
         positions = None
-    pieces = read_prepared(read_provenance(settings.data)).get("short") == "decompose"  # of 2^k + 1 tokens
     read = plan.length - (pieces and predicts_one_more(config))
     for what, length in (("data: sequences", read), ("probe_lengths: probes", probe)):
         if positions is not None and length > positions:

@@ -9,7 +9,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import open_rows, read_prepared, read_provenance, row_lengths
+from tokenweight.data.dataset import holds_pieces, open_rows, read_provenance, row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.score.write import ScoreSummary, score_rows
 from tokenweight.data.shards import Verifier
@@ -182,8 +182,8 @@ def _check_fit(config: Any, task: _Task, *, with_long: bool) -> None:
     """Raise a ValueError if a model cannot read the rows, or windows of them."""
     check_tokens(config, *task.contents.token_range, task.folder)
     if with_long:
-        pieces = read_prepared(task.made).get("short") == "decompose"  # of 2^k + 1 tokens
-        check_length(config, (task.contents.longest or 0) - (pieces and predicts_one_more(config)), "long: rows")
+        alone = holds_pieces(task.made) and predicts_one_more(config)
+        check_length(config, (task.contents.longest or 0) - alone, "long: rows")
     else:
         check_length(config, max(context.size for context in task.contexts), "size: windows")
     check_stale_rows(config, row_lengths(task.rows).tolist() if with_long else [])
