@@ -37,8 +37,19 @@ FAMILIES = {
     "expected count (KL)": ("expected-count", "#69a8de", "--"),
 }
 """Name -> what the names of its arms begin with, followed by their strengths; and the look of its line."""
+SINGLE = ("sparse", "longce", "ppmi", "npmi", "keytokens", "rho1", "eslm", "exact", "random-.5", "oracle-.5")
+SINGLE += ("wide-uniform", "wide-dense-.5", "yarn-uniform")
+"""Arms that stand in the figure alone."""
 PAIRS = [(f"expected-{name}", name) for name in ("dense", "gain", "bounded", "count")]
 """What the names of arms of an expected form and of its plain form begin with."""
+BESIDE = [
+    ("wide-dense-.5", "wide-uniform"),
+    ("wide-expected-bounded-.5", "wide-uniform"),
+    ("expected-dense-.5", "dense-.5"),
+    ("expected-bounded-.5", "dense-.75"),
+    ("original-dense-.5", "dense-.5"),
+]
+"""Arms that are compared with another than `uniform`."""
 KEYS = ("far", "far_right", "far_last_right", "far_only_right", "near", "short", "beyond")
 Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
 
@@ -119,9 +130,9 @@ class Extension:
         }
         self.units = list(self.of["uniform"])
 
-    def changes(self, arm: str, key: str) -> list[float]:
-        """A measure of an arm beside uniform weights, of each unit."""
-        return [self.of[arm][unit][key] - self.of["uniform"][unit][key] for unit in self.units]
+    def changes(self, arm: str, key: str, other: str = "uniform") -> list[float]:
+        """A measure of an arm beside another, of each unit."""
+        return [self.of[arm][unit][key] - self.of[other][unit][key] for unit in self.units]
 
     def family(self, begins: str) -> list[str]:
         """The arms of a family: its name alone, or with a strength."""
@@ -175,11 +186,17 @@ def extension_tables(found: Extension, prices: dict[str, list[float]]) -> str:
         [arm, "∞" if math.isinf(one := statistics.fmean(values)) else f"{one:.4f}", cell(found.changes(arm, "beyond"))]
         for arm, values in prices.items()
     ]
+    beside = [
+        [arm, other, *(cell(found.changes(arm, key, other)) for key in shown)]
+        for arm, other in BESIDE
+        if arm in found.of
+    ]
     return "\n".join(
         [
             f"{made(found.runs)} {len(found.units)} units. Of uniform's far answers {base['far_only_right']:.3f} were "
             f"right where the value was stated once, {base['far_last_right']:.3f} where others were before.\n",
             table(head, rows),
+            table(["arm", "beside", *head[1:5]], beside),
             table(["expected form", "area (strengths)", "plain form's", "more", "units"], areas(found)),
             table(["arm", "predicted", "measured"], predicted),
         ]
@@ -238,7 +255,7 @@ def frontier_figure(found: Extension) -> Figure:
             face = color if line == "-" else "white"
             look = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "markerfacecolor": face}
             axes.errorbar(x, y, label=name, elinewidth=0.4, **errors, **look)
-    for arm in ("sparse", "longce", "ppmi", "exact", "random-.5", "oracle-.5", "wide-uniform"):
+    for arm in SINGLE:
         if arm in found.of:
             x, y = (statistics.fmean(found.changes(arm, key)) for key in ("plain", "far"))
             axes.annotate(arm, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")

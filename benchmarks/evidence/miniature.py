@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from worlds import Facts, NoiseWorld, Rows, TextWorld
 
 from tokenweight import Scorer, ShortContext, with_weighted_loss
-from tokenweight.models import CountScorer, without_weighted_loss
+from tokenweight.models import CountScorer, token_nll, without_weighted_loss
 from tokenweight.records import environment, write_json
 
 BEGUN = time.perf_counter()
@@ -86,7 +86,8 @@ class Experiment:
     units: list[list[int]]
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
-    """Name -> `weighting`; `scorer`: self, original, count or oracle; `rate`: a factor; `base`: another."""
+    """Name -> `weighting`; `scorer`: self, original, count, oracle, or reference (what `uniform` became); `rate`: a
+    factor; `rope`: rotary parameters to change."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
@@ -118,6 +119,10 @@ class Bench:
         self.world: Any = kind(**experiment.world)
         self._counted: tuple[str, dict[str, Tensor]] = ("", {})
 
+    def run_path(self, arm: str, unit: list[int]) -> Path:
+        """The record of an arm in a unit."""
+        return self.out / "runs" / f"{arm}-model{unit[0]}-seed{unit[1]}.json"
+
     def rows(self, part: str, stage: Stage, num: int, seed: int) -> Rows:
         """Rows of a part of the world."""
         return self.world.rows(part, num, stage.length, stage.kinds, seed)
@@ -133,8 +138,8 @@ class Bench:
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **self.experiment.model))
 
-    def begun(self, seed: int, base: float | None = None) -> LlamaForCausalLM:
-        """The model that every arm of a unit begins with: pretrained, with a rotary base, that of the extension."""
+    def begun(self, seed: int, rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
+        """The model that arms of a unit begin with: pretrained, with the rotary base of the extension, or `rope`."""
         if self.experiment.pretrain is None:
             return self.new_model(seed)
         model, path = self.new_model(seed), self.out / f"pretrained-{self._fingerprint()}-{seed}.pt"
@@ -142,7 +147,7 @@ class Bench:
             torch.save(self._pretrained(seed).state_dict(), path.with_suffix(".unfinished"))
             path.with_suffix(".unfinished").rename(path)
         model.load_state_dict(torch.load(path))
-        parameters = {**model.config.rope_parameters, "rope_theta": base or self.experiment.base}
+        parameters = {**model.config.rope_parameters, "rope_theta": self.experiment.base, **(rope or {})}
         config = LlamaConfig(**{**model.config.to_dict(), "rope_parameters": parameters})
         extended = LlamaForCausalLM(config)
         extended.load_state_dict(model.state_dict())
@@ -165,11 +170,17 @@ class Bench:
                 say(f"  step {step}: loss {one['loss']:.3f}")
         return without_weighted_loss(model)
 
-    def columns(self, arm: dict[str, Any], rows: Rows, name: str) -> dict[str, Tensor]:
-        """What a stored scorer says of the rows of a unit, computed for the first arm that asks."""
-        if arm.get("scorer") == "oracle":
+    def columns(self, arm: dict[str, Any], rows: Rows, unit: list[int]) -> dict[str, Tensor]:
+        """What a stored scorer says of the rows of a unit; that of counts is computed for the first arm that asks."""
+        kind, name = arm.get("scorer"), str(unit)
+        if kind == "oracle":
             return {"divergence": torch.as_tensor(rows.distance > 0).float()}
-        if arm.get("scorer") != "count":
+        if kind == "reference":
+            reference = self.begun(unit[0])
+            reference.load_state_dict(torch.load(self.run_path("uniform", unit).with_suffix(".pt")))
+            parts = torch.as_tensor(rows.tokens).split(16)
+            return {"ref_nll": torch.cat([token_nll(reference, part) for part in parts])}
+        if kind != "count":
             return {}
         if self._counted[0] != name:
             scorer = CountScorer(order=3, vocab_size=self.world.vocab_size)
@@ -243,12 +254,12 @@ def bound(bench: Bench, arm: dict[str, Any], begun: LlamaForCausalLM) -> Any:
 def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) -> None:
     """Train and measure one arm of one unit, unless that is done."""
     experiment, arm = bench.experiment, bench.experiment.arms[name]
-    label = f"{name}-model{unit[0]}-seed{unit[1]}"
-    path = bench.out / "runs" / f"{label}.json"
+    path = bench.run_path(name, unit)
+    label = path.stem
     if path.is_file():
         return
-    model = bound(bench, arm, bench.begun(unit[0], arm.get("base")))
-    columns, begun = bench.columns(arm, rows, str(unit)), time.process_time()
+    model = bound(bench, arm, bench.begun(unit[0], arm.get("rope")))
+    columns, begun = bench.columns(arm, rows, unit), time.process_time()
     torch.manual_seed(unit[1])  # for weights that are drawn
     done, curve, spent = [], [], 0.0
     for step, one in enumerate(steps(model, rows, columns, experiment.train, arm.get("rate", 1.0)), start=1):

@@ -22,7 +22,16 @@ from miniature import Bench, Experiment, Stage
 from torch import Tensor
 from worlds import Rows
 
-from tokenweight.method import Dense, LongCE, ScoreWeighting, Sparse, Weighting, parse_weighting, sliding_windows
+from tokenweight.method import (
+    Dense,
+    KeyTokens,
+    LongCE,
+    ScoreWeighting,
+    Sparse,
+    Weighting,
+    parse_weighting,
+    sliding_windows,
+)
 
 ROWS = 64
 """Held-out rows that are read."""
@@ -46,7 +55,7 @@ def weights_of_all(weighting: Weighting, long: Tensor, short: Tensor, targets: T
     if isinstance(weighting, Dense):
         share = scores.clamp(min=0) / own.clamp(min=0).mean()
         return weighting.interpolation + (1 - weighting.interpolation) * share
-    assert isinstance(weighting, LongCE)
+    assert isinstance(weighting, LongCE | KeyTokens)
     return scores
 
 
@@ -75,9 +84,8 @@ def predicted_prices(folder: Path, units: Sequence[tuple[int, ...]]) -> dict[str
     experiment = Experiment(**{**given, **stages, "units": []})
     bench = Bench(experiment, folder)
     rows = Rows(*(values[:ROWS] for values in bench.held_out()))
-    weightings = {
-        name: parse_weighting(arm["weighting"]) for name, arm in experiment.arms.items() if arm.get("scorer") == "self"
-    }
+    arms = {name: arm for name, arm in experiment.arms.items() if arm.get("scorer") == "self" and "rope" not in arm}
+    weightings = {name: parse_weighting(arm["weighting"]) for name, arm in arms.items()}
     found: dict[str, list[float]] = {name: [] for name in weightings}
     for unit in units:
         model = bench.begun(unit[0])
