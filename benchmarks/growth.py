@@ -275,7 +275,7 @@ class Growth(Bench):
         sizes = {"hidden_size": 16, "intermediate_size": 48, "vocab_size": 4096, "num_hidden_layers": 1}
         sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
         if self.quick:
-            lengths, context, sizes["vocab_size"] = (128, 256), ShortContext(32, 24), 256
+            lengths, context, sizes["vocab_size"] = (128,), ShortContext(32, 24), 256
         report = self.report("length")
         for length in lengths:
             report_long(report, sizes, length, context)

@@ -160,7 +160,7 @@ class Reference(Bench):
     def run(self) -> None:
         few, memory_rounds = (16, 1) if self.quick else (1, self.memory_rounds)
         length, context = self.length // few, ShortContext(self.size // few, self.stride // few)
-        names = [name for name in NAMES if not (self.quick and name.startswith("dense"))]
+        names = [name for name in NAMES if not (self.quick and (name.startswith("dense") or name == DECODER))]
         report = self.report("reference")
         model_name, model, tokens = training_model(length, checkpointing=self.checkpointing, quick=self.quick)
         runs = {name: functools.partial(run_step, model, tokens, context, name) for name in names}
