@@ -3,7 +3,7 @@
     python benchmarks/evidence/frontier.py runs/extension runs/scratch
 
 writes frontier.md, frontier.svg and frontier.png into the first folder, scratch.md, scratch.svg and scratch.png into
-the second.
+the second; spaced.md into that of the real model.
 """
 
 import json
@@ -11,12 +11,15 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+from tokenweight.evaluate.intervals import Sums, paired_difference
 from tokenweight.view import write_figure
 
 BINS = ((128, 192), (192, 320), (320, 449))
@@ -50,6 +53,8 @@ BESIDE = [
     ("original-dense-.5", "dense-.5"),
 ]
 """Arms that are compared with another than `uniform`."""
+DISTANCES = (4096, 8192, 12288, 16384)
+"""Distances of the digits of the real model, by which they are told apart."""
 KEYS = ("far", "far_right", "far_last_right", "far_only_right", "near", "short", "beyond")
 Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
 
@@ -321,6 +326,44 @@ def differences(values: Mapping[str, Sequence[float]], arm: str, other: str) -> 
     return [a - b for a, b in zip(values[arm], values[other])]
 
 
+def spaced_tables(runs: Runs) -> str:
+    """What docs/evidence.md shows of the real model: values of uniform weights, and of other arms what they change."""
+    measures = {f"digits to {high:,}": (low, high) for low, high in pairwise(DISTANCES)}
+    of = {arm: spaced_sums(own.values()) for arm, own in runs.items()}
+    rows = []
+    for arm, own in of.items():
+        uniform = arm == "uniform"
+        cells = (f"{sums.mean:.3f}" if uniform else change(sums, of["uniform"][key]) for key, sums in own.items())
+        rows.append([arm, *cells])
+    head = ["arm", *(f"{name}, {kind}" for name in measures for kind in ("loss", "right")), "first part", "later parts"]
+    return f"{made(runs)} Units: {len(runs['uniform'])}.\n\n" + table(head, rows)
+
+
+def spaced_sums(records: Iterable[dict[str, Any]]) -> dict[str, Sums]:
+    """Of each held-out row, over all units: losses and right answers of digits by distance, losses of plain text."""
+    measured = [record["measured"] for record in records]
+    num = len(measured[0]["short"])
+    found = {}
+    for low, high in pairwise(DISTANCES):
+        for key in ("loss", "right"):
+            total = np.zeros((num, 2))
+            for one in measured:
+                for row, distance, value in zip(one["row"], one["distance"], one[key]):
+                    total[row] += (value, 1) if low <= distance < high else (0, 0)
+            found[f"{key} to {high}"] = total
+    found |= {key: np.sum([one[key] for one in measured], axis=0) for key in ("short", "beyond")}
+    return {name: Sums(*torch.as_tensor(values, dtype=torch.float64).T) for name, values in found.items()}
+
+
+def change(found: Sums, other: Sums) -> str:
+    """By how much a mean is above another, and the interval of that; a star where it leaves out 0."""
+    value, interval, _ = paired_difference(found, other)
+    if interval is None:
+        return f"{value:+.3f}"
+    star = "\\*" if interval[0] * interval[1] > 0 else ""
+    return f"{value:+.3f}{star}<br>[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
 def scratch_figure(runs: Runs) -> Figure:
     """Recall by step, a thin line for each seed."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -339,8 +382,13 @@ def scratch_figure(runs: Runs) -> Figure:
 def main(folders: Sequence[str]) -> None:
     """Write the tables and figures of folders of runs."""
     for folder in map(Path, folders):
-        if json.loads((folder / "settings.json").read_text())["pretrain"] is None:
-            runs = read_runs(folder)
+        settings, runs = json.loads((folder / "settings.json").read_text()), read_runs(folder)
+        if isinstance(settings["model"], str):
+            text = spaced_tables(runs)
+            (folder / "spaced.md").write_text(text, encoding="utf-8")
+            print(text)
+            continue
+        if settings["pretrain"] is None:
             text, figure, name = scratch_tables(runs), scratch_figure(runs), "scratch"
         else:
             from price import predicted_prices
