@@ -30,7 +30,7 @@ class PPMI(Sparse):
         require(self, "shift", 0 < self.shift < math.inf, "a finite number above 0")
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
+        """The score whose largest values are kept."""
         return (short - long - math.log(self.shift)).clamp(min=0)
 
 
@@ -46,5 +46,5 @@ class NPMI(PPMI):
     formula = "w = 1 / keep for the top share `keep` by max(long - short - log(shift), 0), else 0"
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
+        """The score whose largest values are kept."""
         return super().score(short, long)
