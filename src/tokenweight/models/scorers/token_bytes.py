@@ -22,11 +22,11 @@ _LETTERS = _byte_letters()
 
 
 class TokenBytes:
-    """What each token of a tokenizer spells: of a byte-level BPE, or of a sentencepiece with `▁` for a space, with or
+    """The bytes that each token spells: of a byte-level BPE, or of a sentencepiece with `▁` for a space, with or
     without tokens for single bytes. Control tokens spell nothing.
 
     Args:
-        tokenizer: whose tokens they are.
+        tokenizer: that of the tokens.
 
     Raises:
         ValueError: if the tokenizer is of another kind: its tokens do not say which bytes they are.
@@ -82,7 +82,7 @@ def without_unicode_forms(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
 
 
 def _kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The kinds of the steps by which the tokenizer makes text of tokens; `▁` for one that makes a space of it."""
+    """The types of the tokenizer's decoding steps; `▁` for one that turns it into a space."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # of Python: a sentencepiece names its bytes, or its spaces
         return {"▁"} & {name[:1] for name in tokenizer.get_vocab()}
