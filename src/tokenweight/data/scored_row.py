@@ -42,7 +42,7 @@ _NUMBERS = (*COLUMNS, *SCORES)
 
 
 class ScoredRow(NamedTuple):
-    """One scored row, as a batch of one, with what reads it."""
+    """One scored row, as a batch of one, with its tokenizer."""
 
     tokens: Int[Tensor, "1 seq"]
     long_nll: Float[Tensor, "1 seq"]
@@ -62,9 +62,9 @@ class ScoredRow(NamedTuple):
     ref_nll: Float[Tensor, "1 seq"] | None = None
     """Its losses by a reference model, if they are stored."""
     divergence: Float[Tensor, "1 seq"] | None = None
-    """That of its predictions with the short context from those with the long one, if it is stored."""
+    """Divergence of its predictions with the short context from those with the long one, if it is stored."""
     provenance: Mapping[str, Any] = MappingProxyType({})
-    """Who scored it, and how, if it is from a folder."""
+    """Provenance of its scores, if it is from a folder."""
 
     def weigh(self, weighting: Weighting) -> Float[Tensor, "1 seq"]:
         """The weights of its tokens.

@@ -1,4 +1,4 @@
-"""Edits of the model card (README.md) of a trained folder: our sections in it, and nothing else of it."""
+"""Edits of the model card (README.md) of a trained folder: our sections only."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ CARD_NAME = "README.md"
 
 
 def edit_card(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
-    """Change a card, or begin one. A failure is logged, not raised: the model beside it is trained. True if written."""
+    """Edit a card, or create one. A failure is logged, not raised: the model beside it is trained. True if written."""
     path = folder / CARD_NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")

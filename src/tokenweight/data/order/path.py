@@ -39,7 +39,7 @@ def by_similarity(
     Args:
         documents: read once.
         seed: of the documents that chains begin with.
-        folder: of the temporary file, with room for all texts; by default that of the system.
+        folder: for the temporary file, with room for all texts; by default that of the system.
         progress: called before the first document comes: for each that is read, and again for each whose neighbors
             are found, then with the number of these calls as its total.
 
