@@ -133,7 +133,7 @@ def translate(rows: datasets.Dataset, folder: Any, path: Path) -> datasets.Datas
     """Rows in which `translated` has turned the columns of other tools into ours.
 
     Args:
-        path: of the Arrow file that keeps what differs from the rows as they are, for this call and later ones.
+        path: the Arrow file that keeps what differs from the rows as they are, for this call and later ones.
     """
     names = [name for name in TRANSLATED if name in rows.column_names and not _says_nothing(rows, name)]
     rows = rows.remove_columns([name for name in TRANSLATED if name in rows.column_names and name not in names])

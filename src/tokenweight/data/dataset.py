@@ -223,8 +223,8 @@ def load_scores(
     `info.description` of the rows says so, which `select` and `map` keep, and `noted_contrast` reads.
 
     Args:
-        size: of the short context; by default the only one that is stored.
-        stride: expected.
+        size: size of the short context; by default the only one that is stored.
+        stride: the expected stride.
 
     Raises:
         ValueError: if the folder is not finished, has no scores with a short context of that size, or was changed after

@@ -89,7 +89,7 @@ def export_weights(
     Args:
         folder: scored with the long losses, and with what else the weighting uses.
         format: hf, trl, llamafactory, ms-swift or tinker: docs/data.md says how each of them uses the weights.
-        size: of the short context; by default the only one that is stored.
+        size: size of the short context; by default the only one that is stored.
 
     Raises:
         ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
@@ -129,7 +129,7 @@ def export_rows(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     Parquet files again; in JSON lines, `rows.jsonl`, a float32 is as short as possible, and NaN is null.
 
     Args:
-        folder: of scored rows, or of rows without scores.
+        folder: a folder of scored rows, or of rows without scores.
         format: parquet or jsonl.
 
     Raises:
@@ -192,7 +192,7 @@ def _of_json(value: Any) -> Any:
 
 
 def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[WeighedRow]:
-    """Weigh rows that hold `input_ids` and the scores that weights are made of, one at a time.
+    """Weigh rows that hold `input_ids` and the scores that weights need, one at a time.
 
     Args:
         rows: in numpy format; `position_ids` and `labels` say, if they are there, which tokens are predicted.

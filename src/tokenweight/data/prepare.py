@@ -95,7 +95,7 @@ def prepare_rows(
         skip_invalid: leave out conversations that the template cannot render, rather than raise.
         max_rows: stop after this many.
         num_proc: processes that tokenize, spawned beside this one (call it under `if __name__ == "__main__"`); 1: none.
-        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
+        format: format of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         provenance: kept in `rows.json` beside the summary.
 
     Raises:

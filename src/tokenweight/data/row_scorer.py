@@ -56,7 +56,7 @@ class RowScorer:
         divergence: for a model, the weighting whose expected score is the divergence, as for `Expected`; it implies
             `with_long`.
         as_reference: whether a model is the reference of `Rho1`, which reads whole rows alone; without contexts then.
-        top_k: of a model that is a teacher, which reads whole rows alone as well, the tokens of each prediction.
+        top_k: for a model that is a teacher, which reads whole rows alone as well, the tokens of each prediction.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -90,7 +90,7 @@ class RowScorer:
         elif top_k is not None:
             self._teacher = Teacher(scorer, top_k, max_tokens=max_tokens)
         else:
-            first = ShortContext(2) if as_reference else contexts[0]  # of which a reference reads no window
+            first = ShortContext(2) if as_reference else contexts[0]  # a reference reads no window of it
             self._scorer = Scorer(scorer, first, prefix=() if as_reference else prefix, max_tokens=max_tokens)
             for context in contexts[1:]:
                 self._scorer.with_context(context)  # raises, before any work

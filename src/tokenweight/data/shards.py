@@ -48,7 +48,7 @@ class ShardFile:
 
     Args:
         part: the file to write.
-        schema: of all rows.
+        schema: that of all rows.
         path: the name that the file will have; its suffix is the format.
     """
 
@@ -260,7 +260,7 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
     one process, before they begin, `score` and `show` for each shard that they read, when they first do.
 
     Args:
-        folder: of rows or scores. One that `tokenweight` did not write, or that was saved anew since, has no checksums,
+        folder: rows or scores. One that `tokenweight` did not write, or that was saved anew since, has no checksums,
             and nothing is compared.
         rows: only the shards that hold these rows.
 

@@ -165,7 +165,7 @@ def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[
 
     try:
         return arrays([text for _, text in documents])
-    except Exception:  # of tokenizers and templates: whatever they like
+    except Exception:  # tokenizers and templates raise whatever they like
         found: list[Any] = []
         for name, text in documents:  # which one was it?
             try:
@@ -183,7 +183,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     for text in itertools.chain(["a"], _words(tokenizer)):
         plain, special = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
         starts = [t for t in range(len(special) - len(plain) + 1) if special[t : t + len(plain)] == plain]
-        if plain and len(starts) == 1:  # a text that has no token, or one like those around it, tells nothing
+        if plain and len(starts) == 1:  # a text that has no token, or one like those around it, shows nothing
             return special[: starts[0]], special[starts[0] + len(plain) :]
     raise ValueError(f"{type(tokenizer).__name__}: cannot tell the special tokens around a text from its own tokens")
 

@@ -1,4 +1,4 @@
-"""Token alignment (column t is about token t): the one shift by one, its inverse, the mask, positions in documents."""
+"""Token alignment (column t is token t's): the one shift by one, its inverse, the mask, positions in documents."""
 
 import torch
 from jaxtyping import Bool, Int, Shaped

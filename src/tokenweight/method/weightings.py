@@ -27,7 +27,7 @@ class Weighting(ABC):
     attributes of an instance: read them there, rather than from the class."""
 
     uses: ClassVar[frozenset[str]] = frozenset({"short_nll"})
-    """What `weigh` reads beside the long loss: "short_nll", which is `short`; and as keywords "positions" (tokens of
+    """The inputs of `weigh` beside the long loss: "short_nll", which is `short`; and as keywords "positions" (tokens of
     its own document before each token), "ref_nll" (its loss under a reference model) and "divergence" (of the
     predictions with the short context from those with the long one)."""
     pointwise: ClassVar[bool] = False
@@ -91,7 +91,7 @@ class Weighting(ABC):
         """The weight of every token, each row by itself.
 
         Args:
-            long: loss of each token with the whole context, in nats; column t speaks of token t.
+            long: loss of each token with the whole context, in nats; column t belongs to token t.
             short: its loss with the short context.
             mask: True where a token is predicted and counts. Nothing outside it is read.
             history: that of the weighting, or a function to it from what these rows add; by default what they add.
@@ -217,7 +217,7 @@ class Sparse(ScoreWeighting):
 
     Args:
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
-        seed: of the order among equal scores.
+        seed: decides the order among equal scores.
 
     Source: Helm et al. 2025, README of the reference code (kappa is `keep`).
     """

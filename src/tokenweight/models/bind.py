@@ -100,7 +100,7 @@ def with_weighted_loss(
 
     Scores come from columns (`[batch, seq]`, of `tokenweight score`), or from `scorer`: with `Scorer(model, ...)` the
     model scores itself (online). A weighting that needs a column and does not get it raises: no token silently weighs
-    1. Dropout and noise on embeddings never enter weights, which then cost one more forward pass.
+    1. Dropout and noise on embeddings never enter weights: with them, weights cost one more forward pass.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.

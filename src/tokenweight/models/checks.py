@@ -92,13 +92,13 @@ def check_fit(
     """Raise a ValueError unless a model can read the sequences of a folder: their lengths, token ids and tokenizer.
 
     Args:
-        config: of the model.
-        tokenizer: of the model, if it has one.
-        name: of the model.
-        folder: of the sequences.
+        config: the model's.
+        tokenizer: the model's, if it has one.
+        name: the model's.
+        folder: the folder of the sequences.
         longest: tokens that the model reads at once; None without a sequence.
         token_range: the smallest and the largest token id.
-        provenance: of the sequences.
+        provenance: that of the sequences.
         what: the name of what is `longest`; by default the rows of the folder.
     """
     check_tokenizer(tokenizer, name, provenance, folder)  # first, as the most informative

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 class SequenceShard:
     """The tokens of whole sequences that this rank holds. Made by `sequence_shard`; all ranks call every method alike.
 
-    A rank has the hidden states of its tokens, so a shard is aligned with *states*: column j of a shard speaks of the
+    A rank has the hidden states of its tokens, so a shard is aligned with *states*: column j of a shard belongs to the
     token that state j predicts, wherever that token lies. Whole sequences are aligned with tokens, as everywhere. A
     sequence of 8 tokens over 2 ranks, in torch's order, which balances the work of causal attention:
 
@@ -92,7 +92,7 @@ def sequence_shard(position_ids: Int[Tensor, "batch share"] | None, mesh: Device
     """Find out which tokens of whole sequences this rank holds, in whatever order a trainer distributes them.
 
     Args:
-        position_ids: of this rank's tokens: any numbers that rise along each sequence.
+        position_ids: those of this rank's tokens: any numbers that rise along each sequence.
         mesh: the ranks over which sequences are split, of one dimension; they read the same sequences.
 
     Raises:

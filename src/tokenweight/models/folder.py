@@ -73,7 +73,7 @@ def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool 
 
     Args:
         model: as loaded.
-        info: what `from_pretrained` returns for `output_loading_info=True`.
+        info: returned by `from_pretrained` for `output_loading_info=True`.
         allow_mismatched: whether weights of other shapes may be reinitialized, as requested.
     """
     if info["missing_keys"]:
@@ -219,7 +219,7 @@ def add_older_rope(folder: str | os.PathLike[str], config: PreTrainedConfig) -> 
 
     Args:
         folder: as `save_pretrained` leaves it. It means the same to transformers 5 afterwards.
-        config: of the saved model.
+        config: the saved model's.
     """
     path, text = Path(folder) / "config.json", config.get_text_config()
     if not path.is_file() or not getattr(text, "rope_parameters", None):

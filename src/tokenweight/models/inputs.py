@@ -26,7 +26,7 @@ SCORE_OPTIONS |= dict.fromkeys(TEACHER, " --as teacher")
 _REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
 """Inputs of causal models that ask for something other than the loss of the tokens."""
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""Inputs that tell kernels of the documents that position_ids separate."""
+"""Inputs by which kernels know the documents that position_ids separate."""
 
 
 def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None:

@@ -51,7 +51,7 @@ def token_nll(
     In evaluation mode, without KV cache and without logits of the whole row.
 
     Returns:
-        Nats, float32. Column t speaks of token t; 0 for the first token of a row or document, which nothing predicts.
+        Nats, float32. Column t belongs to token t; 0 for the first token of a row or document, which nothing predicts.
     """
     return causal_parts(model).nll(tokens, position_ids, attention_mask)
 
@@ -74,7 +74,7 @@ def load_model(
             trained.
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
-        revision: of a hub model.
+        revision: revision of a hub model.
         extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; verified after loading.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`. Code that comes
             with a model runs only with `trust_remote_code=True`.

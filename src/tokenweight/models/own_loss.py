@@ -38,7 +38,7 @@ def own_terms(
     """Run the model's own forward with a cross-entropy of 0, which leaves the added terms, and logits of one token.
 
     Args:
-        forward: of the model, without a weighted loss.
+        forward: the model's, without a weighted loss.
         inputs: its inputs, labels included.
     """
     seen: dict[str, Any] = {}

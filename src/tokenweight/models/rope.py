@@ -46,7 +46,7 @@ ANY_LENGTH = "dual_chunk"
 def extend_context(
     config: PreTrainedConfig, length: int, method: str = "base", *, original: int | None = None, **settings: Any
 ) -> PreTrainedConfig:
-    """A config with which `load_model(name, config=...)` gives a rotary model that reads `length` tokens.
+    """A config with which `load_model(name, config=...)` returns a rotary model that reads `length` tokens.
 
     s is `length / original`; for "base" it is `length` over the positions that the model has now. "base" keeps a
     scaling that the model has (a Llama 3.1 stays smoothed); every other method replaces it, never stacks on it. Layers
@@ -145,7 +145,7 @@ def _blank_model(config: PreTrainedConfig) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
-    except Exception:  # of code that is not part of transformers, or no causal language model
+    except Exception:  # code that is not part of transformers, or no causal language model
         return None
 
 
@@ -193,7 +193,7 @@ def _default(config: PreTrainedConfig, name: str) -> Any:
     """The default in a config of transformers 5.13, whatever `rope_parameters` say; newer ones have none."""
     try:
         return getattr(type(config)(), name, None)
-    except Exception:  # of code that came with a model
+    except Exception:  # code that came with a model
         return None
 
 

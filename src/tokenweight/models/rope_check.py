@@ -107,7 +107,7 @@ def verify_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
     Args:
         model: left as it is.
-        config: what was asked for, such as the result of `extend_context`.
+        config: the requested one, such as the result of `extend_context`.
 
     Raises:
         ValueError: naming the module, what was found and what was expected.

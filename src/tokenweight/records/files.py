@@ -138,7 +138,7 @@ def _is_abandoned(path: Path) -> bool:
         return True
     except PermissionError:  # it is another user's
         return False
-    return int(process) == os.getpid()  # of an earlier process of that number: this one is not writing yet
+    return int(process) == os.getpid()  # left by an earlier process of that number: this one is not writing yet
 
 
 def _now(folder: Path) -> float:

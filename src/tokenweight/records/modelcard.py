@@ -21,7 +21,7 @@ def edit_card(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
         edit(card)
         with replaced(path) as part:
             card.save(part)
-    except Exception as error:  # whatever it is, what the card speaks of must not be lost with it
+    except Exception as error:  # whatever it is, what the card describes must not be lost with it
         logger.warning("%s was not written: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
         return False
     return True

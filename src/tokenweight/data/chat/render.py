@@ -189,7 +189,7 @@ def _check_nothing_is_lost(
             if text not in whole:
                 raise ValueError(f"the chat template leaves out or changes {text[:40]!r} of message {number}")
         if message["role"] == "assistant" and number > given:
-            answer = next(filter(None, texts), "")  # what a call without a text has is its name
+            answer = next(filter(None, texts), "")  # a call without a text has its name
             found = [whole.find(answer, max(place, start), stop) for start, stop in spans]
             if max(found, default=-1) < 0:
                 raise ValueError(f"the chat template does not mark message {number} as an answer")

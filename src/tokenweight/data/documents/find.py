@@ -111,7 +111,7 @@ def _kind(path: Path, text_column: str | None) -> str | None:
 
 def _header(file: Path) -> list[str]:
     with naming(lambda: shown(file)), open_text(file) as opened:
-        with contextlib.suppress(csv.Error):  # of a file that need not be a table of texts
+        with contextlib.suppress(csv.Error):  # the file need not be a table of texts
             return next(table_rows(opened, TABLE_SUFFIXES[suffix_of(file)], errors="replace"), [])
         return []
 

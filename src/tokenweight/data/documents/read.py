@@ -52,8 +52,8 @@ def read_documents(
         text_column: of .jsonl, .csv and .parquet files and data sets; None, if records are chats, in columns `messages`
             (or `conversations`), or `prompt` and `completion`, each perhaps with `tools`. Documents are conversations
             then, as JSON, for `prepare_rows(..., chat=True)`.
-        subset: of a data set of the hub; by default the one it names default.
-        split: of a data set of the hub.
+        subset: subset of a data set of the hub; by default the one it names default.
+        split: split of a data set of the hub.
         skip_invalid: leave out what is no document (null, a list, invalid JSON, not UTF-8 …), and warn how many there
             were. Whatever makes the rest of a file unreadable, such as a truncated archive, is still an error.
 

@@ -56,13 +56,13 @@ class TextIndex:
         return len(self.lengths)
 
     def bm25(self, question: str, *, k1: float = 1.2, b: float = 0.75) -> Float[np.ndarray, " texts"]:
-        """Score of each text as an answer to a question: the sum, over its words, of Okapi's BM25 with the idf
+        """Score of each text as an answer: the sum, over the question's words, of Okapi's BM25 with the idf
         ln(1 + (N - n + 0.5) / (n + 0.5)), which is never negative.
 
         Args:
             question: words that no text has count for nothing.
-            k1: how fast more occurrences of a word count less.
-            b: how much long texts are penalized, from 0 to 1.
+            k1: saturation of repeated occurrences of a word.
+            b: penalty for long texts, from 0 to 1.
 
         Source: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework; the retriever of ACER, arXiv
         2410.09141.

@@ -41,7 +41,7 @@ def context_shares(folder: str | os.PathLike[str], size: int) -> list[ContextSha
     which not all is predicted, `position_ids` and `labels`, too.
 
     Args:
-        folder: of rows, scored or not, whoever wrote them.
+        folder: a folder of rows, scored or not, whoever wrote them.
         size: tokens of the short context.
 
     Raises:

@@ -50,7 +50,7 @@ class ScoreSummary:
     differences: dict[str, list[float]] = field(default_factory=dict)
     """With long losses: `RowScorer.score` of all rows, for each context by the suffix of its columns."""
     groups: list[int] = field(default_factory=lambda: [0, 0])
-    """Of a scorer with another tokenizer: `RowScorer.groups` of all rows."""
+    """With a scorer of another tokenizer: `RowScorer.groups` of all rows."""
 
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.new_tokens:,} of them scored now"]
@@ -93,7 +93,7 @@ def score_rows(
         provenance: written to `scores.json`: whatever the scores depend on.
         shard_tokens: tokens of a shard, about; by default `SHARD_TOKENS`, or more, so that there are `MAX_SHARDS` at
             most.
-        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
+        format: format of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         share: (i, n): every n-th shard, from the i-th; n processes, each with its own i, do all.
         progress: called after each batch with its number of tokens, and that of all rows of the share.
         announce: called before the first shard, if the share is not all of them, with a line that names its shards.

@@ -17,7 +17,7 @@ class Permutation(Sequence[int]):
     two numbers become the same. A number beyond `length` is mapped again until it is not.
 
     Args:
-        length: how many numbers.
+        length: number of numbers.
         seed: numbers that together decide the order, such as a seed and the epoch.
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (cycle walking over a Feistel

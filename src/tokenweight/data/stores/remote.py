@@ -60,7 +60,7 @@ def _copied(url: str, cached: Path) -> Path:
         for name in sorted(remote, key=lambda name: name in _LAST):
             with replaced(copy / name) as part:
                 part.write_bytes(remote[name])
-        for path in copy.iterdir():  # of an earlier version
+        for path in copy.iterdir():  # left by an earlier version
             if path.name not in names:
                 path.unlink()
     return copy
@@ -82,7 +82,7 @@ def _copy_shard(files: Any, source: str, path: Path, written: str | None, url: s
                 f"{url}/{path.name} is damaged: its sha256 is {found[:16]}…, {written[:16]}… was written: expected an "
                 "upload that ended"
             )
-    if written is not None:  # so that a copy that is interrupted goes on
+    if written is not None:  # so that an interrupted copy resumes
         with replaced(note) as part:
             part.write_bytes(files.cat_file(f"{source.rpartition('.')[0]}.json"))
 

@@ -68,7 +68,7 @@ class Mix(Combination):
     """Two weightings at once: share * first + (1 - share) * second.
 
     Args:
-        share: of the first, 0 to 1.
+        share: that of the first, 0 to 1.
     """
 
     formula = "w = share · first + (1 - share) · second"

@@ -41,7 +41,7 @@ def linear_top_k(
 
     Args:
         hidden: states of the teacher; the state in row i predicts `targets[i]`.
-        head: of the teacher.
+        head: the teacher's.
         targets: token ids; rows with -100 cost nothing, and hold token 0 with probability 0.
         chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
 

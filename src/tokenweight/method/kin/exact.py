@@ -28,7 +28,7 @@ class EXACT(Weighting):
         threshold: tokens of context where the tail begins.
 
     Source: arXiv 2605.10544, read second-hand (its code is not public): alpha 0.15, gamma 0.5, thresholds 1024, 2048
-    and 4096 for windows of 4k, 8k and 16k. Counting as training goes on, rather than once, is ours.
+    and 4096 for windows of 4k, 8k and 16k. Counting during training, rather than once, is ours.
     """
 
     formula = "w = 1 + alpha · q^-gamma / mean(q^-gamma) from position `threshold` on, q = share of its bucket; else 1"

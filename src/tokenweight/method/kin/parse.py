@@ -88,7 +88,7 @@ def _call(text: str) -> ast.expr:
 
 
 def _of_call(node: ast.expr) -> Weighting:
-    """The weighting that a call stands for, or a name alone; a setting is a number, a word or a weighting."""
+    """The weighting of a call, or of a name alone; a setting is a number, a word or a weighting."""
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name | ast.Attribute):
         raise ValueError(f"found {ast.unparse(node)!r}: expected a weighting, as in mix(dense, uniform, share=0.25)")

@@ -13,7 +13,7 @@ class PPMI(Sparse):
     """Sparse, by positive pointwise mutual information: tokens that the LONG context predicts better.
 
     The score is max(log(p_long / p_short) - log(shift), 0). Where fewer tokens than `keep` asks for have a positive
-    one, tokens of score 0 fill up in the order that `seed` gives.
+    one, tokens of score 0 fill the rest in the order of `seed`.
 
     Args:
         keep: as in `Sparse`, and so is `seed`.

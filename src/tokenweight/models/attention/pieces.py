@@ -78,8 +78,8 @@ def chunked(
 
     Args:
         queries: for the keys of their own chunk, and if there are any others, of the chunk before, and of older ones.
-        key: of the document up to the last query.
-        positions: of the keys, rising; the queries are the last ones.
+        key: the document's, up to the last query.
+        positions: those of the keys, rising; the queries are the last ones.
         step: tokens of a chunk.
     """
     keys, num = key.shape[2], queries[0].shape[2]

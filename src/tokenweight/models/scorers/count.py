@@ -92,7 +92,7 @@ class CountScorer:
             position_ids: where they restart at 0, a document begins. By default each sequence is one document.
 
         Returns:
-            Nats, float32, on the device of `tokens`. Column t speaks of token t.
+            Nats, float32, on the device of `tokens`. Column t belongs to token t.
 
         Raises:
             ValueError: for a token that is not below `vocab_size`, with row and position.

@@ -133,7 +133,7 @@ class Scorer:
         return scorer
 
     def of(self, model: Any, *, checked: bool = False) -> "Scorer":
-        """The same scorer with its model taken out (None) or put in again, as it was found when this one was made.
+        """The same scorer with its model removed (None) or put back, as it was found when this one was made.
 
         Args:
             checked: whether the token ids were checked already, which makes the host wait.
@@ -169,7 +169,7 @@ class Scorer:
                 rotary frequencies that depend on the length of the input they are not, and are read.)
 
         Returns:
-            Nats, float32. Column t speaks of token t; 0 for the first token of a sequence or document.
+            Nats, float32. Column t belongs to token t; 0 for the first token of a sequence or document.
 
         Raises:
             NonFinite: for a loss that is not finite, with row and position.
@@ -345,7 +345,7 @@ class Scorer:
         """The loss of every token with the whole sequence (or packed document) as context, by the same model.
 
         Args, Returns, Raises: as for the short loss.
-            states: of `long_states`, if they are known.
+            states: from `long_states`, if they are known.
         """
         if states is None:
             long_nll = self._of_rows(self.parts.nll, tokens, position_ids, attention_mask)
@@ -438,7 +438,7 @@ class Scorer:
 
 
 def _packed(reading: Reading, lengths: Sequence[int]) -> Reading:
-    """The same windows in one row, without what pads the shorter ones; their positions restart at 0.
+    """The same windows in one row, without the padding of shorter ones; their positions restart at 0.
 
     Args:
         lengths: tokens of each window.

@@ -25,7 +25,7 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, top_k: int, *, max_tokens: int = 32768) -> None:
-        self._scorer = Scorer(model, ShortContext(2), max_tokens=max_tokens)  # of which no window is read
+        self._scorer = Scorer(model, ShortContext(2), max_tokens=max_tokens)  # no window of it is read
         known = len(self._scorer.parts.head.weight)
         if not 1 <= top_k <= known:
             raise ValueError(f"top_k {top_k}: expected 1 to {known}, the tokens that the teacher knows")
