@@ -1,4 +1,4 @@
-"""What the columns of rows mean: ours, those of others that are put into ours, and those that are refused by name."""
+"""The meaning of the columns of rows: ours, those of other tools that become ours, and those rejected by name."""
 
 import logging
 import re
@@ -15,11 +15,11 @@ from tokenweight.records import writing_to
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("input_ids", "position_ids", "labels")
-"""What losses depend on."""
+"""Columns that losses depend on."""
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
-"""0 where a token is read, but not trained: there labels become -100."""
+"""0 where a token is read, but not trained on: there labels become -100."""
 TRANSLATED = ("attention_mask", *MASKS, "seq_lengths", "token_type_ids")
-"""Columns of other tools that are put into `COLUMNS`."""
+"""Columns of other tools that are translated into `COLUMNS`."""
 _SCORES = re.compile(r"long_nll|ref_nll|(short_nll|divergence)(_\d+)?|teacher_(ids|logprobs)")
 BESIDE = ("ref_nll", "teacher_ids", "teacher_logprobs")
 """Scores of other models than the scorer, which stand beside its own."""
@@ -39,7 +39,7 @@ def is_score(column: str) -> bool:
 
 def check_types(rows: datasets.Dataset, folder: Any) -> None:
     """Raise a ValueError that names a column of another type than expected, or one that would be ignored though it
-    changes what a row means. Other columns with a value for each token are warned of: of those one row is read.
+    changes what a row means. Other columns with a value for each token cause a warning: one row of them is read.
     """
     unused = []
     for name, kind in ((field.name, field.type) for field in rows.features.arrow_schema):
@@ -68,8 +68,8 @@ def check_types(rows: datasets.Dataset, folder: Any) -> None:
 
 
 def check_lengths(rows: datasets.Dataset, folder: Any) -> None:
-    """Raise a ValueError that names a row without tokens, or whose columns do not hold a value for each. Values are not
-    read, only their numbers."""
+    """Raise a ValueError that names a row without tokens, or whose columns do not hold a value for each. Only the
+    numbers of values are read."""
     names = [name for name in rows.column_names if _of_token(name) or name in TRANSLATED]
     first = 0
     for table in rows.select_columns(names).with_format("arrow").iter(64):
@@ -130,10 +130,10 @@ def translated(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def translate(rows: datasets.Dataset, folder: Any, path: Path) -> datasets.Dataset:
-    """Rows without columns of other tools, which `translated` has put into ours.
+    """Rows in which `translated` has turned the columns of other tools into ours.
 
     Args:
-        path: of the Arrow file that keeps what differs from the rows as they are, for this call and later ones.
+        path: the Arrow file that keeps what differs from the rows as they are, for this call and later ones.
     """
     names = [name for name in TRANSLATED if name in rows.column_names and not _says_nothing(rows, name)]
     rows = rows.remove_columns([name for name in TRANSLATED if name in rows.column_names and name not in names])
@@ -174,7 +174,7 @@ def _mask(name: str, values: Any, length: int) -> np.ndarray:
 
 
 def _says_nothing(rows: datasets.Dataset, name: str) -> bool:
-    """Whether all values of a column are those of a row without it."""
+    """Whether a column holds only the values that its absence would mean."""
     plain = 0 if name == "token_type_ids" else 1
     for table in rows.select_columns(name).with_format("arrow").iter(64):
         values = pc.list_flatten(table.column(name))
@@ -189,7 +189,7 @@ def _of_token(name: str) -> bool:
 
 
 def _element(kind: pa.DataType | None) -> pa.DataType | None:
-    """The type of a list's values; None of what is no list."""
+    """The type of a list's values; None for what is no list."""
     if kind is None or not (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     ):

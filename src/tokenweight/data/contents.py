@@ -1,4 +1,4 @@
-"""What sequences of tokens amount to: how many, how long, which token ids, and a fingerprint of them all."""
+"""Summary numbers of sequences of tokens: how many, how long, which token ids, and a fingerprint of them all."""
 
 import hashlib
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Contents:
     first_unpredicted: int | None = None
     """The number of the first of them, from 0."""
     digest: int = 0
-    """Of all tokens, positions and labels, in order."""
+    """Digest of all tokens, positions and labels, in order."""
 
     def __add__(self, other: "Contents") -> "Contents":
         return Contents(
@@ -59,12 +59,12 @@ class Contents:
         return self.smallest or 0, self.largest or 0
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a note."""
+        """The form in which it is written to a note."""
         return {**vars(self), "digest": f"{self.digest:032x}"}
 
     @classmethod
     def from_json(cls, note: dict[str, Any]) -> "Contents":
-        """Read what `to_json` gave, perhaps with more beside it.
+        """Read what `to_json` returned, perhaps with more beside it.
 
         Raises:
             ValueError: naming what is missing.
@@ -75,7 +75,7 @@ class Contents:
 
 
 def contents_of(table: pa.Table) -> Contents:
-    """Look at every token of a table that has a column `input_ids`, and perhaps `position_ids` and `labels`."""
+    """Summarize every token of a table with a column `input_ids`, and perhaps `position_ids` and `labels`."""
     lengths = _lengths(table, "input_ids")
     if not len(lengths):
         return Contents()

@@ -50,7 +50,7 @@ def load_rows(folder: str | os.PathLike[str]) -> datasets.Dataset:
 
 
 def open_rows(folder: str | os.PathLike[str]) -> tuple[datasets.Dataset, Contents]:
-    """`load_rows` and `read_contents` at once. A warning tells how many rows have no token to predict.
+    """`load_rows` and `read_contents` at once. A warning says how many rows have no token to predict.
 
     Raises:
         ValueError: as `load_rows` does; if no token is predicted in any row.
@@ -71,7 +71,7 @@ def check_predicted(contents: Contents, folder: str | os.PathLike[str]) -> None:
 
 
 def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
-    """The rows of a folder; and what they hold, if it was noted when they were written."""
+    """The rows of a folder; and their contents, if noted when they were written."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
     check_name(folder)
@@ -91,7 +91,7 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
 
 
 def _of_arrow(folder: Path, *, own: bool) -> datasets.Dataset:
-    """The rows of a folder of `datasets`; whether its files are as `new_shard` and `finish_dataset` wrote them."""
+    """The rows of a folder of `datasets`; `own` if its files are as `new_shard` and `finish_dataset` wrote them."""
     try:
         rows = map_rows(folder) if own else datasets.load_from_disk(str(folder))
     except IndexError:  # so `datasets` says that there are none
@@ -150,7 +150,7 @@ def _parquet_columns(file: Path) -> Iterator[dict[str, pa.Array]]:
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """A column as lists and values: of a tensor (Ray) its values, of a category (pandas) its name."""
+    """A column as lists and values: for a tensor (Ray) its values, for a category (pandas) its name."""
     while isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
@@ -161,14 +161,14 @@ def _plain(column: pa.Array) -> pa.Array:
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """Tokens of each row. No token is read for it."""
+    """The number of tokens in each row. No token is read for it."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
     lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def read_contents(folder: str | os.PathLike[str]) -> Contents:
-    """What a folder of rows holds, in numbers: from the notes that were written with it, else from all of its rows.
+    """The contents of a folder of rows, in numbers: from the notes written with it, else from all of its rows.
 
     Raises:
         ValueError: as `load_rows` does.
@@ -177,7 +177,7 @@ def read_contents(folder: str | os.PathLike[str]) -> Contents:
 
 
 def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was written with a folder of rows or scores, here or at a URL: `scores.json`, else `rows.json`, or nothing.
+    """The provenance of a folder of rows or scores, here or at a URL: `scores.json`, else `rows.json`, or nothing.
 
     Raises:
         ValueError: if that cannot be read.
@@ -187,7 +187,7 @@ def read_provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_prepared(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `prepare` has noted of rows with this provenance: of scored ones, in the folder that was scored.
+    """The notes of `prepare` on rows with this provenance: for scored ones, in the folder that was scored.
 
     Nothing, if that folder is gone; with a warning, if it cannot be read.
     """
@@ -207,7 +207,7 @@ def holds_pieces(provenance: Mapping[str, Any]) -> bool:
 
 
 def scan_contents(rows: datasets.Dataset) -> Contents:
-    """What rows hold, in numbers, by looking at every token."""
+    """The contents of rows, in numbers, from every token."""
     columns = [name for name in COLUMNS if name in rows.column_names]
     return sum(map(contents_of, rows.select_columns(columns).with_format("arrow").iter(_ROWS_READ)), Contents())
 
@@ -219,12 +219,12 @@ def load_scores(
 
     The chosen scores are the column `short_nll`, and `divergence` if it is stored; `provenance["context"]` is the size
     and stride of their windows.
-    Another stride than the expected one is warned of. If the losses of the scorer are comparable with each other only,
+    A stride other than the expected one causes a warning. If the scorer's losses are comparable with each other only,
     `info.description` of the rows says so, which `select` and `map` keep, and `noted_contrast` reads.
 
     Args:
-        size: of the short context; by default the only one that is stored.
-        stride: expected.
+        size: size of the short context; by default the only one that is stored.
+        stride: the expected stride.
 
     Raises:
         ValueError: if the folder is not finished, has no scores with a short context of that size, or was changed after
@@ -304,7 +304,7 @@ def _with_all(
 
 
 def check_divergence(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if a folder holds another divergence than the one that a weighting is made of."""
+    """Raise a ValueError if a folder holds a divergence other than the one that a weighting uses."""
     of, stored = weighting.divergence_of, provenance.get("divergence")
     if of is not None and stored is not None and stored != (wanted := divergence_kind(of)):
         raise ValueError(
@@ -314,7 +314,7 @@ def check_divergence(weighting: Weighting, provenance: Mapping[str, Any], folder
 
 
 def check_contrast(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if a weighting would compare a reference model with losses that compare with no model's."""
+    """Raise a ValueError if a weighting would compare a reference model with losses not comparable to a model's."""
     if provenance.get("contrast") == "scorer" and weighting.of_losses and "ref_nll" in weighting.uses:
         raise ValueError(
             f"weighting {weighting}: compares losses with those of a reference model, and those of "

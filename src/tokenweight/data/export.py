@@ -27,12 +27,12 @@ from tokenweight.records import environment, new_folder, read_json, write_json, 
 _ROWS_PER_BATCH = 16
 """Rows held in memory at once."""
 _TINY = 1e-30
-"""In place of a weight of 0, where 0 would mean that the token is not predicted: float32 and bfloat16 hold it, and no
-sum of losses feels it."""
+"""In place of a weight of 0, where 0 would mean that the token is not predicted: float32 and bfloat16 can represent
+it, and it is negligible in any sum of losses."""
 
 
 SHARD_TOKENS = 1 << 24
-"""Of a Parquet file, about."""
+"""Tokens of a Parquet file, about."""
 COPIES = ("parquet", "jsonl")
 """Formats of `export_rows`."""
 
@@ -41,7 +41,7 @@ class WeighedRow(NamedTuple):
     """One row, or one document of it, with what a loss needs."""
 
     number: int
-    """Of the row, from 0."""
+    """Number of the row, from 0."""
     tokens: Int[np.ndarray, " seq"]
     weights: Float[np.ndarray, " seq"]
     """0 where no token is predicted."""
@@ -57,7 +57,7 @@ class WeighedRow(NamedTuple):
 
 @dataclass
 class ExportSummary:
-    """What was written, counted in rows of the new data set and in tokens."""
+    """Counts of what was written, in rows of the new data set and in tokens."""
 
     rows: int = 0
     tokens: int = 0
@@ -89,7 +89,7 @@ def export_weights(
     Args:
         folder: scored with the long losses, and with what else the weighting uses.
         format: hf, trl, llamafactory, ms-swift or tinker: docs/data.md says how each of them uses the weights.
-        size: of the short context; by default the only one that is stored.
+        size: size of the short context; by default the only one that is stored.
 
     Raises:
         ValueError: if `out` exists, the format is unknown, a column is missing, a loss or weight is not finite, or the
@@ -125,11 +125,11 @@ def export_weights(
 def export_rows(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, format: str) -> Contents:
     """Write the rows of a folder, with all of their columns, to the new folder `out`, made whole or not at all.
 
-    `scores.json` or `rows.json`, which say where they are from, are written beside them. Parquet files are read by all
-    commands again; of JSON lines, `rows.jsonl`, a float32 is as short as it can be, and NaN is null.
+    `scores.json` or `rows.json`, which say where they are from, are written beside them. All commands can read the
+    Parquet files again; in JSON lines, `rows.jsonl`, a float32 is as short as possible, and NaN is null.
 
     Args:
-        folder: of scored rows, or of rows without scores.
+        folder: a folder of scored rows, or of rows without scores.
         format: parquet or jsonl.
 
     Raises:
@@ -192,7 +192,7 @@ def _of_json(value: Any) -> Any:
 
 
 def weigh_rows(rows: datasets.Dataset, weighting: Weighting) -> Iterator[WeighedRow]:
-    """Weigh rows that hold `input_ids` and the scores that weights are made of, one at a time.
+    """Weigh rows that hold `input_ids` and the scores that weights need, one at a time.
 
     Args:
         rows: in numpy format; `position_ids` and `labels` say, if they are there, which tokens are predicted.

@@ -1,4 +1,4 @@
-"""Documents cut into rows of one length: a document a row, or several to a row."""
+"""Documents cut into rows of one length: one document per row, or several."""
 
 import bisect
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from tokenweight.records import counted
 
 HELD_ROWS = 4
-"""As many rows' tokens are held back, so that pieces can be found that fill a row."""
+"""Rows' worth of tokens that are held back, so that pieces can be found that fill a row."""
 
 
 class Piece(NamedTuple):
@@ -23,20 +23,20 @@ class Piece(NamedTuple):
 
 @dataclass
 class RowSummary:
-    """What became of the documents, counted in documents, rows and tokens."""
+    """Counts of documents, rows and tokens, kept and dropped."""
 
     documents: int = 0
     rows: int = 0
     tokens: int = 0
-    """In rows, special tokens included."""
+    """Tokens in rows, special tokens included."""
     dropped_tokens: int = 0
-    """Of documents, in no row: the ends of documents, or what filled no last row."""
+    """Tokens of documents in no row: the ends of documents, or what filled no last row."""
     short_documents: int = 0
     """Documents shorter than a row."""
     empty_documents: int = 0
     longest_document: int = 0
     predicted_tokens: int = 0
-    """Of conversations, in rows: those of answers."""
+    """For conversations, tokens of answers in rows."""
     cut_documents: int = 0
     """Conversations longer than a row, which end with an earlier answer."""
     left_out_documents: int = 0
@@ -93,7 +93,7 @@ class Cutter:
                 yield self._packed()
 
     def last_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that the pieces held back fill."""
+        """The rows that are filled by the pieces held back."""
         while self._num_held() >= self.length:
             yield self._packed()
 
@@ -110,17 +110,17 @@ class Cutter:
             )
 
     def state(self) -> dict[str, Any]:
-        """What must be kept to go on in another process, as JSON."""
+        """The state from which another process can continue, as JSON."""
         held = [[piece.document, piece.offset, piece.tokens.tolist()] for piece in self.held]
         return {"summary": vars(self.summary), "held": held}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         self.summary = RowSummary(**state["summary"])
         self.held = [Piece(name, offset, np.array(tokens, np.int32)) for name, offset, tokens in state["held"]]
 
     def _begun(self, tokens: np.ndarray) -> np.ndarray:
-        """The tokens of a document with its end, counted; all of them are dropped until a row has them."""
+        """The tokens of a document with its end, counted; all of them count as dropped until a row has them."""
         count = self.summary
         count.documents += 1
         count.empty_documents += not len(tokens)

@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 SHARD_TOKENS = 1 << 24
 """Tokens of a shard: what is cut again, at most, after an interruption. More once `MAX_SHARDS` are there."""
 MAX_SHARDS = 1000
-"""Of this size; those that follow hold a thousandth of all tokens before them, each."""
+"""Shards of this size; later ones each hold a thousandth of all tokens before them."""
 BATCH_CHARACTERS = 1 << 22
-"""Of the documents that are tokenized at once, by as many threads as the tokenizer has."""
+"""Characters of the documents tokenized at once, by as many threads as the tokenizer has."""
 _TOKENS = pa.list_(pa.int32())
 _OF_ONE = pa.schema({"input_ids": _TOKENS, "document": pa.string(), "offset": pa.int64()})
 _SCHEMAS = {
@@ -55,7 +55,7 @@ _SCHEMAS = {
     ),
 }
 _SHORT = {False: ("drop", "pack", "decompose"), True: ("keep", "pack")}
-"""What becomes of texts, and of chats, that are shorter than a row; the first by default."""
+"""Treatments of texts, and of chats, that are shorter than a row; the first by default."""
 
 
 def prepare_rows(
@@ -79,8 +79,8 @@ def prepare_rows(
     A row begins with what the tokenizer puts before a text (BOS, if that is its rule), no token is lost between rows,
     and no text becomes a control token (`text_tokens`). `Cutter` and `Decomposer` say what becomes of short documents.
 
-    Until it is whole, the folder is called `out.unfinished`. An interrupted call that is made again goes on after the
-    last whole shard; the rows are the same to the byte. If `out` is there, made by the same call, nothing is done.
+    Until it is complete, the folder is called `out.unfinished`. An interrupted call, repeated, resumes after the last
+    complete shard; the rows are the same to the byte. If `out` is there, made by the same call, nothing is done.
 
     Args:
         documents: read one at a time, so that memory does not grow with the corpus.
@@ -93,13 +93,13 @@ def prepare_rows(
         chat: whether documents are conversations, as `read_documents(..., text_column=None)` reads them. Then `labels`
             are -100 but in answers (`chat_tokens`), and rows of at most `length` tokens hold whole ones (`ChatCutter`).
         skip_invalid: leave out conversations that the template cannot render, rather than raise.
-        max_rows: stop after so many.
+        max_rows: stop after this many.
         num_proc: processes that tokenize, spawned beside this one (call it under `if __name__ == "__main__"`); 1: none.
-        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
+        format: format of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         provenance: kept in `rows.json` beside the summary.
 
     Raises:
-        ValueError: if `out` or `out.unfinished` was made otherwise, no row is left, or a text cannot be tokenized.
+        ValueError: if `out` or `out.unfinished` was made differently, no row is left, or a text cannot be tokenized.
     """
     out, (prefix, suffix) = Path(out), special_tokens(tokenizer)
     check_name(out)
@@ -132,7 +132,7 @@ def _make(
     num_proc: int,
     settings: dict[str, Any],
 ) -> None:
-    """Write what is missing of the shards, and make a data set of them."""
+    """Write the missing shards, and make a data set of all."""
     cutter = _cutter(settings)
     with tokenizing(tokenizer, num_proc, chat="chat" in settings) as tokenize:
         _write_shards(folder, _Read(documents), tokenize, cutter, settings)
@@ -153,7 +153,7 @@ def _cutter(settings: dict[str, Any]) -> Cutter:
 def _of_short(
     short: str | None, length: int, shortest: int | None, in_order: bool, chat: bool, num_before: int
 ) -> dict[str, Any]:
-    """The settings of one way to treat short documents; a ValueError for those that it has not, or cannot have.
+    """The settings of one way to treat short documents; a ValueError for those that do not fit it.
 
     Args:
         num_before: tokens that a tokenizer puts before a text.
@@ -190,7 +190,7 @@ def _check(format: str, length: int, least: int, **numbers: int | None) -> None:
 
 
 def _stripped(folder: Path) -> RowSummary:
-    """The summary of a folder whose notes no longer say how to go on after a shard."""
+    """The summary of a folder, whose notes no longer say how to resume after a shard."""
     for shard in _shards(folder):
         strip_note(shard, "source", "cutter")
     return _summary(folder)
@@ -202,7 +202,7 @@ def _summary(folder: Path) -> RowSummary:
 
 
 _OF_THE_CALL = ("environment", "sources")
-"""What an interrupted call need not have been given alike: texts that were read are compared by their contents."""
+"""Settings in which an interrupted call may differ: texts that were read are compared by their contents."""
 
 
 def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
@@ -223,7 +223,7 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
-    """A folder that gets the name `out` when it is whole. Without a shard in it, it goes away after an error."""
+    """A folder that is renamed to `out` when it is complete. After an error, it is removed if it holds no shard."""
     folder = out.with_name(f"{out.name}.unfinished")
     make_folder(folder)
     note = folder / "rows.json"
@@ -273,7 +273,7 @@ def _name(number: int, format: str) -> str:
 
 
 def _resume(folder: Path, cutter: Cutter, source: "_Read", format: str) -> int:
-    """How many shards are there and whole; cutter and source go on after the last of them."""
+    """The number of complete shards; cutter and source continue after the last of them."""
     state: dict[str, Any] = {}
     for number in itertools.count():
         try:

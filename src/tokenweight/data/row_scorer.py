@@ -49,14 +49,14 @@ class RowScorer:
       documents by).
 
     Args:
-        scorer: a model that scores, or what supplies both losses itself, such as `CountScorer`.
+        scorer: a model that scores, or a scorer that supplies both losses itself, such as `CountScorer`.
         contexts: one or several short contexts.
         prefix: as for `Scorer`.
         with_long: also the losses with the whole row as context; those of a `ContrastScorer` are always there.
-        divergence: of a model, the weighting of whose score the divergence is the expectation, as for `Expected`; it
-            implies `with_long`.
+        divergence: for a model, the weighting whose expected score is the divergence, as for `Expected`; it implies
+            `with_long`.
         as_reference: whether a model is the reference of `Rho1`, which reads whole rows alone; without contexts then.
-        top_k: of a model that is a teacher, which reads whole rows alone as well, the tokens of each prediction.
+        top_k: for a model that is a teacher, which reads whole rows alone as well, the tokens of each prediction.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -90,7 +90,7 @@ class RowScorer:
         elif top_k is not None:
             self._teacher = Teacher(scorer, top_k, max_tokens=max_tokens)
         else:
-            first = ShortContext(2) if as_reference else contexts[0]  # of which a reference reads no window
+            first = ShortContext(2) if as_reference else contexts[0]  # a reference reads no window of it
             self._scorer = Scorer(scorer, first, prefix=() if as_reference else prefix, max_tokens=max_tokens)
             for context in contexts[1:]:
                 self._scorer.with_context(context)  # raises, before any work
@@ -103,12 +103,12 @@ class RowScorer:
 
     @property
     def contexts(self) -> list[dict[str, int]]:
-        """Sizes and strides, as they stand in `scores.json`."""
+        """Sizes and strides, as written to `scores.json`."""
         return [{"size": context.size, "stride": context.stride} for context in self._contexts.values()]
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Of an `AlignedScorer`, the groups of tokens of all rows so far, and how many hold several of ours."""
+        """The groups of an `AlignedScorer` in all rows so far, and how many hold several of our tokens."""
         aligned = self._contrast
         return (aligned.groups, aligned.shared_groups) if isinstance(aligned, AlignedScorer) else (0, 0)
 
@@ -183,7 +183,7 @@ class RowScorer:
             totals[suffix] += [len(difference), difference.sum().item(), (difference > 2).sum().item()]
 
     def _contrasts(self, tokens: Tensor, positions: Tensor | None) -> Iterator[tuple[str, Contrast]]:
-        """What is found with each context; without long losses, the short ones are in their place."""
+        """The results with each context; without long losses, the short ones are in their place."""
         long_nll = states = divergence = None
         for suffix, context in self._contexts.items():
             if self._contrast is not None:
@@ -207,7 +207,7 @@ class RowScorer:
 
 
 def _without_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch in which columns of other tools are put into ours."""
+    """A batch in which columns of other tools have become ours."""
     names = [name for name in (*COLUMNS, *TRANSLATED) if name in batch]
     if not {*names} & {*TRANSLATED}:
         return batch
@@ -274,7 +274,7 @@ def key_tokens(
 def gains_of_rows(
     long_nll: Float[Tensor, "batch seq"], short_nll: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
 ) -> ContextGain:
-    """Sum up each row.
+    """Summarize the gains of each row.
 
     Args:
         long_nll: nats, token-aligned.

@@ -42,7 +42,7 @@ _NUMBERS = (*COLUMNS, *SCORES)
 
 
 class ScoredRow(NamedTuple):
-    """One scored row, as a batch of one, with what reads it."""
+    """One scored row, as a batch of one, with its tokenizer."""
 
     tokens: Int[Tensor, "1 seq"]
     long_nll: Float[Tensor, "1 seq"]
@@ -62,9 +62,9 @@ class ScoredRow(NamedTuple):
     ref_nll: Float[Tensor, "1 seq"] | None = None
     """Its losses by a reference model, if they are stored."""
     divergence: Float[Tensor, "1 seq"] | None = None
-    """That of its predictions with the short context from those with the long one, if it is stored."""
+    """Divergence of its predictions with the short context from those with the long one, if it is stored."""
     provenance: Mapping[str, Any] = MappingProxyType({})
-    """Who scored it, and how, if it is from a folder."""
+    """Provenance of its scores, if it is from a folder."""
 
     def weigh(self, weighting: Weighting) -> Float[Tensor, "1 seq"]:
         """The weights of its tokens.
@@ -147,10 +147,10 @@ def read_rows(
 
     Args:
         first: number of the first row, from 0.
-        num: of rows; fewer, where the folder ends.
-        model_name: gives the tokenizer, and the long losses in place of stored ones; by default the scoring model gives
-            those that are not stored. Refused for scores that are comparable with each other only (docs/data.md).
-        size: of the short context; by default the only one that is stored.
+        num: number of rows; fewer, where the folder ends.
+        model_name: source of the tokenizer, and of long losses in place of stored ones; by default the scoring model
+            supplies those not stored. A ValueError for scores comparable with each other only (docs/data.md).
+        size: size of the short context; by default the only one that is stored.
         attn_implementation: attention kernel of the model; by default the choice of transformers.
 
     Raises:
@@ -228,13 +228,13 @@ def score_text(
     """Score one row of a text: tokens `number * length` to `(number + 1) * length` of its first document.
 
     Args:
-        path: of a file that `prepare` reads; with `text`, only the name of that in errors.
-        model_name: gives tokenizer and losses.
+        path: a file that `prepare` reads; with `text`, only the name of that in errors.
+        model_name: source of tokenizer and losses.
         text: the text itself, in place of a file.
-        number: of the row, from 0.
+        number: number of the row, from 0.
         length: tokens of a row: the long context; by default `TEXT_LENGTH`, or what the model reads, if that is less.
-        size: of the short context; by default a quarter of the row.
-        stride: of the short context; by default three quarters of its size.
+        size: size of the short context; by default a quarter of the row.
+        stride: stride of the short context; by default three quarters of its size.
         attn_implementation: attention kernel of the model; by default the choice of transformers.
 
     Raises:
@@ -270,8 +270,8 @@ def score_texts(
 
     Args:
         model: a causal language model of transformers; bound to a weighted loss or not.
-        tokenizer: of the model. A text begins with what it puts before one (BOS, if that is its rule).
-        texts: of any length that the model reads.
+        tokenizer: the model's. A text begins with what it puts before one (BOS, if that is its rule).
+        texts: texts of any length that the model reads.
         size: tokens of the short context; by default a quarter of each text.
         stride: tokens that each window scores; by default three quarters of the size.
 

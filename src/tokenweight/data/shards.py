@@ -30,10 +30,10 @@ from tokenweight.records import (
 )
 
 FORMATS = ("arrow", "parquet")
-"""Of shards, and the suffixes of their names: the first are mapped into memory, the second are what others read."""
+"""Formats of shards, and suffixes of their names: Arrow is mapped into memory, Parquet is what others read."""
 _GROUP_TOKENS = 1 << 20
-"""Of a batch of Arrow or a row group of Parquet, about: as many are held in memory until they are written. Opening a
-file of Arrow reads the head of each batch."""
+"""Tokens of an Arrow batch or a Parquet row group, about: as many are held in memory until they are written. Opening
+an Arrow file reads the head of each batch."""
 _CONTENTS = "contents.json"
 """The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
 _REMEDIES = {
@@ -48,7 +48,7 @@ class ShardFile:
 
     Args:
         part: the file to write.
-        schema: of all rows.
+        schema: that of all rows.
         path: the name that the file will have; its suffix is the format.
     """
 
@@ -137,7 +137,7 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 def strip_note(path: Path, *names: str) -> None:
-    """Remove from the note of a shard what was needed to go on after it."""
+    """Remove from the note of a shard what was needed to resume after it."""
     note = read_json(_note(path))
     write_json(_note(path), {key: value for key, value in note.items() if key not in names})
 
@@ -151,7 +151,7 @@ def locked(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[b
 
 @contextlib.contextmanager
 def shard_lease(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[Lease | Held]:
-    """`leased`, of a file with a note: what dead processes have left of both is removed."""
+    """`leased`, for a file with a note: what dead processes have left of both is removed."""
     with leased(path, wait=wait, known=known) as lease:
         if isinstance(lease, Lease):
             dead = lease.dead
@@ -224,7 +224,7 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
 
 
 def noted_contents(folder: Path) -> Contents | None:
-    """What a finished folder holds, by its notes; None if it has none, or was saved anew since they were written."""
+    """The contents of a finished folder, by its notes; None without any, or if it was saved anew since."""
     total = _total(folder)
     try:
         return None if total is None else Contents.from_json(total)
@@ -233,7 +233,7 @@ def noted_contents(folder: Path) -> Contents | None:
 
 
 def check_sizes(folder: Path) -> None:
-    """Raise a ValueError that names a shard of a finished folder that is missing or was cut off, and what mends it.
+    """Raise a ValueError that names a shard of a finished folder that is missing or was cut off, and the remedy.
 
     Nothing is read of the shards, and their notes only if sizes are wrong: `verify` compares the contents.
     """
@@ -260,7 +260,7 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
     one process, before they begin, `score` and `show` for each shard that they read, when they first do.
 
     Args:
-        folder: of rows or scores. One that `tokenweight` did not write, or that was saved anew since, has no checksums,
+        folder: rows or scores. One that `tokenweight` did not write, or that was saved anew since, has no checksums,
             and nothing is compared.
         rows: only the shards that hold these rows.
 
@@ -268,13 +268,13 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
         The number of shards that were compared.
 
     Raises:
-        ValueError: naming a shard that is not what was written, and what mends it.
+        ValueError: naming a shard that is not what was written, and the remedy.
     """
     return Verifier(folder)(rows)
 
 
 class Verifier:
-    """`verify` for one who reads a folder bit by bit: called with a range of rows, it reads their shards once."""
+    """Incremental `verify`: called with a range of rows, it reads each of their shards once."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._left: list[tuple[range, Path, str]] = []
@@ -288,8 +288,8 @@ class Verifier:
             start = stop
 
     def __call__(self, rows: range | None = None) -> int:
-        """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written; the
-        number of those that were read."""
+        """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written;
+        return the number of those that were read."""
         read = [one for one in self._left if rows is None or _overlap(one[0], rows)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             for _ in threads.map(_compare, read):  # raises what is wrong with the first of them
@@ -319,7 +319,7 @@ def _named(remedy: str) -> Iterator[None]:
 
 
 def _own_shards(folder: Path) -> list[tuple[Path, str]]:
-    """The shards of a finished folder that have notes, and what mends each."""
+    """The shards of a finished folder that have notes, and the remedy for each."""
     for kind, remedy in _REMEDIES.items():
         if (folder / f"{kind}.json").is_file() and is_finished(folder):
             own = [folder / name for name in dataset_files(folder) if name.startswith(f"{kind}-")]
@@ -351,7 +351,7 @@ def dataset_files(folder: Path) -> list[str]:
     if (folder / "state.json").is_file():
         return [file["filename"] for file in read_json(folder / "state.json")["_data_files"]]
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet") if path.is_file())
-    files = [name for name in files if not re.search(r"(^|/)[._]", name)]  # so Spark and Arrow name what is none yet
+    files = [name for name in files if not re.search(r"(^|/)[._]", name)]  # so Spark and Arrow name unfinished files
     total = _parquet_total(folder)
     if total is not None:
         if more := [name for name in files if name not in total["files"]]:

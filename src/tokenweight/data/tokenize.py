@@ -1,4 +1,4 @@
-"""Texts -> tokens: what stands in a text is text, and what the tokenizer puts around one is known."""
+"""Texts -> tokens: all of a text is read as text, and the tokens that the tokenizer puts around one are known."""
 
 import collections
 import contextlib
@@ -23,14 +23,14 @@ Text = tuple[str, str]
 """The name of a document, and its text: a `Document` is one."""
 Batches = Iterable[tuple[Sequence[Text], Any]]
 Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Any], Any]]]
-"""From batches of documents, each with whatever belongs to it, to their names, their tokens (of chats, beside their
+"""Maps batches of documents, each with whatever belongs to it, to their names, their tokens (for chats, beside their
 labels, or the error that says why there are none), and what belongs to it."""
 START_METHOD = "spawn"
-"""Of processes that tokenize: a copy of this one would have its locks, but not the threads that hold them."""
+"""For processes that tokenize: a fork of this one would have its locks, but not the threads that hold them."""
 
 
 def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
-    """Which tokenizer made rows, for their provenance: the name it was loaded by, and its fingerprint."""
+    """The tokenizer of rows, for their provenance: the name it was loaded by, and its fingerprint."""
     from tokenweight.models import tokenizer_fingerprint
 
     return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
@@ -61,11 +61,11 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
 
 @contextlib.contextmanager
 def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int, *, chat: bool = False) -> Iterator[Tokenize]:
-    """Yields a function that tokenizes batches, in their order: in this process, or in so many others.
+    """Yields a function that tokenizes batches, in their order: in this process, or in that many others.
 
     With `chat`, the documents are conversations (`conversation_text`).
 
-    Each of the others is a batch ahead, so that memory holds two batches for each of them. They end with this process,
+    Each of the others works a batch ahead, so that memory holds two batches for each. They end with this process,
     however it ends.
 
     Raises:
@@ -90,7 +90,7 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase, num_proc: int, *, chat: bool 
 
 @contextlib.contextmanager
 def _interruptions_blocked() -> Iterator[None]:
-    """Processes that are started here never hear of Ctrl-C, which is for the main process; that one hears it after."""
+    """Block Ctrl-C in processes that are started here: it is for the main process, which receives it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -153,8 +153,8 @@ def _arrays_there(documents: Sequence[Text]) -> list[Any]:
 
 
 def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[Text]) -> list[Any]:
-    """The tokens of each document. ValueError that names one that cannot be tokenized; of a chat, which may be left
-    out, it stands in place of the tokens."""
+    """The tokens of each document. ValueError that names one that cannot be tokenized; for a chat, which may be
+    left out, it takes the place of the tokens."""
 
     def arrays(texts: Sequence[str]) -> list[np.ndarray]:
         if not chat:
@@ -165,7 +165,7 @@ def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[
 
     try:
         return arrays([text for _, text in documents])
-    except Exception:  # of tokenizers and templates: whatever they like
+    except Exception:  # tokenizers and templates raise whatever they like
         found: list[Any] = []
         for name, text in documents:  # which one was it?
             try:
@@ -179,11 +179,11 @@ def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer, by its own rule, puts before and after a text: ([BOS] or [], [EOS] or []), or more."""
+    """The tokens that the tokenizer itself puts before and after a text: ([BOS] or [], [EOS] or []), or more."""
     for text in itertools.chain(["a"], _words(tokenizer)):
         plain, special = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
         starts = [t for t in range(len(special) - len(plain) + 1) if special[t : t + len(plain)] == plain]
-        if plain and len(starts) == 1:  # a text that has no token, or one like those around it, tells nothing
+        if plain and len(starts) == 1:  # a text that has no token, or one like those around it, shows nothing
             return special[: starts[0]], special[starts[0] + len(plain) :]
     raise ValueError(f"{type(tokenizer).__name__}: cannot tell the special tokens around a text from its own tokens")
 

@@ -1,4 +1,4 @@
-"""Column t speaks of token t, everywhere: the one shift by one and its inverse, the mask, positions in documents."""
+"""Token alignment (column t is token t's): the one shift by one, its inverse, the mask, positions in documents."""
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def aligned_with_tokens(of_states: Shaped[Tensor, "batch seq *dim"]) -> Shaped[Tensor, "batch seq *dim"]:
-    """From what stands at the state that predicts a token to what stands at the token itself; column 0 is 0.
+    """Shift values from the state that predicts a token to the token itself; column 0 is 0.
 
-    This and its inverse are the only shift by one in what is computed here; everything else is aligned with the tokens.
+    This and its inverse are the only shifts by one in the computation; everything else is aligned with the tokens.
 
         column of a row    0    1    2    3        state 0 reads token 0 and predicts token 1; nothing predicts token 0,
         of_states          a    b    c    d        and what state 3 predicts is not in the row
@@ -18,7 +18,7 @@ def aligned_with_tokens(of_states: Shaped[Tensor, "batch seq *dim"]) -> Shaped[T
 
 
 def aligned_with_states(of_tokens: Shaped[Tensor, "batch seq"], fill: int = 0) -> Shaped[Tensor, "batch seq"]:
-    """The inverse of `aligned_with_tokens`: column t is what stands at token t + 1, the last column is `fill`."""
+    """The inverse of `aligned_with_tokens`: column t holds the value of token t + 1, the last column `fill`."""
     return torch.cat([of_tokens[:, 1:], torch.full_like(of_tokens[:, :1], fill)], dim=1)
 
 
@@ -36,7 +36,7 @@ def prediction_mask(
 def document_positions(
     tokens: Int[Tensor, "rows seq"], position_ids: Int[Tensor, "rows seq"] | None = None
 ) -> Int[Tensor, "rows seq"]:
-    """How many tokens of its own document come before each token: the context that the model has.
+    """Number of tokens of its own document before each token: the context that the model has.
 
     Where `position_ids` restart at 0, a document begins; skipped positions (PoSE) hold no tokens.
     """

@@ -1,4 +1,4 @@
-"""Cross-entropy joined to the output projection, weighted per token. The only module that touches the vocabulary axis.
+"""Cross-entropy fused with the output projection, weighted per token. The only module that touches the vocabulary axis.
 
 No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and
 overwritten in place by the softmax and then by its gradient, which two matrix products consume immediately. Per chunk
@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
     @property
     def after(self) -> dict[str, Any]:
-        """What happens to `hidden @ weight.T`: the keywords of both losses."""
+        """The operations after `hidden @ weight.T`, as keywords of both losses."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
     def loss(
@@ -64,7 +64,7 @@ def linear_nll(
         scale: multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: bound of the logits (Gemma's `final_logit_softcapping`).
         chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
-        active: numbers of the rows to read, with valid targets; by default found, for which the host waits for a GPU.
+        active: numbers of the rows to read, with valid targets; found by default, which synchronizes with a GPU.
 
     Returns:
         Nats in float32 (float64 from float64 states), whatever the dtype of the states.
@@ -96,8 +96,8 @@ def weighted_linear_cross_entropy(
     """Sum over all rows of weight times negative log-likelihood; not divided, since only the caller knows by what.
 
     Weights are constants. Rows of weight 0 are not read: a share k of non-zero rows costs 3k head products (losses,
-    gradient of the states, gradient of the head), or k where no gradient is asked for. The gradients are made in the
-    forward pass, so `backward` can run once.
+    gradient of the states, gradient of the head), or k where no gradient is needed. The gradients are computed in
+    the forward pass, so `backward` can run only once.
 
     Args:
         weights: one per row; or, where a weight depends on nothing but the row's own loss, a function of the losses of
@@ -123,7 +123,7 @@ class _WeightedLoss(torch.autograd.Function):
         wanted = [tensor if needs_grad and ctx.needs_input_grad[i] else None for i, tensor in enumerate(inputs)]
         grads = [None if tensor is None else torch.zeros_like(tensor, dtype=logits.dtype) for tensor in wanted]
         loss = torch.zeros((), dtype=logits.dtype, device=hidden.device)
-        # Autocast would round the sum of the losses to 16 bits; `Logits` knows by itself what to compute in them.
+        # Autocast would round the sum of the losses to 16 bits; `Logits` itself decides what to compute in 16 bits.
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in logits.chunks(active, chunk_size):
                 states = hidden[rows]
@@ -140,7 +140,7 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         if ctx.grads is None:
             raise RuntimeError("weighted_linear_cross_entropy: backward ran before, and its gradients were given away")
-        # Scaled in place and given away, so that no second array of the size of the head comes into being.
+        # Scaled in place and given away, so that no second array of the size of the head is allocated.
         grads, ctx.grads = ctx.grads, None
         scaled = [None if grad is None else grad.mul_(grad_output).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
         return *scaled, None, None, None
@@ -156,7 +156,7 @@ class Logits:
         self.blocks = parts(len(head), 0 if head.dtype == self.compute_dtype else 4 * head.shape[1])
 
     def chunks(self, rows: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
-        """Split row numbers into chunks of `chunk_size`, or of as many rows as fit the buffer, and evenly so."""
+        """Split row numbers evenly into chunks of at most `chunk_size`, by default as many rows as fit the buffer."""
         if not len(rows):
             return
         if chunk_size is not None and chunk_size < 1:
@@ -165,7 +165,7 @@ class Logits:
             on_gpu = self.dtype != self.compute_dtype
             chunk_size = rows_at_once(len(rows), len(self.head), self.dtype.itemsize, on_gpu=on_gpu)
         chunk_size = -(-len(rows) // -(-len(rows) // chunk_size))
-        # One buffer for all chunks: fresh pages of memory for each would cost a third of a head product.
+        # One buffer for all chunks: fresh memory pages for each would cost a third of a head product.
         self.buffer = torch.empty(chunk_size, len(self.head), dtype=self.dtype, device=rows.device)
         yield from rows.split(chunk_size)
 
@@ -197,11 +197,11 @@ class Logits:
     def add_gradients(
         self, grads: list[Tensor | None], rows: Tensor, states: Tensor, targets: Tensor, weights: Tensor
     ) -> None:
-        """Turn the buffer into the gradient of the weighted losses by the logits, and add its products to `grads`.
+        """Turn the buffer into the gradient of the weighted losses w.r.t. the logits, and add its products to `grads`.
 
-        The weights go in with the division by the total, which costs nothing. They must be inside the sum over rows:
-        scaling the finished gradient of the head by one number is right for equal weights only. And inside the one
-        array that is rounded to 16 bits: weighted states would be rounded once more.
+        The weights are applied with the division by the total, at no cost. They must be inside the sum over rows:
+        scaling the finished gradient of the head by one number is right for equal weights only. And in the array that
+        is rounded to 16 bits anyway: weighted states would be rounded once more.
         """
         z = self.logits
         row_scale = (weights * self.scale)[:, None]

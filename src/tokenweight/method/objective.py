@@ -1,4 +1,4 @@
-"""From hidden states to the weighted loss. Read this page first: all else prepares its arguments or uses its result."""
+"""From hidden states to the weighted loss. Read this file first: all else prepares its arguments or uses its result."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -28,12 +28,12 @@ class ShortLosses(NamedTuple):
         return self.nll if self.same_as_long is None else torch.where(self.same_as_long, long_nll, self.nll)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ShortLosses":
-        """What `function` makes of each."""
+        """Apply `function` to each field."""
         return ShortLosses(function(self.nll), None if self.same_as_long is None else function(self.same_as_long))
 
 
 class WeightedLoss(NamedTuple):
-    """All but `loss` is aligned with tokens, of whole sequences, without gradient, and 0 outside `mask`."""
+    """The loss, and for whole sequences its parts, token-aligned, without gradient, and 0 outside `mask`."""
 
     loss: Float[Tensor, ""]
     """The sum over tokens of weight times negative log-likelihood; the caller divides it."""
@@ -58,20 +58,20 @@ def weighted_loss(
     own: Callable[..., Tensor] = lambda of_tokens, fill=0: of_tokens,
     whole: Callable[..., Tensor] = lambda of_states: of_states,
 ) -> WeightedLoss:
-    """The weighted loss of a batch. Products with the head: 3 if weights are pointwise or known before, or if logits of
-    all states fit the buffer; else at most 4.
+    """The weighted loss of a batch. Products with the head: 3 if weights are pointwise or known beforehand, or if the
+    logits of all states fit the buffer; else at most 4.
 
     Args:
         hidden: the state that predicts each token; `rows` are the numbers of those with a target, if they are known.
         targets: token ids, -100 outside `mask`, which is True where a token is predicted and counts.
         short: None only if the weighting does not use short losses; the long ones then stand in for them.
-        used: what else the weighting uses, by name, of whole sequences and aligned with tokens.
-        long: the long losses that weights are made of, if not those of the trained model.
-        history: from what these rows add to the history of the weighting to the one that they are weighed with.
-        own: from whole sequences to what stands at this rank's states, where ranks split them; `whole` is its inverse.
+        used: the other inputs of the weighting by name, for whole sequences and aligned with tokens.
+        long: the long losses that weights are computed from, if not those of the trained model.
+        history: maps what these rows add to the history of the weighting to the one that they are weighed with.
+        own: maps whole sequences to values at this rank's states, where ranks split them; `whole` is its inverse.
 
     Raises:
-        NonFinite: if a loss or a weight under `mask` is not finite; ValueError if the weighting lacks what it uses.
+        NonFinite: if a loss or a weight under `mask` is not finite; ValueError if the weighting lacks an input.
     """
     used, own_targets = weighting.asked(used), own(targets, -100).flatten()
     batch = _Batch(
@@ -89,8 +89,8 @@ def weighted_loss(
 
 
 class _Batch(NamedTuple):
-    """The arguments of `weighted_loss`, states and targets flat. Each method gives the loss, and of whole sequences
-    weights, long and short losses."""
+    """The arguments of `weighted_loss`, states and targets flat. Each method returns the loss and, for whole
+    sequences, weights, long and short losses."""
 
     hidden: Float[Tensor, "N dim"]
     head: Head
@@ -106,14 +106,14 @@ class _Batch(NamedTuple):
     whole: Callable[..., Tensor]
 
     def weights_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights that need none of the losses of the trained pass."""
+        """Weights that need no losses of the trained pass are computed first."""
         dtype, device = self.hidden.dtype, self.hidden.device
         long = torch.zeros(self.mask.shape, dtype=dtype, device=device) if self.long is None else self.long
         of_sequences, short = self._weigh(long)
         weights = self.own(of_sequences).flatten()
         rows = active_rows(self.targets, len(self.head.weight)) if self.rows is None else self.rows
         chosen, others = split_rows(rows, weights[rows] != 0) if self.weighting.selects else (rows, rows[:0])
-        nll = self._losses(others)  # those of weight 0 are known, too
+        nll = self._losses(others)  # so that losses of tokens of weight 0 are known, too
 
         def weigh(losses: Float[Tensor, " n"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
             nll[rows] = losses
@@ -123,13 +123,13 @@ class _Batch(NamedTuple):
         return loss, of_sequences, long, long if self.short is None else short
 
     def together(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In one pass, where a weight depends on its own token's losses only."""
+        """One pass, where a weight depends on its own token's losses only."""
         dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         weights, long, short = torch.zeros(3, len(self.hidden), dtype=dtype, device=self.hidden.device)
         of_short = None if self.short is None else self.short.map(self._of_states)
         of_rows = {name: self._of_states(values) for name, values in self.used.items()}
         past = {}
-        if self.weighting.history:  # to which a pointwise weighting adds nothing that losses decide
+        if self.weighting.history:  # what a pointwise weighting adds to it does not depend on losses
             nothing = torch.zeros(self.mask.shape, device=self.mask.device)
             past["history"] = self.history(self.weighting.observe(nothing, nothing, self.mask, **self.used))
 
@@ -147,7 +147,7 @@ class _Batch(NamedTuple):
         return loss, self._of_sequences(weights), self._of_sequences(long), self._of_sequences(short)
 
     def losses_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where a weight depends on the losses of other tokens: two passes, or one that keeps all probabilities."""
+        """Two passes, or one that keeps all probabilities, where a weight depends on the losses of other tokens."""
         if self.weighting.selects or not fit_at_once(len(self.hidden), len(self.head.weight), self.hidden.dtype):
             long = self._of_sequences(self._losses(self.rows))
             weights, short = self._weigh(long)

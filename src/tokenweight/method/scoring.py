@@ -1,4 +1,4 @@
-"""What each window of a short context reads, and where the losses of its scored tokens go. Index arithmetic only."""
+"""The windows of a short context: what each reads, and where its scored losses go. Index arithmetic only."""
 
 import itertools
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class ShortContext:
 
     @classmethod
     def of(cls, length: int, size: int | None = None, stride: int | None = None) -> "ShortContext":
-        """That of sequences of `length` tokens, by default a quarter, as in the paper. ValueError unless it is less."""
+        """The context for `length` tokens: by default a quarter, as in the paper. ValueError unless it is less."""
         size = length // 4 if size is None else size
         if size >= length:
             raise ValueError(f"size {size}: sequences hold {length} tokens: no token would have a shorter context")
@@ -74,7 +74,7 @@ def plan_passes(
 
 
 class Reading(NamedTuple):
-    """What windows read, one row each; where each scored token is among these (on the host), and in the batch."""
+    """The input of windows, one row each; and the index of each scored token in it (on the host) and in the batch."""
 
     tokens: Int[Tensor, "windows width"]
     position_ids: Int[Tensor, "windows width"] | None
@@ -85,7 +85,7 @@ class Reading(NamedTuple):
 def read_passes(
     passes: Sequence[Pass], tokens: Int[Tensor, "batch seq"], position_ids: Tensor | None, prefix: Sequence[int]
 ) -> Reading:
-    """One row a window. A shorter one repeats its last token at its end, which causal attention hides from the others.
+    """One row per window. Shorter ones are padded with their last token, which causal attention hides from the others.
 
     Args:
         position_ids: given only if positions are skipped (PoSE); those of a window then begin at 0.
@@ -93,7 +93,7 @@ def read_passes(
     """
     device, length = tokens.device, tokens.shape[1]
     width = max(one.num_tokens for one in passes)
-    # Index tensors are made on the host, so that no device is asked anything, and nobody waits for their copies.
+    # Index tensors are made on the host and copied asynchronously, so that nothing synchronizes with the device.
     read_at = [torch.arange(w.start, w.start + width).clamp(max=w.stop - 1) + document for _, document, w in passes]
     columns = torch.stack(read_at).to(device, non_blocking=True)
     rows = torch.tensor([[row] for row, _, _ in passes]).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""From the two losses of every token to its weight. Each weighting is a frozen dataclass: settings and behavior."""
+"""Token weights from the two losses of each token. Each weighting is a frozen dataclass: settings and behavior."""
 
 import dataclasses
 import functools
@@ -15,33 +15,33 @@ from tokenweight.method.device.finite import check_finite
 from tokenweight.method.device.rows import tie_order
 
 History = Callable[[Tensor], Tensor]
-"""From what rows add to the history of a weighting to the history that they are weighed with."""
+"""Maps what rows add to the history of a weighting to the history that they are weighed with."""
 SCORES = ("short_nll", "long_nll", "ref_nll", "divergence")
 """Columns of a batch that hold a value for each token; those that a weighting does not use can be left out."""
 
 
 class Weighting(ABC):
-    """How much each token counts: `weigh` is the formula, a call checks what goes in and comes out.
+    """The weight of each token: `weigh` is the formula, a call checks its inputs and its result.
 
     A function of long, short and mask is a weighting too: `as_weighting` wraps it. Combinations of weightings set the
-    attributes of an instance, which is therefore what should be asked for them, rather than its class."""
+    attributes of an instance: read them there, rather than from the class."""
 
     uses: ClassVar[frozenset[str]] = frozenset({"short_nll"})
-    """What `weigh` reads beside the long loss: "short_nll", which is `short`; and as keywords "positions" (tokens of
+    """The inputs of `weigh` beside the long loss: "short_nll", which is `short`; and as keywords "positions" (tokens of
     its own document before each token), "ref_nll" (its loss under a reference model) and "divergence" (of the
     predictions with the short context from those with the long one)."""
     pointwise: ClassVar[bool] = False
     """True if a token's weight depends on its own values only: then the loss needs no second pass."""
     selects: ClassVar[bool] = True
-    """False if hardly a weight is 0: then it is not asked which are, for which the host would wait for the device."""
+    """False if hardly a weight is 0: then zeros are not looked up, which would make the host wait for the device."""
     of_losses: ClassVar[bool] = True
     """False if neither the long nor the short loss is read: then the weights are known before the long loss is."""
     divergence_of: "ClassVar[ScoreWeighting | None]" = None
-    """The weighting of whose score the divergence is the expectation, where one is used."""
+    """The weighting whose expected score is the divergence, where one is used."""
     history: ClassVar[int] = 0
-    """Length of the vector that sums up what was trained on so far, a keyword of `weigh` where it is not 0."""
+    """Length of the vector that sums up the training so far, a keyword of `weigh` where it is not 0."""
     remembers: ClassVar[bool] = True
-    """False if that sum is of one batch alone, in all processes."""
+    """False if that sum covers one batch alone, in all processes."""
     formula: ClassVar[str] = ""
     """One line in `long` and `short`, the losses of a token with the long and the short context; for model cards."""
     knob: ClassVar[tuple[str, tuple[float, ...]] | None] = None
@@ -49,7 +49,7 @@ class Weighting(ABC):
 
     @property
     def remembered(self) -> list[bool]:
-        """For each number of the history, whether it is of all batches so far, rather than of one."""
+        """For each number of the history, whether it covers all batches so far, rather than one."""
         return [self.remembers] * self.history
 
     @property
@@ -66,16 +66,16 @@ class Weighting(ABC):
         *args: Any,
         **used: Any,
     ) -> Float[Tensor, "batch seq"]:
-        """The formula: all values are finite, and 0 outside `mask`; what is returned outside `mask` is ignored.
+        """The formula: all inputs are finite, and 0 outside `mask`; what is returned outside `mask` is ignored.
 
         Args:
             long: as in a call, and so is `mask`.
             short: the long loss, if short losses are not used.
-            used: what `uses` names beyond "short_nll", and `history` if there is one.
+            used: the inputs that `uses` names beyond "short_nll", and `history` if there is one.
         """
 
     def observe(self, long: Tensor, short: Tensor, mask: Tensor, *args: Any, **used: Any) -> Float[Tensor, " history"]:
-        """What a batch adds to the history, in float64; a pointwise weighting must not read the losses."""
+        """The contribution of a batch to the history, in float64; a pointwise weighting must not read the losses."""
         raise NotImplementedError(f"{type(self).__name__} has a history and no method observe")
 
     @torch.no_grad()
@@ -91,11 +91,11 @@ class Weighting(ABC):
         """The weight of every token, each row by itself.
 
         Args:
-            long: loss of each token with the whole context, in nats; column t speaks of token t.
+            long: loss of each token with the whole context, in nats; column t belongs to token t.
             short: its loss with the short context.
             mask: True where a token is predicted and counts. Nothing outside it is read.
-            history: that of the weighting, or what makes it of that which these rows add to it; by default theirs.
-            used: what `uses` names, each `[batch, seq]`; what it does not name is ignored.
+            history: that of the weighting, or a function to it from what these rows add; by default what they add.
+            used: the inputs that `uses` names, each `[batch, seq]`; others are ignored.
 
         Returns:
             Float32 (float64 from float64 losses), 0 outside `mask`, without gradient.
@@ -108,7 +108,7 @@ class Weighting(ABC):
             shapes = ", ".join(str(list(tensor.shape)) for tensor in (*values.values(), mask))
             raise ValueError(f"{', '.join(values)} and mask have shapes {shapes}: expected one shape, [batch, seq]")
         dtype = torch.promote_types(torch.promote_types(long.dtype, short.dtype), torch.float32)
-        finite = mask.clone()  # what is not is refused below, in one wait for all
+        finite = mask.clone()  # the others raise below, with one synchronization for all
         for value in values.values():
             finite &= value.isfinite()
         used = {
@@ -127,7 +127,7 @@ class Weighting(ABC):
         return weights.to(dtype).masked_fill(~mask, 0)
 
     def asked(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Of what is given, the values that `uses` names beyond "short_nll"; a ValueError names what is missing."""
+        """Select the given values that `uses` names beyond "short_nll"; a ValueError names what is missing."""
         found = {name: value for name in sorted(self.uses - {"short_nll"}) if (value := given.get(name)) is not None}
         if missing := self.uses - {"short_nll"} - found.keys():
             raise ValueError(f"weighting {self} needs {', '.join(sorted(missing))} of every token: found none")
@@ -145,7 +145,7 @@ class Weighting(ABC):
 
 
 class ScoreWeighting(Weighting):
-    """A weighting whose weights are a function of one score of each token, which its two losses decide."""
+    """A weighting whose weights are a function of one score per token, computed from its two losses."""
 
     @abstractmethod
     def score(self, long: Float[Tensor, "*shape"], short: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -217,7 +217,7 @@ class Sparse(ScoreWeighting):
 
     Args:
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
-        seed: of the order among equal scores.
+        seed: decides the order among equal scores.
 
     Source: Helm et al. 2025, README of the reference code (kappa is `keep`).
     """
@@ -231,7 +231,7 @@ class Sparse(ScoreWeighting):
         require(self, "keep", 0 < self.keep <= 1, "a share above 0, up to 1")
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
+        """The score whose largest values are kept."""
         return (long - short).abs()
 
     def weights(self, scores: Tensor, mask: Tensor) -> Tensor:
@@ -241,19 +241,19 @@ class Sparse(ScoreWeighting):
 
 
 def _as_call(text: str) -> str:
-    """The text of a weighting as it stands within that of another: dense(interpolation=0.5)."""
+    """The text of a weighting nested in that of another: dense(interpolation=0.5)."""
     name, colon, settings = text.partition(":")
     return f"{name}({settings})" if colon else name
 
 
 def require(weighting: Weighting, name: str, holds: bool, expected: str) -> None:
-    """Raise a ValueError that names a setting, unless it is what is `expected`."""
+    """Raise a ValueError that names a setting and what is `expected`, unless it `holds`."""
     if not holds:
         raise ValueError(f"{type(weighting).__name__}: {name}={getattr(weighting, name)} is not {expected}")
 
 
 def normalize(scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """Scale the scores of each row, those below 0 taken for 0, to mean 1 over the mask; only zeros become ones."""
+    """Scale the scores of each row, clamped at 0, to mean 1 over the mask; a row of zeros becomes ones."""
     scores = scores.clamp(min=0).masked_fill(~mask, 0)
     num_tokens, total = mask.sum(dim=1, keepdim=True), scores.sum(dim=1, keepdim=True)
     return torch.where(total > 0, scores / total * num_tokens, 1.0)  # T / total could overflow
@@ -266,7 +266,7 @@ def keep_top(
     num_tokens = mask.sum(dim=1, keepdim=True)
     num_kept = (num_tokens.double() * keep).floor().long().clamp(min=1)
     scores = scores.masked_fill(~mask, -math.inf)
-    most = max(1, math.floor(keep * scores.shape[1]))  # static, so that no device has to be asked
+    most = max(1, math.floor(keep * scores.shape[1]))  # static, which needs no synchronization
     threshold = scores.topk(most, dim=1).values.gather(1, num_kept - 1)
     above, equal = scores > threshold, (scores == threshold) & mask
     order = tie_order(scores.shape[1], seed, scores.device)

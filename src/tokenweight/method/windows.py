@@ -1,4 +1,4 @@
-"""Which tokens a short context reads, and which of them it scores. Integers only."""
+"""Windows of a short context: the tokens that each reads and those that it scores. Integers only."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Window(NamedTuple):
 
 
 def check_window_setting(size: int, stride: int) -> None:
-    """Raise a ValueError unless `1 <= stride < size` (tokens): some token would have no context."""
+    """Raise a ValueError unless `1 <= stride < size` (tokens): else some token would have no context."""
     if not 1 <= stride < size:
         raise ValueError(
             f"stride={stride} does not fit size={size}: expected 1 <= stride < size "
@@ -21,7 +21,7 @@ def check_window_setting(size: int, stride: int) -> None:
 
 
 def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
-    """Cover the tokens of a document that a context of `size` tokens cannot see whole.
+    """Cover the tokens of a document whose full context does not fit `size` tokens.
 
     The scored parts tile `[size, length)` exactly once. Tokens before `size` have the same context in a short and in a
     long model, so no window scores them. The context of token t is `size - stride + (t - size) % stride` tokens: it
@@ -44,7 +44,7 @@ def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
     Raises:
         ValueError: unless `1 <= stride < size`.
 
-    Source: Helm et al. 2025, `base_length` and `base_stride` of the reference code, which refuses other lengths.
+    Source: Helm et al. 2025, `base_length` and `base_stride` of the reference code, which rejects other lengths.
     """
     check_window_setting(size, stride)
     return [

@@ -1,4 +1,4 @@
-"""Binds a weighting, and where the short losses come from, to the `forward` of a model."""
+"""Bind a weighting, and the source of its short losses, to the `forward` of a model."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Told(type):
-    """The type of what is absent: Accelerate, which gathers predictions for a Trainer, prints it in its error."""
+    """Type of absent logits, whose repr Accelerate prints in its error when it gathers predictions for a Trainer."""
 
     def __repr__(cls) -> str:
         return (
@@ -52,7 +52,7 @@ class _Told(type):
 
 
 class _NoLogits(metaclass=_Told):
-    """What stands in place of logits, which are never materialized; whoever reads them is told so."""
+    """Placeholder for logits, which are never materialized: reading them raises an error that says so."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"logits.{name}: {type(self)!r}")
@@ -68,18 +68,18 @@ class WeightedLossOutput(ModelOutput):
 
     loss: Any = None
     """Where gradients are recorded, the weighted loss; without (`torch.no_grad()`, an evaluation), the unweighted one.
-    What the model adds to its own cross-entropy, as the balancing loss of experts, is in it."""
+    Includes what the model adds to its own cross-entropy, such as the load-balancing loss of experts."""
     logits: Any = None
     weighted_loss: Tensor | None = None
     """The weighted loss alone, without gradient; None where an evaluation has no short losses."""
     aux_loss: Tensor | None = None
-    """The balancing loss of experts, before its coefficient, if the model computes one."""
+    """The load-balancing loss of experts, before its coefficient, if the model computes one."""
     weights: Tensor | None = None
     long_nll: Tensor | None = None
     short_nll: Tensor | None = None
     mask: Tensor | None = None
     position_ids: Tensor | None = None
-    """As they were given, unless ranks split the sequences."""
+    """As given, unless ranks split the sequences."""
 
 
 def with_weighted_loss(
@@ -92,15 +92,15 @@ def with_weighted_loss(
 ) -> PreTrainedModel:
     """Make `model(input_ids=..., labels=...).loss` the weighted loss. The model is changed in place and returned.
 
-    It takes what it took before, and by name the columns of `SCORES` and `num_items_in_batch`. The loss is the sum over
-    predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (of a Trainer: all tokens
-    predicted in the optimizer step, on all ranks), else by those of this batch; never by the sum of the weights. The
-    model's own additions, as the balancing loss of experts, are added. Without labels the model answers as before.
-    Under `torch.no_grad()` (`Trainer.evaluate()`), `loss` is unweighted, and `weighted_loss` stands beside it.
+    It takes the same inputs as before, and by name the columns of `SCORES` and `num_items_in_batch`. The loss is
+    the sum over predicted tokens of weight times negative log-likelihood, divided by `num_items_in_batch` (in a
+    Trainer: all tokens predicted in the optimizer step, on all ranks), else by those of this batch; never by the sum of
+    the weights. The model's own terms, such as the load-balancing loss of experts, are added. Without labels the model
+    behaves as before. Under `torch.no_grad()` (`Trainer.evaluate()`), `loss` is unweighted, beside `weighted_loss`.
 
     Scores come from columns (`[batch, seq]`, of `tokenweight score`), or from `scorer`: with `Scorer(model, ...)` the
     model scores itself (online). A weighting that needs a column and does not get it raises: no token silently weighs
-    1. Dropout and noise on embeddings never enter weights, which cost a forward pass more then.
+    1. Dropout and noise on embeddings never enter weights: with them, weights cost one more forward pass.
 
     Args:
         model: any causal language model of transformers with a decoder and an output head.
@@ -108,12 +108,12 @@ def with_weighted_loss(
         scorer: scores sequences that come without columns of scores; the ranks of a context share its windows.
         context: the ranks that split sequences (`context_mesh`). The model then takes `shift_labels`, positions and
             columns of this rank's tokens; without `num_items_in_batch`, the *mean* of the ranks' losses is the loss.
-        contrast: whose long loss weights are made of: "trained", this model's (the paper), or "scorer", the column
+        contrast: the long loss that weights compare: "trained", this model's (the paper), or "scorer", the column
             `long_nll`, else that of `scorer`: then weights are known before the loss, which costs less.
         distillation: mixes the loss with the divergence from a teacher, in training only.
 
     Raises:
-        ValueError: if the weighting or the contrast is not one, or a context does not go with the attention, teacher or
+        ValueError: if the weighting or the contrast is invalid, or a context does not fit the attention, teacher or
             divergence; if with equal weights, loss and gradient are not the model's own (verified on a few tokens).
 
     Example:
@@ -135,7 +135,7 @@ def with_weighted_loss(
 
 
 def _check_bindable(model: PreTrainedModel, distillation: Distillation | None, context: DeviceMesh | None) -> None:
-    """Raise a ValueError if a model comes too late, or its attention or a teacher would read parts of sequences."""
+    """Raise a ValueError if a model is bound too late, or its attention or a teacher would read parts of sequences."""
     if not hasattr(model, "_token_weighting") and "_original_forward" in vars(model):
         raise ValueError("model: Accelerator.prepare has wrapped its forward: expected with_weighted_loss before it")
     if context is not None and (attention := model.config._attn_implementation) != "sdpa":
@@ -159,7 +159,7 @@ def _binding(
     contrast: str,
     replaced: Callable[..., Any] | None,
 ) -> Binding:
-    """What the model is bound to, verified."""
+    """The verified binding of a model."""
     score_columns(weighting, contrast)  # raises for an unknown contrast
     if scorer is not None and not isinstance(scorer, Scorer):
         raise ValueError(
@@ -198,7 +198,7 @@ def without_weighted_loss(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def verify_again(model: PreTrainedModel) -> None:
-    """Verify a bound model anew, after somebody put other kernels into it.
+    """Verify a bound model again, after its kernels were replaced.
 
     Raises:
         ValueError: if it is not bound, or the loss with equal weights is no longer the model's own.
@@ -221,7 +221,7 @@ def without_distillation(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def weighting_state(model: PreTrainedModel) -> dict[str, Any]:
-    """What the weighting of a bound model keeps of the batches that it was trained on: for a checkpoint, as JSON.
+    """The state that a bound model's weighting keeps of the batches trained on: for a checkpoint, as JSON.
 
     Raises:
         ValueError: if the model is not bound to a weighted loss.
@@ -231,7 +231,7 @@ def weighting_state(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def load_weighting_state(model: PreTrainedModel, state: Mapping[str, Any]) -> None:
-    """Let the weighting of a bound model go on from a state of `weighting_state`.
+    """Restore the weighting of a bound model from a state of `weighting_state`.
 
     Raises:
         ValueError: if the model is not bound to a weighted loss, or the state is that of another weighting.
@@ -251,10 +251,10 @@ def _bound(model: Any) -> Binding:
 
 @functools.cache
 def _bound_class(kind: Any) -> Any:
-    """The class of a bound model: its own, under its own name, but for `forward`.
+    """The class of a bound model: its own, under its own name, except for `forward`.
 
-    A class rather than an attribute of the model: deep copies, pickles, FSDP and the wrappers of Accelerate treat it as
-    what it is, and the model does not hold itself.
+    A class rather than an attribute of the model: deep copies, pickles, FSDP and the wrappers of Accelerate treat it
+    correctly, and the model holds no reference to itself.
     """
     signature = inspect.signature(kind.forward)
     positional = [name for name, one in signature.parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
@@ -302,7 +302,7 @@ def _revive(kind: Any) -> PreTrainedModel:
 
 
 def _with_names_of_the_loss(signature: inspect.Signature) -> inspect.Signature:
-    """The signature of a bound model: a Trainer keeps the columns that stand in it."""
+    """The signature of a bound model: a Trainer keeps the columns that it names."""
     rest = [one for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD]
     named = [one for one in signature.parameters.values() if one not in rest and one.name not in OF_THE_LOSS]
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OF_THE_LOSS]
@@ -316,7 +316,7 @@ def _own_forward(model: PreTrainedModel, replaced: Callable[..., Any] | None) ->
 
 
 def _adds_terms(model: PreTrainedModel, binding: Binding) -> bool:
-    """Whether the model adds terms to its cross-entropy that nothing asks for. Verified once, and kept on the model."""
+    """Whether the model adds terms to its cross-entropy unasked. Verified once, and cached on the model."""
     known = vars(model).get("_verified_loss")
     if known is None or known[0] is not binding.parts:
         own = _own_forward(model, binding.replaced)
@@ -330,7 +330,7 @@ def _adds_terms(model: PreTrainedModel, binding: Binding) -> bool:
 
 
 def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
-    """Raise a ValueError if somebody's forward, put over ours later, answered to labels with a loss of its own."""
+    """Raise a ValueError if a forward patched over ours later returned a loss of its own for labels."""
     asked = named.get("labels") is not None or named.get("shift_labels") is not None
     if not asked or isinstance(output, WeightedLossOutput) or getattr(model, "_token_weighting", None) is None:
         return
@@ -346,7 +346,7 @@ def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
 
 
 def _loss(model: Any, bound: Binding, own: Callable[..., Any], given: dict[str, Any]) -> WeightedLossOutput:
-    """What a bound model answers to labels: the weighted loss, and what it is made of."""
+    """The output of a bound model for labels: the weighted loss and its parts."""
     if getattr(model, "_is_replica", False):
         raise ValueError(
             "torch.nn.DataParallel, as a Trainer uses it for several GPUs in one process, would mix up the weights of "

@@ -30,10 +30,10 @@ class CausalParts:
 
     @property
     def packs_without_mask(self) -> bool:
-        """Whether attention itself tells packed documents apart, rather than a mask, whose hidden pairs cost time.
+        """Whether attention itself separates packed documents, rather than a mask, whose hidden pairs cost time.
 
-        Taken to be so where only a batch of one row keeps documents apart, as with flash kernels: what separates by a
-        mask does so in any batch. Were it wrong, packing would be slow, but right.
+        Assumed where documents are separated only in a batch of one row, as with flash kernels: a mask separates them
+        in any batch. If the assumption were wrong, packing would be slow but correct.
         """
         return self.max_packed_rows == 1
 
@@ -47,7 +47,7 @@ class CausalParts:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the head knows; under ZeRO-3 the head itself is empty between passes."""
+        """Vocabulary size of the head; under ZeRO-3 the head itself is empty between passes."""
         weight: Any = self.output.weight
         return int(getattr(weight, "ds_shape", weight.shape)[0])
 
@@ -72,7 +72,7 @@ class CausalParts:
             position_ids: rising by one, except that 0 begins a new document, and larger jumps skip positions (PoSE).
 
         Raises:
-            ValueError: if the positions do not allow to keep documents apart.
+            ValueError: if the positions do not allow documents to be separated.
         """
         return aligned_with_tokens(self.decoded(tokens, position_ids, attention_mask, **kwargs))
 
@@ -93,7 +93,7 @@ class CausalParts:
         position_ids: Int[Tensor, "batch seq"] | None,
         attention_mask: Tensor | None,
     ) -> dict[str, Any]:
-        """What the decoder, or the model, is given so that packed documents do not see each other."""
+        """Inputs of the decoder, or the model, with which packed documents do not see each other."""
         if position_ids is not None:
             attention_mask = _separating_mask(position_ids, attention_mask, self.max_packed_rows)
         return {
@@ -135,7 +135,7 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_pa
     jumps = position_ids.diff(dim=1) != 1
     restarts = jumps & (position_ids[:, 1:] == 0)
     padded = jumps.new_zeros(()) if attention_mask is None else ~attention_mask.all()
-    # One wait for the device, where four questions would be four.
+    # One host-device synchronization in place of four.
     found = torch.stack([jumps.any(), restarts.any(), (jumps != restarts).any(), padded]).tolist()
     any_jump, any_restart, any_skip, any_padding = found
     if not any_jump:
@@ -165,7 +165,7 @@ def _separating_mask(position_ids: Tensor, attention_mask: Tensor | None, max_pa
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every submodule into training or evaluation mode for a while, and give each its own mode back afterwards."""
+    """Put every submodule into training or evaluation mode temporarily, and restore each one's own mode afterwards."""
     changed = [module for module in model.modules() if module.training != training]
     try:
         for module in changed:
@@ -177,14 +177,14 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Switch dropout off for a while."""
+    """Switch dropout off temporarily."""
     return in_mode(model, training=False)
 
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch adapters of PEFT off for a while: the model is its base. Nothing else changes, as `requires_grad` would by
-    `PeftModel.disable_adapter`, in the middle of a step.
+    """Switch PEFT adapters off temporarily: the model is its base. Nothing else changes, while
+    `PeftModel.disable_adapter` would change `requires_grad` in the middle of a step.
 
     Raises:
         ValueError: if the model has none.
@@ -227,10 +227,10 @@ def check_base_is_frozen(model: nn.Module) -> None:
 
 
 def causal_parts(model: PreTrainedModel) -> CausalParts:
-    """Decoder, head, and what happens to the logits after it, verified once per model and kept on it.
+    """Decoder, head and the operations on its logits, verified once per model and cached on it.
 
     They are verified again if the head was replaced or the attention switched, which decides whether packed documents
-    see each other. What the head trains is looked at every time.
+    see each other. The trained parameters of the head are checked every time.
 
     Raises:
         ValueError: if the model's logits are not its head times its decoder's hidden states, scaled and soft-capped; or
@@ -315,7 +315,7 @@ def _verified_parts(model: PreTrainedModel, output: Any) -> CausalParts:
 
 
 def _output_head(model: PreTrainedModel) -> Any:
-    """The module that turns hidden states into logits; its weight and bias have to be all that it trains."""
+    """The module that turns hidden states into logits; its weight and bias must be all that it trains."""
     name, output = type(model).__name__, model.get_output_embeddings()
     if output is None or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: expected a causal language model with a decoder and an output head")
@@ -331,7 +331,7 @@ def _output_head(model: PreTrainedModel) -> Any:
 
 
 def _trained_besides_weight_and_bias(output: Any) -> list[str]:
-    """Parameters of a head on which neither depends: an adapter that starts at 0 changes no logits, but it will."""
+    """Trained parameters that neither weight nor bias depends on: an adapter starting at 0 changes no logits yet."""
     trained = {name: parameter for name, parameter in output.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
         read = sum(tensor.sum() for tensor in (output.weight, getattr(output, "bias", None)) if tensor is not None)
@@ -351,8 +351,8 @@ def _reads_ahead(decoder: nn.Module, tokens: Int[Tensor, "1 seq"]) -> bool:
 def _separates(decoder: nn.Module, tokens: Int[Tensor, "1 seq"], num_rows: int) -> bool:
     """Whether the second of two packed documents stays the same when the first one changes.
 
-    Not to the bit: the sums of experts, and of some kernels, are rounded otherwise when other tokens of the batch
-    change. What is compared is the change that there is where nothing separates the documents.
+    Not to the bit: sums in experts, and in some kernels, are rounded differently when other tokens of the batch
+    change. The change is compared with the one where nothing separates the documents.
     """
     tokens, half = tokens.expand(num_rows, -1), tokens.shape[1] // 2
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand(num_rows, -1)
@@ -374,12 +374,12 @@ def _change(decoder: nn.Module, *batches: Tensor, **inputs: Tensor) -> Tensor:
 
 
 def _matters(change: Tensor, whole: Tensor) -> bool:
-    """Whether a change is more than rounding, beside one that is whole."""
+    """Whether a change exceeds rounding, relative to a full change."""
     return bool(change.abs().max() > math.sqrt(torch.finfo(whole.dtype).eps) * whole.abs().max())
 
 
 def _find_scale(config: Any, plain: Tensor, expected: Tensor, softcap: float | None) -> float | None:
-    """The factor that makes logits of states times head, of those the configuration may mean; None if none does."""
+    """The factor from states times head to logits, among those the config may mean; None if none fits."""
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (plain, expected))
     wide = torch.promote_types(plain.dtype, torch.float32)
     plain, expected = plain.to(wide), expected.to(wide)

@@ -1,4 +1,4 @@
-"""Does a model fit these sequences: fingerprints of tokenizer, weights and config; length; vocabulary."""
+"""Checks that a model fits its sequences: fingerprints of tokenizer, weights and config; length; vocabulary."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ _PROBES = (
     "\U0001f600\U0001f469\u200d\U0001f52c\U0001f1e9\U0001f1ea \u2211\u222b\u2260 \x00\x07\xa0\u200b\ufeff",
     "",
 )
-"""Texts in which tokenizers with one vocabulary differ: digits, spaces, code, letters to normalize, other scripts."""
+"""Texts on which tokenizers with one vocabulary differ: digits, spaces, code, letters to normalize, other scripts."""
 _WITHOUT_EFFECT = ("version", "truncation", "padding", "added_tokens", "post_processor", "decoder")
 """Parts of a serialized tokenizer that change no id of a text, or that the probes show better."""
 
@@ -32,9 +32,9 @@ _WITHOUT_EFFECT = ("version", "truncation", "padding", "added_tokens", "post_pro
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if they give every token of a text the same id.
 
-    They are those of the vocabulary, of the rules (normalizer, splits, merges or scores) and of some texts. Of special
-    tokens those count that the tokenizer puts around a text by its own rule. Others have different names among the
-    models of one family (Llama 3 reserves what Llama 3.2 uses), which nevertheless score each other's texts.
+    They hash the vocabulary, the rules (normalizer, splits, merges or scores) and the tokens of some texts. Of the
+    special tokens, only those count that the tokenizer adds around a text by its own rule. The names of others differ
+    within a family (Llama 3 reserves what Llama 3.2 uses) whose models can nevertheless score each other's texts.
     """
     added = tokenizer.added_tokens_decoder
     special = {token for token, one in added.items() if one.special} - set(tokenizer("")["input_ids"])
@@ -47,9 +47,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> dict[str, Any]:
-    """How a tokenizer makes tokens of its vocabulary, as far as it says; without the names of special tokens."""
+    """The rules of a tokenizer, as far as it exposes them, without the names of special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # of Python; the probes show what it does
+    if backend is None:  # a Python tokenizer: the probes show what it does
         return {}
     rules = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _WITHOUT_EFFECT}
     known = rules["model"].pop("vocab")
@@ -71,7 +71,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 def config_fingerprint(config: Any) -> str:
-    """16 hex digits of whatever a config says beyond the defaults of its kind, but for names and versions."""
+    """16 hex digits of all settings of a config that are not defaults of its type, except names and versions."""
     said = config.to_diff_dict()
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         said.pop(name, None)
@@ -92,16 +92,16 @@ def check_fit(
     """Raise a ValueError unless a model can read the sequences of a folder: their lengths, token ids and tokenizer.
 
     Args:
-        config: of the model.
-        tokenizer: of the model, if it has one.
-        name: of the model.
-        folder: of the sequences.
+        config: the model's.
+        tokenizer: the model's, if it has one.
+        name: the model's.
+        folder: the folder of the sequences.
         longest: tokens that the model reads at once; None without a sequence.
         token_range: the smallest and the largest token id.
-        provenance: of the sequences.
+        provenance: that of the sequences.
         what: the name of what is `longest`; by default the rows of the folder.
     """
-    check_tokenizer(tokenizer, name, provenance, folder)  # first, as it tells most
+    check_tokenizer(tokenizer, name, provenance, folder)  # first, as the most informative
     check_tokens(config, *token_range, folder)
     check_length(config, longest or 0, what or f"{folder}: rows")
 
@@ -155,7 +155,7 @@ class UnknownToken(ValueError):
 
 
 class RowError(ValueError):
-    """What is wrong with a row, by its place in the batch."""
+    """An error in a row, by its place in the batch."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(row, reason)

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 class SequenceShard:
     """The tokens of whole sequences that this rank holds. Made by `sequence_shard`; all ranks call every method alike.
 
-    A rank has the hidden states of its tokens, so a shard is aligned with *states*: column j of a shard speaks of the
+    A rank has the hidden states of its tokens, so a shard is aligned with *states*: column j of a shard belongs to the
     token that state j predicts, wherever that token lies. Whole sequences are aligned with tokens, as everywhere. A
     sequence of 8 tokens over 2 ranks, in torch's order, which balances the work of causal attention:
 
@@ -41,14 +41,14 @@ class SequenceShard:
     columns: Int[Tensor, "batch share"]
     """The tokens of the sequences that this rank holds."""
     positions: Int[Tensor, "batch seq"]
-    """Of whole sequences, in their order."""
+    """Positions of whole sequences, in their order."""
 
     def in_order(self, values: Shaped[Tensor, "batch share"]) -> Shaped[Tensor, "batch seq"]:
         """The values of all ranks in the order of the sequence, not shifted: tokens to tokens, or states to states."""
         return _gather(values, self.mesh).gather(1, self.order)
 
     def whole(self, of_states: Shaped[Tensor, "batch share"]) -> Shaped[Tensor, "batch seq"]:
-        """Gather what the ranks have at their states into whole sequences, aligned with tokens; column 0 is 0."""
+        """Gather the ranks' values at their states into whole sequences, aligned with tokens; column 0 is 0."""
         return aligned_with_tokens(self.in_order(of_states))
 
     def own(self, of_tokens: Shaped[Tensor, "batch seq"], fill: int = 0) -> Shaped[Tensor, "batch share"]:
@@ -56,7 +56,7 @@ class SequenceShard:
         return aligned_with_states(of_tokens, fill).gather(1, self.columns)
 
     def labels(self, shift_labels: Int[Tensor, "batch share"] | None) -> Int[Tensor, "batch seq"]:
-        """The labels of whole sequences, from the labels of what this rank's states predict.
+        """The labels of whole sequences, from those that this rank's states predict.
 
         Raises:
             ValueError: without such labels, or if the last state is to predict a token that is not in the sequence.
@@ -89,10 +89,10 @@ class SequenceShard:
 
 
 def sequence_shard(position_ids: Int[Tensor, "batch share"] | None, mesh: DeviceMesh) -> SequenceShard:
-    """Find out which tokens of whole sequences this rank holds, whatever the order in which a trainer deals them out.
+    """Find out which tokens of whole sequences this rank holds, in whatever order a trainer distributes them.
 
     Args:
-        position_ids: of this rank's tokens: any numbers that rise along each sequence.
+        position_ids: those of this rank's tokens: any numbers that rise along each sequence.
         mesh: the ranks over which sequences are split, of one dimension; they read the same sequences.
 
     Raises:
@@ -133,12 +133,12 @@ def context_mesh(accelerator: Any) -> DeviceMesh | None:
 
 
 def dealt(items: Sequence[Item], mesh: DeviceMesh) -> Sequence[Item]:
-    """The items that this rank works on. Of items in the order of their size, all ranks get about as much work."""
+    """The items that this rank works on. If items are sorted by size, all ranks get about the same work."""
     return items[mesh.get_local_rank() :: mesh.size()]
 
 
 def merged(values: Shaped[Tensor, "*shape"], mesh: DeviceMesh) -> Shaped[Tensor, "*shape"]:
-    """What all ranks found, to the bit: each value was found by one of them, and is 0 or False at the others."""
+    """Merge the values of all ranks, to the bit: each was found by one of them, and is 0 or False at the others."""
     total = values.to(torch.uint8) if values.dtype == torch.bool else values.clone()
     _sum(total, mesh)
     return total.to(values.dtype)
@@ -146,8 +146,8 @@ def merged(values: Shaped[Tensor, "*shape"], mesh: DeviceMesh) -> Shaped[Tensor,
 
 @contextlib.contextmanager
 def attention_within_rank() -> Iterator[None]:
-    """Attention over what this process holds, also where torch's `context_parallel` has put a ring over all ranks in
-    its place: for passes over tokens that this process has to itself.
+    """Restrict attention to this process, even where torch's `context_parallel` has replaced it with a ring over all
+    ranks: for passes over tokens that only this process reads.
 
     Source: torch 2.13, `_distribute_function` of `torch.distributed.tensor.experimental._context_parallel`, which
     replaces this attribute of `torch.nn.functional`; transformers 5 looks it up at each call.

@@ -1,4 +1,4 @@
-"""Folders of models: adapters, broken files, foreign weights, and rotary settings that transformers 4 reads, too."""
+"""Model folders: adapters, broken files, unexpected weights, and rotary settings that transformers 4 reads, too."""
 
 import json
 import logging
@@ -67,14 +67,14 @@ def merged(base: PreTrainedModel, name: str, revision: str | None = None) -> Pre
 def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool = False) -> None:
     """Raise a ValueError if weights of a model are not those of its files: missing, of other shapes, or left over.
 
-    What is left over is refused inside of layers that the model has, where it would have computed something (a bias, a
+    Leftover weights raise inside layers that the model has, where they would have computed something (a bias, a
     norm, an adapter). Whole modules that the model does not have, such as a vision tower, are left out, as transformers
     warns; so are heads that predict several tokens ahead, of which `warn_of_left_out_heads` warns.
 
     Args:
         model: as loaded.
-        info: what `from_pretrained` returns for `output_loading_info=True`.
-        allow_mismatched: whether weights of other shapes may be made anew, as was asked for.
+        info: returned by `from_pretrained` for `output_loading_info=True`.
+        allow_mismatched: whether weights of other shapes may be reinitialized, as requested.
     """
     if info["missing_keys"]:
         raise ValueError(
@@ -97,7 +97,7 @@ def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool 
 
 
 def warn_of_left_out_heads(model: PreTrainedModel, name: str, revision: str | None = None) -> None:
-    """Say so if the files hold heads that predict further tokens: transformers loads none, and often says nothing.
+    """Warn if the files hold heads that predict further tokens: transformers loads none, often silently.
 
     It keeps them for `generate(use_mtp=True)`, which reads them from the files again; no loss of a model holds them.
     """
@@ -117,7 +117,7 @@ def warn_of_left_out_heads(model: PreTrainedModel, name: str, revision: str | No
 
 
 _FURTHER = re.compile(r"(^|[._])(mtp|nextn|medusa)")
-"""In the names of heads of most models."""
+"""Matches the names of such heads in most models."""
 _LAYER = re.compile(r"(?:(?:model|language_model|text_model|transformer|backbone)\.)*layers\.(\d+)\.")
 """A layer of the decoder, not of a tower for pictures or sound; those beyond the last are heads (DeepSeek, GLM)."""
 
@@ -136,7 +136,7 @@ def _weight_names(name: str, revision: str | None) -> list[str]:
 
 
 def _is_foreign(model: nn.Module, key: str) -> bool:
-    """Whether a weight belongs into a module with weights of its own, or into a layer, that the model has."""
+    """Whether a weight belongs to a module with weights of its own, or to a layer, that the model has."""
     *path, last = key.split(".")
     module, depth = model, 0
     for name in path:
@@ -161,7 +161,7 @@ def has_tokenizer_files(folder: Path) -> bool:
 
 
 def broken_file(folder: Path) -> str | None:
-    """Of a folder that could not be loaded: the file that cannot be read, and why; None if each can."""
+    """The file that cannot be read in a folder that could not be loaded, and why; None if each can."""
     for path in _files(folder):
         if is_pointer(path):
             return f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull`"
@@ -173,7 +173,7 @@ def broken_file(folder: Path) -> str | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what Git leaves in place of a large one when git-lfs is not installed."""
+    """Whether a file is the pointer that Git leaves in place of a large one when git-lfs is not installed."""
     with path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs")
 
@@ -199,12 +199,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters; its type, if it says nothing."""
+    """The message of an error, on one line of at most 300 characters; its type, if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 _OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
-"""Models for which transformers 4 has other names than for most."""
+"""Models whose settings have other names in transformers 4 than those of most."""
 _OWN_BASE_OF_SLIDING = ("gemma3_text", "gemma3n_text")
 """Models whose layers with sliding attention have a base of their own in transformers 4, `rope_local_base_freq`."""
 _ONLY_A_BASE = ("nemotron",)
@@ -215,11 +215,11 @@ def add_older_rope(folder: str | os.PathLike[str], config: PreTrainedConfig) -> 
     """Write `rope_theta` and `rope_scaling` into the config.json of a saved model.
 
     transformers 5 writes `rope_parameters` only. transformers 4, and what is built on it, ignores these, and silently
-    takes the base that its model was first released with. A warning says if it has no words for the settings.
+    uses the base that its model was first released with. Warns if it cannot express the settings.
 
     Args:
         folder: as `save_pretrained` leaves it. It means the same to transformers 5 afterwards.
-        config: of the saved model.
+        config: the saved model's.
     """
     path, text = Path(folder) / "config.json", config.get_text_config()
     if not path.is_file() or not getattr(text, "rope_parameters", None):
@@ -253,7 +253,7 @@ def _older(config: PreTrainedConfig) -> dict[str, Any] | None:
     names = _OTHER_NAMES.get(config.model_type, {})
     top = {names.get(name, name): full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
     scaling = {name: value for name, value in full.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if full["rope_type"] == "longrope":  # of which transformers 4 takes it from here only
+    if full["rope_type"] == "longrope":  # which transformers 4 reads from here only
         top["original_max_position_embeddings"] = full["original_max_position_embeddings"]
     if config.model_type in _ONLY_A_BASE and full["rope_type"] != "default":
         return None

@@ -1,4 +1,4 @@
-"""What a batch says beside its tokens: every input of a bound model is used in all passes, or refused by name."""
+"""The inputs of a bound model beside the tokens: each is used in all passes, or rejected by name."""
 
 import dataclasses
 import functools
@@ -19,23 +19,23 @@ from tokenweight.models.context_parallel import SequenceShard, sequence_shard
 TEACHER = ("teacher_ids", "teacher_logprobs")
 """Columns of a teacher's likeliest tokens: `[seq, k]`, aligned with tokens."""
 OF_THE_LOSS = (*SCORES, *TEACHER, "num_items_in_batch")
-"""What a bound model takes beside the inputs of the model."""
+"""Inputs of a bound model beside those of the model itself."""
 SCORE_OPTIONS = {"short_nll": "", "long_nll": " --long", "ref_nll": " --as reference", "divergence": " --divergence kl"}
 SCORE_OPTIONS |= dict.fromkeys(TEACHER, " --as teacher")
 """The options with which `tokenweight score` writes each column of scores."""
 _REFUSED = ("inputs_embeds", "logits_to_keep", "return_dict", "cache", "past_key_values")
-"""Inputs of causal models that mean something else than the loss of the tokens."""
+"""Inputs of causal models that ask for something other than the loss of the tokens."""
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""How kernels are told of the documents that position_ids tell apart."""
+"""Inputs by which kernels know the documents that position_ids separate."""
 
 
 def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None:
-    """Raise a ValueError unless every input is known, and is one that a pass with a short context may have, too.
+    """Raise a ValueError unless every input is known, and valid in a pass with a short context, too.
 
     Args:
         given: all inputs of the model by name.
-        known: the names of those that the model takes, and of what is beside them.
-        scored: whether the weights are made of scores of the tokens.
+        known: the names of the model's inputs, and of those beside them.
+        scored: whether the weights are computed from scores of the tokens.
     """
     present = {name: value for name, value in given.items() if value is not None}
     if present.get("return_dict") is True:
@@ -65,26 +65,26 @@ def check_names(given: dict[str, Any], known: Set[str], *, scored: bool) -> None
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of a bound model that is given labels, as `read_batch` understands them."""
+    """The inputs of a bound model that is given labels, as parsed by `read_batch`."""
 
     tokens: Int[Tensor, "batch part"]
     labels: Int[Tensor, "batch seq"]
-    """Of whole sequences, aligned with tokens."""
+    """Labels of whole sequences, aligned with tokens."""
     scores: dict[str, Float[Tensor, "batch seq"]]
     """Those of `SCORES` that are used and were given, of whole sequences."""
     num_items: Tensor | int | None
     position_ids: Int[Tensor, "batch part"] | None
     attention_mask: Tensor | None
     rest: dict[str, Any]
-    """What else the model's decoder is to be given."""
+    """The other inputs of the model's decoder."""
     share: SequenceShard | None
-    """Which part of the sequences the tokens are, where ranks split them."""
+    """The part of the sequences that the tokens are, where ranks split them."""
     teacher: TopK | None = None
-    """Its columns, if they were given."""
+    """A teacher's columns, if they were given."""
 
     @functools.cached_property
     def real(self) -> Bool[Tensor, "batch seq"] | None:
-        """False at padding, of whole sequences; None without any, and where a mask does not speak of single tokens."""
+        """False at padding, for whole sequences; None without any, and where a mask is not per token."""
         mask = self.attention_mask
         if mask is None or mask.shape != self.tokens.shape:
             return None
@@ -105,16 +105,16 @@ class Batch:
         return mask if self.real is None else mask & self.real & self.real.roll(1, dims=1)
 
     def check(self, *, scored: bool, scorer: int | None, vocabulary: int) -> "tuple[Batch, Tensor | None]":
-        """Refuse a token that would be weighted or counted wrongly; the host waits for the device once, and no more.
+        """Reject tokens that would be weighted or counted wrongly, with one host-device synchronization.
 
         Args:
-            scored: whether the weights are made of scores of the tokens.
-            scorer: tokens that a scorer knows, if one is to read the batch.
-            vocabulary: tokens that the model predicts.
+            scored: whether the weights are computed from scores of the tokens.
+            scorer: the vocabulary size of a scorer, if one is to read the batch.
+            vocabulary: that of the model.
 
         Returns:
-            The batch, without a mask in which nothing is padding; and the numbers of the predicted tokens, where ranks
-            do not split the sequences.
+            The batch, without a mask that marks no padding; and the numbers of the predicted tokens, where ranks do not
+            split the sequences.
 
         Raises:
             ValueError: for such a token, with its row and position.
@@ -139,7 +139,7 @@ class Batch:
         return batch, self.mask.flatten().byte().argsort(descending=True, stable=True)[:num_predicted]
 
     def _error(self, places: Tensor, wrong: list[tuple[str, str]], scorer: int | None) -> ValueError:
-        """What is said of the first place where something is wrong."""
+        """The error for the first place where something is wrong."""
         number, row, column = places.nonzero()[0].tolist()
         name, expected = wrong[number]
         if name == "input_ids":
@@ -151,7 +151,7 @@ class Batch:
         return ValueError(f"{name} of row {row}, position {column} is {int(value)}: expected {expected}")
 
     def _wrong(self, scored: bool, scorer: int | None, vocabulary: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """For each input, and what was expected of it, the tokens that are otherwise."""
+        """For each input, and what is expected of it, the tokens that violate it."""
         named, counted = self.labels != -100, self.num_items is not None
         for name, values in self.scores.items():
             yield (name, "a finite number"), self.mask & ~values.isfinite()
@@ -186,14 +186,14 @@ class Batch:
 
 
 def read_batch(given: dict[str, Any], context: DeviceMesh | None, used: Set[str] = frozenset(SCORES)) -> Batch:
-    """Understand the inputs of a bound model, whose names `check_names` has seen.
+    """Parse the inputs of a bound model, after `check_names`.
 
     Args:
         context: the ranks over which sequences are split.
-        used: those of `SCORES` that weights are made of; others are left out.
+        used: those of `SCORES` that weights are computed from; others are left out.
 
     Raises:
-        ValueError: if labels and scores have not the shape of the tokens, or scores are not exact.
+        ValueError: if labels or scores do not have the shape of the tokens, or scores are not exact.
     """
     rest, share = dict(given), None
     names = ("input_ids", "labels", "num_items_in_batch", "position_ids", "attention_mask", "shift_labels")

@@ -51,7 +51,7 @@ def token_nll(
     In evaluation mode, without KV cache and without logits of the whole row.
 
     Returns:
-        Nats, float32. Column t speaks of token t; 0 for the first token of a row or document, which nothing predicts.
+        Nats, float32. Column t belongs to token t; 0 for the first token of a row or document, which nothing predicts.
     """
     return causal_parts(model).nll(tokens, position_ids, attention_mask)
 
@@ -74,7 +74,7 @@ def load_model(
             trained.
         dtype: of the weights; "auto" takes that of the file. Train in float32 (with autocast), or small updates are
             rounded away.
-        revision: of a hub model.
+        revision: revision of a hub model.
         extend: arguments of `extend_context`, such as `{"length": 32768, "method": "yarn"}`; verified after loading.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `config` or `attn_implementation`. Code that comes
             with a model runs only with `trust_remote_code=True`.
@@ -123,7 +123,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
         ValueError: one line that says what was not found or could not be read.
     """
     tokenizer = _load(AutoTokenizer, "tokenizer", name, revision=revision)
-    # Without its files, transformers makes some tokenizers of nothing but special tokens.
+    # Without its files, transformers makes some tokenizers of special tokens alone.
     if tokenizer.get_vocab().keys() <= {str(token) for token in tokenizer.added_tokens_decoder.values()}:
         raise ValueError(f"tokenizer {str(name)!r}: found only special tokens: expected files of a vocabulary")
     return tokenizer
@@ -149,8 +149,8 @@ def is_config(name: str | os.PathLike[str]) -> bool:
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Whether this machine has no accelerator, and a CPU without products in a 16-bit dtype: they then take tens of
-    times as long as in float32."""
+    """Whether this machine has no accelerator, and a CPU without native products in a 16-bit dtype: they then take tens
+    of times as long as in float32."""
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in known or torch.accelerator.is_available():
         return False
@@ -172,7 +172,7 @@ def _load(kind: Any, what: str, name: str | os.PathLike[str], **kwargs: Any) -> 
 
 
 def _reported(what: str, name: str | os.PathLike[str], load: Callable[[str], Any]) -> Any:
-    """What `load` makes of a folder or hub id; whatever it raises, as one line that names the file at fault.
+    """The result of `load` for a folder or hub id; any error is raised as one line that names the file at fault.
 
     Loaders raise what the packages under them do: SafetensorError, UnpicklingError, EOFError, Exception itself.
     """
@@ -201,7 +201,7 @@ def _reported(what: str, name: str | os.PathLike[str], load: Callable[[str], Any
 
 
 class _Model:
-    """As `AutoModelForCausalLM`, but refuses weights that are missing, of other shapes or left over."""
+    """Like `AutoModelForCausalLM`, but rejects weights that are missing, of other shapes or left over."""
 
     @staticmethod
     def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:

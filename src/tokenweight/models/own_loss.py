@@ -1,4 +1,4 @@
-"""The loss that a model computes itself: what it holds beside cross-entropy, and the verification that ours is it."""
+"""A model's own loss: the terms that it adds to cross-entropy, and the verification that our loss equals it."""
 
 import contextlib
 import inspect
@@ -17,16 +17,16 @@ _ASKED = {"logits_to_keep": 1, "output_router_logits": True}
 
 
 class OwnTerms(NamedTuple):
-    """The decoder's hidden states, and what the model adds to its cross-entropy, as the balancing loss of experts."""
+    """The decoder's hidden states, and the model's added terms, such as the load-balancing loss of experts."""
 
     hidden: Float[Tensor, "batch seq dim"]
     added: Float[Tensor, ""] | float = 0.0
     aux_loss: Float[Tensor, ""] | None = None
-    """What is added before its coefficient, where the model says so."""
+    """The added term before its coefficient, where the model returns it."""
 
 
 def asks_for_terms(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Whether inputs, else the configuration, ask a mixture of experts for the loss that balances them."""
+    """Whether inputs, else the config, request the load-balancing loss of a mixture of experts."""
     asked = inputs.get("output_router_logits")
     configs = (model.config, model.config.get_text_config())
     return any(getattr(one, "output_router_logits", False) for one in configs) if asked is None else bool(asked)
@@ -35,11 +35,11 @@ def asks_for_terms(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 def own_terms(
     forward: Callable[..., Any], model: PreTrainedModel, parts: CausalParts, inputs: dict[str, Any]
 ) -> OwnTerms:
-    """Run the model's own forward with a cross-entropy of 0, which leaves what it adds, and the logits of one token.
+    """Run the model's own forward with a cross-entropy of 0, which leaves the added terms, and logits of one token.
 
     Args:
-        forward: of the model, without a weighted loss.
-        inputs: what it is given, labels included.
+        forward: the model's, without a weighted loss.
+        inputs: its inputs, labels included.
     """
     seen: dict[str, Any] = {}
     hook = parts.decoder.register_forward_hook(lambda decoder, given, result: seen.update(result=result))
@@ -57,14 +57,14 @@ def verify_loss(model: PreTrainedModel, parts: CausalParts, own: Callable[..., A
     """Verify on a few tokens that the loss with equal weights, and its gradient, are those of the model itself.
 
     In training mode, where losses may have terms of their own, and with the same random numbers for both. The gradient
-    is that by the embeddings of the tokens: it went through all layers, and takes no memory for each parameter.
+    is w.r.t. the embeddings of the tokens: it passes through all layers, and takes no memory per parameter.
 
     Args:
         own: the model's own forward.
-        ours: from the same inputs to our loss, given whether the model adds terms to its cross-entropy.
+        ours: our loss of the same inputs, given whether the model adds terms to its cross-entropy.
 
     Returns:
-        Whether the model adds terms to its cross-entropy, even if nothing asks for them.
+        Whether the model adds terms to its cross-entropy, even unasked.
 
     Raises:
         ValueError: if losses or gradients differ, or the model computes several cross-entropies.
@@ -102,7 +102,7 @@ def verify_loss(model: PreTrainedModel, parts: CausalParts, own: Callable[..., A
 
 
 def _loss_and_gradient(model: PreTrainedModel, loss_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """A loss, and its gradient by the embeddings of the tokens; nothing else gets a gradient."""
+    """A loss, and its gradient w.r.t. the embeddings of the tokens; nothing else gets a gradient."""
     leaves: list[Tensor] = []
 
     def cut(embeddings: Any, given: Any, states: Tensor) -> Tensor:

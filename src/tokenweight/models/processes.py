@@ -1,4 +1,4 @@
-"""Whether a model is sharded over processes (FSDP2, DeepSpeed ZeRO-3), and what all of them find together."""
+"""Whether a model is sharded over processes (FSDP2, DeepSpeed ZeRO-3), and reductions over processes."""
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def any_process(here: bool, device: torch.device) -> bool:
-    """Whether it is so in any process of the run, all of which ask."""
+    """Whether `here` is true in any process of the run; all of them must call this."""
     anywhere = torch.tensor(here, dtype=torch.int, device=device)
     torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
     return bool(anywhere)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of what each process of the run has; that of this one, where it is alone. The argument may be changed."""
+    """Sum values over the processes of the run; a lone process keeps its own. The argument may be changed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values

@@ -46,7 +46,7 @@ ANY_LENGTH = "dual_chunk"
 def extend_context(
     config: PreTrainedConfig, length: int, method: str = "base", *, original: int | None = None, **settings: Any
 ) -> PreTrainedConfig:
-    """A config with which `load_model(name, config=...)` gives a rotary model that reads `length` tokens.
+    """A config with which `load_model(name, config=...)` returns a rotary model that reads `length` tokens.
 
     s is `length / original`; for "base" it is `length` over the positions that the model has now. "base" keeps a
     scaling that the model has (a Llama 3.1 stays smoothed); every other method replaces it, never stacks on it. Layers
@@ -54,13 +54,13 @@ def extend_context(
     frequencies (`mrope_section`, `llama_4_scaling_beta`) stay, and so do `mscale` and `mscale_all_dim` with "yarn".
 
     Args:
-        config: left as it is. Of a model with several parts, the one that holds `text_config`.
+        config: left unchanged. For a model with several parts, the one that holds `text_config`.
         length: tokens, more than the model has positions.
         method: "base", "linear", "dynamic", "yarn", "longrope" or "llama3"; "none" for models without positions.
         original: positions the model was pretrained with; by default what its config records.
 
     Raises:
-        ValueError: if the model cannot be extended so, or a setting is unknown, missing or senseless.
+        ValueError: if the model cannot be extended so, or a setting is unknown, missing or invalid.
 
     Source: docs/models.md has each method's formula, its paper, and what its authors chose.
     """
@@ -126,7 +126,7 @@ def _extend_rotary(
 
 
 def has_rotary(config: PreTrainedConfig) -> bool:
-    """Whether the model of a config turns queries and keys: a config may hold `rope_parameters` that no layer reads."""
+    """Whether a config's model rotates queries and keys: a config may hold `rope_parameters` that no layer reads."""
     if getattr(config.get_text_config(), "alibi", False):  # falcon, which makes the frequencies nevertheless
         return False
     model = _blank_model(config)
@@ -145,7 +145,7 @@ def _blank_model(config: PreTrainedConfig) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
-    except Exception:  # of code that is not part of transformers, or a kind that is no causal language model
+    except Exception:  # code that is not part of transformers, or no causal language model
         return None
 
 
@@ -190,10 +190,10 @@ def describe_rope(config: PreTrainedConfig) -> str:
 
 
 def _default(config: PreTrainedConfig, name: str) -> Any:
-    """What a config of transformers 5.13 has by itself, whatever `rope_parameters` say; newer ones have nothing."""
+    """The default in a config of transformers 5.13, whatever `rope_parameters` say; newer ones have none."""
     try:
         return getattr(type(config)(), name, None)
-    except Exception:  # of code that came with a model
+    except Exception:  # code that came with a model
         return None
 
 
@@ -366,7 +366,7 @@ def context_length(config: PreTrainedConfig) -> Any:
 
 
 def _length_name(config: PreTrainedConfig) -> str:
-    """Under which name a config keeps the tokens that its model reads."""
+    """The name under which a config keeps its context length."""
     return "max_seq_len" if hasattr(config, "max_seq_len") else "max_position_embeddings"
 
 
@@ -380,8 +380,8 @@ def predicts_one_more(config: PreTrainedConfig) -> bool:
     """Whether a model of n positions may read n + 1 tokens of which the last is only predicted: no loss depends on how
     it is read.
 
-    A table of positions has no place for it, and by frequencies that depend on the length, the others would be read
-    otherwise.
+    A table of positions has no place for it, and with frequencies that depend on the length, the others would be read
+    differently.
     """
     rotary = getattr(config.get_text_config(), "rope_parameters", None)
     return bool(rotary) and not rope_depends_on_length(config)

@@ -1,4 +1,4 @@
-"""Rotary frequencies by the formulas of the papers, in plain float64, and a loaded model beside them."""
+"""Rotary frequencies by the formulas of the papers, in plain float64, and the check of a loaded model against them."""
 
 import copy
 import math
@@ -21,11 +21,11 @@ from tokenweight.models.rope import (
 def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: int) -> tuple[list[float], float]:
     """Angle per position of each pair of dimensions, and the factor of cosine and sine.
 
-    Slow, and written without the functions of transformers that it is to judge.
+    Slow, and written without the functions of transformers that it checks.
 
     Args:
         parameters: those of one layer type, in the names of transformers (`rope_parameters`).
-        dim: dimensions of a head that are turned; with "proportional", all of them.
+        dim: dimensions of a head that are rotated; with "proportional", all of them.
         positions: `max_position_embeddings`; only "dynamic", and a scaling that records no factor, depend on it.
         length: tokens of the input; only "dynamic" and "longrope" depend on it.
 
@@ -63,7 +63,7 @@ def frequencies(parameters: dict[str, Any], dim: int, positions: int, length: in
 
 
 def _yarn_shares(parameters: dict[str, Any], dim: int, original: int) -> list[float]:
-    """1 for pairs that turn often in `original` positions, 0 for those that hardly do, and below or above beyond.
+    """1 for pairs that turn often in `original` positions, 0 for those that hardly do; not clamped beyond.
 
     The paper's ramp is linear in the number of turns; the authors' code, which every model with YaRN was trained with,
     has it linear in the index of the pair, between the indices at which a pair would make so many turns.
@@ -81,7 +81,7 @@ def _yarn_shares(parameters: dict[str, Any], dim: int, original: int) -> list[fl
 
 
 def _blend(plain: list[float], shares: list[float], factor: float) -> list[float]:
-    """Each frequency as it is by its share, and divided by `factor` by the rest."""
+    """Mix each frequency, by its share, with the same divided by `factor`."""
     shares = [min(max(share, 0.0), 1.0) for share in shares]
     return [f * (share + (1 - share) / factor) for f, share in zip(plain, shares)]
 
@@ -107,7 +107,7 @@ def verify_rope(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
     Args:
         model: left as it is.
-        config: what was asked for, such as the result of `extend_context`.
+        config: the requested one, such as the result of `extend_context`.
 
     Raises:
         ValueError: naming the module, what was found and what was expected.

@@ -1,4 +1,4 @@
-"""What the weights of a batch are made of: its columns, what a scorer finds, and what was trained on before."""
+"""The inputs of the weights of a batch: its columns, the results of a scorer, and the training so far."""
 
 import contextlib
 import re
@@ -28,31 +28,31 @@ from tokenweight.models.scorers.scorer import Scorer, ShortStates
 from tokenweight.models.scorers.teacher import Distillation
 
 CONTRASTS = ("trained", "scorer")
-"""Whose losses weights are made of: the long one of the trained model with a short one, or both of the scorer."""
+"""The losses that weights compare: the long one of the trained model with a short one, or both of the scorer."""
 _NEEDED = {
     "short_nll": "the short loss",
     "long_nll": "the scorer's long loss (contrast scorer)",
     "ref_nll": "the loss by a reference model",
     "divergence": "the divergence by the scorer",
 }
-"""What each column holds."""
+"""The contents of each column."""
 _NOISE = re.compile("drop|jitter|neftune_noise")
-"""Names of attributes of modules that say how much noise there is where they train."""
+"""Names of module attributes that set the amount of noise in training."""
 
 
 class Past:
-    """What a weighting keeps of all batches that were trained on, in all processes, as its `observe` sums them up."""
+    """A weighting's history of all batches trained on, in all processes, as its `observe` sums them up."""
 
     def __init__(self, weighting: Weighting) -> None:
         self.sum = torch.zeros(weighting.history, dtype=torch.float64)
         self._remembered = torch.tensor(weighting.remembered, dtype=torch.bool)
 
     def read(self, observed: Tensor) -> Tensor:
-        """What was trained on before this batch; or the batch, where it counts alone."""
+        """The history before this batch; or that of the batch, where it counts alone."""
         return self._to(observed.device).sum.where(self._remembered, observed)
 
     def add(self, observed: Tensor, copies: int) -> Tensor:
-        """What was trained on, this batch included, which `copies` processes read alike."""
+        """The history with this batch, which `copies` processes read alike."""
         before = self._to(observed.device).sum.where(self._remembered, 0)
         self.sum = before + sum_over_processes(observed) / copies
         return self.sum
@@ -73,33 +73,33 @@ class Binding:
     parts: CausalParts
     context: DeviceMesh | None  # rather than a process group, which cannot be copied
     replaced: Callable[..., Any] | None
-    """A forward that somebody had put over that of the model's class before."""
+    """A forward that had replaced that of the model's class before."""
     names: frozenset[str]
-    """Those of its inputs."""
+    """The names of its inputs."""
     adds_terms: bool
-    """Whether the model adds terms to its cross-entropy that nothing has to ask for."""
+    """Whether the model adds terms to its cross-entropy unasked."""
     contrast: str
     history: Past
     distillation: Distillation | None = None
 
     @property
     def columns(self) -> frozenset[str]:
-        """Those that its weights are made of."""
+        """The columns that its weights are computed from."""
         return score_columns(self.weighting, self.contrast)
 
     @property
     def compares(self) -> bool:
-        """Whether weights are made of the trained model's loss."""
+        """Whether weights depend on the trained model's loss."""
         return self.weighting.of_losses and self.contrast == "trained"
 
     @property
     def reads_trained_pass(self) -> bool:
-        """Whether weights are made of what the trained model predicts, and need a pass of their own if it is noisy."""
+        """Whether weights depend on the trained model's predictions, and need a pass of their own if it is noisy."""
         return self.compares or (self.self_scored and self.weighting.divergence_of is not None)
 
 
 def score_columns(weighting: Weighting, contrast: str = "trained") -> frozenset[str]:
-    """Those of `SCORES` that weights are made of.
+    """The columns of `SCORES` that weights are computed from.
 
     Raises:
         ValueError: if the contrast is none of `CONTRASTS`.
@@ -114,7 +114,7 @@ def can_weigh(bound: Binding, batch: Batch) -> bool:
     """Whether weights can be computed; without them an evaluation has the unweighted loss only.
 
     Raises:
-        ValueError: where gradients are recorded, and they cannot.
+        ValueError: if they cannot, and gradients are recorded.
     """
     scored = set() if bound.scorer is None else {"short_nll", "long_nll"}
     if scored and bound.weighting.divergence_of is not None:
@@ -133,20 +133,20 @@ def can_weigh(bound: Binding, batch: Batch) -> bool:
 
 
 class Values(NamedTuple):
-    """What weights are made of, of whole sequences."""
+    """The inputs of weights, for whole sequences."""
 
     short: ShortLosses | None = None
     long: Tensor | None = None
-    """None: the losses of the pass that is trained."""
+    """None: the losses of the trained pass."""
     used: Mapping[str, Tensor] = MappingProxyType({})
-    """What else the weighting uses, by name."""
+    """The other inputs of the weighting, by name."""
     scored: tuple[Scorer, Tensor | None, ShortStates] | None = None
-    """States with the long and the short context, of which the divergence is still to be made, and who made them; in
-    place of None, the long ones are those of the pass that is trained."""
+    """The scorer, and its states with the long and the short context, from which a divergence is yet to be computed;
+    None in place of the long ones: those of the trained pass."""
 
 
 def values_of(model: Any, bound: Binding, batch: Batch) -> Values:
-    """What weights are made of: columns of the batch; else, what the bound scorer finds."""
+    """The inputs of weights: columns of the batch; else, results of the bound scorer."""
     used = {name: values for name, values in batch.scores.items() if name not in ("short_nll", "long_nll")}
     if "positions" in bound.weighting.uses:
         positions = batch.position_ids if batch.share is None else None
@@ -163,7 +163,7 @@ def values_of(model: Any, bound: Binding, batch: Batch) -> Values:
 
 
 def _scored(model: Any, bound: Binding, batch: Batch, values: Values) -> Values:
-    """The values with what the bound scorer finds; of both of its losses, if weights are made of these."""
+    """The values with the results of the bound scorer; with both of its losses, if weights compare these."""
     assert bound.scorer is not None
     own = model if bound.scorer.model is None else bound.scorer.model
     scorer = bound.scorer.of(own, checked=True).among(bound.context)
@@ -186,10 +186,10 @@ def _scored(model: Any, bound: Binding, batch: Batch, values: Values) -> Values:
 
 
 def with_divergence(bound: Binding, batch: Batch, values: Values, hidden: Tensor) -> Values:
-    """The values with the divergence of the states that a scorer found, and the short losses that it gives on the way.
+    """The values with the divergence of a scorer's states, and the short losses that are computed on the way.
 
     Args:
-        hidden: the states of the pass that is trained.
+        hidden: the states of the trained pass.
     """
     if values.scored is None:
         return values
@@ -203,11 +203,11 @@ def with_divergence(bound: Binding, batch: Batch, values: Values, hidden: Tensor
 
 
 def find_noise(model: nn.Module, *, now: bool = False) -> str | None:
-    """What makes a pass of the model differ from the next one where it trains: dropout, noise on embeddings or in a
-    router; None if nothing does.
+    """The source of noise that makes two passes of a model in training differ: dropout, noise on embeddings or in a
+    router; None if there is none.
 
     Args:
-        now: look at what is in training mode only.
+        now: look only at modules in training mode.
     """
     for where, part in model.named_modules():
         of_dropout = isinstance(part, nn.modules.dropout._DropoutNd)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and what stands beside every number: settings, versions, device, commit."""
+"""Files that are complete or absent, and the metadata of every result: settings, versions, device, commit."""
 
 import lazy_loader
 

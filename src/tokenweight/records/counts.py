@@ -29,7 +29,7 @@ def counted(number: int, name: str) -> str:
 
 
 def _constructor(*, optional: bool) -> PrimitiveConstructorSpec[Any]:
-    """Reads an option. An optional one is no union with None, which tyro would spell out in help and errors."""
+    """A constructor of an option. An optional one is no union with None, which tyro would show in help and errors."""
 
     def is_instance(value: Any) -> bool:
         return (optional and value is None) or (isinstance(value, int) and not isinstance(value, bool))

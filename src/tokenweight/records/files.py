@@ -95,7 +95,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those it is in, unless it is there; the names of all that are new are on the disk then."""
+    """Make a folder and its parents, unless it exists; the names of all new ones are on the disk afterwards."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename_folder(folder: Path, path: Path) -> None:
-    """Give its name to a complete folder whose files are on the disk."""
+    """Rename a complete folder whose files are on the disk to its final name."""
     sync(folder)
     _rename(folder, path)
 
@@ -138,11 +138,11 @@ def _is_abandoned(path: Path) -> bool:
         return True
     except PermissionError:  # it is another user's
         return False
-    return int(process) == os.getpid()  # of an earlier process of that number: this one is not writing yet
+    return int(process) == os.getpid()  # left by an earlier process of that number: this one is not writing yet
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that gives files of a folder theirs, which may be that of a server."""
+    """The time by the clock that stamps the files of a folder, which may be that of a server."""
     probe = _temporary(folder / "now")
     try:
         probe.touch()

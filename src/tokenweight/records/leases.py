@@ -1,5 +1,5 @@
-"""Who is at a file: leases that hold on all hosts which see it. Locks do not: on some file systems one host alone knows
-them, and others have none."""
+"""Leases on files, valid on all hosts that see the file. Locks are not: on some file systems one host alone knows them,
+and others have none."""
 
 import contextlib
 import hashlib
@@ -20,9 +20,9 @@ RENEWAL = 30.0
 """Seconds after which the holder of a lease renews it."""
 EXPIRY = 300.0
 """Seconds for which a process watches a lease of another host before it takes the holder for dead: seconds of its own
-clock, in which nobody renewed it. What clocks of several hosts say is never compared."""
+clock, in which nobody renewed it. Clocks of different hosts are never compared."""
 _seen: dict[Path, tuple[float, float, Any]] = {}
-"""Of leases of other hosts: when this state of them was seen first, when last, and the state."""
+"""For leases of other hosts: when their state was first seen, when last, and the state."""
 
 
 class LeaseLost(Exception):
@@ -31,10 +31,10 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Held:
-    """In place of a lease that another process has."""
+    """Returned in place of a lease that another process has."""
 
     alive: bool
-    """Whether that process was seen to be: it runs on this host, or has just renewed the lease."""
+    """Whether that process was seen alive: it runs on this host, or has just renewed the lease."""
 
     def __bool__(self) -> bool:
         return False
@@ -56,7 +56,7 @@ class Lease:
 
     @property
     def dead(self) -> list[str]:
-        """Of each earlier holder, ".HOST.PROCESS.": it was seen dead, and may have died before it could tidy up."""
+        """Each earlier holder, as ".HOST.PROCESS.": it was seen dead, and may have died before it could tidy up."""
         found = []
         for file in self._own[:-1]:
             with contextlib.suppress(FileNotFoundError):  # nothing is left to be made: another process has tidied up
@@ -90,8 +90,8 @@ class Lease:
 def leased(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[Lease | Held]:
     """The lease of the file at `path`, or `Held` if another process has it.
 
-    Of a holder on another host nothing is known at first: it is dead if this is asked again and again for `EXPIRY`
-    seconds and it does nothing.
+    Nothing is known at first of a holder on another host: it is taken for dead if repeated calls over `EXPIRY` seconds
+    see no renewal.
 
     Args:
         wait: until it can be had.
@@ -111,7 +111,7 @@ def leased(path: Path, *, wait: bool = False, known: bool = False) -> Iterator[L
 
 
 def pauses() -> Iterator[None]:
-    """Wait between two steps, longer and longer, but not so long that a lease could be renewed twice."""
+    """Wait between steps with exponential backoff, but not so long that a lease could be renewed twice."""
     pause = min(0.01, RENEWAL / 10)
     while True:
         yield
@@ -149,7 +149,7 @@ def _taken(path: Path) -> Lease | Held:
 
 
 def _holder(text: bytes) -> dict[str, Any]:
-    """What a lease says; nothing, if its holder has not written it yet, or never will."""
+    """The contents of a lease; empty, if its holder has not written it yet, or never will."""
     with contextlib.suppress(ValueError):
         return json.loads(text)
     return {}
@@ -172,7 +172,7 @@ def _seen_alive(file: Path, holder: dict[str, Any], state: Any) -> Held | None:
 
 @cache
 def _system() -> str:
-    """Of this boot and its numbers of processes: two hosts may have one name, and two containers on one host, too."""
+    """Identifier of this boot and process namespace: two hosts, or two containers on one, may have the same name."""
     known = []
     with contextlib.suppress(OSError):
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -182,7 +182,7 @@ def _system() -> str:
 
 
 def _is_running(pid: int, started: str | None) -> bool:
-    """Whether a process of this host, which began then, has not ended."""
+    """Whether a process of this host that began at `started` is still running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -193,7 +193,7 @@ def _is_running(pid: int, started: str | None) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, as the kernel counts it; None if it has ended, "unknown" where nothing says."""
+    """Start time of a process, as the kernel counts it; None if it has ended, "unknown" where it cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
+"""Lines of a metrics file: appended and read."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Edits of the model card (README.md) of a trained folder: our sections in it, and nothing else of it."""
+"""Edits of the model card (README.md) of a trained folder: our sections only."""
 
 import logging
 import re
@@ -14,14 +14,14 @@ CARD_NAME = "README.md"
 
 
 def edit_card(folder: Path, edit: Callable[[ModelCard], None]) -> bool:
-    """Change a card, or begin one. A failure is logged, not raised: the model beside it is trained. True if written."""
+    """Edit a card, or create one. A failure is logged, not raised: the model beside it is trained. True if written."""
     path = folder / CARD_NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
         edit(card)
         with replaced(path) as part:
             card.save(part)
-    except Exception as error:  # whatever it is, what the card speaks of must not be lost with it
+    except Exception as error:  # whatever it is, what the card describes must not be lost with it
         logger.warning("%s was not written: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
         return False
     return True

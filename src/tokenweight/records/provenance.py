@@ -1,4 +1,4 @@
-"""What is written beside results: settings, versions, device, commit; and the lines of a metrics file."""
+"""Provenance that is written beside results: settings, versions, device, commit."""
 
 import contextlib
 import platform
@@ -13,7 +13,7 @@ from typing import Any
 from tokenweight.records.counts import counted
 
 _KINDS = {"scores.json": "scored", "run.json": "training", "eval.json": "evaluation"}
-"""What a folder is, by the file it holds."""
+"""The type of a folder, by the file it holds."""
 
 
 def environment() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     """The accelerator's name, or the processor's with the number of threads that torch uses."""
-    import torch  # not at the top: what else is here is asked where torch need not be loaded
+    import torch  # not at the top: the rest of this module is used where torch need not be loaded
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -69,7 +69,7 @@ def source_commit() -> str | None:
 
 
 def differences(there: dict[str, Any], ours: dict[str, Any], *, ignored: Sequence[str] = ("environment",)) -> str:
-    """What our settings have otherwise than those written down, in one line; empty if nothing."""
+    """Differences of our settings from those written down, in one line; empty if there are none."""
     return "; ".join(
         f"{key} is {there.get(key)!r} there, {value!r} now"
         for key, value in ours.items()
@@ -78,7 +78,7 @@ def differences(there: dict[str, Any], ours: dict[str, Any], *, ignored: Sequenc
 
 
 def run_kind(folder: Path) -> str:
-    """What wrote a folder: "scored", "training" or "evaluation".
+    """The type of run that wrote a folder: "scored", "training" or "evaluation".
 
     Raises:
         ValueError: if it is none of these.

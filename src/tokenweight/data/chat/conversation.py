@@ -1,17 +1,17 @@
-"""Records of chats in one form, whatever their data set calls things: a conversation, as the text of a document."""
+"""Chat records in one form, whatever the names in their data set: a conversation, as the text of a document."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools")
-"""Columns that are read of chats."""
+"""Columns that chats are read from."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles in data sets of `from` and `value`."""
 
 
 def chat_columns(columns: Collection[str]) -> list[str]:
-    """Those of `CHAT_COLUMNS` of which a chat is read, given the columns of a record; none, if it holds no chat."""
+    """The `CHAT_COLUMNS` from which a record's chat is read, given its columns; none, if it holds no chat."""
     for names in (["messages"], ["conversations"], ["prompt", "completion"]):
         if {*names} <= {*columns}:
             return [*names, *(["tools"] if "tools" in columns else [])]
@@ -21,11 +21,11 @@ def chat_columns(columns: Collection[str]) -> list[str]:
 def conversation_text(record: Mapping[str, Any]) -> str:
     """The conversation of a record with `chat_columns`, as JSON.
 
-    Of texts (`prompt` and `completion`) it holds these two; else `messages`, of which the first `given` are the prompt,
+    For texts (`prompt` and `completion`) it holds both; else `messages`, of which the first `given` are the prompt,
     whose answers are context, and `tools`, if there are any. Nulls, which tables fill in, are left out.
 
     Raises:
-        ValueError: for what is no conversation, or has no answer or an empty one, by the number of the message.
+        ValueError: for what is not a conversation, or has no answer or an empty one, with the number of the message.
     """
     if isinstance(record.get("completion"), str) and isinstance(record.get("prompt"), str):
         if not record["completion"].strip():

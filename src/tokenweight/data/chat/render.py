@@ -16,7 +16,7 @@ from tokenweight.data.tokenize import control_tokens, special_tokens, text_token
 # Processes that tokenize import this file, too.
 
 _CUT = "\ue0f7"
-"""Stands within names of control tokens in messages while they are rendered: a character of private use."""
+"""Inserted in names of control tokens in messages while they are rendered: a private-use character."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Segments = list[tuple[str, bool]]
 """Consecutive parts of a text, and whether they are predicted."""
@@ -27,7 +27,7 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarr
 
     An answer is what the model has to write: what the template marks by `{% generation %}`; else all that follows the
     generation prompt up to the end of the turn. For this the conversation up to a message, rendered alone, must be a
-    prefix of it, with and without the generation prompt: templates that render earlier turns otherwise are refused. A
+    prefix of it, with and without the generation prompt: templates that render earlier turns differently fail. A
     completion that is a text ends with EOS. The name of a control token in a message is spelled out in tokens of text.
 
     Raises:
@@ -67,9 +67,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
 def _spelled(
     tokenizer: PreTrainedTokenizerBase, segments: Segments, tokenize: Callable[[str], list[int]]
 ) -> tuple[list[list[int]], list[bool]]:
-    """The tokens of each part of a text: those of the whole, if none of them lies across the border of two parts.
+    """The tokens of each part of a text: those of the whole, if none crosses a border of parts.
 
-    Else each part has its own, as at inference, where the prompt is tokenized before there is an answer.
+    Otherwise each part is tokenized alone, as at inference, where the prompt is tokenized before there is an answer.
     """
     texts, predicted = [text for text, _ in segments], [chosen for _, chosen in segments]
     whole, parts, start = tokenize("".join(texts)), [], 0
@@ -142,7 +142,7 @@ def _spans(
     given: int,
     whole: str,
 ) -> list[tuple[int, int]]:
-    """Where the answers stand: from the generation prompt to the end of the turn, without the space behind it."""
+    """Spans of the answers: from the generation prompt to the end of the turn, without the space after it."""
     ends = re.compile(rf"(?:{'|'.join(map(re.escape, control_tokens(tokenizer).values())) or '(?!)'})(\s+)\Z")
     spans = []
     for number, message in enumerate(messages):
@@ -189,7 +189,7 @@ def _check_nothing_is_lost(
             if text not in whole:
                 raise ValueError(f"the chat template leaves out or changes {text[:40]!r} of message {number}")
         if message["role"] == "assistant" and number > given:
-            answer = next(filter(None, texts), "")  # what a call without a text has is its name
+            answer = next(filter(None, texts), "")  # a call without a text has its name
             found = [whole.find(answer, max(place, start), stop) for start, stop in spans]
             if max(found, default=-1) < 0:
                 raise ValueError(f"the chat template does not mark message {number} as an answer")

@@ -27,11 +27,11 @@ class ChatCutter(Cutter):
     skip_invalid: bool = False
 
     def rows(self, document: str, tokens: Int32[np.ndarray, "tokens 2"] | ValueError) -> Iterator[dict[str, Any]]:
-        """The rows that are full after this conversation, whose tokens stand beside their labels, or why there are
-        none.
+        """The rows that are full after this conversation, from its tokens beside their labels, or the error that says
+        why there are none.
 
         Raises:
-            ValueError: that one, unless such conversations are left out.
+            ValueError: the given one, unless such conversations are left out.
         """
         count = self.summary
         count.documents += 1

@@ -1,4 +1,4 @@
-"""What the names on a command line stand for: files that hold documents, folders of them, data sets of the hub."""
+"""Sources named on a command line: files that hold documents, folders of them, data sets of the hub."""
 
 import collections
 import contextlib
@@ -28,10 +28,10 @@ from tokenweight.records import counted, read_json
 
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", "")
-"""Files that are read as one document each. Other files of text, such as sources of programs, are as well if they are
+"""Files that are read as one document each. Other files of text, such as source code, are too if they are
 chosen: by their own name, or by a pattern for the files of a folder."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-"""Files of one JSON object a line."""
+"""Files of one JSON object per line."""
 _PERHAPS_LINES = (".json", "")
 """Files of lines if the first one is a JSON object with a text: `.json.gz` of C4, `part-00000` of Spark."""
 _PANDOC, _UNPACK = "extract its text first, as by `pandoc -t plain {0} -o {0}.txt`", "unpack it first"
@@ -44,15 +44,15 @@ _REMEDIES = {
     **dict.fromkeys([".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar"], _UNPACK),
     **dict.fromkeys([".xz", ".lzma", ".lz4", ".br"], _UNPACK),
 }
-"""Files of texts in a form that is not read, and what makes of them one that is."""
+"""Formats of texts that are not read, and how to convert them."""
 _FILES = (*filter(None, TEXT_SUFFIXES), *LINE_SUFFIXES, *TABLE_SUFFIXES, *COMPRESSED, *_REMEDIES)
 
 
 def find_sources(
     names: Sequence[str | os.PathLike[str]], *, text_column: str | None = "text", glob: Sequence[str] = ()
 ) -> list[Source]:
-    """What the names stand for, folders opened, in sorted order. Nothing is read yet but the first lines of files whose
-    names leave open whether they hold JSON lines.
+    """The sources that names stand for, folders expanded, in sorted order. Nothing is read yet but the first lines of
+    files whose names leave open whether they hold JSON lines.
 
     A file that is named twice, or reached by several links, is taken once, with a warning; linked folders are followed.
 
@@ -87,7 +87,7 @@ def find_sources(
 
 
 def sources_note(sources: Iterable[Source]) -> dict[str, int]:
-    """How many files there are, and their bytes: whether texts have changed, as far as that is seen without reading."""
+    """The number of files and of their bytes: whether texts have changed, as far as that shows without reading them."""
     files: list[Path] = []
     for source in sources:
         path = Path(source.name)
@@ -96,7 +96,7 @@ def sources_note(sources: Iterable[Source]) -> dict[str, int]:
 
 
 def _kind(path: Path, text_column: str | None) -> str | None:
-    """How a file is read: the same, however it was found. None if it is no text, or is one only if it is chosen."""
+    """The format of a file, however it was found. None if it is no text, or is one only if it is chosen."""
     suffix = suffix_of(path)
     if suffix == ".parquet":
         return "parquet" if path.suffix.lower() == suffix else None
@@ -111,7 +111,7 @@ def _kind(path: Path, text_column: str | None) -> str | None:
 
 def _header(file: Path) -> list[str]:
     with naming(lambda: shown(file)), open_text(file) as opened:
-        with contextlib.suppress(csv.Error):  # of a file that need not be a table of texts
+        with contextlib.suppress(csv.Error):  # the file need not be a table of texts
             return next(table_rows(opened, TABLE_SUFFIXES[suffix_of(file)], errors="replace"), [])
         return []
 
@@ -126,7 +126,7 @@ def _first(file: Path, text_column: str | None) -> Document | ValueError:
 
 
 def _chosen(path: Path, text_column: str | None) -> Source:
-    """A file that is named, or matches a pattern: any text, unless it is one in another form."""
+    """A file that is named, or matches a pattern: any text, unless its format is not read."""
     kind, suffix = _kind(path, text_column), suffix_of(path)
     if kind is None and suffix in TABLE_SUFFIXES:
         raise without(text_column, _header(path), shown(path))
@@ -182,7 +182,7 @@ def _patterns(files: Sequence[Path]) -> list[str]:
 
 
 def _is_text(file: Path) -> bool:
-    """Whether a file begins like one; a byte of 0 is in no text, and in most pictures and programs."""
+    """Whether a file begins like a text; a byte of 0 is in no text, and in most pictures and programs."""
     with contextlib.suppress(OSError, ValueError), open_text(file) as opened:
         return b"\0" not in opened.read(4096)
     return False

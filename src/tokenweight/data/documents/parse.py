@@ -1,4 +1,4 @@
-"""One document of the bytes of a file or line, or of the columns of a record; or the error that says why it is none."""
+"""One document from the bytes of a file or line, or from the columns of a record; or the error that says why not."""
 
 import codecs
 import json
@@ -12,7 +12,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class ColumnError(ValueError):
-    """The column of texts is missing, or holds something else: mostly another one was meant."""
+    """The column of texts is missing, or holds something else: usually another one was meant."""
 
 
 class InvalidChat(ValueError):
@@ -27,7 +27,7 @@ class Document(NamedTuple):
 
 
 def of_file(content: bytes, name: str) -> Document | ValueError:
-    """The document that a file of text is."""
+    """The document in a file of text."""
     if (place := content.find(0)) >= 0 and not content.startswith(_UTF16):
         return ValueError(f"{name}: no text (byte {place} is 0): expected a text in UTF-8; unpack an archive first")
     text = _decoded(content, name)
@@ -35,7 +35,7 @@ def of_file(content: bytes, name: str) -> Document | ValueError:
 
 
 def of_line(line: bytes, name: str, where: str, text_column: str | None) -> Document | ValueError:
-    """The document of a line of JSON, by that name; an error names `where` it stands."""
+    """The document in a line of JSON, under that name; an error says `where` the line is."""
     text = _decoded(line, where)
     if isinstance(text, ValueError):
         return text
@@ -76,7 +76,7 @@ def holds(columns: Collection[str], text_column: str | None) -> bool:
 
 
 def without(text_column: str | None, columns: Collection[str], where: str) -> ColumnError:
-    """What is said of columns without one of texts, or of chats."""
+    """The error for columns without one of texts, or of chats."""
     found = ", ".join(columns)
     if text_column is None:
         return ColumnError(f"{where}: no chat: found {found}: expected messages, or prompt and completion")
@@ -95,7 +95,7 @@ def _decoded(content: bytes, where: str) -> str | ValueError:
 
 
 def _type(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """The JSON name of a value's type."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}

@@ -21,13 +21,13 @@ from tokenweight.records import counted
 
 logger = logging.getLogger(__name__)
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-"""Files of one document a row, by what separates their columns, if the first line names one of texts."""
+"""Separators of columns in files of one document per row, if the first line names a column of texts."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """May follow any of the suffixes above, which may be in upper case."""
 BUFFER_CHARACTERS = 1 << 28
-"""Of the documents among which `shuffled` draws the next one."""
+"""Characters of the documents among which `shuffled` draws the next one."""
 LONGEST_LINE = 1 << 28
-"""Bytes of a first line, at most, that are looked at to find out whether a file holds JSON lines."""
+"""Most bytes of a first line that are read to find out whether a file holds JSON lines."""
 
 
 class Source(NamedTuple):
@@ -52,10 +52,10 @@ def read_documents(
         text_column: of .jsonl, .csv and .parquet files and data sets; None, if records are chats, in columns `messages`
             (or `conversations`), or `prompt` and `completion`, each perhaps with `tools`. Documents are conversations
             then, as JSON, for `prepare_rows(..., chat=True)`.
-        subset: of a data set of the hub; by default the one it names default.
-        split: of a data set of the hub.
-        skip_invalid: leave out what is no document (null, a list, no JSON, not UTF-8 …), and warn of how many there
-            were. What makes the rest of a file unreadable, such as a cut archive, is an error all the same.
+        subset: subset of a data set of the hub; by default the one it names default.
+        split: split of a data set of the hub.
+        skip_invalid: leave out what is no document (null, a list, invalid JSON, not UTF-8 …), and warn how many there
+            were. Whatever makes the rest of a file unreadable, such as a truncated archive, is still an error.
 
     Raises:
         ValueError: naming the file, and the line or row, that is damaged, is not UTF-8, not JSON, or lacks the text
@@ -137,7 +137,7 @@ def table_rows(opened: io.BufferedReader, separator: str, *, errors: str = "stri
 def _documents(
     source: Source, text_column: str | None, subset: str | None, split: str
 ) -> Iterator[Document | ValueError]:
-    """The documents of a source; for what is none, the error that says so."""
+    """The documents of a source; for what is none, the error that says why."""
     name = shown(source.name)
     number = 0
     if source.kind == "text" and text_column is None:

@@ -1,4 +1,4 @@
-"""What stands in a row, and beside what: pieces by length, rows by topic, and how much context their tokens have."""
+"""Contents and order of rows: pieces by length, rows by topic, and how much context their tokens have."""
 
 import lazy_loader
 

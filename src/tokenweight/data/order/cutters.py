@@ -1,4 +1,4 @@
-"""Other ways to cut documents into rows than `Cutter`: into pieces of 2^k + 1 tokens, and in the order they come in."""
+"""Alternatives to `Cutter`: rows of pieces of 2^k + 1 tokens, and of documents in the order they come in."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Decomposer(Cutter):
     """Cuts each document alone into rows of 2^k + 1 tokens, `shortest` to `length` of which are predicted.
 
     Each piece is the longest that the rest of the document fills. Where that rest would fill two of the longest, the
-    length is drawn, each as likely as it is short: then each length is expected to hold as many tokens. What is left
+    length is drawn, with odds inverse to it: then each length is expected to hold equally many tokens. What is left
     of a document, less than the shortest piece, is dropped. The draw depends on the number of the document alone.
 
     Source: Pouransari et al. 2024, Dataset Decomposition, arXiv 2405.13226; `scripts/make_dd_buckets.py` of its code.
@@ -69,8 +69,8 @@ class Decomposer(Cutter):
 
 
 class InOrder(Cutter):
-    """Packs what fills no row of its own in the order it comes in, and cuts it where a row ends: rows hold neighbours
-    of a path through similar documents, while `Cutter` looks for what fits best among all that is held."""
+    """Packs pieces that fill no row of their own in the order they come in, and cuts them where a row ends: rows hold
+    neighbours of a path through similar documents, while `Cutter` looks for the best fit among all held pieces."""
 
     def _hold(self, piece: Piece) -> None:
         self.held.append(piece)

@@ -1,4 +1,4 @@
-"""Words of texts by number: which texts are alike, by hashed TF-IDF, and which answer a question, by BM25."""
+"""An index of the words of texts: which texts are alike, by hashed TF-IDF, and which answer a question, by BM25."""
 
 import collections
 import re
@@ -9,19 +9,19 @@ import numpy as np
 from jaxtyping import Float, Int
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+")
-"""A run of letters and digits; of Chinese and Japanese, which have no spaces, a character."""
+"""A run of letters and digits; for Chinese and Japanese, which have no spaces, a character."""
 _POSTINGS = 1 << 14
-"""Occurrences that are looked at to find the neighbours of a text, at most: the rarest of its words, by weight."""
+"""Most occurrences that are read to find the neighbours of a text: of its rarest words, by weight."""
 
 
 class TextIndex:
-    """How often each word is in each text. A word is the CRC-32 of its lower case, so that no vocabulary is kept.
+    """Counts of each word in each text. A word is the CRC-32 of its lower case, so that no vocabulary is kept.
 
     Memory grows with the sum, over texts, of their different words: 24 bytes for each. Texts are not kept.
 
     Args:
         texts: read one at a time.
-        num_words: different words that are told apart; a power of two.
+        num_words: number of words that can be distinguished; a power of two.
 
     Example:
         >>> index = TextIndex(["Whales are mammals.", "Ships sail.", "A whale is a mammal; whales sing."])
@@ -52,17 +52,17 @@ class TextIndex:
         self._posted = self._weights[order]
 
     def __len__(self) -> int:
-        """Texts."""
+        """The number of texts."""
         return len(self.lengths)
 
     def bm25(self, question: str, *, k1: float = 1.2, b: float = 0.75) -> Float[np.ndarray, " texts"]:
-        """How well each text answers a question: the sum, over the question's words, of Okapi's BM25 with the idf
+        """Score of each text as an answer: the sum, over the question's words, of Okapi's BM25 with the idf
         ln(1 + (N - n + 0.5) / (n + 0.5)), which is never negative.
 
         Args:
             question: words that no text has count for nothing.
-            k1: how fast more occurrences of a word count less.
-            b: how much long texts are held back, from 0 to 1.
+            k1: saturation of repeated occurrences of a word.
+            b: penalty for long texts, from 0 to 1.
 
         Source: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework; the retriever of ACER, arXiv
         2410.09141.
@@ -82,8 +82,8 @@ class TextIndex:
     ) -> Int[np.ndarray, "texts num"]:
         """The numbers of the texts that are most like each text, the nearest first; -1 where there are fewer.
 
-        Alike is the cosine of vectors (1 + ln count) * ln(N / n), of which the heaviest words of the text are looked
-        up, until they have occurred in 16,384 texts: so the time is linear, too.
+        Similarity is the cosine of vectors (1 + ln count) * ln(N / n). The heaviest words of the text are looked up
+        until they have occurred in 16,384 texts: so the time is linear, too.
 
         Args:
             num: neighbors of each text, at most.
@@ -98,7 +98,7 @@ class TextIndex:
         return found
 
     def _alike(self, text: int) -> tuple[np.ndarray, np.ndarray]:
-        """The texts that share a word that says something with a text, and their similarity."""
+        """The texts that share an informative word with a text, and their similarity."""
         own = slice(self._starts[text], self._starts[text + 1])
         heaviest = np.argsort(-self._weights[own], kind="stable")
         places, weights, left = [], [], _POSTINGS

@@ -38,8 +38,8 @@ def by_similarity(
 
     Args:
         documents: read once.
-        seed: of the documents that chains begin with.
-        folder: of the temporary file, with room for all texts; by default that of the system.
+        seed: decides the documents that chains begin with.
+        folder: for the temporary file, with room for all texts; by default that of the system.
         progress: called before the first document comes: for each that is read, and again for each whose neighbors
             are found, then with the number of these calls as its total.
 
@@ -76,13 +76,13 @@ def by_similarity(
 def similar_path(neighbors: Int[np.ndarray, "documents neighbors"], *, seed: int = 0) -> list[int]:
     """The numbers of all documents, each once, in an order in which neighbours stand side by side.
 
-    A chain begins with a random document and goes on with the nearest neighbour that is in no chain yet, until there
+    A chain begins with a random document and continues with the nearest neighbour that is in no chain yet, until there
     is none or the chain has 21. Then shorter chains are dissolved, one after the other: each of their documents is put
     before its nearest neighbour in another chain; one without such a neighbour stays.
 
     Args:
-        neighbors: of each document, the nearest first; -1 for none.
-        seed: of the beginnings.
+        neighbors: those of each document, the nearest first; -1 for none.
+        seed: decides the beginnings.
     """
     chains = _Chains(neighbors)
     for start in np.random.default_rng(seed).permutation(len(neighbors)).tolist():

@@ -1,4 +1,4 @@
-"""How many tokens have more context than the short one: on all others, weights can be nothing but 1."""
+"""Counts of tokens with more context than the short one: on all others, weights can only be 1."""
 
 import collections
 import os
@@ -19,12 +19,12 @@ _ROWS_READ = 256
 
 
 class ContextShare(NamedTuple):
-    """How many tokens of a source have more context than the short one."""
+    """Counts of tokens of a source with more context than the short one."""
 
     source: str
     """The text file, folder or data set that `prepare` was given; or the folder of rows, if those do not say."""
     tokens: int
-    """That are predicted."""
+    """Tokens that are predicted."""
     beyond: int
     """Those among them that have more tokens of their document before them, in their row, than a short context has."""
 
@@ -35,13 +35,13 @@ class ContextShare(NamedTuple):
 
 
 def context_shares(folder: str | os.PathLike[str], size: int) -> list[ContextShare]:
-    """What of the tokens of each source has more context than `size` tokens: what long training can change.
+    """Counts, for each source, of tokens with more context than `size` tokens: those that long training can change.
 
     Lengths of rows are read, and names of documents where there are several sources; of packed rows, and of rows in
     which not all is predicted, `position_ids` and `labels`, too.
 
     Args:
-        folder: of rows, scored or not, whoever wrote them.
+        folder: a folder of rows, scored or not, whoever wrote them.
         size: tokens of the short context.
 
     Raises:
@@ -84,7 +84,7 @@ def _tables(folder: Path, names: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _counts(table: pa.Table, size: int) -> Iterator[tuple[str | None, np.ndarray]]:
-    """Of each document in each row: its name, and how many of its tokens are predicted, and are so beyond `size`."""
+    """The name of each document in each row, and how many of its tokens are predicted, in all and beyond `size`."""
     lengths = np.asarray(pc.list_value_length(table["input_ids"]), dtype=np.int64)
     names = table["document"].to_pylist() if "document" in table.column_names else [None] * len(lengths)
     if not {"position_ids", "labels"} & {*table.column_names}:
@@ -113,7 +113,7 @@ def _values(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _texts(folder: str | os.PathLike[str]) -> list[str]:
-    """What `prepare` was given, by its note; of scored rows, by that of the folder that was scored."""
+    """The texts that `prepare` was given, by its note; for scored rows, by that of the folder that was scored."""
     return [str(text) for text in read_prepared(read_provenance(folder)).get("texts") or ()]
 
 

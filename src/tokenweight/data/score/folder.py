@@ -1,4 +1,4 @@
-"""A folder of rows, scored by a model that is named: what must fit, and what is noted of both."""
+"""Scoring a folder of rows with a model by its name: what must fit, and the provenance of both."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -57,8 +57,8 @@ def score_folder(
     """Score a folder of rows with the model of that name, on the GPU if there is one. See `score_rows`.
 
     Args:
-        folder: that `prepare` wrote, or any other of `datasets` or of Parquet files with a column `input_ids`.
-        model_name: of a model, whose tokenizer may be another (`AlignedScorer`); or count, which needs none, as in
+        folder: one that `prepare` wrote, or any other of `datasets` or of Parquet files with a column `input_ids`.
+        model_name: a model, whose tokenizer may be another (`AlignedScorer`); or count, which needs none, as in
             count:order=4 (`CountScorer`).
         contexts: the short contexts; None for one, a quarter of the longest row, which is announced.
         divergence: as for `RowScorer`, and so are `as_reference` and `top_k`, of rows that may be scored already.
@@ -88,10 +88,10 @@ def score_folder(
 
 @dataclass(frozen=True)
 class _Task:
-    """Who scores what, and how."""
+    """Scorer, rows and options of a call."""
 
     name: str
-    """Of the scorer."""
+    """Name of the scorer."""
     folder: str | os.PathLike[str]
     rows: datasets.Dataset
     contents: Contents
@@ -100,7 +100,7 @@ class _Task:
     contexts: Sequence[ShortContext]
     max_tokens: int
     options: dict[str, Any]
-    """Of `RowScorer`, for a model with the tokenizer of the rows."""
+    """Options of `RowScorer`, for a model with the tokenizer of the rows."""
     loading: dict[str, Any]
     """Arguments of `load_model`."""
 
@@ -144,13 +144,13 @@ def _by_model(task: _Task, announce: Callable[[str], object]) -> tuple[RowScorer
 
 
 def _role(options: dict[str, Any]) -> str | None:
-    """What a model is, if it is not the scorer."""
+    """The role of a model that is not the scorer."""
     return "reference" if options["as_reference"] else None if options["top_k"] is None else "teacher"
 
 
 def _beside(provenance: dict[str, Any], made: dict[str, Any], role: str | None) -> dict[str, Any]:
-    """The provenance of all scores: those of a reference or teacher stand beside those that are there, and the other
-    way round."""
+    """The provenance of all scores: those of a reference or teacher are kept beside those that are there, and vice
+    versa."""
     there: dict[str, Any] = {name: made[name] for name in ("reference", "teacher") if name in made}
     if role is None:
         return {**provenance, **there}

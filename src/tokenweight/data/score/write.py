@@ -37,20 +37,20 @@ MAX_SHARDS = 1000
 
 @dataclass
 class ScoreSummary:
-    """What was scored: in all shards that are there, and by this call."""
+    """Counts of what was scored: in all shards that are there, and by this call."""
 
     rows: int = 0
     tokens: int = 0
     new_tokens: int = 0
-    """Scored by this call; the others were there."""
+    """Tokens scored by this call; the others were there."""
     seconds: float = 0.0
     shards: int = 0
     missing_shards: int = 0
-    """Not there yet: the shares of other processes."""
+    """Shards not there yet: the shares of other processes."""
     differences: dict[str, list[float]] = field(default_factory=dict)
     """With long losses: `RowScorer.score` of all rows, for each context by the suffix of its columns."""
     groups: list[int] = field(default_factory=lambda: [0, 0])
-    """Of a scorer with another tokenizer: `RowScorer.groups` of all rows."""
+    """With a scorer of another tokenizer: `RowScorer.groups` of all rows."""
 
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.new_tokens:,} of them scored now"]
@@ -85,7 +85,7 @@ def score_rows(
     """Write `rows` with the columns of `scorer` to the folder `out`.
 
     Called again with the same provenance, it scores only the shards that are missing, and, with a warning, those that
-    are damaged; a shard that another process is at is left to it. The folder becomes a data set, which
+    are damaged; a shard that another process is working on is left to it. The folder becomes a data set, which
     `datasets.load_from_disk` opens, or of Parquet files, when the last shard is there.
 
     Args:
@@ -93,7 +93,7 @@ def score_rows(
         provenance: written to `scores.json`: whatever the scores depend on.
         shard_tokens: tokens of a shard, about; by default `SHARD_TOKENS`, or more, so that there are `MAX_SHARDS` at
             most.
-        format: of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
+        format: format of the shards: arrow, which are mapped into memory, or parquet, which other tools read.
         share: (i, n): every n-th shard, from the i-th; n processes, each with its own i, do all.
         progress: called after each batch with its number of tokens, and that of all rows of the share.
         announce: called before the first shard, if the share is not all of them, with a line that names its shards.
@@ -136,16 +136,16 @@ def _score_missing(
     progress: Callable[[int, int], object],
     check: Callable[[range], object],
 ) -> int:
-    """Score the shards that are neither there nor in a living process's hands, and return their number of tokens."""
+    """Score the shards that are not there and on which no live process works, and return their number of tokens."""
     schema = datasets.Features({**rows.features, **scorer.features}).arrow_schema
     total, new, left = sum(int(lengths[shard].sum()) for _, shard in ours), 0, ours
     for _ in pauses():
-        unknown = []  # those of processes on other hosts, until they are seen to live or to be dead
+        unknown = []  # those of processes on other hosts, until they are seen alive or dead
         for file, shard in left:
             with shard_lease(file) as lease:
                 if not isinstance(lease, Lease) and not lease.alive and not file.is_file():
                     unknown.append((file, shard))
-                elif not isinstance(lease, Lease) or _is_whole(file):  # another process is at it, or was
+                elif not isinstance(lease, Lease) or _is_whole(file):  # another process is working on it, or was
                     progress(int(lengths[shard].sum()), total)
                 else:
                     check(range(int(shard[0]), int(shard[-1]) + 1))
@@ -200,7 +200,7 @@ def process_share(shard: str | None) -> tuple[int, int]:
 
 
 def _announce(share: tuple[int, int], num_shards: int, announce: Callable[[str], object]) -> None:
-    """Say which shards are those of a share, and warn of a share that has none."""
+    """Announce the shards of a share, and warn if some share has none."""
     index, count = share
     own = [str(number) for number in range(index, num_shards, count)]
     if count > 1:
@@ -229,7 +229,7 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
 
 
 def _shard_tokens(lengths: np.ndarray) -> int:
-    """Tokens of a shard, where they are not chosen."""
+    """The default number of tokens of a shard."""
     return max(SHARD_TOKENS, int(lengths.sum()) // MAX_SHARDS)
 
 
@@ -240,7 +240,7 @@ def _shards(lengths: np.ndarray, shard_tokens: int) -> list[np.ndarray]:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a shard is there. A damaged one is named, and removed."""
+    """Whether a shard is there. A damaged one is logged and removed."""
     try:
         return read_note(file) is not None
     except ValueError as error:
@@ -272,7 +272,7 @@ def _scored(rows: datasets.Dataset, batch: np.ndarray, scorer: RowScorer) -> tup
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """The values of rows as Arrow; of tokens with several numbers each, `[seq, k]`, which Arrow does not read."""
+    """The values of rows as Arrow, also for several numbers per token, `[seq, k]`, which Arrow does not read."""
     if not (pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type)):
         return pa.array(values, kind)
     flat = pa.array(np.concatenate([row.reshape(-1) for row in values]), kind.value_type.value_type)

@@ -1,4 +1,4 @@
-"""Where rows are kept: mapped into memory, in another order, or elsewhere."""
+"""Storage of rows: mapped into memory, in another order, or remote."""
 
 import lazy_loader
 

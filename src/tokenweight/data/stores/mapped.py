@@ -12,10 +12,10 @@ from tokenweight.records import read_json
 
 
 def map_table(path: Path) -> MemoryMappedTable:
-    """The table in an Arrow stream, as `MemoryMappedTable.from_file` gives it, but without asking for all of its pages.
+    """The table in an Arrow stream, as `MemoryMappedTable.from_file` returns it, but without reading all of its pages.
 
-    Arrow, given a file that is mapped, has the kernel read whatever it looks at ahead: each open would read the corpus.
-    Here the heads of batches are read, a page or two each.
+    For a mapped file, Arrow asks the kernel to read ahead whatever it looks at: each open would read the corpus. Here
+    only the heads of batches are read, a page or two each.
     """
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -30,7 +30,7 @@ def map_table(path: Path) -> MemoryMappedTable:
 
 
 def map_rows(folder: Path) -> datasets.Dataset:
-    """The rows of a folder that `finish_dataset` has made, as `datasets.load_from_disk` gives them."""
+    """The rows of a folder that `finish_dataset` has made, as `datasets.load_from_disk` returns them."""
     info = datasets.DatasetInfo.from_dict(read_json(folder / "dataset_info.json"))
     state = read_json(folder / "state.json")
     with ThreadPoolExecutor(16) as threads:  # which wait for the disk, or for a server, together

@@ -1,4 +1,4 @@
-"""An order of very many rows, without a list of them."""
+"""A permutation of very many rows, without a list of them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ _ROUNDS = 8
 class Permutation(Sequence[int]):
     """The numbers below `length`, each once, in an order that a seed decides. Only what is asked for is computed.
 
-    A number is halved into bits, and each half in turn is changed by a hash of the other, which can be undone: so no
-    two numbers become the same. What is beyond `length` is sent on until it is not.
+    The bits of a number are halved, and each half in turn is changed by a hash of the other, which can be undone: so no
+    two numbers become the same. A number beyond `length` is mapped again until it is not.
 
     Args:
-        length: how many numbers.
+        length: number of numbers.
         seed: numbers that together decide the order, such as a seed and the epoch.
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (cycle walking over a Feistel

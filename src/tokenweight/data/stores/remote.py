@@ -20,12 +20,12 @@ from tokenweight.records import leased, make_folder, read_json, replaced
 
 logger = logging.getLogger(__name__)
 _LAST = ("contents.json", "dataset_info.json", "state.json")
-"""What makes a folder a finished one: it is copied after all else."""
+"""Files that mark a folder as finished: they are copied after all else."""
 _SHARDS = (".arrow", ".parquet")
 
 
 def remote_url(folder: str | os.PathLike[str]) -> str | None:
-    """The URL of a folder elsewhere, such as s3://bucket/rows; None of one on this file system."""
+    """The URL of a folder elsewhere, such as s3://bucket/rows; None for one on this file system."""
     found = re.fullmatch(r"([a-z][a-z0-9+]+):/+(.+?)/*", os.fspath(folder))  # `Path` makes one slash of two
     if found is None or Path(folder).exists():
         return None
@@ -33,7 +33,7 @@ def remote_url(folder: str | os.PathLike[str]) -> str | None:
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself; of a URL that fsspec knows, its copy in the cache of `datasets`, which is made or completed.
+    """The folder itself; for a URL that fsspec knows, its copy in the cache of `datasets`, which is made or completed.
 
     Each shard is compared with the checksum in its note when it arrives. Files that are there already, from an earlier
     call or an earlier version of the folder, are not read again.
@@ -47,7 +47,7 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
 
 @cache
 def _copied(url: str, cached: Path) -> Path:
-    """The copy of a folder, which a process looks for once."""
+    """The copy of a folder, looked up once per process."""
     copy = cached / "tokenweight" / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32]
     files, root, names = _listed(url)
     make_folder(copy)
@@ -60,7 +60,7 @@ def _copied(url: str, cached: Path) -> Path:
         for name in sorted(remote, key=lambda name: name in _LAST):
             with replaced(copy / name) as part:
                 part.write_bytes(remote[name])
-        for path in copy.iterdir():  # of an earlier version
+        for path in copy.iterdir():  # left by an earlier version
             if path.name not in names:
                 path.unlink()
     return copy
@@ -82,7 +82,7 @@ def _copy_shard(files: Any, source: str, path: Path, written: str | None, url: s
                 f"{url}/{path.name} is damaged: its sha256 is {found[:16]}…, {written[:16]}… was written: expected an "
                 "upload that ended"
             )
-    if written is not None:  # so that a copy that is interrupted goes on
+    if written is not None:  # so that an interrupted copy resumes
         with replaced(note) as part:
             part.write_bytes(files.cat_file(f"{source.rpartition('.')[0]}.json"))
 
@@ -98,7 +98,7 @@ def folder_exists(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_note_of(folder: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
-    """A JSON file of a folder here or at a URL, of which nothing else is read; None if there is none.
+    """A JSON file of a folder here or at a URL, without reading anything else of it; None if there is none.
 
     Raises:
         ValueError: if it cannot be read, or holds no JSON object; naming it.
@@ -140,11 +140,11 @@ def stream_rows(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 def upload(folder: str | os.PathLike[str], url: str) -> int:
     """Copy a finished folder of rows or scores, with its notes and provenance, to a URL such as s3://bucket/scored or
-    hf://datasets/org/name. What makes it a finished one there comes last.
+    hf://datasets/org/name. The files that mark it as finished come last.
 
     Returns:
         The number of files that were sent. Called again after an interruption, it sends the shards that are missing,
-        or are others by their notes; notes are always sent.
+        or differ by their notes; notes are always sent.
 
     Raises:
         ValueError: if the folder is not finished, or the URL cannot be written to.
@@ -165,7 +165,7 @@ def upload(folder: str | os.PathLike[str], url: str) -> int:
         there = {entry["name"].rpartition("/")[2]: entry["size"] for entry in files.ls(root, detail=True)}
         shards = [name for name in names if name.endswith(_SHARDS)]
         known = {name for name in shards if _is_there(files, root, there, folder / name)}
-        for name in _LAST if len(known) < len(shards) else ():  # of another upload, which is finished no more
+        for name in _LAST if len(known) < len(shards) else ():  # of another upload, which is no longer finished
             if name in there:
                 files.rm(f"{root}/{name}")
         # A shard before its note, by which it is known after an interruption.
@@ -176,8 +176,8 @@ def upload(folder: str | os.PathLike[str], url: str) -> int:
 
 
 def _is_there(files: Any, root: str, there: dict[str, int], shard: Path) -> bool:
-    """Whether a shard was sent already, by its size and the checksum in its note: of other scores, the size is the
-    same."""
+    """Whether a shard was sent already, by its size and the checksum in its note: other scores have the same
+    size."""
     note = shard.with_suffix(".json")
     if there.get(shard.name) != shard.stat().st_size or note.name not in there or not note.is_file():
         return False
@@ -186,7 +186,7 @@ def _is_there(files: Any, root: str, there: dict[str, int], shard: Path) -> bool
 
 
 def _upload_to_hub(folder: Path, url: str) -> None:
-    """One commit, or a few: a file system of the Hub would make one of each file."""
+    """Upload in one commit, or a few: the Hub's file system would make one per file."""
     from huggingface_hub import HfApi
 
     found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", url.rstrip("/"))
@@ -199,7 +199,7 @@ def _upload_to_hub(folder: Path, url: str) -> None:
 
 
 def _listed(url: str) -> tuple[Any, str, list[str]]:
-    """`_files` of a folder that has some."""
+    """`_files`, for a folder that has some."""
     found = _files(url)
     if not found[2]:
         raise ValueError(f"{url}: no such folder of rows")
@@ -220,7 +220,7 @@ def _files(url: str) -> tuple[Any, str, list[str]]:
 
 @contextlib.contextmanager
 def _told(url: str) -> Iterator[None]:
-    """Name the URL in whatever goes wrong: a missing package, rights, a network."""
+    """Name the URL in any error: a missing package, permissions, the network."""
     try:
         yield
     except Exception as error:

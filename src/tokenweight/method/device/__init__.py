@@ -1,1 +1,1 @@
-"""What the loss leaves to the device: products into float32, how much is held at a time, and when the host waits."""
+"""Device-level parts of the loss: products into float32, chunk sizes, and host-device synchronization."""

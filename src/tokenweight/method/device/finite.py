@@ -1,4 +1,4 @@
-"""That losses and weights are finite: checked at once, or by whoever knows when the host may wait for the device."""
+"""Check that losses and weights are finite: at once, or later, where the host may wait for the device."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ class NonFinite(ValueError):
 
 
 LATER: ContextVar[Callable[[Mapping[str, Tensor], Tensor], None] | None] = ContextVar("LATER", default=None)
-"""What is told of losses and which are not finite, where it is set, in place of an error, for which the host waits."""
+"""Where set, is called with losses and which are not finite, in place of an error, which would make the host wait."""
 
 
 def check_finite(losses: Mapping[str, Float[Tensor, "batch seq"]], mask: Bool[Tensor, "batch seq"]) -> None:

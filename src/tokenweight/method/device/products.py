@@ -1,4 +1,4 @@
-"""Matrix products summed in float32, and how many rows of logits, and parts of a head, are held at a time."""
+"""Matrix products summed in float32, and the chunk sizes of logits and of the head."""
 
 import functools
 
@@ -8,39 +8,39 @@ from torch import Tensor
 BUFFER_BYTES = 256 << 20
 """Logits held at a time. Smaller chunks re-read the head too often; larger ones gain nothing (benchmarks/loss.py)."""
 MOST_ROWS = 1536
-"""Of a chunk on a GPU. Each adds a whole gradient of the head in float32, which takes longer than its product if rows
-are fewer than about this; more gain nothing (`tokenweight.plan.loss_floor`)."""
+"""Most rows of a chunk on a GPU. Each chunk adds a full gradient of the head in float32, which takes longer than its
+product if it has fewer rows than about this; more gain nothing (`tokenweight.plan.loss_floor`)."""
 CAST_BYTES = 32 << 20
-"""What is held in another dtype at a time: of a 16-bit head in float32, of the gradient of the logits in 16 bits."""
+"""Bytes cast to another dtype at a time: a 16-bit head to float32, the gradient of the logits to 16 bits."""
 INTO_FLOAT32 = frozenset({"cuda"})
 """Devices on which torch multiplies 16-bit matrices into a float32 result: `torch.mm(..., out_dtype=)`."""
 
 
 def multiplied_in(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products with the head are made in, on a kind of device, of what has `dtype`."""
+    """The dtype in which products with the head are computed on a type of device, for inputs of `dtype`."""
     if device in INTO_FLOAT32 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if device in INTO_FLOAT32 and dtype != torch.float16:
         return dtype
     # Logits rounded to bfloat16 are off by up to 0.06 nats: more than the differences we are after. And in float16
-    # their gradients, often below 1e-7, vanish before a scaler of the loss could make them larger.
+    # their gradients, often below 1e-7, underflow before a loss scaler could scale them up.
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows_at_once(num_rows: int, vocabulary: int, itemsize: int, *, on_gpu: bool) -> int:
-    """How many rows of logits are held: as many as fit the buffer; on a GPU a sixtieth of all, if that is more."""
+    """Number of rows of logits to hold: as many as fit the buffer; on a GPU a sixtieth of all, if that is more."""
     fitting = max(16, BUFFER_BYTES // (itemsize * vocabulary))
     return max(fitting, min(num_rows // 60, MOST_ROWS)) if on_gpu else fitting
 
 
 def fit_at_once(num_rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the logits of all rows, made of states of `dtype`, are one chunk, on any device."""
+    """Whether the logits of all rows, from states of `dtype`, fit one chunk on any device."""
     itemsize = torch.promote_types(dtype, torch.float32).itemsize
     return num_rows <= rows_at_once(num_rows, vocabulary, itemsize, on_gpu=False)
 
 
 def parts(vocabulary: int, copied: int) -> list[slice]:
-    """The vocabulary in even parts, of which a copy of `copied` bytes for each entry fits; in one if none is made."""
+    """Even parts of the vocabulary, so that a copy of one, `copied` bytes per entry, fits; one part if none is made."""
     num = -(-vocabulary * copied // CAST_BYTES) if copied else 1
     width = -(-vocabulary // num)
     return [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
@@ -66,9 +66,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_into(wide: torch.dtype, narrow: torch.dtype, device: torch.device) -> bool:
-    """Whether torch adds a 16-bit product to a float32 matrix there, without a third one of that size.
+    """Whether torch can add a 16-bit product to a float32 matrix on this device without a temporary of that size.
 
-    Source: pull request 167931 of pytorch, since which `addmm(out_dtype=)` does not refuse it.
+    Source: pull request 167931 of pytorch, which made `addmm(out_dtype=)` accept it.
     """
     out, one = torch.zeros(8, 8, dtype=wide, device=device), torch.ones(8, 8, dtype=narrow, device=device)
     try:

@@ -1,4 +1,4 @@
-"""Which rows the loss reads, for which the host waits for the device; and an order of tokens, the same on every one."""
+"""The rows that the loss reads, found by a host-device synchronization; and a device-independent order of tokens."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | None = None) -> Int[Tensor, " n"]:
-    """Numbers of the rows that have a target and a weight other than 0; a target outside the vocabulary is refused."""
+    """Indices of the rows with a target and a non-zero weight; a target outside the vocabulary is a ValueError."""
     valid = targets != -100
     wrong = valid & ((targets < 0) | (targets >= vocabulary))
     active = valid if weights is None else valid & (weights != 0)
-    # One wait of the host for the device, where `any` and `nonzero` would be two.
+    # One host-device synchronization, where `any` and `nonzero` would be two.
     num_wrong, num_active = torch.stack([wrong.sum(), active.sum()]).tolist()
     if num_wrong:
         row = int(wrong.nonzero()[0])
@@ -21,7 +21,7 @@ def active_rows(targets: Int[Tensor, " N"], vocabulary: int, weights: Tensor | N
 
 
 def split_rows(rows: Int[Tensor, " n"], first: Bool[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-    """Those for which `first` holds, and the others; the host waits for the device once, to know how many they are."""
+    """Split rows into those where `first` is True and the others; one host-device synchronization, for their number."""
     ordered, num = rows[first.byte().argsort(descending=True, stable=True)], int(first.sum())
     return ordered[:num], ordered[num:]
 

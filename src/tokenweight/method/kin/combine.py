@@ -1,4 +1,4 @@
-"""Weightings made of weightings, whatever these use."""
+"""Combinations of weightings, whatever inputs these use."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ class Combination(Weighting):
     """A frozen dataclass with weightings among its fields: it uses what they use, and its history holds theirs."""
 
     own_history: ClassVar[int] = 0
-    """Length of what the combination itself keeps, in front of the histories of its parts."""
+    """Length of the combination's own history, in front of the histories of its parts."""
 
     @property
     def remembered(self) -> list[bool]:
-        """That of its own history, then of its parts."""
+        """The flags of its own history, then those of its parts."""
         return [True] * self.own_history + [one for part in self.parts for one in part.remembered]
 
     @property
     def parts(self) -> list[Weighting]:
-        """The weightings that it is made of."""
+        """The weightings that it combines."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return [value for value in values if isinstance(value, Weighting)]
 
@@ -47,7 +47,7 @@ class Combination(Weighting):
         )
 
     def weights_of_parts(self, long: Tensor, short: Tensor, mask: Tensor, **used: Tensor) -> Iterator[Tensor]:
-        """The weights of each part; whatever it writes into is its own."""
+        """The weights of each part, which may write into its inputs: they are copies."""
         begin = self.own_history
         for part in self.parts:
             own = part.asked(used)
@@ -58,7 +58,7 @@ class Combination(Weighting):
             yield part.weigh(long.clone(), short.clone(), mask.clone(), **own)
 
     def observe(self, long: Tensor, short: Tensor, mask: Tensor, **used: Any) -> Tensor:
-        """What its parts observe, one after the other."""
+        """The observations of its parts, concatenated."""
         parts = [part for part in self.parts if part.history]
         return torch.cat([part.observe(long, short, mask, **part.asked(used)) for part in parts])
 
@@ -68,7 +68,7 @@ class Mix(Combination):
     """Two weightings at once: share * first + (1 - share) * second.
 
     Args:
-        share: of the first, 0 to 1.
+        share: that of the first, 0 to 1.
     """
 
     formula = "w = share · first + (1 - share) · second"
@@ -89,7 +89,7 @@ class Mix(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class Floor(Combination):
-    """A weighting that leaves no token less than a minimum: the mean weight grows by what that adds.
+    """A weighting in which no token weighs less than a minimum: the mean weight grows by what that adds.
 
     Args:
         minimum: the smallest weight, 0 or more.
@@ -125,12 +125,12 @@ class Normalized(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class Warmup(Combination):
-    """From uniform to a weighting, in proportion to the targets trained on so far, on all ranks, this batch included.
+    """A linear ramp from uniform to a weighting over the targets trained on so far, on all ranks, this batch included.
 
-    Tokens rather than steps: the same whatever the number of ranks and of accumulated batches is.
+    Tokens rather than steps: independent of the number of ranks and of accumulated batches.
 
     Args:
-        tokens: targets after which the weighting has all of its effect, above 0.
+        tokens: targets after which the weighting has its full effect, above 0.
     """
 
     formula = "w = 1 + min(targets so far / tokens, 1) · (weighting - 1)"
@@ -156,13 +156,13 @@ class Warmup(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class FirstWindow(Combination):
-    """One weight for all tokens of a document's first window, which self-scoring leaves without a difference.
+    """One weight for all tokens of a document's first window, where self-scoring yields no difference.
 
     The rest are weighed as if they alone were the row. With `weight` 1 and a weighting of mean 1 the mean remains 1.
 
     Args:
-        size: tokens of the window: the first that many of each document.
-        weight: theirs, 0 or more.
+        size: tokens of the window, from the start of each document.
+        weight: the weight of these tokens, 0 or more.
     """
 
     formula = "w = weight in the first `size` tokens of a document, else weighting"
@@ -180,11 +180,11 @@ class FirstWindow(Combination):
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, **used: Any) -> Tensor:
         """The formula of the class."""
         first = used["positions"] < self.size
-        # Where it does not weigh it must not read, and where it has nothing to weigh it may give anything.
+        # The weighting must not read the losses of tokens that it does not weigh; its weights of them are replaced.
         long, short = long.masked_fill(first, 0), short.masked_fill(first, 0)
         (weights,) = self.weights_of_parts(long, short, mask & ~first, **used)
         return weights.masked_fill(first, self.weight)
 
     def observe(self, long: Tensor, short: Tensor, mask: Tensor, **used: Any) -> Tensor:
-        """What the weighting observes of the rest."""
+        """The observation of the weighting for the other tokens."""
         return super().observe(long, short, mask & (used["positions"] >= self.size), **used)

@@ -15,7 +15,7 @@ class Custom(Weighting):
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor) -> Tensor:
-        """What the function returns."""
+        """The result of the function."""
         return self.function(long, short, mask)
 
     def __str__(self) -> str:
@@ -23,7 +23,7 @@ class Custom(Weighting):
 
 
 def as_weighting(weighting: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Weighting:
-    """The weighting itself, or a function of (long, short, mask) made into one; anything else is a ValueError."""
+    """Return a weighting as it is, or wrap a function of (long, short, mask); anything else is a ValueError."""
     if isinstance(weighting, Weighting):
         return weighting
     if not callable(weighting) or isinstance(weighting, type):

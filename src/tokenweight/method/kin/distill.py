@@ -10,9 +10,9 @@ from tokenweight.method.device.rows import active_rows
 from tokenweight.method.loss import Head, Logits, WeightsOfChunk, _WeightedLoss
 
 TOP_K = 16
-"""Of a teacher's tokens, by default. Ours: how many the paper keeps was not seen."""
+"""Tokens kept of a teacher's prediction, by default. Our choice: we have not seen how many the paper keeps."""
 LEAST_REST = 1e-30
-"""Of the student's probability beyond the top k, beside that of its likeliest token: less counts as so much."""
+"""Lower bound of the student's probability beyond the top k, relative to that of its likeliest token."""
 
 
 class TopK(NamedTuple):
@@ -22,7 +22,7 @@ class TopK(NamedTuple):
     logprobs: Float[Tensor, "*rows k"]
 
     def checked(self, chosen: Tensor, vocabulary: int) -> "TopK":
-        """Itself. ValueError if chosen rows hold what is no token of the student, or no log-probability."""
+        """Itself. ValueError if chosen rows hold ids outside the student's vocabulary, or no log-probabilities."""
         ids, logprobs = self.ids[chosen], self.logprobs[chosen]
         wrong = torch.stack([((ids < 0) | (ids >= vocabulary)).any(), ~(logprobs <= 1e-3).all()])
         of_ids, of_logprobs = wrong.tolist()  # one wait for the device
@@ -41,7 +41,7 @@ def linear_top_k(
 
     Args:
         hidden: states of the teacher; the state in row i predicts `targets[i]`.
-        head: of the teacher.
+        head: the teacher's.
         targets: token ids; rows with -100 cost nothing, and hold token 0 with probability 0.
         chunk_size: rows whose logits are held at a time; by default as many as fit a buffer.
 
@@ -77,7 +77,7 @@ class DistillingHead(Head):
         KL = sum over the top k of q * log(q / p) + r * log(r / R)
 
     which is at most the divergence of the whole distributions, and equal to it for k = V, or where the student spreads
-    R in the teacher's proportions. Its gradient by the logits is p - q in the top k, and p * (1 - r / R) beyond: as of
+    R in the teacher's proportions. Its gradient w.r.t. the logits is p - q in the top k, p * (1 - r / R) beyond: as for
     a teacher that spreads r as the student does, so that nothing is learned about the order of tokens beyond the top k.
     """
 
@@ -85,11 +85,11 @@ class DistillingHead(Head):
     share: float
 
     def __new__(cls, head: Head, teacher: TopK, share: float) -> "DistillingHead":
-        """A head like another, with a teacher.
+        """Attach a teacher to a head.
 
         Args:
-            head: of the student.
-            teacher: of each state, in the order of the states.
+            head: the student's.
+            teacher: the teacher's top k for each state, in the order of the states.
             share: w, from 0 (the weighted loss alone) to 1 (distillation alone).
         """
         found = super().__new__(cls, *head)
@@ -103,7 +103,7 @@ class DistillingHead(Head):
         weights: Tensor | WeightsOfChunk,
         active: Tensor | None = None,
     ) -> Float[Tensor, ""]:
-        """As `weighted_linear_cross_entropy`, with as many head products."""
+        """Like `weighted_linear_cross_entropy`, with as many head products."""
         return distilled_linear_cross_entropy(hidden, self, targets, weights, self.teacher, self.share, active=active)
 
 
@@ -121,7 +121,7 @@ def distilled_linear_cross_entropy(
     """Sum over all rows of weight times the mixture of `DistillingHead`; not divided by anything.
 
     Args, Raises: as for `weighted_linear_cross_entropy`, with `head` and what follows it in one; weights that are a
-    function are given the negative log-likelihoods. A ValueError, if `teacher` has not a row for each of `hidden`.
+    function are given the negative log-likelihoods. A ValueError if `teacher` does not have a row for each of `hidden`.
     """
     if len(teacher.ids) != len(hidden) or teacher.ids.shape != teacher.logprobs.shape:
         found = f"{list(teacher.ids.shape)} and {list(teacher.logprobs.shape)}"
@@ -155,7 +155,7 @@ class _DistilledLoss(_WeightedLoss):
 
 
 class _Mixed(Logits):
-    """The logits of a chunk, beside the top k of a teacher."""
+    """The logits of a chunk, with the top k of a teacher."""
 
     ids: Tensor
     logprobs: Tensor
@@ -165,12 +165,12 @@ class _Mixed(Logits):
         self.share = share
 
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """As of the parent, which leaves `exp(logits - max)` in the buffer; `divergences` and the rests beside."""
+        """Like the parent's, leaving `exp(logits - max)` in the buffer; also sets `divergences` and the rests."""
         z = self.fill(states)
         largest = z.amax(dim=1, keepdim=True)
         of_target, of_top = z.gather(1, targets[:, None]), z.gather(1, self.ids) - largest
         z.sub_(largest).exp_()
-        # The rest is summed without the top k, rather than as a difference, in which nothing of it would be left.
+        # The rest is summed without the top k: as a difference, it would cancel to nothing.
         self.top = z.gather(1, self.ids)
         z.scatter_(1, self.ids, 0)
         self.rest = z.sum(dim=1, keepdim=True)
@@ -186,7 +186,7 @@ class _Mixed(Logits):
         return (log_total + (largest - of_target)).squeeze(1)
 
     def add_gradients(self, grads, rows, states, targets, weights):
-        """Change the buffer so that what the parent subtracts from it, the target, leaves the gradient of the mixture.
+        """Adjust the buffer so that the parent's subtraction of the target leaves the gradient of the mixture.
 
         The top k is set rather than added to: beyond them, 1 - r / R may be as large as 1 / R.
         """

@@ -1,4 +1,4 @@
-"""EXACT: more weight at positions that few targets of the training data have."""
+"""EXACT: more weight at positions that are rare among the targets of the training data."""
 
 import dataclasses
 import math
@@ -10,17 +10,17 @@ from torch import Tensor
 from tokenweight.method.weightings import Weighting, require
 
 BUCKETS = 32
-"""Of positions: 0 to 7, 8 to 15, 16 to 31, and so on, each twice the last; the last one has no end."""
+"""Buckets of positions: 0 to 7, 8 to 15, 16 to 31, and so on, each twice the last; the last one is open-ended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EXACT(Weighting):
-    """More weight for tokens with a long context, the more the fewer there are of their distance in the data.
+    """More weight for tokens with a long context, and the more the rarer their distance is in the data.
 
         w = 1 + alpha * r_b / sum(q * r) in the tail, else 1;   r_b = q_b ** -gamma,   q_b the share of bucket b
 
-    Buckets of positions double: the tail are those that begin at `threshold` or later. Targets are counted over all
-    that was trained on, these rows included. The mean weight is 1 in front of the tail and 1 + alpha within.
+    Buckets of positions double: the tail is those that begin at `threshold` or later. Targets are counted over all
+    training so far, these rows included. The mean weight is 1 before the tail and 1 + alpha within.
 
     Args:
         alpha: mean weight that the tail gains, 0 or more.
@@ -28,7 +28,7 @@ class EXACT(Weighting):
         threshold: tokens of context where the tail begins.
 
     Source: arXiv 2605.10544, read second-hand (its code is not public): alpha 0.15, gamma 0.5, thresholds 1024, 2048
-    and 4096 for windows of 4k, 8k and 16k. Counting as training goes on, rather than once, is ours.
+    and 4096 for windows of 4k, 8k and 16k. Counting during training, rather than once, is ours.
     """
 
     formula = "w = 1 + alpha · q^-gamma / mean(q^-gamma) from position `threshold` on, q = share of its bucket; else 1"
@@ -46,7 +46,7 @@ class EXACT(Weighting):
         require(self, "threshold", self.threshold >= 0, "a number of tokens, 0 or more")
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, *, positions: Tensor, history: Tensor) -> Tensor:
-        """The formula of the class; of a bucket in which no target was, as if there had been one."""
+        """The formula of the class; an empty bucket is treated as if it held one target."""
         begins = torch.cat([history.new_zeros(1), _edges(history.device).double()])
         tail = begins >= self.threshold
         counts = history.where(tail, 0)
@@ -63,7 +63,7 @@ class EXACT(Weighting):
 
 
 def _edges(device: torch.device) -> Tensor:
-    """Where buckets after the first begin; made on the device, which nothing waits for."""
+    """Starts of the buckets after the first, created on the device without a synchronization."""
     return 8 << torch.arange(BUCKETS - 1, device=device)
 
 

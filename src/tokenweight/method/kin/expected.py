@@ -1,4 +1,4 @@
-"""Proper weights: the expectation of a score over what the model itself predicts, instead of that of the target."""
+"""Proper weights: the expectation of a score under the model's own prediction, instead of the score of the target."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,7 +16,7 @@ from tokenweight.method.loss import Logits
 from tokenweight.method.weightings import Dense, ScoreWeighting, Sparse, Weighting, require
 
 DIVERGENCES: dict[str, ScoreWeighting] = {"kl": Gain(), "tv": BoundedGain(), "absolute": Dense()}
-"""Weightings of whose scores the divergences with a name of their own are the expectations."""
+"""The named divergences, each as the weighting whose expected score it is."""
 _SCORE_SETTINGS: dict[type[ScoreWeighting], tuple[str, ...]] = {
     LongFilter: (),
     PPMI: ("shift",),
@@ -28,14 +28,14 @@ _SCORE_SETTINGS: dict[type[ScoreWeighting], tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Expected(Weighting):
-    """A weighting by the expectation of its score: it does not depend on the target, and leaves what is learned alone.
+    """A weighting by the expectation of its score: independent of the target, it leaves the optimum unchanged.
 
         divergence = sum over v of p_long(v) * score(-log p_long(v), -log p_short(v)),   v in the vocabulary
 
-    takes the place of the score of the target, under the distributions that predict it. With weights that depend on the
-    target the optimum is in proportion to p · w; with these it is p. The mean over targets is that of the weighting if
-    the long distribution is the true one. Of `Gain` the divergence is KL(p_long || p_short), of `BoundedGain` the total
-    variation, of `Dense` the expected |log ratio|.
+    replaces the score of the target, under the distributions that predict it. With weights that depend on the target
+    the optimum is proportional to p · w; with these it is p. The mean over targets is that of the weighting if the long
+    distribution is the true one. For `Gain` the divergence is KL(p_long || p_short), for `BoundedGain` the total
+    variation, for `Dense` the expected |log ratio|.
 
     Args:
         weighting: one whose weights follow from a score.
@@ -55,7 +55,7 @@ class Expected(Weighting):
         vars(self).update(pointwise=of.pointwise, selects=of.selects, divergence_of=of)
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, *, divergence: Tensor) -> Tensor:
-        """The weights of the weighting, by the divergence."""
+        """The weights of the weighting, with the divergence as the score."""
         return self.weighting.weights(divergence, mask)
 
     @torch.no_grad()
@@ -65,8 +65,8 @@ class Expected(Weighting):
 
 
 def divergence_kind(weighting: ScoreWeighting) -> str:
-    """What tells the expectation of a weighting's score from others: a name of `DIVERGENCES`; else the weighting, of
-    ours with the settings that its score depends on."""
+    """Identifier of the expectation of a weighting's score: a name of `DIVERGENCES`, else the weighting; for ours, with
+    the settings that its score depends on."""
     kind = Dense if type(weighting) is Sparse else type(weighting)  # they have the same score
     name = next((name for name, one in DIVERGENCES.items() if type(one) is kind), None)
     if name is not None or kind not in _SCORE_SETTINGS:
@@ -76,7 +76,7 @@ def divergence_kind(weighting: ScoreWeighting) -> str:
 
 
 def vanishes(weighting: ScoreWeighting) -> bool:
-    """Whether its score is 0 where both losses are the same, as they are in the first window of a document."""
+    """Whether the score is 0 where both losses are equal, as they are in the first window of a document."""
     losses = torch.tensor([0.0, 1e-3, 0.1, 1.0, 10.0], dtype=torch.float64)
     return not weighting.score(losses, losses).any()
 
@@ -99,7 +99,7 @@ def linear_divergence(
     Args:
         long_hidden: states with the long context; the state in row i predicts `targets[i]`.
         short_hidden: states with the short context, of the same tokens.
-        weighting: of whose score the divergence is the expectation.
+        weighting: the one whose expected score is the divergence.
         chunk_size: rows whose logits are held at a time; by default as many as fit a buffer, both together.
 
     The other arguments, dtypes and errors are those of `linear_nll`.
@@ -125,7 +125,7 @@ def linear_divergence(
 
 
 class _Distribution:
-    """Logits of rows, which are only read, with their normalizers; nothing else as large as they are is made."""
+    """Logits of rows, read only, with their normalizers; nothing else of their size is allocated."""
 
     def __init__(self, logits: Float[Tensor, "n V"]):
         self.logits, self.dtype = logits, torch.promote_types(logits.dtype, torch.float32)
@@ -147,7 +147,7 @@ class _Distribution:
 
 
 def _expectation(weighting: ScoreWeighting, long: _Distribution, short: _Distribution) -> Float[Tensor, " n"]:
-    """The sum over the vocabulary of p_long times the score; what has probability 0 adds nothing."""
+    """The sum over the vocabulary of p_long times the score; a token of probability 0 adds nothing."""
     total = torch.zeros(len(long.logits), dtype=long.dtype, device=long.logits.device)
     for block in long.blocks:
         of_long, of_short = long.nll(long.logits[:, block]), short.nll(short.logits[:, block])

@@ -1,4 +1,4 @@
-"""Dense, by other scores: what the long context gains for a token, and where it is the key to it."""
+"""Weightings by other scores of the gain from long context, and by key tokens."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ class BoundedGain(Dense):
     knob = ("interpolation", (0.0, 0.75))
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the weight is in proportion to."""
+        """The score that the weight is proportional to."""
         return -(long - short).clamp(max=0).expm1()
 
 
@@ -63,13 +63,13 @@ class LongFilter(Dense):
     knob = ("interpolation", (0.0, 0.75))
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the weight is in proportion to, where it is above 0."""
+        """The score that the weight is proportional to, where it is above 0."""
         return (-long).exp() * (short - long)
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyTokens(ScoreWeighting):
-    """Train only key tokens, all with the same weight: those that the long context helps much, and makes likely.
+    """Train only key tokens, all with the same weight: those that the long context helps a lot and makes likely.
 
     The mean weight of a row is 1. In a row without key tokens every token weighs 1.
 
@@ -77,8 +77,8 @@ class KeyTokens(ScoreWeighting):
         alpha: gain in nats, short - long, above which a token is key.
         beta: log-probability with the long context above which it is.
 
-    Source: Fang et al. 2025 (arXiv 2410.23771), the indicator of LongPPL, of which alpha and beta are; the weight is
-    ours.
+    Source: Fang et al. 2025 (arXiv 2410.23771), the indicator of LongPPL, with its alpha and beta; using it as a
+    weight is ours.
     """
 
     formula = "w = 1 / share of such tokens if short - long > alpha and -long > beta, else 0"

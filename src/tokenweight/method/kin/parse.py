@@ -1,4 +1,4 @@
-"""Weightings of texts and functions: "sparse:keep=0.2", as on a command line or in a recipe, is `Sparse(keep=0.2)`."""
+"""Parse weightings from text: "sparse:keep=0.2", as on a command line or in a recipe, is `Sparse(keep=0.2)`."""
 
 import ast
 import dataclasses
@@ -22,7 +22,7 @@ WEIGHTINGS: tuple[type[Weighting], ...] = (
     *(Uniform, Dense, Sparse, LongCE, PPMI, NPMI, Gain, BoundedGain, LongFilter, KeyTokens, EXACT, Rho1, ESLM),
     *(Expected, Mix, Floor, Normalized, Warmup, FirstWindow),
 )
-"""The weightings that have a name of their own, which is that of the class in lower case."""
+"""The weightings with a name of their own: that of the class in lower case."""
 
 
 def parse_weighting(text: str) -> Weighting:
@@ -31,7 +31,7 @@ def parse_weighting(text: str) -> Weighting:
         dense        sparse:keep=0.2        ppmi:shift=2,keep=0.1        my_package.my_module.my_function
         sparse(keep=0.2)        mix(dense(interpolation=0.5), uniform, share=0.25)
 
-    Anything unknown, or a value that a weighting refuses, is a ValueError that lists what is known.
+    Anything unknown, or an invalid value, is a ValueError that lists what is known.
     """
     if "(" in text:
         return _of_call(_call(text))
@@ -40,7 +40,7 @@ def parse_weighting(text: str) -> Weighting:
 
 
 def parse_divergence(text: str) -> ScoreWeighting:
-    """The weighting of whose score a divergence is the expectation: of kl, tv or absolute, or a weighting itself."""
+    """The weighting whose expected score is a divergence, given as kl, tv or absolute, or as that weighting."""
     if text in DIVERGENCES:
         return DIVERGENCES[text]
     expected = f"expected one of {', '.join(DIVERGENCES)}, or a weighting whose weights follow from a score"
@@ -54,9 +54,9 @@ def parse_divergence(text: str) -> ScoreWeighting:
 
 
 def weighting_names(text: str) -> list[str]:
-    """The names of all weightings in a text, those with a dot to be imported; nothing is, nor are they looked up.
+    """The names of all weightings in a text, without importing those with a dot or looking any up.
 
-    A text that is no call is a ValueError; what is wrong with names or settings, `parse_weighting` says.
+    A text that is no valid call is a ValueError; `parse_weighting` reports wrong names and settings.
     """
     if "(" not in text:
         name, settings = _short(text)
@@ -72,14 +72,14 @@ def weighting_names(text: str) -> list[str]:
 
 
 def _short(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """The name and the settings of sparse:keep=0.2."""
+    """The name and the settings of a text such as sparse:keep=0.2."""
     name, _, settings = text.partition(":")
     items = [item.partition("=") for item in settings.split(",") if item.strip()]
     return name.strip(), [(key.strip(), value.strip()) for key, _, value in items]
 
 
 def _call(text: str) -> ast.expr:
-    """The syntax of a text that has parentheses."""
+    """The syntax tree of a text with parentheses."""
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -88,7 +88,7 @@ def _call(text: str) -> ast.expr:
 
 
 def _of_call(node: ast.expr) -> Weighting:
-    """The weighting that a call stands for, or a name alone; a setting is a number, a word or a weighting."""
+    """The weighting of a call, or of a name alone; a setting is a number, a word or a weighting."""
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name | ast.Attribute):
         raise ValueError(f"found {ast.unparse(node)!r}: expected a weighting, as in mix(dense, uniform, share=0.25)")
@@ -164,7 +164,7 @@ def _setting(what: str, of: Any, value: "str | ast.expr") -> Any:
 
 
 def _is_path(name: str) -> bool:
-    """Whether it can be the name of a weighting, rather than a number."""
+    """Whether a text can be the name of a weighting, rather than a number."""
     return all(part.isidentifier() for part in name.split("."))
 
 
@@ -173,7 +173,7 @@ def _is_part(of: Any) -> bool:
 
 
 def _example(kind: Any, fields: Sequence[dataclasses.Field]) -> str:
-    """A call of a kind of weighting with all of its settings."""
+    """An example call of a type of weighting, with all of its settings."""
     parts = [field.name for field in fields if _is_part(field.type)]
     return f"{kind.__name__.lower()}({', '.join([*parts, *(f'{f.name}=...' for f in fields if f.name not in parts)])})"
 

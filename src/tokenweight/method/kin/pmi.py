@@ -13,7 +13,7 @@ class PPMI(Sparse):
     """Sparse, by positive pointwise mutual information: tokens that the LONG context predicts better.
 
     The score is max(log(p_long / p_short) - log(shift), 0). Where fewer tokens than `keep` asks for have a positive
-    one, tokens of score 0 fill up in the order that `seed` gives.
+    one, tokens of score 0 fill the rest in the order of `seed`.
 
     Args:
         keep: as in `Sparse`, and so is `seed`.
@@ -30,7 +30,7 @@ class PPMI(Sparse):
         require(self, "shift", 0 < self.shift < math.inf, "a finite number above 0")
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
+        """The score whose largest values are kept."""
         return (short - long - math.log(self.shift)).clamp(min=0)
 
 
@@ -46,5 +46,5 @@ class NPMI(PPMI):
     formula = "w = 1 / keep for the top share `keep` by max(long - short - log(shift), 0), else 0"
 
     def score(self, long: Tensor, short: Tensor) -> Tensor:
-        """What the largest are kept of."""
+        """The score whose largest values are kept."""
         return super().score(short, long)

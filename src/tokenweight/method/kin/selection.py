@@ -10,14 +10,14 @@ from torch import Tensor
 from tokenweight.method.weightings import Weighting, keep_top, require
 
 BINS = 512
-"""Of a histogram of losses or their differences: evenly in asinh(nats / 0.01), thus fine near 0, up to 44 nats."""
+"""Bins of a histogram of losses or their differences: even in asinh(nats / 0.01), thus fine near 0, up to 44 nats."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rho1(Weighting):
-    """Train only the tokens that lose most beside a reference model, long - ref, all with the same weight.
+    """Train only the tokens of largest excess loss over a reference model, long - ref, all with the same weight.
 
-    Of a row, the max(1, floor(keep * T)) largest of its T tokens are kept and the mean weight is 1. Of the batch, on
+    Over a row, the max(1, floor(keep * T)) largest of its T tokens are kept and the mean weight is 1. Over a batch, on
     all ranks, those above the quantile 1 - keep weigh 1 / keep, and its mean weight is 1, to the width of a bin.
 
     Args:
@@ -25,7 +25,7 @@ class Rho1(Weighting):
         over: "row" or "batch".
 
     Source: Lin et al. 2024 (arXiv 2404.07965), which selects within the batch: 0.6 for 1.1B, 0.7 for 7B parameters.
-    Batches that are accumulated count each by itself.
+    Each accumulated batch counts by itself.
     """
 
     formula = "w = 1 / keep for the top share `keep` by long - ref, else 0"
@@ -62,7 +62,7 @@ class ESLM(Weighting):
         keep: share of tokens kept, above 0 and up to 1; 1 is plain cross-entropy.
 
     Source: arXiv 2505.19893, read second-hand (alpha there is 1 - `keep`, about 0.1 from memory; the default is ours).
-    Batches that are accumulated count each by itself. Its variant by entropy is not here.
+    Each accumulated batch counts by itself. Its entropy variant is not implemented.
     """
 
     formula = "w = 1 / keep for the top share `keep` by long, in the batch; else 0"
@@ -84,20 +84,20 @@ class ESLM(Weighting):
 
 
 def _places(values: Tensor) -> Tensor:
-    """Where values lie in the histogram: the bin before the point, how far into it behind."""
+    """Places of values in the histogram: the bin before the point, how far into it after the point."""
     half = BINS / 2
     return (half + (values.double() / 0.01).asinh() * (half / math.asinh(4400))).clamp(0, BINS - 1e-6)
 
 
 def _histogram(values: Tensor, mask: Tensor) -> Tensor:
-    """How many values under the mask are in each bin."""
+    """Number of values under the mask in each bin."""
     places = _places(values).where(mask, BINS).flatten().sort().values
     edges = torch.arange(BINS + 1, device=values.device, dtype=torch.float64)
     return torch.searchsorted(places, edges).diff().double()
 
 
 def _above(values: Tensor, keep: float, histogram: Tensor) -> Tensor:
-    """1 / keep for values above the quantile 1 - keep of a histogram, even within a bin; else 0."""
+    """1 / keep for values above the quantile 1 - keep of a histogram, interpolated within its bin; else 0."""
     below = histogram.cumsum(dim=0)
     wanted = (1 - keep) * below[-1:]
     number = torch.searchsorted(below, wanted, right=True).clamp(max=BINS - 1)

@@ -1,4 +1,4 @@
-"""Other ways to attend, for models that are evaluated beyond their length."""
+"""Attention implementations for models that are evaluated beyond their length."""
 
 import lazy_loader
 

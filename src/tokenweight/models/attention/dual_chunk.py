@@ -61,7 +61,7 @@ class DualChunk:
 
     @property
     def step(self) -> int:
-        """Tokens of a chunk that are not its local window."""
+        """Tokens of a chunk outside its local window."""
         assert self.chunk is not None
         assert self.local is not None
         return self.chunk - self.local
@@ -91,13 +91,13 @@ class DualChunk:
         return dataclasses.replace(self, chunk=chunk, local=local)
 
     def query_positions(self, positions: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], ...]:
-        """Where queries stand for the keys of their own chunk, of the one before, and of older ones."""
+        """Positions of queries for the keys of their own chunk, of the one before, and of older ones."""
         own = positions.remainder(self.step)
         far = min(2 * self.step - 1, self.chunk or 0)
         return own, (own + self.step).clamp(max=self.chunk), torch.full_like(own, far)
 
     def relative_positions(self, positions: Int[Tensor, " seq"]) -> Int[Tensor, "seq seq"]:
-        """The distance at which each query (row) sees each key (column) up to it, as a table: slow, to compare with."""
+        """The distance at which each query (row) sees each key (column) up to it, as a table: slow, for comparison."""
         apart = positions[:, None] // self.step - positions // self.step
         own, before, older = (one[:, None] for one in self.query_positions(positions))
         return torch.where(apart == 0, own, torch.where(apart == 1, before, older)) - positions.remainder(self.step)
@@ -127,16 +127,16 @@ def parse_attention(text: str) -> DualChunk:
 
 
 def with_dual_chunk(model: PreTrainedModel, settings: DualChunk | None = None) -> PreTrainedModel:
-    """Let a rotary model attend by Dual Chunk Attention. The model is changed in place, for evaluation, and returned.
+    """Switch a rotary model to Dual Chunk Attention. The model is changed in place, for evaluation, and returned.
 
     Each layer computes its queries by its own code, at each of their positions, so that partial rotary embeddings,
-    factors of a scaling, norms of queries and shared key heads are what they are. Layers with sliding or chunked
+    factors of a scaling, norms of queries and shared key heads are kept. Layers with sliding or chunked
     attention stay as they are. Packed documents (`position_ids`) have chunks of their own. Attention scores are held a
     few queries at a time, so that memory is linear in the length; a KV cache may be used.
 
     Raises:
-        ValueError: if the model's attention does not go through the attention interface of transformers, or would not
-            be what it was within a chunk (verified on a few tokens); and of a batch with padding, when it is read.
+        ValueError: if the model's attention does not go through the attention interface of transformers, or would
+            change within a chunk (verified on a few tokens); and for a batch with padding, when it is read.
     """
     settings, trained = (settings or DualChunk()).of(model.config), context_length(model.config)
     decoder, before = causal_parts(model).decoder, model.config._attn_implementation
@@ -198,10 +198,10 @@ def _attention_modules(decoder: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class _Rotations:
-    """What a rotary module gives its layers, in place of one pair of cosine and sine."""
+    """The output of a rotary module for its layers, in place of one pair of cosine and sine."""
 
     positions: Int[Tensor, "rows seq"]
-    """Of the tokens in their documents."""
+    """Positions of the tokens in their documents."""
     beyond: bool
     """Whether any token is beyond the first chunk."""
     plain: Any
@@ -213,7 +213,7 @@ class _Rotations:
 def _rotate(
     settings: DualChunk, rotary: Callable[..., Any], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
 ) -> _Rotations:
-    """Stands in for the forward of a rotary module."""
+    """Replaces the forward of a rotary module."""
     # Models that read pictures have three or four positions for each token, which are equal in text.
     axes = position_ids.reshape(-1, *position_ids.shape[-2:])
     if (axes != axes[0]).any():
@@ -227,7 +227,7 @@ def _rotate(
 
 
 class _Layer:
-    """The attention of one layer: stands in for the forward of its module, and is what that calls for its attention."""
+    """The attention of one layer: replaces the forward of its module and the attention function that it calls."""
 
     def __init__(self, module: nn.Module, settings: DualChunk, trained: int) -> None:
         self.module, self.settings, self.trained = module, settings, trained
@@ -261,7 +261,7 @@ class _Layer:
         return self.own_forward(*map(given, args), **{key: given(value) for key, value in kwargs.items()})
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-        """What the module calls for its attention."""
+        """The attention function that the module calls."""
         if self.noting:
             self.noted[-1].append(query)
             return value.new_zeros(()).expand(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])

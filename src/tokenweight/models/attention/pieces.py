@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 _SCORES, _SCORES_CPU = 2**25, 2**22
-"""Attention scores that are held at a time; fewer on a CPU, whose caches hold them."""
+"""Attention scores held at a time; fewer on a CPU, so that its caches hold them."""
 
 
 class Scores(NamedTuple):
-    """What becomes of products of queries and keys before they are weights."""
+    """Transformation of the products of queries and keys before the softmax."""
 
     scaling: float
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
-    """Scores of something that each head may look at instead of a token."""
+    """Attention sinks: scores of what each head may attend to instead of a token."""
 
     def scaled(self, factor: float) -> "Scores":
         """The same with another scale."""
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
         value: Float[Tensor, "batch key_heads keys dim_v"],
         hidden: Bool[Tensor, "... queries _"],
     ) -> Float[Tensor, "batch queries heads dim_v"]:
-        """The means of values by attention to keys, which come in parts: each with the queries that it is seen by.
+        """Attention-weighted means of the values. Keys come in parts, each with the queries that see it.
 
         Args:
             hidden: True where a query does not see a key of the last part; those of the others are seen by all.
@@ -74,12 +74,12 @@ def chunked(
     positions: Int[Tensor, " keys"],
     step: int,
 ) -> Float[Tensor, "batch queries heads dim_v"]:
-    """Causal attention of one document, in which a query is another one for keys of other chunks.
+    """Causal attention of one document, with different queries for keys of other chunks.
 
     Args:
         queries: for the keys of their own chunk, and if there are any others, of the chunk before, and of older ones.
-        key: of the document up to the last query.
-        positions: of the keys, rising; the queries are the last ones.
+        key: the document's, up to the last query.
+        positions: those of the keys, rising; the queries are the last ones.
         step: tokens of a chunk.
     """
     keys, num = key.shape[2], queries[0].shape[2]

@@ -1,4 +1,4 @@
-"""A language model with another tokenizer scores rows: both tokenizations of one text, aligned by its bytes."""
+"""Scoring by a language model with another tokenizer: both tokenizations of a text, aligned by its bytes."""
 
 import codecs
 import contextlib
@@ -20,7 +20,7 @@ from tokenweight.models.scorers.contrast import Contrast
 from tokenweight.models.scorers.scorer import Scorer
 from tokenweight.models.scorers.token_bytes import TokenBytes, without_unicode_forms
 
-_FILL = 0.75  # of the documents that are read in one pass, the shortest is at least so long, beside the longest
+_FILL = 0.75  # least length of a document in a pass, relative to the longest
 
 
 class AlignedScorer:
@@ -31,10 +31,10 @@ class AlignedScorer:
     in proportion to their bytes, or whole. With one tokenizer for both, each group is a token, and the losses are
     those of `Scorer` to the bit.
 
-    What is no text: the tokens with which the model's tokenizer begins a text (BOS) stand before each document, in
-    place of ours or where we have none; a control token of ours is the model's of the same name or, of BOS and EOS, of
-    the same use; any other is not read, and has losses of 0. So has a token of which no byte is read: bytes of a
-    character that the border of a row cuts in two. The first token of a document has losses of 0, as nothing of ours
+    Tokens that are not text: those with which the model's tokenizer begins a text (BOS) precede each document, in
+    place of ours or where we have none; a control token of ours maps to the model's of the same name or, for BOS and
+    EOS, of the same use; any other is not read, and has losses of 0. So has a token none of whose bytes are read: those
+    of a character that the border of a row cuts in two. The first token of a document has losses of 0, as none of ours
     predicts it.
 
     Windows are those of the short context in our tokens, and each reads the text of the same tokens: a group is scored
@@ -42,10 +42,10 @@ class AlignedScorer:
     where there would be none before the first that it scores.
 
     Args:
-        model: that scores.
-        tokenizer: of the model.
-        rows_tokenizer: that made the rows.
-        tokenize: from a tokenizer and texts to the tokens of each, without those around a text: `data.text_tokens`.
+        model: the scoring model.
+        tokenizer: the model's.
+        rows_tokenizer: that of the rows.
+        tokenize: maps a tokenizer and texts to the tokens of each, without those around a text: `data.text_tokens`.
         prefix: the model's tokens before a text; they replace the first tokens of a window.
         whole: each token has the losses of its group, not its share of them.
         max_tokens: as for `Scorer`.
@@ -82,7 +82,7 @@ class AlignedScorer:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the scores depend on besides the model, for `scores.json`."""
+        """Provenance of the scores besides the model, for `scores.json`."""
         return {
             "scorer": "aligned",
             "scorer_tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer),
@@ -122,7 +122,7 @@ class AlignedScorer:
         return Contrast(long, short)
 
     def _long(self, documents: Sequence["_Document"]) -> list[Tensor]:
-        """The losses of the model's tokens of each document, with all of it before them as context."""
+        """The losses of the model's tokens of each document, given all of it before them."""
         lengths = [len(one.tokens) for one in documents]
         dtype = torch.promote_types(self._scorer.parts.head.weight.dtype, torch.float32)
         losses = [torch.zeros(length, dtype=dtype, device=self.model.device) for length in lengths]
@@ -137,9 +137,9 @@ class AlignedScorer:
         return losses
 
     def _read_whole(self, documents: Sequence["_Document"]) -> Tensor:
-        """The long losses of documents, a row for each, and for what fills the shorter ones up."""
+        """The long losses of documents, one per row, padding included."""
         longest = max(len(one.tokens) for one in documents)
-        # Causal attention hides from a token what stands after it.
+        # Causal attention hides from a token what follows it.
         read = [one.tokens + one.tokens[-1:] * (longest - len(one.tokens)) for one in documents]
         with _numbered_as_ours(lambda row, position: (documents[row], position)):
             return self._scorer.long_nll(torch.tensor(read, device=self.model.device))
@@ -147,7 +147,7 @@ class AlignedScorer:
     def _short(
         self, documents: Sequence["_Document"], context: ShortContext, long_nll: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """The same with the short context: the long losses of what precedes all windows, which has no shorter one."""
+        """The same with the short context; tokens before all windows have no shorter one: they keep long losses."""
         ends = np.cumsum([len(one.tokens) for one in documents])
         skip_first, before = not rope_depends_on_length(self.model.config), max(1, len(self.prefix))
         passes = [
@@ -166,7 +166,7 @@ class AlignedScorer:
         return short_nll.where(scored, torch.cat(list(long_nll))[None])[0].split([len(one.tokens) for one in documents])
 
     def _documents(self, tokens: Tensor, positions: Tensor | None) -> list["_Document"]:
-        """The documents of rows in tokens of both."""
+        """The documents of rows in the tokens of both tokenizers."""
         spelled = []
         for row, ids in enumerate(tokens.tolist()):
             begins = [] if positions is None else _restarts(row, positions[row])
@@ -187,7 +187,7 @@ class AlignedScorer:
         return documents
 
     def _spelled(self, ids: list[int], first: int) -> tuple[np.ndarray, list[str | int]]:
-        """Where each token of a document ends, in bytes; and what the model reads: texts, and control tokens of its
+        """The end of each token of a document, in bytes; and the input of the model: texts, and control tokens of its
         own, which count as a byte."""
         lengths, parts = np.zeros(len(ids), dtype=np.int64), list[str | int]()
         for control, run in itertools.groupby(enumerate(self._ours.of(ids, first)), key=lambda item: item[1] is None):
@@ -225,7 +225,7 @@ class AlignedScorer:
         return _Document.of(row, first, tokens, ends, np.cumsum(lengths, dtype=np.int64), len(prefix))
 
     def _read(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The model's tokens of a text, and how many of its bytes each is."""
+        """The model's tokens of a text, and the number of its bytes in each."""
         written, spelled = text.encode(), self._theirs.spelled
         pieces = [spelled.get(token, b"") for token in ids]
         whole = b"".join(pieces)
@@ -248,25 +248,25 @@ class AlignedScorer:
 
 
 class _Document(NamedTuple):
-    """A document in tokens of both."""
+    """A document in the tokens of both tokenizers."""
 
     row: int
     first: int
     """Column of its first token."""
     tokens: list[int]
-    """Of the model."""
+    """The model's tokens."""
     begins: np.ndarray
     """The byte at which each of our tokens begins."""
     read: np.ndarray
-    """The same of the model's tokens; 0 for those before the text."""
+    """The same for the model's tokens; 0 for those before the text."""
     edges: np.ndarray
-    """Of each group, the first of the model's tokens; and, at the end, the one behind the last group."""
+    """The first of the model's tokens in each group; and, at the end, the one after the last group."""
     firsts: np.ndarray
-    """Of each group, the first of our tokens."""
+    """The first of our tokens in each group."""
     group: np.ndarray
-    """Of each of our tokens, its group."""
+    """The group of each of our tokens."""
     share: np.ndarray
-    """Of each of our tokens, its share of the bytes of its group."""
+    """The share of each of our tokens in the bytes of its group."""
 
     @classmethod
     def of(
@@ -319,7 +319,7 @@ class _Document(NamedTuple):
         return ours.to(losses.dtype)
 
     def our_position(self, position: int) -> int:
-        """The column of the token of ours in whose group one of the model's is."""
+        """The column of the first of our tokens in the group of one of the model's."""
         group = int(np.searchsorted(self.edges, position, side="right")) - 1
         return self.first + int(self.firsts[min(max(0, group), len(self.firsts) - 1)])
 
@@ -327,7 +327,7 @@ class _Document(NamedTuple):
 def _same_control(
     ours: TokenBytes, theirs: TokenBytes, our_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, int]:
-    """Of our control tokens those that the model has: of the same name, or with the same use."""
+    """Map our control tokens to those of the model of the same name, or with the same use."""
     names = {name: token for token, name in theirs.control.items()}
     same = {
         getattr(our_tokenizer, use): getattr(tokenizer, use)
@@ -338,7 +338,7 @@ def _same_control(
 
 
 def _decoded(spelled: Sequence[bytes | None], first: int) -> tuple[str, np.ndarray]:
-    """The text of tokens, and how many of its bytes each of them is; without the bytes of a character that is cut.
+    """The text of tokens, and the number of its bytes in each; without the bytes of a character that is cut.
 
     Args:
         spelled: the bytes of each token.
@@ -358,7 +358,7 @@ def _decoded(spelled: Sequence[bytes | None], first: int) -> tuple[str, np.ndarr
 
 
 def _restarts(row: int, positions: Tensor) -> list[int]:
-    """Where documents of a row begin, but for the first."""
+    """Starts of the documents of a row after the first."""
     steps = positions.diff()
     jumps = (steps != 1) & (positions[1:] != 0)
     if jumps.any():
@@ -369,7 +369,7 @@ def _restarts(row: int, positions: Tensor) -> list[int]:
 
 @contextlib.contextmanager
 def _of_row(row: int) -> Iterator[None]:
-    """Say of which row an error speaks."""
+    """Name the row in errors."""
     try:
         yield
     except ValueError as error:
@@ -378,7 +378,7 @@ def _of_row(row: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _numbered_as_ours(document: Callable[[int, int], tuple[_Document, int]]) -> Iterator[None]:
-    """Say of which row and token of ours an error speaks; `document` gives the document and its token of the model."""
+    """Name our row and token in errors; `document` returns the document and the model's token in it."""
     try:
         yield
     except NonFinite as error:

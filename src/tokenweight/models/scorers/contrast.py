@@ -1,4 +1,4 @@
-"""What scorers that supply both sides of the contrast give."""
+"""Results and protocol of scorers that supply both sides of the contrast."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,11 +12,11 @@ class Contrast(NamedTuple):
     """The losses of every token in nats, 0 for the first of a document; and how far its two distributions differ."""
 
     long_nll: Float[Tensor, "batch seq"]
-    """With the whole sequence, or packed document, as context."""
+    """Losses with the whole sequence, or packed document, as context."""
     short_nll: Float[Tensor, "batch seq"]
-    """With the short context."""
+    """Losses with the short context."""
     divergence: Float[Tensor, "batch seq"] | None = None
-    """Between the two distributions of the next token, whichever it was."""
+    """Divergence of the two distributions of the next token, whichever it was."""
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class ContrastScorer(Protocol):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the scores depend on, for `scores.json`."""
+        """Provenance of the scores, for `scores.json`."""
 
     def __call__(
         self,

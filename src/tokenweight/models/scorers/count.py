@@ -1,4 +1,4 @@
-"""A scorer without a language model: what tokens came after the same few tokens before, in the same document."""
+"""A scorer without a language model: counts of the tokens that followed the same few tokens before in the document."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from tokenweight.models.scorers.count_divergence import Divergences, Windows
 from tokenweight.models.scorers.ngrams import Order, count_orders
 
 Item = TypeVar("Item")
-_TOKENS = 1 << 17  # that are counted at once; more, if a document or window is longer
+_TOKENS = 1 << 17  # counted at once; more, if a document or window is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class CountScorer:
     window reads, for the short one. It sees what is repeated, not what it means.
 
     Args:
-        order: tokens that are looked back at, at most.
-        vocab_size: of the tokenizer; the number of tokens that the last probability is shared by.
+        order: the longest context, in tokens.
+        vocab_size: that of the tokenizer; the last probability is uniform over it.
         divergence: whether to compute the Kullback-Leibler divergence of the two distributions as well, which takes
             nearly all of the time.
 
@@ -61,12 +61,12 @@ class CountScorer:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
 
     def __str__(self) -> str:
-        """As it is named on a command line and in recipes, without what only decides which columns there are."""
+        """Its name on a command line and in recipes, without settings that only decide which columns there are."""
         return f"count:order={self.order},vocab_size={self.vocab_size}"
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the scores depend on, for `scores.json`."""
+        """Provenance of the scores, for `scores.json`."""
         return {"model": str(self), "contrast": "scorer", **({"divergence": "kl"} if self.divergence else {})}
 
     def check_tokens(self, largest: int, folder: str | os.PathLike[str]) -> None:
@@ -92,7 +92,7 @@ class CountScorer:
             position_ids: where they restart at 0, a document begins. By default each sequence is one document.
 
         Returns:
-            Nats, float32, on the device of `tokens`. Column t speaks of token t.
+            Nats, float32, on the device of `tokens`. Column t belongs to token t.
 
         Raises:
             ValueError: for a token that is not below `vocab_size`, with row and position.
@@ -114,7 +114,7 @@ class CountScorer:
         return Contrast(found[0], found[1], found[2] if self.divergence else None)
 
     def _score(self, ids: np.ndarray, begins: Sequence[int], context: ShortContext) -> np.ndarray:
-        """Long and short losses and divergences of documents one after the other, which begin where `begins` says."""
+        """Long and short losses and divergences of concatenated documents, which begin where `begins` says."""
         lengths = np.diff([*begins, len(ids)])
         first = np.repeat(begins, lengths)
         orders = count_orders(ids, first, self.order)
@@ -158,10 +158,10 @@ def _parts(items: Sequence[Item], num_tokens: Callable[[Item], int]) -> Iterator
 
 
 def count_scorer(name: str) -> CountScorer | None:
-    """The scorer that is called `count`, `count:order=4` or `count:order=4,vocab_size=50000`; None for other names.
+    """The scorer named `count`, `count:order=4` or `count:order=4,vocab_size=50000`; None for other names.
 
     Raises:
-        ValueError: for a setting that it does not have, or a value that is none.
+        ValueError: for an unknown setting or an invalid value.
     """
     kind, _, text = name.partition(":")
     if kind != "count":

@@ -1,4 +1,4 @@
-"""The Kullback-Leibler divergence between what counts predict with the whole document and with a window, exactly.
+"""The exact Kullback-Leibler divergence between predictions by counts in the whole document and in a window.
 
 Both distributions are p_n = (c_n + u_n p_{n-1}) / (N_n + u_n) (`CountScorer`), so p_n is a multiple of p_{n-1} but at
 tokens that came after the context before. With s for the escape u_n / (N_n + u_n), K for the long distribution, Q for
@@ -7,7 +7,7 @@ the short one, D_n for their divergence, and sums over these tokens alone,
     D_n = s_K [(1 - sum K_{n-1}) log(s_K / s_Q) + D_{n-1} - sum K_{n-1} log(K_{n-1} / Q_{n-1})]
           + sum K_n log(K_n / Q_n).
 
-For orders above 0 the sums are made term by term. D_0 is over all tokens of the document, and is carried on from each
+For orders above 0 the sums are made term by term. D_0 is over all tokens of the document, and is updated from each
 token to the next (count_unigrams.py).
 """
 
@@ -21,25 +21,25 @@ from tokenweight.method import Window
 from tokenweight.models.scorers.count_unigrams import order_zero
 from tokenweight.models.scorers.ngrams import Array, Order
 
-_TERMS = 1 << 17  # that are held at once; more, if there are more for one token
-_TOKENS = 256  # whose terms are held at once, at most
+_TERMS = 1 << 17  # held at once; more, if one token has more
+_TOKENS = 256  # most tokens whose terms are held at once
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of documents, with the tokens that they read one after the other."""
+    """Windows of documents, with the tokens that they read concatenated."""
 
     windows: Sequence[Window]
     read: Array
     """The place of each of these tokens in the documents."""
     begins: Array
-    """Where, among them, its window begins."""
+    """The place among them at which its window begins."""
     scored: Array
     """Whether the window scores it."""
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> "Windows":
-        """Those of these windows."""
+        """Collect the tokens of windows."""
         starts, firsts, stops = np.array(windows).T
         sizes = stops - starts
         begins = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -51,9 +51,9 @@ class Divergences:
     """KL(long || short) of each token that windows score, in nats; of windows in the order of the documents.
 
     Args:
-        long: counts in whole documents, one after the other.
+        long: counts in whole documents, concatenated.
         begins: where the document of each token begins.
-        vocab_size: tokens that the last probability is shared by.
+        vocab_size: tokens over which the last probability is uniform.
     """
 
     def __init__(self, long: Sequence[Order], begins: Array, vocab_size: int) -> None:
@@ -118,7 +118,7 @@ class Divergences:
         """The divergences of the highest order at tokens [first, stop), given those of order 0.
 
         Args:
-            sides: of each order, for each token: different tokens after its context in the window; and all of them.
+            sides: for each order and token: different tokens after its context in the window; and all of them.
         """
         found, below = divergence, None
         for n, counts in enumerate(self._orders[1:], 1):
@@ -172,7 +172,7 @@ class _Terms:
 
 
 class _Counts:
-    """The counts of one order at every token; and those of its kinds, as the documents are read from begin to end."""
+    """The counts of one order at every token; and those of its kinds, as the documents are read from start to end."""
 
     def __init__(self, n: int, order: Order, lower: Array) -> None:
         num = len(lower)
@@ -201,7 +201,7 @@ class _Counts:
         self._entered = max(self._entered, start + self.n)
 
     def terms(self, first: int, stop: int) -> _Terms:
-        """Those of tokens [first, stop), before which all were counted."""
+        """The terms of tokens [first, stop), after all before them were counted."""
         kinds, first_kind = self.kinds[first:stop], self.first_kind[first:stop]
         begins = np.cumsum(kinds) - kinds
         token = np.repeat(np.arange(stop - first), kinds)
@@ -219,7 +219,7 @@ class _Counts:
         return _Terms(token, begins, kind, hits, np.maximum(hits - self._before.take(kind), 0))
 
     def hits_of(self, kind: Array, token: Array, first: int, stop: int) -> tuple[Array, Array]:
-        """How often kinds of order 0 came, in the document and in the window, before tokens `first + token`."""
+        """Counts of kinds of order 0, in the document and in the window, before tokens `first + token`."""
         own, columns = np.unique(self.kind[first:stop], return_inverse=True)
         place = np.full(len(self._long), len(own))
         place[own] = np.arange(len(own))

@@ -2,7 +2,7 @@
 
 With e = u / V, the long distribution is (c + e) / (N + u), and the divergence needs the sums over all V tokens of
 (c + e) log(c + e) and of (c + e) log(c' + e'), where ' marks the window. From one token to the next a single count
-changes; but so may e, and with it all terms. So the sums over tokens that were seen are carried on as polynomials in e:
+changes; but so may e, and with it all terms. So the sums over tokens that were seen are kept as polynomials in e:
 log(c + e) with c >= 1 and 0 <= e <= 1 is one, to rounding, of 21 terms at most, of fewer if e stays small.
 """
 
@@ -30,7 +30,7 @@ class Polynomials:
         self._transform[:, 0] /= 2
 
     def coefficients(self, values: Array) -> Array:
-        """Those of functions with the given values at the nodes, one function a row."""
+        """Coefficients of functions with the given values at the nodes, one function per row."""
         return values @ self._transform
 
     def at(self, e: Array) -> Array:
@@ -39,7 +39,7 @@ class Polynomials:
 
 
 def _before(changes: Array, begins: Array) -> Array:
-    """Of each row, the sum of the rows before it, from that of its number in `begins` on."""
+    """The sum of the rows before each row, from that of its number in `begins` on."""
     sums = np.cumsum(changes, axis=0)
     sums -= changes
     return sums - sums[begins]
@@ -51,12 +51,12 @@ def order_zero(
     """The divergence at the scored tokens of the windows in one document.
 
     Args:
-        long: of each token of the document, how often it came before, and how many different tokens did.
-        short: the same of each token of the windows, one window after the other.
+        long: for each token of the document, how often it came before, and how many different tokens did.
+        short: the same for each token of the windows, one window after the other.
         read: the place of each token of the windows in the document.
         begins: where its window begins.
         scored: which are scored.
-        vocab_size: tokens that the last probability is shared by.
+        vocab_size: tokens over which the last probability is uniform.
     """
     hits, kinds = long
     polynomials = Polynomials((kinds[-1] + 1) / vocab_size)

@@ -1,4 +1,4 @@
-"""How often each context of a few tokens, and the token after it, came before, within segments of a text.
+"""Counts of earlier occurrences of each context of a few tokens, and of the token after it, within segments of a text.
 
 The *context of order n* of a token is the n tokens before it. Tokens are numbered from 0, over all segments together.
 """
@@ -73,7 +73,7 @@ def count_orders(tokens: Array, begins: Array, order: int) -> list[Order]:
 
 
 def _grouped(groups: Array, tokens: Array, num: int) -> tuple[Array, Array]:
-    """Sort pairs of group and token, equal ones as they come: the order, and where in it the run of each begins."""
+    """Sort pairs of group and token, stably: the order, and where in it the run of each begins."""
     size = int(tokens.max(initial=0)) + 1
     shift = len(groups).bit_length()
     if num * size < 1 << (62 - shift):
@@ -86,7 +86,7 @@ def _grouped(groups: Array, tokens: Array, num: int) -> tuple[Array, Array]:
 
 
 def _run_starts(values: Array) -> Array:
-    """Where the run of equal values begins to which each of them belongs."""
+    """The start of the run of equal values that each value belongs to."""
     places = np.arange(len(values))
     begins = np.ones(len(values), dtype=bool)
     begins[1:] = values[1:] != values[:-1]

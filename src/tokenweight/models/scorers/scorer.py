@@ -50,7 +50,7 @@ def _with_its_adapters(method: Method) -> Method:
 
 
 class ShortStates(NamedTuple):
-    """What predicts tokens with the short context."""
+    """States that predict tokens with the short context."""
 
     states: Float[Tensor, "batch seq dim"]
     scored: Bool[Tensor, "batch seq"]
@@ -58,7 +58,7 @@ class ShortStates(NamedTuple):
     rows: Int[Tensor, " n"]
     """The numbers of these among all tokens, in any order."""
     skipped: bool
-    """Whether the first window of a document was not read, in which both contexts are the same."""
+    """Whether the first windows of documents, in which both contexts are the same, were skipped."""
 
 
 class Scorer:
@@ -74,8 +74,8 @@ class Scorer:
             documents that begin with them. By default nothing is replaced.
         adapters: False switches adapters of PEFT off while the model scores: its base, as it was, is a frozen scorer
             without a second copy.
-        max_tokens: that one forward pass reads at most; at least one window is read. When memory does not suffice, the
-            scorer halves it and goes on, with a warning.
+        max_tokens: most tokens per forward pass; at least one window is read. When memory does not suffice, the scorer
+            halves it and continues, with a warning.
 
     Raises:
         ValueError: if the model is not supported, or would read windows with frequencies of longer sequences; without
@@ -133,10 +133,10 @@ class Scorer:
         return scorer
 
     def of(self, model: Any, *, checked: bool = False) -> "Scorer":
-        """The same scorer with its model taken out (None) or put in again, as it was found when this one was made.
+        """The same scorer with its model removed (None) or put back, as it was found when this one was made.
 
         Args:
-            checked: whether somebody has checked that the model knows the tokens, for which the host waits.
+            checked: whether the token ids were checked already, which makes the host wait.
         """
         scorer = copy.copy(self)
         scorer.model, scorer._checked = model, checked
@@ -169,7 +169,7 @@ class Scorer:
                 rotary frequencies that depend on the length of the input they are not, and are read.)
 
         Returns:
-            Nats, float32. Column t speaks of token t; 0 for the first token of a sequence or document.
+            Nats, float32. Column t belongs to token t; 0 for the first token of a sequence or document.
 
         Raises:
             NonFinite: for a loss that is not finite, with row and position.
@@ -278,9 +278,9 @@ class Scorer:
         """The divergence of each token's two distributions, as `Expected(weighting)` weighs by; and its short loss.
 
         Args:
-            weighting: of whose score the divergence is the expectation over the distribution with the long context.
-            long: of `long_states`, or from the pass that is trained.
-            short: of `short_states`.
+            weighting: the divergence is its expected score over the distribution with the long context.
+            long: from `long_states`, or from the trained pass.
+            short: from `short_states`.
 
         Returns:
             Float32; a divergence where windows scored the token, else 0.
@@ -345,7 +345,7 @@ class Scorer:
         """The loss of every token with the whole sequence (or packed document) as context, by the same model.
 
         Args, Returns, Raises: as for the short loss.
-            states: of `long_states`, if they are known.
+            states: from `long_states`, if they are known.
         """
         if states is None:
             long_nll = self._of_rows(self.parts.nll, tokens, position_ids, attention_mask)
@@ -362,7 +362,7 @@ class Scorer:
         position_ids: Int[Tensor, "batch seq"] | None,
         attention_mask: Shaped[Tensor, "batch seq"] | None,
     ) -> Shaped[Tensor, "batch seq *values"]:
-        """What `of_batch` finds in whole rows, as many at once as `max_tokens` allows."""
+        """The results of `of_batch` for whole rows, as many at once as `max_tokens` allows."""
         self._check(tokens)
         found: dict[int, Tensor] = {} if self.ranks is None else dict(enumerate(self._no_losses(tokens)))
 
@@ -380,11 +380,11 @@ class Scorer:
         run: Callable[[list[Item]], None],
         device: torch.device,
     ) -> None:
-        """Run over all items, `max_tokens` at a time; half as many from when memory does not suffice.
+        """Run over all items, `max_tokens` at a time; half as many once memory does not suffice.
 
-        Longest first, so that items of one batch have nearly one length and the largest batch comes first. Where the
-        processes of a run hold parts of the model, all run as many passes as the one with most items, since each pass
-        collects the parts; and none can halve its batches alone.
+        Longest first, so that items of one batch have nearly one length and the largest batch comes first. Where
+        the model is sharded over processes, all run as many passes as the one with most items, since each pass
+        all-gathers the weights; and none can halve its batches alone.
         """
         items = sorted(items, key=num_tokens, reverse=True)
         items = items if self.ranks is None else [*dealt(items, self.ranks)]
@@ -426,7 +426,7 @@ class Scorer:
         return torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
 
     def _check(self, tokens: Tensor) -> None:
-        """Refuse a model whose head was replaced, and tokens that it does not know."""
+        """Raise if the model's head was replaced, or for tokens outside its vocabulary."""
         self.parts.check_head(self.model)
         if self._checked:
             return
@@ -438,7 +438,7 @@ class Scorer:
 
 
 def _packed(reading: Reading, lengths: Sequence[int]) -> Reading:
-    """The same windows in one row, without what pads the shorter ones; their positions restart at 0.
+    """The same windows in one row, without the padding of shorter ones; their positions restart at 0.
 
     Args:
         lengths: tokens of each window.

@@ -1,4 +1,4 @@
-"""A teacher, whose likeliest tokens a student learns beside the text, and how much of the loss that is."""
+"""Distillation: a teacher's likeliest tokens, which a student learns beside the text, and their share of the loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ class Teacher:
     """A model that predicts with the whole sequence (or packed document) as context, in evaluation mode.
 
     Args:
-        model: of the same tokenizer as the student; usually another one.
-        top_k: tokens of each of its predictions that are kept.
+        model: one with the student's tokenizer; usually not the student.
+        top_k: tokens kept of each of its predictions.
         max_tokens: as for `Scorer`.
 
     Raises:
@@ -25,7 +25,7 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, top_k: int, *, max_tokens: int = 32768) -> None:
-        self._scorer = Scorer(model, ShortContext(2), max_tokens=max_tokens)  # of which no window is read
+        self._scorer = Scorer(model, ShortContext(2), max_tokens=max_tokens)  # no window of it is read
         known = len(self._scorer.parts.head.weight)
         if not 1 <= top_k <= known:
             raise ValueError(f"top_k {top_k}: expected 1 to {known}, the tokens that the teacher knows")
@@ -65,9 +65,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns from a teacher: loss = (1 - weight) * nll + weight * KL(teacher || student), each weighted.
+    """Distillation from a teacher: loss = (1 - weight) * nll + weight * KL(teacher || student), each weighted.
 
-    The token weights multiply both terms, so that a teacher is heard on the tokens that a weighting chooses.
+    The token weights multiply both terms, so that a student learns from it on the tokens that a weighting chooses.
 
     Args:
         weight: w, above 0 and at most 1.
@@ -85,7 +85,7 @@ class Distillation:
             raise ValueError(f"distillation: weight {self.weight}: expected above 0 and at most 1")
 
     def top_k(self, stored: TopK | None, tokens: Tensor, mask: Tensor, **given: Tensor | None) -> TopK:
-        """What the student learns from in a batch.
+        """The teacher's top k for a batch.
 
         Args:
             stored: the columns of the batch, if it has them.
@@ -108,7 +108,7 @@ class Distillation:
         """The head of the student for a batch, of which `top` is the `top_k`.
 
         Raises:
-            ValueError: if `top` holds what is no top k of this model.
+            ValueError: if `top` is not a valid top k for this model.
         """
         top = top.checked(mask, len(head.weight))
         return DistillingHead(head, TopK(*(values.flatten(0, 1) for values in top)), self.weight)

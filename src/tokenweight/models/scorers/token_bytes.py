@@ -22,11 +22,11 @@ _LETTERS = _byte_letters()
 
 
 class TokenBytes:
-    """What each token of a tokenizer spells: of a byte-level BPE, or of a sentencepiece with `▁` for a space, with or
+    """The bytes that each token spells: of a byte-level BPE, or of a sentencepiece with `▁` for a space, with or
     without tokens for single bytes. Control tokens spell nothing.
 
     Args:
-        tokenizer: whose tokens they are.
+        tokenizer: that of the tokens.
 
     Raises:
         ValueError: if the tokenizer is of another kind: its tokens do not say which bytes they are.
@@ -66,7 +66,7 @@ class TokenBytes:
 
 
 def without_unicode_forms(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy, that takes characters as they stand in a text, neither composed nor decomposed."""
+    """The tokenizer, or a copy, that takes characters as they are in a text, neither composed nor decomposed."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.normalizer is None:
         return tokenizer
@@ -82,9 +82,9 @@ def without_unicode_forms(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
 
 
 def _kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The kinds of the steps by which the tokenizer makes text of tokens; `▁` for one that makes a space of it."""
+    """The types of the tokenizer's decoding steps; `▁` for one that turns it into a space."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # of Python: a sentencepiece names its bytes, or its spaces
+    if backend is None:  # a Python tokenizer: a sentencepiece names its bytes, or its spaces
         return {"▁"} & {name[:1] for name in tokenizer.get_vocab()}
     decoder = json.loads(backend.to_str())["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
