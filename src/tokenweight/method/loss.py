@@ -1,4 +1,4 @@
-"""Cross-entropy fused with the output projection, weighted per token. The only module that touches the vocabulary axis.
+"""Cross-entropy fused with the output projection, weighted per token.
 
 No `[tokens, vocabulary]` array exists: a chunk of rows at a time, the logits are made in float32 in one buffer, and
 overwritten in place by the softmax and then by its gradient, which two matrix products consume immediately. Per chunk

@@ -34,7 +34,7 @@ def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
                        . . # #
                            . . # #
 
-    A length that `stride` does not divide ends in a shorter window.
+    If `stride` does not divide `length - size`, the last window is shorter.
 
     Args:
         length: tokens of the document.
