@@ -50,7 +50,7 @@ class Family(NamedTuple):
     values: int = 1  # of each key
     others: int = NUM_DECOYS  # needles that are not asked for
     by: Literal["name", "condition", "question"] = "name"
-    """How the question names keys: one by one; by what they have in common; or, for one key, by a question before the
+    """Naming of keys in the question: one by one; by what they have in common; or, for one key, by a question before the
     sentence that the answer completes."""
     examples: int = 0  # questions that are answered before the one to answer
     threads: int = 1  # asked for together
@@ -282,8 +282,8 @@ class _Haystack(NamedTuple):
         return _distinct(self.rng, pattern, num, self.text)
 
     def hide(self, asked: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[Callable[[int], str], int]:
-        """The text of n sentences with facts between them, and the smallest n: those asked for around the depth, in order;
-        others, each in a sequence that keeps its order, anywhere before the last of these sentences that `fits`."""
+        """The text of n sentences with facts between them, and the smallest n: facts asked for are around the depth, in
+        order; others, each in a sequence that keeps its order, anywhere before the last sentence that `fits`."""
         rng, depth, _, sentences, fits = self
         reach = min(depth, 1 - depth) if len(asked) > 1 else 0.0
         places = [depth + reach * (2 * i / max(1, len(asked) - 1) - 1) for i in range(len(asked))]

@@ -26,7 +26,7 @@ _NAME = "tokenweight_blank"
 
 
 class Attention(NamedTuple):
-    """Attention of one layer: `width` is heads x (key dimension + value dimension); a query sees `window` keys, or all."""
+    """Attention of one layer: `width` is heads x (dimensions of key + value); a query sees `window` keys, or all."""
 
     width: int
     window: int | None
@@ -268,7 +268,7 @@ def _pairs(length: int, window: int | None) -> float:
 
 
 class _Flash(torch.autograd.Function):
-    """Attention that computes nothing, and keeps what a flash kernel keeps: q, k, v, output, a number per head and token."""
+    """Computes nothing; keeps what a flash kernel keeps: queries, keys, values, output, a number per head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, passed: Callable[[], None]) -> Tensor:

@@ -42,7 +42,7 @@ class Fixed(NamedTuple):
     """In addition to the activations of a backward pass: gradients being reduced to the shards, and the buffer of the
     reduction."""
     last: float = 0.0
-    """The same at the end, without activations, when parameters outside of blocks are reduced."""
+    """Like `passing`, at the end, without activations, when parameters outside of blocks are reduced."""
 
 
 def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
