@@ -28,7 +28,7 @@ class Prepare:
     out: Path
     """New folder for the sequences."""
     short: Literal["drop", "pack", "decompose", "keep"] | None = None
-    """Whether documents, and rests of documents, that are shorter than a sequence are dropped (the default) or packed
+    """Whether documents, and remainders of them, that are shorter than a sequence are dropped (the default) or packed
     together; or each document is decomposed into sequences of 2^k + 1 tokens, for `train --curriculum`. Chats are kept,
     each a sequence of its own length (the default), or packed."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False

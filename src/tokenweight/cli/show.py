@@ -30,7 +30,7 @@ class Show:
     top: int = 12
     """Number of tokens listed below it."""
     size: OptionalTokens = None
-    """Tokens of the short context, where scores of several are stored. Of a text, by default a quarter."""
+    """Tokens of the short context, where scores of several are stored. For a text, by default a quarter."""
     stride: OptionalTokens = None
     """Tokens of a text that each window scores; by default three quarters of the size."""
     length: OptionalTokens = None

@@ -26,7 +26,7 @@ class Stats:
     size: OptionalTokens = None
     """Tokens of the only short context to summarize; by default all that are stored."""
     by: str | None = None
-    """Column of names that tells sources apart within a folder."""
+    """Column of names that distinguishes sources within a folder."""
     top: int = 5
     """Number of documents listed with most gain, and with least."""
     save: Path | None = None

@@ -50,7 +50,7 @@ class Train(TrainSettings):
     """
 
     data: Data
-    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. For a mixture,
     each folder with its share of the tokens, as in books:0.6 code:0.4; in YAML a list of {path, share}."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Do everything up to the first step, show what would be run, and leave nothing behind."""

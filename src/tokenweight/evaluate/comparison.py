@@ -76,12 +76,12 @@ class Entry(NamedTuple):
     the two models chose the tokens: it chose those that it happened to predict well, which favors it."""
     high: float | None
     clear: bool
-    """Whether the interval excludes no change."""
+    """Whether the interval excludes "no change"."""
     best: bool
     """Whether no model has a better value, and its change is clear (for the baseline: the changes of all others). False
     for all models where their tokens differ."""
     num_documents: int
-    """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
+    """Number of documents with tokens of this metric; for probes, of facts asked for; for suites, of samples."""
     summary: bool
     judge: Judge | None
     """The judge of the `Measure`."""

@@ -50,8 +50,8 @@ class Family(NamedTuple):
     values: int = 1  # of each key
     others: int = NUM_DECOYS  # needles that are not asked for
     by: Literal["name", "condition", "question"] = "name"
-    """Naming of keys in the question: one by one; by what they have in common; or, for one key, by a question before the
-    sentence that the answer completes."""
+    """Naming of keys in the question: one by one; by what they have in common; or, for one key, by a question before
+    the sentence that the answer completes."""
     examples: int = 0  # questions that are answered before the one to answer
     threads: int = 1  # asked for together
     direction: Literal["forward", "backward", "random"] = "forward"
@@ -92,7 +92,7 @@ class Probe(NamedTuple):
     answers: tuple[str, ...]
     """All of them are asked for."""
     decoys: tuple[str, ...]
-    """Wrong in the place of any answer."""
+    """Wrong in place of any answer."""
     family: str
     length: int
     """Target length in tokens, special tokens and answers included."""

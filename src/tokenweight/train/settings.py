@@ -53,7 +53,7 @@ class TrainSettings:
     """Folder, hub id or .gguf file of the model to train; or a config (.json), to train one from scratch
     (docs/train.md)."""
     data: str | list[dict[str, Any]]
-    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. For a mixture,
     each folder with its share of the tokens: A:0.6 B:0.4, in YAML a list of {path, share}."""
     out: str
     """New folder for checkpoints, the trained model, run.json and metrics.jsonl."""
@@ -358,7 +358,7 @@ def _is_installed(name: str) -> bool:
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(name)
         if spec is None:
-            return True  # nowhere: an error of its own
+            return True  # not found, which raises a separate error
         found = [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
         installed = [
             Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib", "platstdlib")

@@ -31,7 +31,7 @@ def draw(
     smooth: bool = False,
     style: str = "paper",
 ) -> dict[str, Figure]:
-    """Draw every figure that the folders give: several for each folder of scores or evaluation, one for all trainings.
+    """Draw every figure possible from the folders: several per folder of scores or evaluation, one for all trainings.
 
     Args:
         folders: folders that `score`, `train` or `eval` has written, with different names.

@@ -70,7 +70,7 @@ def attention_rows(
 
     Args:
         query: after rotary embedding and norms, as the attention function gets it.
-        key: likewise; each of its heads serves as many consecutive ones of the query.
+        key: likewise; each of its heads serves an equal number of consecutive query heads.
         mask: what the attention function gets: True or 0 where a key is seen, or None for causal attention.
         first: the first of the queries whose probabilities are needed.
         settings: further arguments of the attention function: `scaling`, `softcap`, `sliding_window`, `s_aux`.
