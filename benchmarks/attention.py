@@ -1,12 +1,12 @@
-"""Loss by position of a model that reads beyond its length: as it is, by YaRN, and by Dual Chunk Attention.
+"""Loss by position of a model beyond its context length: unchanged, with YaRN, and with Dual Chunk Attention.
 
     python benchmarks/attention.py                    16,384 tokens
     python benchmarks/attention.py --lengths 32768    the same for other lengths
-    python benchmarks/attention.py --quick            seconds, on a tiny model: says nothing
+    python benchmarks/attention.py --quick            seconds, on a tiny model: a smoke test
 
-One text, read once in each way without training: SmolLM2-135M has 8,192 positions. The loss is the mean over the tokens
-of a bin; as it is one text, only differences of a column say something. YaRN is that of `extend_context` to the length
-that is read, so that it changes short distances too.
+One text, read once each way without training; SmolLM2-135M has 8,192 positions. The loss is the mean over the tokens of
+a bin; with a single text, only differences within a column are meaningful. YaRN is that of `extend_context`, set to the
+length that is read, so it changes short distances too.
 """
 
 import time
@@ -28,7 +28,7 @@ TEXT = "1981-Carter-1"
 
 
 def opened(length: int, *, quick: bool) -> tuple[str, Callable[[dict[str, Any] | None], Any], torch.Tensor]:
-    """A name, a function from what to extend to a model, and the first tokens of the text."""
+    """Name, a function that loads the model with a given context extension, and the first tokens of the text."""
     if quick:
 
         def tiny(extend: dict[str, Any] | None) -> Any:
@@ -45,7 +45,7 @@ def opened(length: int, *, quick: bool) -> tuple[str, Callable[[dict[str, Any] |
 
 
 def readings(load: Callable[[dict[str, Any] | None], Any], length: int) -> dict[str, Callable[[], Any]]:
-    """The models that read the text, made one after another."""
+    """Loaders of the models that read the text, by name."""
     return {
         "plain": lambda: load(None),
         "yarn": lambda: load({"length": length, "method": "yarn"}),
@@ -60,9 +60,9 @@ class Attention(Bench):
 
     rounds: tyro.conf.Suppress[int] = 1
     lengths: tuple[int, ...] = (16384,)
-    """Tokens that are read."""
+    """Numbers of tokens to read."""
     ways: tuple[str, ...] = ("plain", "yarn", "dual-chunk", "dual-chunk, mscale 0.05")
-    """How they are read."""
+    """Ways to read them."""
 
     def run(self) -> None:
         report = self.report("attention")

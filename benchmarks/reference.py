@@ -1,27 +1,26 @@
-"""One self-scored training step, forward and backward without optimizer, beside the way it was published.
+"""One self-scored training step, forward and backward without optimizer, beside the published implementation.
 
     python benchmarks/reference.py            some 45 minutes on two cores, 8 GiB of memory
-    python benchmarks/reference.py --quick    half a minute, on a tiny model: says nothing
+    python benchmarks/reference.py --quick    half a minute, on a tiny model: a smoke test
 
-"as published" does what the published code of the paper (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to
-do in a step of one sequence, in code of our own:
+"as published" reimplements what the paper's code (UKPLab/naacl2025-token-weighting, commit 0b24454) was found to do in
+a step of one sequence:
 
-    - Logits of the whole vocabulary for all tokens, in the long and in each short pass, and a contiguous copy of them;
-      then the cross-entropy of the transposed copy.
+    - Full logits of all tokens, in the long and in each short pass, and a contiguous copy of them; then the
+      cross-entropy of the transposed copy.
     - Windows one after the other, and logits for the whole window, although only the last `stride` tokens are scored.
-    - In each short pass also the entropy of every prediction, over the vocabulary, which nobody reads.
-    - A stable sort of all scores, where only the largest are wanted; gradients for tokens of weight 0 like for others.
+    - In each short pass also the entropy of every prediction, over the vocabulary, which is never used.
+    - A stable sort of all scores, where only the largest are needed; gradients for tokens of weight 0 as for others.
 
-Left out is what costs nothing on a CPU (making the host wait for the device) and what is not the step's (logging). At
-the first token after the first window the published code puts the long loss in the place of a short one that it has;
-here the short one stays, as in tokenweight, so that weights and loss of both are the same: a test holds them to it.
+What costs nothing on a CPU (host-device synchronization) and what is not part of the step (logging) is left out. At the
+first token after the first window the published code replaces an available short loss by the long one; here the short
+one stays, as in tokenweight, so that weights and loss of both are equal, which a test verifies.
 
-"uniform, transformers" is what one has without weights, `model(labels=...).loss`. "decoder alone" is what every
-self-scored step holds: hidden states of the sequence and of the windows, and the backward pass from a sum of the
-former; no logits. All recompute activations in the backward pass, as the published configuration does, unless
---no-checkpointing is given; none keeps keys and values. Memory is what the peak of a step adds to a model with
-gradients, each in a process of its own: resident memory, and resident memory where the C library gives back at once
-what is freed.
+"uniform, transformers" is the unweighted `model(labels=...).loss`. "decoder alone" is the part common to every
+self-scored step: hidden states of the sequence and of the windows, and the backward pass from a sum of the former; no
+logits. All recompute activations in the backward pass, as the published configuration does, unless --no-checkpointing
+is given; none keeps a KV cache. Memory is what the peak of a step adds to a model with gradients, each in a fresh
+process: resident memory, and resident memory where the C library returns freed memory at once.
 """
 
 import functools
@@ -46,7 +45,7 @@ HELD = f"{MEMORY}, {GIVEN_BACK}"
 
 
 def shifted_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[batch, seq - 1]: column i is the loss of token i + 1."""
+    """Losses [batch, seq - 1]: column i is that of token i + 1."""
     predictions = logits[:, :-1].contiguous()
     return F.cross_entropy(predictions.transpose(1, 2), tokens[:, 1:], reduction="none")
 
@@ -60,7 +59,7 @@ def unused_entropy(logits: torch.Tensor) -> torch.Tensor:
 def published_short_nll(
     model: Any, tokens: torch.Tensor, long_nll: torch.Tensor, context: ShortContext
 ) -> torch.Tensor:
-    """[batch, seq - 1]: of a model that scores itself, so that the first window is not read."""
+    """Short losses [batch, seq - 1] of a model that scores itself, so that the first window is not read."""
     short_nll = long_nll.clone()
     for start, first, stop in sliding_windows(tokens.shape[1], context.size, context.stride):
         logits = model(input_ids=tokens[:, start:stop], use_cache=False).logits
@@ -71,7 +70,7 @@ def published_short_nll(
 
 
 def published_weights(kind: str, scores: torch.Tensor) -> torch.Tensor:
-    """Weights of mean 1 over each sequence; for "sparse", enough scores have to be above 0."""
+    """Weights of mean 1 over each sequence; "sparse" needs enough scores above 0."""
     num_tokens = scores.shape[1]
     if kind == "dense":
         interpolation = WEIGHTINGS["dense"].interpolation
@@ -86,7 +85,7 @@ def published_weights(kind: str, scores: torch.Tensor) -> torch.Tensor:
 def published_loss(
     model: Any, tokens: torch.Tensor, kind: str, context: ShortContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the weights [batch, seq - 1]."""
+    """Loss and weights [batch, seq - 1]."""
     long_nll = shifted_nll(model(input_ids=tokens, use_cache=False).logits, tokens)
     short_nll = published_short_nll(model, tokens, long_nll.detach(), context)
     weights = published_weights(kind, (long_nll.detach() - short_nll).abs())
@@ -102,7 +101,7 @@ def decoder_alone(model: Any, tokens: torch.Tensor, context: ShortContext) -> to
 
 
 def prepare(model: Any, context: ShortContext, name: str) -> None:
-    """Gradients of 0, and for tokenweight a bound model. Without labels, a bound model is what it was before."""
+    """Zero the gradients, and for tokenweight bind the model. Without labels, a bound model behaves as before."""
     model.zero_grad(set_to_none=False)
     kind, _, who = name.partition(", ")
     if who == OURS:
@@ -132,7 +131,7 @@ def training_model(length: int, *, checkpointing: bool, quick: bool) -> tuple[st
 
 
 def measure_memory(name: str, length: int, context: ShortContext, checkpointing: bool, quick: bool) -> float:
-    """GiB. A small step goes first: it loads code, and makes the gradients."""
+    """Peak GiB of a step, after a small warm-up step, which loads code and allocates the gradients."""
     _, model, tokens = training_model(length, checkpointing=checkpointing, quick=quick)
     few, small = tokens[:, :64], ShortContext(16, 12)
     prepare(model, small, name)
@@ -143,7 +142,7 @@ def measure_memory(name: str, length: int, context: ShortContext, checkpointing:
 
 @dataclass
 class Reference(Bench):
-    """Time and peak memory of a self-scored training step, beside the way it was published."""
+    """Time and peak memory of a self-scored training step, beside the published implementation."""
 
     rounds: int = 3
     length: int = 4096
@@ -155,7 +154,7 @@ class Reference(Bench):
     checkpointing: bool = True
     """Recompute the activations in the backward pass."""
     memory_rounds: int = 1
-    """Processes that measure the peak memory of one implementation."""
+    """Number of processes that measure the peak memory of each implementation."""
 
     def run(self) -> None:
         few, memory_rounds = (16, 1) if self.quick else (1, self.memory_rounds)

@@ -1,18 +1,18 @@
-"""How good is a scorer: each beside SmolLM2-135M, by the tokens that it puts first, and its time.
+"""Quality of scorers: agreement with SmolLM2-135M on the top-ranked tokens, and time.
 
     python benchmarks/scorers.py --texts texts --other gemma-3-270m-q4_k_m.gguf    half an hour on one core
-    python benchmarks/scorers.py --quick    seconds, on random tokens and a tiny model: says nothing
+    python benchmarks/scorers.py --quick    seconds, on random tokens and a tiny model: a smoke test
 
-`--texts` is a folder with a folder for each kind of text; of each text the first 4,096 tokens are read. All texts are
-read by the reference and by counts, and `--few` of them, of all kinds, by scorers that take longer. The losses of each
-scorer and text are kept in `--out`, and a run that was stopped goes on. `--other` is a model with another tokenizer.
+`--texts` is a folder with a subfolder for each type of text; the first 4,096 tokens of each text are read. All texts
+are read by the reference and by counts, and `--few` of them, of all types, by slower scorers. The losses of each scorer
+and text are kept in `--out`, so that an interrupted run resumes. `--other` is a model with another tokenizer.
 
-The reference is SmolLM2-135M in float32 with 4,096 tokens beside windows of 1,024. Counted are the tokens beyond the
-first 1,024. "key tokens" are those of LongPPL by the reference, "net benefit" is the sum of its short - long: what of
-them is among the 5 or 20 % of the tokens of each text that the scorer puts first, as `tokenweight compare-scores` says
-it. A scorer puts tokens first by its short - long, or by that times its probability with the long context; counts also
-by their divergence. "overlap" is what part of the reference's own top is in the scorer's. p50 is over all tokens, p20
-and p80 are over texts. Time is that of one processor, with both contexts. The benchmark is not to be tuned on.
+The reference is SmolLM2-135M in float32 with 4,096 tokens beside windows of 1,024. Only tokens beyond the first 1,024
+count. "key tokens" are those of LongPPL by the reference, "net benefit" is the sum of its short - long: the fraction of
+them that is among the top 5 or 20 % of the tokens of each text by the scorer, as in `tokenweight compare-scores`. A
+scorer ranks tokens by its short - long, or by that times its probability with the long context; counts also by their
+divergence. "overlap" is the fraction of the reference's own top that is in the scorer's. p50 is over all tokens, p20
+and p80 are over texts. Time is CPU time on one core, with both contexts. The benchmark is not to be tuned on.
 """
 
 import functools
@@ -45,17 +45,17 @@ Measure = Callable[[str, torch.Tensor], Columns]
 
 @dataclass
 class Scorers(Bench):
-    """Scorers beside a language model."""
+    """Scorers compared with a language model."""
 
     rounds: tyro.conf.Suppress[int] = 1
     texts: Path | None = None
-    """Folder with a folder of texts for each kind."""
+    """Folder with a subfolder for each type of text."""
     other: str | None = None
     """A model with another tokenizer."""
     bfloat16: bool = False
-    """Also the reference in bfloat16, which takes long on a processor without instructions for it."""
+    """Also run the reference in bfloat16, which is slow on a CPU without instructions for it."""
     few: int = 4
-    """Number of texts that scorers read that take longer."""
+    """Number of texts that slower scorers read."""
     sizes: tuple[int, ...] = (256, 512, 2048)
     """Other windows of the reference, in tokens."""
     out: Path = Path("runs/scorers")
@@ -82,7 +82,7 @@ class Scorers(Bench):
         report.finish()
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tokens of each text, one of each kind after the other."""
+        """Name and tokens of each text, alternating between types."""
         if self.quick:
             for seed in range(2):
                 yield f"random-{seed}", torch.randint(40, (1, self.length), generator=torch.manual_seed(seed))
@@ -103,7 +103,7 @@ class Scorers(Bench):
         return {f"{REFERENCE}, {self.size:,}": self.own(self.size), **counts}
 
     def dear(self) -> dict[str, Measure]:
-        """The scorers that read few texts; and the reference and counts beside them."""
+        """The scorers that read few texts, with the reference and counts for comparison."""
         found = {f"{REFERENCE}, {size:,}": self.own(size) for size in (self.size, *self.sizes)}
         if self.bfloat16:
             found[f"{REFERENCE} in bfloat16, {self.size:,}"] = self.own(self.size, "bfloat16")
@@ -112,7 +112,7 @@ class Scorers(Bench):
         return {**found, "count:order=4": functools.partial(self.count, 4)}
 
     def kept(self, part: str, text: str, make: Callable[[], Any], run: Callable[[Any], dict[str, Any]]) -> Columns:
-        """The columns that `run` computes with what `make` loads, and its seconds; or those of the folder."""
+        """The columns that `run` computes with what `make` loads, and its seconds; or those cached in the folder."""
         path = self.out / part / f"{text}.npz"
         if self.quick or not path.is_file():
             made = make()
@@ -130,7 +130,7 @@ class Scorers(Bench):
         return dict(np.load(path))
 
     def own(self, size: int, dtype: str = "float32") -> Measure:
-        """The reference with windows of another size; its long losses are computed once."""
+        """The reference with windows of another size; its long losses are reused."""
 
         def measure(text: str, tokens: torch.Tensor) -> Columns:
             def scorer() -> Scorer:
@@ -170,7 +170,7 @@ class Scorers(Bench):
         found: Mapping[str, Columns],
         reference: Mapping[str, Columns],
     ) -> None:
-        """Add the numbers of a scorer over all texts, by each of its readings."""
+        """Add the numbers of a scorer over all texts, for each of its rankings."""
         whole, parts = Comparison(), [Comparison() for _ in found]
         for part, (text, columns) in zip(parts, found.items()):
             pair = [self.losses(one) for one in (reference[text], columns)]
@@ -199,7 +199,7 @@ class Scorers(Bench):
             report.add(**setting, metric=metric, unit="1", values=shares)
 
     def losses(self, columns: Columns) -> Losses:
-        """Those of the tokens that count."""
+        """Losses of the tokens that count."""
         return Losses(
             *(columns[name][self.size :].astype(np.float64) if name in columns else None for name in Losses._fields)
         )

@@ -1,14 +1,13 @@
-"""Scoring with a short context: tokens read per second, beside the plain forward pass of the same model.
+"""Scoring with a short context: tokens read per second, relative to the plain forward pass of the same model.
 
     python benchmarks/scoring.py            about 10 minutes on two cores
-    python benchmarks/scoring.py --quick    seconds, on a tiny model: says nothing
+    python benchmarks/scoring.py --quick    seconds, on a tiny model: a smoke test
 
-A scorer that is another model reads every window of a sequence, the first one too. Counted are the tokens that the
-windows read, overlaps included, whether they are scored or not. Two baselines run `model(tokens).logits` without
-gradient:
+A scorer that is another model reads every window of a sequence, including the first. All tokens that the windows read
+are counted, overlaps included, whether scored or not. Two baselines run `model(tokens).logits` without gradient:
 
     forward of the windows    the very same tokens in the same batches: decoder and full logits, no loss
-    forward of the row        the sequence at its full length, once: what scoring costs beside the long context
+    forward of the row        the sequence at its full length, once: what scoring costs relative to the long context
 """
 
 import tempfile
@@ -36,7 +35,7 @@ ROW = "forward of the row"
 
 
 def window_batch(tokens: torch.Tensor, context: ShortContext) -> torch.Tensor:
-    """All windows that the scorer reads of a sequence, as one batch; they must be full."""
+    """All windows of a sequence that the scorer reads, as one batch; they must be full."""
     spans = [
         (0, context.size),
         *((w.start, w.stop) for w in sliding_windows(tokens.shape[1], context.size, context.stride)),

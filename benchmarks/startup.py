@@ -1,10 +1,10 @@
-"""How long the command line takes to say what it can do, in a fresh process.
+"""Time of the command line's help in a fresh process.
 
     python benchmarks/startup.py            a minute
     python benchmarks/startup.py --quick    seconds, one round
 
-Help should be there before one wonders: below a second on two cores. "import tyro", which parses the options, is the
-floor; torch and transformers, which take seconds, are not imported for help (a test holds that).
+Help should feel instant: below a second on two cores. "import tyro", which parses the options, is the floor; torch and
+transformers, which take seconds, are not imported for help (a test verifies that).
 """
 
 import functools

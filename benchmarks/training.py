@@ -1,13 +1,13 @@
-"""One training step (forward and backward, no optimizer) under several weightings, beside what arithmetic says.
+"""One training step (forward and backward, no optimizer) under several weightings, beside its FLOP estimate.
 
     python benchmarks/training.py            about 20 minutes on two cores, 8 GiB of memory
     python benchmarks/training.py --others   the same for weightings beyond those of the paper
     python benchmarks/training.py --compiled the same with the decoder compiled, as `--trainer.torch_compile true` does
-    python benchmarks/training.py --quick    seconds, on a tiny model: says nothing
+    python benchmarks/training.py --quick    seconds, on a tiny model: a smoke test
 
-The arithmetic counts multiply-adds only. With B the decoder's forward pass over the row, H one product with the output
-head for every predicted token, k the share of tokens with a weight, and S scoring (forward pass over the tokens that
-the windows read, head on those they score; the first window is not read when the model scores itself):
+The estimate counts multiply-adds only. With B the decoder's forward pass over the sequence, H one product with the
+output head for every predicted token, k the fraction of tokens with a weight, and S scoring (forward pass over the
+tokens that the windows read, head on those they score; the first window is not read when the model scores itself):
 
     uniform, longce    3 B + 3 H                one pass: the weight is known, or follows from the token's own losses
     dense, gain, …     3 B + 4 H                the weights need all losses first (3 H if all logits fit at once)
@@ -15,10 +15,10 @@ the windows read, head on those they score; the first window is not read when th
     of the scorer      3 B + (1 + 2 k) H        contrast scorer, divergences, positions: weights are known before
     self-scored        the same + S, and for a divergence H once more for the tokens of the windows
 
-A frozen scorer costs nothing here: its scores are columns of the data. Those of a selection are drawn, as its k is what
-counts. `CountScorer` counts within the step, on the CPU; no model reads a window for it. The ratios are to the uniform
+A frozen scorer costs nothing here: its scores are columns of the data. Those of a selection are random, as only its k
+matters. `CountScorer` counts within the step, on the CPU; no model reads a window for it. The ratios are to the uniform
 step; "measured / arithmetic" above 1 is time that multiply-adds do not explain. Under --autocast the decoder runs in
-bfloat16 and, on a CPU, the head in float32: equal FLOPs then take unequal time, and the arithmetic says little.
+bfloat16 and, on a CPU, the head in float32: equal FLOPs then take unequal time, and the estimate says little.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Step:
-    """A weighting, whether the model scores itself or finds scores in the data, the contrast, whether tokens are
-    counted for it in the step, and whether the decoder is compiled."""
+    """A training step: weighting, self-scored or stored scores, contrast, whether `CountScorer` counts within the step,
+    and whether the decoder is compiled."""
 
     weighting: Weighting
     self_scored: bool = False
@@ -55,7 +55,7 @@ class Step:
 
     @property
     def columns(self) -> frozenset[str]:
-        """The columns of the data that it needs."""
+        """The data columns that the step needs."""
         return frozenset() if self.self_scored else score_columns(self.weighting, self.contrast)
 
 
@@ -84,7 +84,7 @@ KIN = {
     "self-scored expected gain": Step(parse_weighting("expected(gain)"), self_scored=True),
     "self-scored expected boundedgain": Step(parse_weighting("expected(boundedgain)"), self_scored=True),
 }
-"""Weightings beyond those of the paper, beside dense."""
+"""Weightings beyond those of the paper, with dense for comparison."""
 COMPILED = {
     f"{name}, compiled" if compiled else name: dataclasses.replace(STEPS[name], compiled=compiled)
     for name in (UNIFORM, "frozen dense", "self-scored dense")
@@ -93,7 +93,7 @@ COMPILED = {
 
 
 def flops_of(model: Any, step: Step, length: int, context: ShortContext, *, checkpointing: bool = False) -> float:
-    """FLOPs of a step: the table at the top of this file."""
+    """FLOPs of a step, by the table at the top of this file."""
     scored = sliding_windows(length, context.size, context.stride) if step.self_scored else []
     forward = count_forward(model.config)
     at_once = fit_at_once(length, model.config.vocab_size)
@@ -146,7 +146,7 @@ class Training(Bench):
     others: bool = False
     """Weightings beyond those of the paper."""
     compiled: bool = False
-    """The decoder compiled, beside itself as it is."""
+    """Compare the compiled decoder with the uncompiled one."""
 
     def run(self) -> None:
         kind = "weightings" if self.others else "compiled" if self.compiled else "training"
@@ -155,7 +155,7 @@ class Training(Bench):
         context = ShortContext(size=length // 4, stride=3 * length // 16)
         name, model, tokens = model_and_row(length, quick=self.quick)
         model.train()
-        if self.compiled:  # by inductor it takes minutes
+        if self.compiled:  # inductor takes minutes
             causal_parts(model).decoder.compile(backend="eager" if self.quick else "inductor")
         steps = {"weightings": KIN, "compiled": COMPILED, "training": STEPS}[kind]
         seconds = measure(model, tokens, context, self.rounds, self.autocast, steps)

@@ -1,7 +1,7 @@
-"""The loss alone on a GPU: its gradients beside float64, its time beside its floor and the losses of others, its waits.
+"""The loss alone on a GPU: gradients against float64, time against its floor and other libraries, synchronizations.
 
-Inputs are random, in bfloat16: states [N, D], head [V, D], weights that are all different. What does not run has no
-row, and a line on standard error says why.
+Inputs are random, in bfloat16: hidden states [N, D], head [V, D], weights that are all different. What does not run
+gets no row; a line on stderr says why.
 """
 
 import functools
@@ -54,7 +54,7 @@ OTHERS: dict[str, Loss] = {
 
 
 def tensors(case: Case, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """States, head, targets, weights."""
+    """Hidden states, head, targets, weights."""
     num_rows, vocabulary, dim = case
     torch.manual_seed(0)
     hidden = torch.randn(num_rows, dim, device=device).bfloat16().requires_grad_()
@@ -68,7 +68,7 @@ def named(case: Case) -> str:
 
 
 def report_gradients(report: Report, case: Case, device: torch.device) -> None:
-    """How far loss and gradients are from those in float64, beside those of full logits."""
+    """Error of loss and gradients against float64, beside that of full logits."""
     hidden, head, targets, weights = tensors(case, device)
 
     def found(loss: Loss, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -88,12 +88,12 @@ def report_gradients(report: Report, case: Case, device: torch.device) -> None:
 
 
 def report_losses(report: Report, case: Case, rounds: int, device: torch.device) -> None:
-    """Time beside the floor of the GPU, and peak memory over that of inputs and gradients."""
+    """Time relative to the floor of the GPU, and peak memory beyond inputs and gradients."""
     timed(report, case, {OURS: weighted_linear_cross_entropy, **OTHERS}, rounds, device, "implementations")
 
 
 def report_chunks(report: Report, case: Case, lengths: tuple[int, ...], rounds: int, device: torch.device) -> None:
-    """Our loss with chunks of other lengths."""
+    """Time of our loss with other chunk lengths."""
     losses: dict[str, Loss] = {"chunks by default": weighted_linear_cross_entropy}
     for length in lengths:
         losses[f"chunks of {length}"] = functools.partial(weighted_linear_cross_entropy, chunk_size=length)
@@ -122,7 +122,7 @@ def timed(report: Report, case: Case, losses: dict[str, Loss], rounds: int, devi
 
 
 def peak_over_now(run: Callable[[], Any], name: str) -> int | None:
-    """By how many bytes a run raises the memory of tensors, 0 without a GPU; None, and a line, if it does not run."""
+    """Peak tensor memory of a run beyond the current, in bytes; 0 without a GPU; None, with a line, if it fails."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.empty_cache()
@@ -137,7 +137,7 @@ def peak_over_now(run: Callable[[], Any], name: str) -> int | None:
 
 
 def floor_of(case: Case) -> float | None:
-    """Seconds of `loss_floor`, if the GPU is one of those whose bandwidth is known."""
+    """Seconds of `loss_floor`, if the bandwidth of the GPU is known."""
     try:
         return loss_floor(torch.cuda.get_device_name(), *case).total if torch.cuda.is_available() else None
     except ValueError:
@@ -145,7 +145,7 @@ def floor_of(case: Case) -> float | None:
 
 
 def report_waits(report: Report, steps: Any, shape: str, names: list[str]) -> None:
-    """How often a step waits for the GPU, by torch's own count of synchronizing calls."""
+    """Host-device synchronizations per step, as torch counts them."""
     for name in names:
         steps.prepare(name)
         steps.run(name)

@@ -1,4 +1,4 @@
-"""Measurements: alternating timings, and peak memory in processes of their own."""
+"""Measurements: alternating timings, and peak memory in fresh processes."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ import torch
 
 GIB = 2**30
 GIVEN_BACK = "freed memory given back"
-"""Mark of a memory measurement in a process that does not keep what it freed: see `in_fresh_process`."""
+"""Label of a memory measurement in a process that returns freed memory to the system: see `in_fresh_process`."""
 
 
 def alternately(
@@ -26,11 +26,11 @@ def alternately(
     before: Callable[[str], Any] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each of `rounds` rounds, after a round that is not counted.
+    """Seconds of each run in each of `rounds` rounds, after one warm-up round.
 
-    All runs take turns in one process, so that a slow minute of the machine hits all of them; every other round goes
-    backwards, so that none always follows the same one. `before(name)` is called ahead of each run and not timed.
-    `clock` is that of the wall; `time.process_time`, that of the processor, where a run has one thread.
+    All runs take turns in one process, so that a slow minute of the machine hits all of them; every other round is in
+    reverse order, so that none always follows the same one. `before(name)` is called before each run and not timed.
+    `clock` is wall-clock time by default; pass `time.process_time` for the CPU time of a single-threaded run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -49,28 +49,28 @@ def alternately(
 
 
 def _finish_on_gpu() -> None:
-    """A GPU runs behind the host, which has to wait before it reads the clock."""
+    """Wait for the GPU, which runs behind the host, before the clock is read."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any, keep_freed: bool = True) -> Any:
-    """Run `function`, which is at the top level of a module, in a process of its own, and return its result.
+    """Run `function`, defined at the top level of a module, in a fresh process, and return its result.
 
-    Unless `keep_freed`, the C library (glibc) gives what is freed back to the system at once instead of keeping it for
-    the next tensor: resident memory is then what is held. Every tensor then takes fresh pages, so it is slower.
+    Unless `keep_freed`, the C library (glibc) returns freed memory to the system at once instead of keeping it for the
+    next tensor: resident memory is then what is held. This is slower, since every tensor takes fresh pages.
     """
-    settings = {} if keep_freed else {"MALLOC_MMAP_THRESHOLD_": "131072"}  # a threshold that is set does not move
+    settings = {} if keep_freed else {"MALLOC_MMAP_THRESHOLD_": "131072"}  # once set, the threshold no longer adapts
     with patch.dict(os.environ, settings), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def peak_bytes_over_now(run: Callable[[], Any]) -> int:
-    """By how much `run` raises the resident memory of this process at most, over what is resident when it is called.
+    """Peak resident memory of this process while `run` runs, beyond what is resident when it is called.
 
-    Everything counts that the process holds in RAM: tensors, the packing buffers of the matrix multiplication, the
-    allocator's slack. Where the kernel does not let the peak be reset, the peak since the start of the process is taken
-    instead: the answer may then be too high, never too low. Call it in a fresh process.
+    Everything that the process holds in RAM counts: tensors, packing buffers of the matrix multiplication, the
+    allocator's slack. Where the kernel does not allow the peak to be reset, the peak since the start of the process is
+    taken instead: the result may then be too high, never too low. Call it in a fresh process.
     """
     gc.collect()
     with contextlib.suppress(OSError):

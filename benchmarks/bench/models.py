@@ -16,7 +16,7 @@ def plain_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def tiny_llama(seed: int = 0, **settings: Any) -> Any:
-    """A small random Llama, with fewer key heads than query heads and a head of its own."""
+    """A small random Llama, with fewer key heads than query heads and an untied output head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The settings that benchmarks share, and the table of results with the conditions of each number."""
+"""Settings shared by all benchmarks, and the table of results with the conditions of each number."""
 
 import csv
 import shlex
@@ -19,12 +19,12 @@ VERSIONS = ("torch", "transformers", "tokenweight")
 
 @dataclass
 class Bench:
-    """The settings of every benchmark; each has more, and a `run`."""
+    """Settings of every benchmark; each adds its own, and a `run`."""
 
     rounds: int = 5
-    """Timed rounds, after one that is not counted."""
+    """Timed rounds, after one warm-up round."""
     quick: bool = False
-    """Tiny sizes and one round, to see that the benchmark runs; writes no file unless --csv is given."""
+    """Smoke test: tiny sizes and one round; writes no file unless --csv is given."""
     csv: Path | None = None
     """File to append rows to; by default results.csv beside this script."""
 
@@ -39,7 +39,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement and the conditions it was made under: a line of `results.csv`."""
+    """One measurement and its conditions: a line of `results.csv`."""
 
     benchmark: str
     what: str
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Collects rows; `finish` prints those that it has not printed yet and appends them to a CSV file."""
+    """Collects rows; `finish` prints the new ones and appends them to a CSV file."""
 
     benchmark: str
     csv: Path | None
@@ -77,21 +77,21 @@ class Report:
         }
 
     def add(self, *, what: str, x: str, implementation: str, metric: str, unit: str, values: Sequence[float]) -> None:
-        """Median and the 20th and 80th percentile of `values`, one per round."""
+        """Add the median and the 20th and 80th percentiles of `values`, one per round."""
         p20, p50, p80 = (_rounded(value) for value in np.percentile(list(values), [20, 50, 80]))
         self.rows.append(Row(self.benchmark, what, implementation, metric, unit, x, p50, p20, p80, **self.conditions))
 
     def add_each(
         self, measured: Mapping[tuple[str, str], Sequence[float]], *, what: str, x: str, implementation: str
     ) -> None:
-        """Several metrics of one implementation: their values, by (metric, unit)."""
+        """Add several metrics of one implementation: their values, by (metric, unit)."""
         for (metric, unit), values in measured.items():
             self.add(what=what, x=x, implementation=implementation, metric=metric, unit=unit, values=values)
 
     def add_ratio(
         self, *, what: str, x: str, implementation: str, metric: str, over: Sequence[float], under: Sequence[float]
     ) -> None:
-        """p50 is the ratio of the medians; p20 and p80 are those of the ratios within a round."""
+        """Add a ratio: p50 is that of the medians, p20 and p80 those of the ratios within a round."""
         ratios = [a / b for a, b in zip(over, under)]
         self.add(what=what, x=x, implementation=implementation, metric=metric, unit="1", values=ratios)
         self.rows[-1] = replace(self.rows[-1], p50=_rounded(np.median(list(over)) / np.median(list(under))))
@@ -109,7 +109,7 @@ class Report:
         self.rows = []
 
     def _print_table(self, what: str, x: str) -> None:
-        """Implementations down, metrics across: median and, below it, p20 .. p80."""
+        """Print implementations down and metrics across: median and, below it, p20 .. p80."""
         rows = {(row.implementation, row.metric): row for row in self.rows if (row.what, row.x) == (what, x)}
         units = {row.metric: "" if row.unit == "1" else f", {row.unit}" for row in rows.values()}
         headers = ["", *(metric + unit for metric, unit in units.items())]

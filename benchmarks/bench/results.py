@@ -17,7 +17,7 @@ class Results:
         self.rows = {(row["benchmark"], row["implementation"], row["metric"], row["x"]): row for row in rows}
 
     def value(self, benchmark: str, implementation: str, metric: str, x: str | None = None) -> float:
-        """The median; `x` may be left out where a benchmark has one setting."""
+        """The median; `x` is optional where a benchmark has one setting."""
         found = [
             row["p50"]
             for key, row in self.rows.items()
@@ -28,7 +28,7 @@ class Results:
         return float(found[0])
 
     def conditions(self, benchmarks: Iterable[str]) -> list[str]:
-        """Where the numbers of some benchmarks come from, in words; a line for each device with its versions."""
+        """Provenance of the numbers of some benchmarks: a line for each device, with its versions."""
         places: dict[str, list[str]] = {}
         for (benchmark, *_), row in self.rows.items():
             if benchmark in benchmarks:
@@ -37,19 +37,19 @@ class Results:
         return [f"{place}. Commits: {', '.join(dict.fromkeys(commits))}." for place, commits in places.items()]
 
     def settings(self, benchmark: str) -> str:
-        """The setting of a benchmark that has one."""
+        """The settings of a benchmark."""
         return " / ".join(self.all_settings(benchmark))
 
     def all_settings(self, benchmark: str) -> list[str]:
         return list(dict.fromkeys(key[3] for key in self.rows if key[0] == benchmark))
 
     def implementations(self, benchmark: str, x: str | None = None) -> list[str]:
-        """In the order in which they were measured first."""
+        """Implementations, in the order in which they were first measured."""
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == benchmark and x in (None, key[3])))
 
 
 def by_length(results: Results, metric: str, of: str = "growth") -> dict[str, dict[int, float]]:
-    """Results of a benchmark of growth: kind of step -> sequence length -> value, short sequences first."""
+    """Results of a growth benchmark: type of step -> sequence length -> value, short sequences first."""
     found: dict[str, dict[int, float]] = {}
     for (benchmark, kind, name, x), row in results.rows.items():
         if (benchmark, name) == (of, metric):

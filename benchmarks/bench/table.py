@@ -1,4 +1,4 @@
-"""The table that README shows, and those of docs/evidence.md, scorers.md and evaluate.md, made from results.csv.
+"""The tables of README and of docs/evidence.md, scorers.md and evaluate.md, made from results.csv.
 
 `make tables` rewrites them between their markers.
 """
@@ -111,7 +111,7 @@ def corpus_table(results: Results) -> list[str]:
 
 
 def evaluations(results: Results) -> Iterator[tuple[str, str, str, float]]:
-    """(what, beside what, setting, time)"""
+    """(implementation, baseline, setting, time)"""
     named = {
         "time / forward passes": "native measures of a model",
         "time / longppl 0.3.0": "LongPPL, to the same value",
@@ -143,7 +143,7 @@ def reference_table(results: Results) -> list[str]:
             f"| | {' | '.join(columns.values())} |",
             "|" + "---|" * (len(columns) + 1),
         ]
-        for name in results.implementations("reference", x)[1:]:  # all are beside the first, the uniform step
+        for name in results.implementations("reference", x)[1:]:  # all are compared with the first, the uniform step
             found = (results.rows.get(("reference", name, metric, x), {}).get("p50") for metric in columns)
             lines.append(f"| {name} | {' | '.join(f'{float(p50):.2f}' if p50 else '' for p50 in found)} |")
         lines.append("")
@@ -246,7 +246,7 @@ def startup_table(results: Results) -> list[str]:
 
 
 def summary(results: Results) -> list[str]:
-    """One table for README: each measurement relative to its baseline."""
+    """The table of README: each measurement relative to its baseline."""
     step, whole = results.all_settings("training")[0], results.settings("reference")
     lines = [
         f"Loss: {LOSS_SIZES}. Training step: {step}. Whole step: {whole}. Scoring: {results.settings('scoring')}.",
@@ -277,7 +277,7 @@ def summary(results: Results) -> list[str]:
 
 
 def scorers_table(results: Results) -> list[str]:
-    """A table for each set of texts: a line for each scorer and each way to read it."""
+    """Tables of scorers, one for each set of texts: a line for each scorer and each ranking by it."""
     shares = [f"{what} in the top {top} %" for what in ("key tokens", "net benefit") for top in (5, 20)]
     shares.append("overlap of the top 20 %")
     forms = {**dict.fromkeys(shares, "{:.0%}"), "rank correlation": "{:+.2f}", "time per million tokens": "{:,.0f}"}
@@ -301,7 +301,7 @@ def scorers_table(results: Results) -> list[str]:
 
 
 def heads_table(results: Results) -> list[str]:
-    """The best heads; recall without heads; and recall by distance, a line for each length."""
+    """Tables of the best heads, recall without heads, and recall by distance, a line for each length."""
     found = {key[1:]: float(row["p50"]) for key, row in results.rows.items() if key[0] == "heads"}
     lines = []
     for x in dict.fromkeys(x for _, metric, x in found if metric == "retrieval score"):
@@ -353,11 +353,11 @@ MAKERS = {
     "precision": precision_table,
     "startup": startup_table,
 }
-"""The tables of docs/evidence.md, by their benchmarks; that of `corpus` is with `scoring`."""
+"""The tables of docs/evidence.md, by benchmark; that of `corpus` is included in `scoring`."""
 
 
 def tables(results: Results) -> list[str]:
-    """The tables of all benchmarks that have results."""
+    """Tables of all benchmarks with results."""
     measured = {key[0] for key in results.rows}
     return [line for name, make in MAKERS.items() if name in measured for line in [*make(results), ""]]
 

@@ -1,4 +1,4 @@
-"""The command line: which command, its options, and errors in one line. Torch is imported when a command runs."""
+"""The command line: dispatch, options, and one-line errors. Torch is imported when a command runs."""
 
 import contextlib
 import dataclasses
@@ -50,12 +50,12 @@ COMMANDS: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    This is the one place where exceptions end: each becomes one line on standard error. `TOKENWEIGHT_DEBUG=1` prints
-    the traceback before it.
+    All exceptions are caught here, and become one line on stderr. `TOKENWEIGHT_DEBUG=1` prints the traceback
+    before it.
 
     Returns:
-        The exit status: 0; 2 after an error, whoever raised it; 130 after an interruption; 141, as of any program that
-        a signal ends so, if nobody reads the output any more (`| head`).
+        The exit status: 0; 2 after an error, whoever raised it; 130 after an interruption; 141, as after SIGPIPE, if
+        nobody reads the output any more (`| head`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -73,7 +73,7 @@ def _status(words: list[str]) -> int:
     try:
         _run(words)
     except SystemExit as stop:  # tyro has printed the help, or what is wrong with the options
-        if isinstance(stop.__context__, BrokenPipeError):  # rich makes it of one
+        if isinstance(stop.__context__, BrokenPipeError):  # rich turns it into a SystemExit
             raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else 2 * (stop.code is not None)
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def _run(words: list[str]) -> None:
 
 
 def _message(error: Exception, kind: Any) -> str:
-    """An exception in one line: of ours what it says; of others also which it was, and where it was raised."""
+    """An exception in one line: ours by its message; others also with their type and where they were raised."""
     text = " ".join(str(error).split())
     frames = [frame.f_globals.get("__name__", "?") for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = isinstance(error, ValueError | ImportError) and frames[-1].partition(".")[0] == "tokenweight"
@@ -123,18 +123,18 @@ def _has_no_reader(stream: Any) -> bool:
 
 
 def _drop_output() -> None:
-    """Let whatever is still printed go nowhere: the interpreter would print an exception for it."""
+    """Discard whatever is still printed, for which the interpreter would print an exception."""
     for stream in (sys.stdout, sys.stderr):
         if _has_no_reader(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(words: Sequence[str]) -> Any:
-    """A command with its options: the object whose `run` does it.
+    """Parse a command line into the command object, whose `run` executes it.
 
     Raises:
         ValueError: for a command or an option that does not exist.
-        SystemExit: from tyro, which has printed the help (status 0), or which option is missing or wrong (2).
+        SystemExit: from tyro, which has printed the help (status 0), or the option that is missing or wrong (2).
     """
     name, *argv = words
     if name not in COMMANDS:
@@ -151,7 +151,7 @@ def parse(words: Sequence[str]) -> Any:
             for field in dataclasses.fields(kind)
             if field.default is field.default_factory is dataclasses.MISSING
         }
-        # Without the groups of the recipe: tyro would make options of them, and read them by the types found there.
+        # Without the groups of the recipe: tyro would turn them into options, with the types found there.
         command, unknown = _parsed(name, argv, default=kind(**{**required, **recipe, **{name: {} for name in GROUPS}}))
         command, unknown = with_groups(command, recipe, unknown)
     if unknown:
@@ -161,7 +161,7 @@ def parse(words: Sequence[str]) -> Any:
 
 
 def _check_switch(argv: Sequence[str], word: str) -> None:
-    """Raise a ValueError if a word that no option took is the value that somebody gave to a switch."""
+    """Raise a ValueError if a word that no option consumed is a value given to a switch."""
     before = argv[argv.index(word) - 1] if word in argv[1:] else ""
     if before.startswith("--") and word.lower() in ("true", "false"):
         opposite = f"--no_{before.removeprefix('--')}"
@@ -170,7 +170,7 @@ def _check_switch(argv: Sequence[str], word: str) -> None:
 
 
 def _meant(option: str, command: str) -> str:
-    """What may have been meant by an option that a command does not have."""
+    """Suggest an option for one that a command does not have."""
     kind, word = COMMANDS[command], option.removeprefix("--").replace("-", "_")
     trained = issubclass(kind, TrainSettings)
     if trained and word in GROUPS:
@@ -187,9 +187,9 @@ def _parsed(name: str, argv: list[str], **default: Any) -> tuple[Any, list[str]]
 
 
 def with_option(message: str, kind: Any) -> str:
-    """A message of the library that begins with a parameter, as in `size 12: …`, with the option `--size` in its place.
+    """Replace the parameter that a message of the library begins with, as in `size 12: …`, by its option `--size`.
 
-    Positional parameters have no option; nor has any other word, such as the name of a folder.
+    Positional parameters have no option, nor do other words, such as the name of a folder.
     """
     if kind is None:
         return message
@@ -224,7 +224,7 @@ def _overview() -> str:
 
 
 def _completion(shell: str) -> str:
-    """The script with which a shell completes commands and their options, and names of files where it has none."""
+    """The shell script that completes commands and their options, and file names elsewhere."""
     if shell not in ("bash", "zsh", "fish"):
         raise ValueError(f"{shell or 'no shell'}: expected bash, zsh or fish")
     script = io.StringIO()
@@ -232,12 +232,12 @@ def _completion(shell: str) -> str:
         words = ["--tyro-print-completion", shell]
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="tokenweight", args=words, use_underscores=True)
     lines = script.getvalue().replace("complete -F ", "complete -o default -F ").splitlines()
-    # A line break within a description would make its second line a completion of its own.
+    # A line break within a description would turn its second line into another completion.
     return "\n".join(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
 
 
 def _versions() -> str:
-    """What a bug report needs: a line for each version, then one for the device."""
+    """Versions for a bug report, one per line, then the device."""
     from tokenweight.records import device_name, versions
 
     lines = {"tokenweight": "", **versions(), "device": device_name()}

@@ -1,4 +1,4 @@
-"""What several commands share: progress bars, numbers of tokens as text, and the extra that figures need."""
+"""Helpers of several commands: progress bars, numbers of tokens as text, and the extra that figures need."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ from tokenweight.records import Tokens as Tokens
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields a function that takes how many units were done, and of how many."""
+    """Progress bar on stderr; yields a function that takes the number of units done, and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
     from rich.text import Text
@@ -36,7 +36,7 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
 
 
 class _Lines:
-    """Where there is no terminal, as in the log of a job: a line a minute."""
+    """Progress without a terminal, as in the log of a job: one line per minute."""
 
     def __init__(self, unit: str) -> None:
         self._unit, self._done = unit, 0
@@ -56,7 +56,7 @@ class _Lines:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Name the extra that installs matplotlib, if it is missing."""
+    """Name the extra to install if matplotlib is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

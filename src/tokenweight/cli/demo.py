@@ -1,4 +1,4 @@
-"""The command `demo`: the full pipeline on a real model and real texts that are installed as packages, offline."""
+"""The command `demo`: the full pipeline offline, on a real model and real texts from installed packages."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,7 @@ class Demo:
 def run_demo(out: Path, weighting_text: str) -> None:
     """Prepare, score, show, train and evaluate SmolLM2-135M on State of the Union messages, and print what happens.
 
-    It trains on messages up to 2024 and is judged by that of 2026, which no text the model has seen can hold.
+    It trains on messages up to 2024 and evaluates on that of 2026, which the model cannot have seen.
 
     Args:
         out: new folder for rows, scores and the trained model.
@@ -114,7 +114,7 @@ def _prepare(out: Path, model: str) -> None:
 
 
 def _contrast(long_nll: Any, short_nll: Any) -> str:
-    """What the long context changes, beyond the first window."""
+    """Describe what the long context changes, beyond the first window."""
     difference = (long_nll - short_nll)[:, SIZE:].abs()
     return (
         f"Beyond the first window the long context changes a token's loss by {difference.mean():.2f} nats on average, "

@@ -41,9 +41,9 @@ class Doctor:
 
 
 def examine() -> Iterator[tuple[str, str]]:
-    """Each check with what it found, without names of paths or of the machine.
+    """Run each check, and yield its name and findings, without paths or the name of the machine.
 
-    No check ends the others: what goes wrong in one is what it found.
+    No check stops the others: an error in one is its finding.
     """
     for name, version in {**records.versions(), "system": f"{platform.system()} {platform.machine()}"}.items():
         yield name, version
@@ -130,14 +130,14 @@ def _bfloat16() -> str:
 
 
 def _attention(kernel: str) -> str:
-    """Whether a tiny model trains with a kernel as with attention written out ("eager")."""
+    """Check that a tiny model trains with a kernel as it does with "eager" attention."""
     import torch
 
     device = _accelerator()
     dtype = torch.float32 if device.type == "cpu" else torch.float16 if _bfloat16() != "yes" else torch.bfloat16
     results = [_step(kind, dtype, device) for kind in ("eager", kernel)]
     error = max(((one - two).abs().max() / one.abs().max()).item() for one, two in zip(*results))
-    # Rounding to 16 bits: some hundredths of the largest number.
+    # Rounding to 16 bits: a few hundredths of the largest number.
     return "works" if error < (1e-3 if dtype == torch.float32 else 0.1) else f"no: differs from eager by {error:.2g}"
 
 
@@ -173,7 +173,7 @@ def _backends() -> str:
 
 
 def _extras() -> list[str]:
-    from importlib import metadata  # 30 ms, of which other commands have no use
+    from importlib import metadata  # 30 ms that other commands need not spend
 
     return metadata.metadata("tokenweight").get_all("Provides-Extra") or []
 

@@ -52,7 +52,7 @@ class Upload:
     folder: tyro.conf.Positional[Path]
     """Folder that `prepare` or `score` has completed."""
     to: str
-    """Where: hf://datasets/org/name, s3://bucket/scored, or another URL that fsspec knows."""
+    """Destination: hf://datasets/org/name, s3://bucket/scored, or another URL that fsspec supports."""
 
     def run(self) -> None:
         """Send the files."""

@@ -17,7 +17,7 @@ class Plan(TrainSettings):
     """
 
     data: Data = ""
-    """Folder of sequences, or a mixture of some as in `train`; if they exist, they give their number and length."""
+    """Folder of sequences, or a mixture as in `train`; if it exists, it determines their number and length."""
     out: str = ""
     """Ignored: nothing is trained."""
     length: OptionalTokens = None

@@ -20,7 +20,7 @@ class Prepare:
     texts: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXTS …", help_behavior_hint="(required)")
     ]
-    """Text files (a document each), .jsonl, .csv and .parquet files (a document a row), folders of these, data sets."""
+    """Text files (one document each), .jsonl, .csv and .parquet files (one per row), folders of these, or data sets."""
     tokenizer: str
     """Folder, hub id or .gguf file of the model whose tokenizer to use."""
     length: Tokens
@@ -28,7 +28,7 @@ class Prepare:
     out: Path
     """New folder for the sequences."""
     short: Literal["drop", "pack", "decompose", "keep"] | None = None
-    """Whether documents, and rests of documents, that are shorter than a sequence are dropped (the default) or packed
+    """Whether documents, and remainders of them, that are shorter than a sequence are dropped (the default) or packed
     together; or each document is decomposed into sequences of 2^k + 1 tokens, for `train --curriculum`. Chats are kept,
     each a sequence of its own length (the default), or packed."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -37,7 +37,7 @@ class Prepare:
     shortest: OptionalTokens = None
     """With --short decompose: length of the shortest sequences, as --length is of the longest; by default 256."""
     order: Literal["read", "similar"] = "read"
-    """Whether packed sequences hold documents as they are read, or documents that are like each other."""
+    """Whether packed sequences hold documents in reading order, or similar documents together."""
     size: OptionalTokens = None
     """Tokens of the short context, for the printed share of tokens that have more; by default a quarter of --length."""
     text_column: str = "text"
@@ -49,19 +49,19 @@ class Prepare:
     split: str = "train"
     """Split of a data set of the hub."""
     seed: int | None = None
-    """Seed to shuffle the documents with; by default they are read in their own order. With --order similar: of the
+    """Seed to shuffle the documents with; by default they keep their order. With --order similar: seed for the
     documents that the path begins with, by default 0."""
     max_rows: int | None = None
     """Largest number of sequences to write."""
     skip_invalid: bool = False
-    """Whether documents that are no text (null, lists, broken JSON, not UTF-8) are left out and counted."""
+    """Whether to skip and count documents that are not text (null, lists, broken JSON, not UTF-8)."""
     num_proc: int = 1
     """Processes that tokenize; the sequences are the same, whatever their number."""
     format: Literal["arrow", "parquet"] = "arrow"
     """Format of the shards. Commands read both; Parquet is for other tools."""
 
     def run(self) -> None:
-        """Write the sequences and print what became of the documents, and what share of their tokens has context."""
+        """Write the sequences; print what became of the documents, and the fraction of tokens with long context."""
         if not self.texts:
             raise ValueError("name at least one text file, folder or data set")
         if self.order == "similar" and (self.short != "pack" or self.chat):
@@ -119,7 +119,7 @@ class Prepare:
         }
 
     def _documents(self, sources: list[Any], text_column: str | None) -> Iterator[Any]:
-        """The documents of all sources, in the order that was asked for."""
+        """The documents of all sources, in the requested order."""
         documents = data.read_documents(
             sources,
             text_column=text_column,
@@ -139,7 +139,7 @@ class Prepare:
 
 
 def _counted(documents: Iterator[Any]) -> Generator[Any]:
-    """The documents, with a progress bar of their characters, once the first is there: order has a bar of its own."""
+    """The documents, with a progress bar of characters from the first one on; ordering shows its own bar."""
     first = list(itertools.islice(documents, 1))
     with progress_bar("characters") as advance:
         for document in itertools.chain(first, documents):

@@ -1,4 +1,4 @@
-"""The commands `report` and `figures`, which draw runs."""
+"""The commands `report` and `figures`, which visualize runs."""
 
 import dataclasses
 from pathlib import Path
@@ -93,8 +93,8 @@ class Figures:
 
 
 def _weightings(text: str) -> dict[str, "method.Weighting"]:
-    """Read weightings that commas separate, as they separate settings; a word such as keep=0.1 is a setting, and so is
-    all that stands in parentheses."""
+    """Split weightings at commas, which also separate settings: a word such as keep=0.1 is a setting, and so is
+    anything in parentheses."""
     words: list[str] = []
     for word in text.split(","):
         if words and (words[-1].count("(") > words[-1].count(")") or ("=" in word and not {":", "("} & {*word})):

@@ -20,8 +20,8 @@ class Score:
     rows: tyro.conf.Positional[Path]
     """Folder of sequences: of `prepare`, of `datasets`, or of Parquet files with a column input_ids."""
     model: str
-    """Folder, hub id or .gguf file of the scoring model, whose tokenizer may be another than that of the sequences; or
-    count, as in count:order=4, which scores by what is repeated within a document, without a model (docs/data.md)."""
+    """Folder, hub id or .gguf file of the scoring model, whose tokenizer may differ from that of the sequences; or
+    count, as in count:order=4, which scores by repetition within a document, without a model (docs/data.md)."""
     out: Path
     """Folder for the scored sequences."""
     size: str | None = None
@@ -36,8 +36,8 @@ class Score:
     """Also store the divergence of the two predictions of each token, for weightings such as expected(gain): kl, tv,
     absolute, or the weighting within expected(…). Implies --long; count stores kl anyway."""
     as_: Annotated[Literal["reference", "teacher"] | None, tyro.conf.arg(name="as")] = None
-    """What the model is, if it is not the scorer: reference, whose losses with the full context weightings such as
-    rho1 read; or teacher, whose likeliest tokens --distill of train reads. The sequences may be scored already."""
+    """Role of the model, if not the scorer: reference, whose full-context losses are read by weightings such as rho1;
+    or teacher, whose likeliest tokens are read by --distill of train. The sequences may be scored already."""
     top_k: int | None = None
     """Tokens of each prediction of a teacher that are stored, by default 16: 8 bytes each."""
     revision: str | None = None

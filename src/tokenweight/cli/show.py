@@ -30,7 +30,7 @@ class Show:
     top: int = 12
     """Number of tokens listed below it."""
     size: OptionalTokens = None
-    """Tokens of the short context, where scores of several are stored. Of a text, by default a quarter."""
+    """Tokens of the short context, where scores of several are stored. For a text, by default a quarter."""
     stride: OptionalTokens = None
     """Tokens of a text that each window scores; by default three quarters of the size."""
     length: OptionalTokens = None
@@ -67,7 +67,7 @@ class Show:
         write(view.parts(shown, top=self.top)[1:], self.save, title=shown.title)
 
     def _row(self) -> "tuple[str, data.ScoredRow]":
-        """The name of the source, and the sequence."""
+        """Name of the source, and the sequence."""
         text, source = self.text, self.source
         if (text is None) == (source is None):
             raise ValueError(
@@ -96,7 +96,7 @@ class Show:
 
 
 def _check(path: Path) -> None:
-    """Raise what prevents that file before anything is computed."""
+    """Raise early, before anything is computed, if that file cannot be written."""
     if path.suffix.lower() not in (".svg", ".png", ".html"):
         raise ValueError(f"--save {path}: expected a name that ends in .svg, .png or .html")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""The commands `stats` and `compare-scores`, which sum up scored folders."""
+"""The commands `stats` and `compare-scores`, which summarize scored folders."""
 
 import csv
 import dataclasses
@@ -14,9 +14,9 @@ from tokenweight.cli.common import OptionalTokens, token_counts
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Sum up what the long context gives in scored folders: mean gain, key tokens, the documents with most and least.
+    """Summarize the gain from long context in scored folders: mean, key tokens, documents with most and least.
 
-    It reads the numbers that `score --long` stores for each sequence, and no token.
+    It reads only the statistics that `score --long` stores for each sequence, no tokens.
     """
 
     folders: Annotated[
@@ -24,9 +24,9 @@ class Stats:
     ]
     """Folders that `score --long` has written."""
     size: OptionalTokens = None
-    """Tokens of the only short context to sum up; by default all that are stored."""
+    """Tokens of the only short context to summarize; by default all that are stored."""
     by: str | None = None
-    """Column of names that tells sources apart within a folder."""
+    """Column of names that distinguishes sources within a folder."""
     top: int = 5
     """Number of documents listed with most gain, and with least."""
     save: Path | None = None
@@ -53,19 +53,19 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class CompareScores:
-    """Compare two scorers by the scores of the same sequences: do they put the same tokens first?
+    """Compare two scorers by their scores of the same sequences: do they rank the same tokens first?
 
-    It says, for the tokens beyond the first window, how their ranks correlate, how many of the 5 and 20 % that each
-    puts first are the same, what of the key tokens of LongPPL and of the net benefit of one scorer is among those that
-    the other puts first, and which tokens they differ about most.
+    For the tokens beyond the first window, it prints their rank correlation, the overlap of the top 5 and 20 % of each
+    scorer, the fractions of one scorer's LongPPL key tokens and net benefit that are among the top tokens of the
+    other, and the tokens about which they differ most.
     """
 
     first: tyro.conf.Positional[Path]
-    """Folder that `score --long` has written: of the scorer that the other is compared with."""
+    """Folder that `score --long` has written, by the scorer that the other is compared with."""
     second: tyro.conf.Positional[Path]
-    """Another of the same sequences; or the same, with two sizes."""
+    """Another folder of the same sequences; or the same folder, with two sizes."""
     size: str | None = None
-    """Tokens of the short context, by default the only one that is stored. Two, as in 1k,512, are one for each."""
+    """Tokens of the short context, by default the only one stored; or one per folder, as in 1k,512."""
     top: int = 8
     """Number of tokens in each of the two lists of those that the scorers differ about."""
     save: Path | None = None
@@ -86,7 +86,7 @@ class CompareScores:
 
 
 def _check(path: Path | None, *endings: str) -> None:
-    """Raise what prevents that file before anything is computed."""
+    """Raise early, before anything is computed, if that file cannot be written."""
     if path is not None and path.suffix.lower() not in endings:
         raise ValueError(f"--save {path}: expected a name that ends in {' or '.join(endings)}")
     if path is not None and not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""The command `train`, and what it shares with `plan`: options from a recipe, and options of the trainer."""
+"""The command `train`, and code shared with `plan`: options from a recipe, and options of the trainer."""
 
 import dataclasses
 from pathlib import Path
@@ -11,11 +11,11 @@ from tokenweight.train import TrainSettings
 
 Settings = TypeVar("Settings", bound=TrainSettings)
 GROUPS = ("trainer", "extend", "lora", "distill")
-"""Settings with fields of their own, each an option `--GROUP.NAME VALUE`."""
+"""Settings that are groups of fields, each an option `--GROUP.NAME VALUE`."""
 
 
 def _folders(words: list[str]) -> str | list[dict[str, Any]]:
-    """What `--data` says: a folder; or several, each with its share of the tokens after a colon."""
+    """Parse `--data`: a folder; or several, each with its share of the tokens after a colon."""
     if len(words) == 1:
         return words[0]
     parts = [(word, *word.rpartition(":")) for word in words]
@@ -50,15 +50,15 @@ class Train(TrainSettings):
     """
 
     data: Data
-    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. For a mixture,
     each folder with its share of the tokens, as in books:0.6 code:0.4; in YAML a list of {path, share}."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Do everything up to the first step, show what would be run, and leave nothing."""
+    """Do everything up to the first step, show what would be run, and leave nothing behind."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the settings as a recipe that --config reads, and do nothing else."""
 
     def run(self) -> None:
-        """Train, which prints what it does."""
+        """Train, printing progress."""
         if self.print_config:
             print(train.config_text(self), end="")
         else:
@@ -74,7 +74,7 @@ class _Config:
 def read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--config FILE` and `--allow_code` out of the words of a command line, and read the settings of that recipe.
 
-    A weighting on the command line is the user's own word, and takes the place of that of the recipe.
+    A weighting on the command line comes from the user, and replaces that of the recipe.
     """
     given, rest = tyro.cli(_Config, args=argv, return_unknown_args=True, add_help=False, use_underscores=True)
     own = any(word.partition("=")[0] == "--weighting" for word in rest)
@@ -83,7 +83,7 @@ def read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def with_groups(command: Settings, recipe: dict[str, Any], words: list[str]) -> tuple[Settings, list[str]]:
-    """A command with its groups of options, as `--trainer.NAME VALUE`, over those of a recipe.
+    """Apply groups of options, as `--trainer.NAME VALUE`, to a command, overriding those of a recipe.
 
     Several values after an option are a list.
 

@@ -1,4 +1,4 @@
-"""What training changed, at long and at short range."""
+"""Evaluation of what training changed, at long and at short range."""
 
 import lazy_loader
 

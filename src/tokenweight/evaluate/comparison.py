@@ -1,4 +1,4 @@
-"""Compare models: the value of every measure, its change from the baseline, and how much of that may be chance."""
+"""Comparison of models: the value of every metric, its change from the baseline, and its uncertainty."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ GRID = ("family", "length", "depth", "distance", "chance", "accuracy", "margin",
 
 
 Judge = Literal["self", "pair", "third"]
-"""Whose losses chose the tokens of a measure, or their weights: those of the model, of the model and the baseline
-alike, or of neither."""
+"""The model whose losses chose (or weighted) the tokens of a metric: itself, itself and the baseline alike, or
+a third."""
 
 
 class Measure(NamedTuple):
@@ -32,21 +32,21 @@ class Measure(NamedTuple):
 
     name: str
     group: str
-    """"long", "short" or "cost"; any other gets columns of its own."""
+    """"long", "short" or "cost"; any other gets separate columns."""
     unit: str
-    """"nats", "share", or "perplexity": this is `exp` of the mean of sums in nats, and its change is a ratio."""
+    """"nats", "share", or "perplexity", which is `exp` of the mean of sums in nats, and whose change is a ratio."""
     better: str | None
-    """"lower", "higher", or None where neither is."""
+    """"lower", "higher", or None if neither is better."""
     total: list[float]
     """Sum over the tokens (or probes) of each document."""
     num_tokens: list[float]
     """Number of these tokens, or the sum of their weights."""
     summary: bool = False
-    """Whether the terminal shows it."""
+    """Whether it is shown in the terminal."""
     judge: Judge | None = None
-    """None where all tokens with a property count, whatever any model makes of them."""
+    """None where the tokens do not depend on any model's losses."""
     baseline_total: list[float] | None = None
-    """The baseline's sum over the same tokens, where these depend on the pair: else it is the baseline's `total`."""
+    """The baseline's sums over the same tokens, if these depend on the pair; else the baseline's `total` is used."""
 
     @property
     def sums(self) -> Sums:
@@ -55,13 +55,13 @@ class Measure(NamedTuple):
 
     @property
     def value(self) -> float | None:
-        """The mean over all tokens, or `exp` of it for a perplexity; None if there is no token."""
+        """The mean over all tokens, or its `exp` for a perplexity; None without tokens."""
         mean = self.sums.mean
         return None if math.isnan(mean) else math.exp(mean) if self.unit == "perplexity" else mean
 
 
 class Entry(NamedTuple):
-    """One cell of the table: a measure of a model, and its change from the first model."""
+    """One cell of the table: a metric of a model, and its change from the first model."""
 
     model: str
     measure: str
@@ -72,23 +72,23 @@ class Entry(NamedTuple):
     change: float | None
     """The value minus that of the baseline, or their ratio for a perplexity; None for the baseline."""
     low: float | None
-    """Lower and upper limit of the 95 % interval of the change; None where there are too few documents for one, and
-    where one of the two models chose the tokens: those that it happened to predict well, which flatters it."""
+    """Lower and upper limit of the 95 % interval of the change; None where there are too few documents, or where one of
+    the two models chose the tokens: it chose those that it happened to predict well, which favors it."""
     high: float | None
     clear: bool
-    """Whether the interval excludes no change."""
+    """Whether the interval excludes "no change"."""
     best: bool
-    """Whether no model has a better value, and its change is clear; for the baseline, the changes of all others. Of a
-    measure whose tokens differ, none is."""
+    """Whether no model has a better value, and its change is clear (for the baseline: the changes of all others). False
+    for all models where their tokens differ."""
     num_documents: int
-    """Documents with a token of this measure; for probes, facts asked for; for suites, samples."""
+    """Number of documents with tokens of this metric; for probes, of facts asked for; for suites, of samples."""
     summary: bool
     judge: Judge | None
-    """As of the `Measure`."""
+    """The judge of the `Measure`."""
 
 
 def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -> list[list[Entry]]:
-    """Make the table: a row for each model, the first of which is the baseline, with all measures that it has.
+    """Make the table: a row for each model, the first of which is the baseline, with all of its metrics.
 
     Args:
         models: name and measures, of the same documents in the same order.
@@ -111,7 +111,7 @@ def compare(models: Sequence[tuple[str, Sequence[Measure]]], *, seed: int = 0) -
 
 
 def is_flattered(judge: Judge | None, baseline_judge: Judge | None) -> bool:
-    """Whether a change compares a model with another on tokens that one of the two chose."""
+    """Whether a change compares two models on tokens that one of them chose."""
     return judge != "pair" and "self" in (judge, baseline_judge)
 
 
@@ -138,7 +138,7 @@ def _entry(model: str, measure: Measure, baseline: Measure | None, column: list[
 
 
 def short_names(table: Sequence[Sequence[Entry]]) -> list[str]:
-    """The last parts of the names of a table's models, if all differ; else the whole names."""
+    """The last parts of the names of a table's models, if all differ; else the full names."""
     names = [row[0].model for row in table]
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(names) else names

@@ -11,24 +11,24 @@ _CHUNK = 1 << 20  # documents drawn at a time, so that memory does not grow with
 
 
 class Sums(NamedTuple):
-    """The sum of a measure over the tokens of each row or document, which gives the mean over all their tokens.
+    """The sum of a metric over the tokens of each sequence or document, from which follows the mean over all tokens.
 
-    Sums of the rows of several batches are joined by `Sums(*map(torch.cat, zip(*batches)))`.
+    Sums of several batches are joined by `Sums(*map(torch.cat, zip(*batches)))`.
     """
 
     total: Float64[Tensor, " documents"]
-    """Sum over the tokens: of losses in nats, or of zeros and ones, whose mean is a share."""
+    """Sum over the tokens: of losses in nats, or of zeros and ones, whose mean is a fraction."""
     num_tokens: Float64[Tensor, " documents"]
     """Number of these tokens, or the sum of their weights."""
 
     @property
     def mean(self) -> float:
-        """Total over number of tokens, in which every token counts the same; NaN without tokens."""
+        """Total over number of tokens, in which every token counts equally; NaN without tokens."""
         return (self.total.sum() / self.num_tokens.sum()).item()
 
 
 def row_sums(values: Shaped[Tensor, "rows seq"], weights: Bool[Tensor, "rows seq"] | Float[Tensor, "rows seq"]) -> Sums:
-    """Sum `values` over the tokens of each row, in float64, on the CPU.
+    """Sum `values` over the tokens of each sequence, in float64, on the CPU.
 
     Args:
         values: the loss of each token, or True and False to get a fraction.
@@ -42,7 +42,7 @@ def row_sums(values: Shaped[Tensor, "rows seq"], weights: Bool[Tensor, "rows seq
 def document_sums(sums: Sums, documents: Sequence[Hashable]) -> Sums:
     """Add up the rows of each document, in the order in which documents appear.
 
-    Rows cut from one document are alike, so that intervals that took them for independent would be too narrow.
+    Sequences cut from one document are correlated: intervals that treated them as independent would be too narrow.
 
     Args:
         documents: the name of each row's document, such as the column `document` of the rows.
@@ -59,10 +59,10 @@ class Difference(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None
-    """None where no honest interval exists: fewer than two documents have tokens, or so few that a resample may leave a
+    """None where no valid interval exists: fewer than two documents have tokens, or so few that a resample may leave a
     model without any token."""
     num_documents: int
-    """Documents with a token."""
+    """Number of documents with tokens."""
 
 
 def paired_difference(
@@ -70,7 +70,7 @@ def paired_difference(
 ) -> Difference:
     """Difference of two token-weighted means with a percentile interval, from a paired bootstrap over documents.
 
-    Documents are drawn with replacement, each with both of its sums, so that what makes a document easy for both models
+    Documents are drawn with replacement, each with both of its sums, so that a document's difficulty for both models
     cancels out. For losses, `exp` of value and limits is the ratio of the two perplexities and its interval.
 
     The interval is too narrow for few documents: with normal differences and documents of one length, a 95 % interval
@@ -80,11 +80,11 @@ def paired_difference(
         model: sums of each document.
         baseline: sums of the same documents, in the same order.
         level: coverage of the interval.
-        num_resamples: how often documents are drawn.
+        num_resamples: number of bootstrap resamples.
         seed: the same seed draws the same documents for every measure.
 
     Raises:
-        ValueError: if the numbers of documents differ, a sum is not finite, or a setting makes no sense.
+        ValueError: if the numbers of documents differ, a sum is not finite, or a setting is invalid.
 
     Example:
         >>> baseline = row_sums(torch.rand(40, 100), torch.ones(40, 100))

@@ -23,19 +23,19 @@ from tokenweight.models import ContrastScorer, Scorer, numbered_from
 PAPER_CONTEXT = ShortContext(size=4096 + 1024, stride=1024)
 """The short context of LongPPL's authors, `trunc_len=4096, sliding_window=1024`: 4096 to 5119 tokens.
 
-Their package begins to score at position 4096, not 5120, which changes nothing: the first window holds all that
-precedes these tokens, so that their two losses are equal, and none of them is a key token."""
+Their package begins to score at position 4096, not 5120, which changes nothing: the first window contains everything
+before these tokens, so that their two losses are equal, and none of them is a key token."""
 
 TOKEN_WEIGHTS = np.dtype([("key", "?"), ("soft", "<f4"), ("nll", "<f4")])
-"""What a judge of LongPPL finds for each token: whether it is key, its weight min(p_long / p_short, 5), and its loss
-with the whole context."""
+"""Per-token output of a judge of LongPPL: whether it is a key token, its weight min(p_long / p_short, 5), and its loss
+with the full context."""
 
 _WEIGHTED = {"longppl": "key", "longppl_soft": "soft"}
-"""The measures whose tokens are weighted by a judge, and by which of its weights."""
+"""Metrics whose tokens are weighted by a judge, and the field of `TOKEN_WEIGHTS` with these weights."""
 
 
 def position_edges(length: int, *, first: int = 256) -> list[int]:
-    """Edges of bins that double: 0, first, 2 first, 4 first and so on, up to `length`.
+    """Edges of bins that double in width: 0, first, 2 first, 4 first and so on, up to `length`.
 
     Raises:
         ValueError: if `first` is less than 1.
@@ -62,7 +62,7 @@ def sums_by_position(
         nll: loss of each token in nats, token-aligned.
         mask: True where a token was predicted and counts (`prediction_mask`).
         positions: of each token in its document (`document_positions`).
-        edges: in rising order; tokens outside of them do not count.
+        edges: in ascending order; tokens outside do not count.
 
     Example:
         >>> nll, mask = torch.tensor([[9.0, 1.0, 2.0, 3.0]]), torch.tensor([[False, True, True, True]])
@@ -79,11 +79,11 @@ def losses_by_context(
     mask: Bool[Tensor, "rows seq"],
     position_ids: Int[Tensor, "rows seq"] | None = None,
 ) -> list[Sums]:
-    """Sum the losses of the same tokens under each short context and under the full one: what more context gains.
+    """Sum the losses of the same tokens under each short context and under the full one, to measure context gain.
 
     The tokens are those at positions of at least the largest size in their documents, so that no context is shorter
-    than it claims: of a scorer with `ShortContext(size, size // 2)`, they see `size // 2` to `size - 1` tokens. Shorter
-    documents have no such token. The gain of more context is `paired_difference` of two entries.
+    than nominal: with `ShortContext(size, size // 2)`, they see `size // 2` to `size - 1` tokens. Shorter documents
+    have no such token. The gain from more context is the `paired_difference` of two entries.
 
     Args:
         scorers: one for each context, all of one model.
@@ -102,23 +102,23 @@ def losses_by_context(
 
 
 class Rows(NamedTuple):
-    """The rows of the data set that is evaluated, and how they are read."""
+    """The sequences to evaluate, and how to read them."""
 
     data: datasets.Dataset
     lengths: np.ndarray
     max_tokens: int = 32768
     """Tokens read in one forward pass."""
     prefix: Sequence[int] = ()
-    """The special tokens with which a text begins, which windows begin with too."""
+    """Special tokens at the start of a text, which windows start with too."""
 
     @property
     def has_documents(self) -> bool:
-        """Whether each row is known to belong to one document; packed rows do not."""
+        """Whether each sequence is known to belong to one document; packed ones do not."""
         return "document" in self.data.column_names
 
     @property
     def documents(self) -> list[str]:
-        """The name of each row's document, or, if it has none, a name of its own."""
+        """The name of each sequence's document, or a unique name if it has none."""
         if self.has_documents:
             return [str(name) for name in self.data["document"]]
         return [f"row {number}" for number in range(len(self.data))]
@@ -129,9 +129,9 @@ class Rows(NamedTuple):
         return int(self.lengths.sum())
 
     def batches(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of consecutive rows of one length, up to `max_tokens` each, and the slices of all tokens they fill.
+        """Slices of consecutive sequences of one length, up to `max_tokens` each, and their slices of all tokens.
 
-        A batch has one packed row, since not every attention separates the documents of several packed rows.
+        A batch has one packed sequence, since not every attention kernel separates the documents of several.
         """
         packed = "position_ids" in self.data.column_names
         first = token = 0
@@ -149,16 +149,16 @@ def open_weights(path: Path, num_judges: int, num_tokens: int) -> np.memmap:
 
 
 class Judging(NamedTuple):
-    """Whose weights the tokens of LongPPL have when a model is measured."""
+    """The source of the weights of LongPPL's tokens when a model is measured."""
 
     weights: np.ndarray
-    """`TOKEN_WEIGHTS` of all tokens of all rows, one after the other."""
+    """`TOKEN_WEIGHTS` of all tokens of all sequences, concatenated."""
     judge: Judge = "self"
-    """Whether the model that is measured found them, or a third; both, where there is a `baseline`."""
+    """Whether the measured model found them, or a third; with a `baseline`, both models did."""
     writes: bool = True
-    """Whether the model that is measured fills `weights` in before they are used."""
+    """Whether the measured model fills in `weights` before they are used."""
     baseline: np.ndarray | None = None
-    """Those that the model to compare with found."""
+    """Weights found by the baseline model."""
 
 
 class _Batch(NamedTuple):
@@ -178,10 +178,10 @@ def row_measures(
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Measure]:
-    """Compute every measure that follows from the model's losses on the rows.
+    """Compute every metric that follows from the model's losses on the sequences.
 
     Args:
-        judging: whose key tokens LongPPL counts.
+        judging: source of the key tokens of LongPPL.
         progress: called with the number of tokens of each batch.
     """
     finder = _finder(model, plan, rows)
@@ -205,19 +205,19 @@ def row_measures(
 
 
 def pair_measures(measures: Sequence[Measure], weights: np.ndarray, baseline: np.ndarray, rows: Rows) -> list[Measure]:
-    """Let two models judge alike: a token has the mean of the weights that each of them gives it.
+    """Let two models judge equally: the weight of a token is the mean of those from both models.
 
-    Tokens that one model chose are those that it happened to predict well, so its mean over them is too low. Here what
-    favors either model favors the other as much: of two equally good models, the expected change is none.
+    Tokens that one model chose are those that it happened to predict well, so its mean over them is too low. Here the
+    bias is the same for both: for two equally good models, the expected change is zero.
 
     Args:
-        measures: of one model.
+        measures: metrics of one model.
         weights: the `TOKEN_WEIGHTS` that this model found.
-        baseline: those that the model to compare with found.
-        rows: which both read.
+        baseline: those that the baseline model found.
+        rows: sequences that both read.
 
     Returns:
-        The measures, LongPPL with these weights and with the sums of both models.
+        The metrics, where LongPPL has these weights, and the sums of both models.
     """
     names, ends = rows.documents, rows.lengths.cumsum()
     sums: dict[str, list[list[float]]] = {name: [] for name in _WEIGHTED}
@@ -249,10 +249,10 @@ def find_key_tokens(
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Let a model that is not measured itself find the key tokens, and fill in `weights`, its `TOKEN_WEIGHTS`.
+    """Let an evaluator, which is not measured itself, find the key tokens, and fill in `weights`, its `TOKEN_WEIGHTS`.
 
     Args:
-        model: the evaluator; or, with another tokenizer than the rows have, what aligns the two.
+        model: the evaluator; if its tokenizer is not that of the sequences, a wrapper that aligns the two.
     """
     finder = None if isinstance(model, ContrastScorer) else _finder(model, plan, rows)
     for numbers, place in rows.batches():
@@ -285,7 +285,7 @@ def _token_weights(finder: Scorer, batch: _Batch) -> np.ndarray:
 def _weights_of(
     long_nll: Float[Tensor, "rows seq"], short_nll: Float[Tensor, "rows seq"], mask: Bool[Tensor, "rows seq"]
 ) -> np.ndarray:
-    """`TOKEN_WEIGHTS` of tokens from both of their losses."""
+    """`TOKEN_WEIGHTS` of tokens, from their long and short losses."""
     weights = np.empty(long_nll.numel(), dtype=TOKEN_WEIGHTS)
     weights["key"] = key_tokens(long_nll, short_nll, mask).flatten().cpu().numpy()
     weights["soft"] = LongCE()(long_nll, short_nll, mask).flatten().float().cpu().numpy()
@@ -316,7 +316,7 @@ def _batch_sums(batch: _Batch, plan: EvalPlan, scorers: Sequence[Scorer], weight
 
 
 def _named_measures(found: dict[str, Sums], plan: EvalPlan) -> list[Measure]:
-    """The measures of the rows, in the order of the tables."""
+    """The metrics of the sequences, in the order of the tables."""
 
     def measure(
         name: str,

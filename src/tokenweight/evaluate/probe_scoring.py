@@ -1,4 +1,4 @@
-"""What a model answers to retrieval probes: by likelihood of answers against decoys, or by what it generates."""
+"""Scoring of retrieval probes: by likelihood of answers against decoys, or by generation."""
 
 import copy
 import inspect
@@ -21,8 +21,8 @@ from tokenweight.models import CausalParts, causal_parts, check_length, check_to
 
 @dataclass(frozen=True)
 class ProbeGrid:
-    """The probes to ask: `num` of each family at each length and depth, or at each length and distance below it; those
-    that lie everywhere once for each length."""
+    """The probes to ask: `num` of each family at each length and depth, or at each length and distance below it;
+    families without a depth only once per length."""
 
     families: Sequence[str]
     lengths: Sequence[int]
@@ -32,21 +32,21 @@ class ProbeGrid:
     haystack: str | None = None
     """A text, or None for sentences of noise."""
     by: Literal["likelihood", "generation"] = "likelihood"
-    """"likelihood" asks which candidate the model finds more likely, and tells small base models apart; "generation"
-    looks for the answers in greedy output, as RULER does, and leaves room for it in each length."""
+    """"likelihood" asks which candidate the model finds more likely, and separates even small base models; "generation"
+    looks for the answers in greedy output, as RULER does, and reserves room for it in each length."""
     distances: Sequence[int] = ()
-    """In place of depths, tokens between the facts and the question."""
+    """Instead of depths: tokens between the facts and the question."""
 
     def make(self, tokenizer: PreTrainedTokenizerBase, *, apart: bool = False) -> list[list[Probe]]:
         """Make the probes of each family, length and place: a list for each.
 
-        The same probe of two of these lists of a family asks for the same fact: compare them in pairs.
+        Probe i of each list of a family asks for the same fact, so that lists can be compared in pairs.
 
         Args:
-            apart: let each list have facts of its own.
+            apart: use different facts in each list.
 
         Raises:
-            ValueError: if a setting makes no sense, or a length is too short, naming the least.
+            ValueError: if a setting is invalid, or a length is too short, naming the shortest possible.
         """
         if self.by not in ("likelihood", "generation"):
             raise ValueError(f"by {self.by!r}: expected likelihood or generation")
@@ -77,14 +77,14 @@ class ProbeGrid:
 
 
 class ProbeScore(NamedTuple):
-    """What a model made of one probe."""
+    """Result of a model on one probe."""
 
     accuracy: float
-    """Share of the answers found: more likely than each decoy, or part of the output."""
+    """Fraction of the answers found: more likely than each decoy, or part of the output."""
     margin: float | None
-    """Nats by which an answer is more likely than the best decoy, the mean over the answers; None if generated."""
+    """Log-probability of an answer minus that of its best decoy, in nats, averaged over answers; None if generated."""
     loss: float | None = None
-    """Mean loss of the tokens of all answers and what stands between and after them, in nats, but for those that all
+    """Mean loss of the tokens of all answers and of the text between and after them, in nats, except tokens that all
     candidates begin with; None if generated."""
 
 
@@ -98,7 +98,7 @@ class ProbeRecord(NamedTuple):
     by: str
     num: int
     chance: float
-    """Accuracy of a guess: one of the answer and the decoys, or, if the answer is generated, 0."""
+    """Accuracy of guessing among the answer and the decoys, or 0 if the answer is generated."""
     accuracy: float
     margin: float | None
     loss: float | None
@@ -156,7 +156,7 @@ def score_by_likelihood(
 ) -> list[ProbeScore]:
     """Compare the probability of each answer, after the earlier ones, with those of the decoys in its place.
 
-    Candidates end in the same mark and exclude each other, so their whole probabilities count, not means over tokens. A
+    Candidates end in the same mark and exclude each other, so total probabilities count, not means over tokens. A
     prompt and a continuation are tokenized as one text, and what all of them begin with is read once, whether or not it
     ends where the prompt does: its probability is the same for all. A tie with a decoy counts as not found.
 
@@ -176,24 +176,24 @@ def _likelihood_score(
     groups = [[prompt_tokens(tokenizer, probe.prompt + text) for text in group] for group in probe.continuations()]
     rows = [row for group in groups for row in group]
     _check(model, rows, 0)
-    # Continuations exclude each other, so that their rows differ before the shortest ends.
+    # Continuations exclude each other, so their rows differ before the end of the shortest.
     shared = next(t for t, column in enumerate(zip(*rows)) if len(set(column)) > 1)
     cache = _read(model, parts, rows[0][: shared - 1])
     margins = []
     for group in groups:
         nll = _continuation_nll(parts, [row[shared - 1 :] for row in group], copy.deepcopy(cache), model.device)
         margins.append((nll[1:].min() - nll[0]).item())
-    # The last group has all answers one after the other.
+    # The last group contains all answers, concatenated.
     loss = nll[0].item() / (len(groups[-1][0]) - shared)
     return ProbeScore(sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins), loss)
 
 
 def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> DynamicCache:
-    """The model's KV cache after these tokens."""
+    """The model's KV cache after reading these tokens."""
     cache = DynamicCache(config=model.config)
     if tokens:
         parts.states(torch.tensor([tokens], device=model.device), **_with_cache(parts, cache))
-    # Recurrent layers, if they have read something, take several more tokens at once for a new text.
+    # Recurrent layers that already have a state treat several more tokens at once as a new text.
     if any(hasattr(layer, "conv_states") for layer in cache.layers) or cache.get_seq_length() != len(tokens):
         raise ValueError(
             f"{type(model).__name__} has layers without a KV cache: probes can be scored by generation only"
@@ -202,14 +202,14 @@ def _read(model: PreTrainedModel, parts: CausalParts, tokens: list[int]) -> Dyna
 
 
 def _with_cache(parts: CausalParts, cache: DynamicCache) -> dict[str, DynamicCache]:
-    """The cache under the name that the decoder gives it; before transformers 5.24 this was `past_key_values`."""
+    """The cache as a keyword argument under the decoder's name for it, before transformers 5.24 `past_key_values`."""
     return {"cache" if "cache" in inspect.signature(parts.decoder.forward).parameters else "past_key_values": cache}
 
 
 def _continuation_nll(
     parts: CausalParts, rows: list[list[int]], cache: DynamicCache, device: torch.device
 ) -> Float[Tensor, " rows"]:
-    """Loss of each row but for its first token, after what is in the cache. The cache is used up."""
+    """Losses of each row except its first token, given the cache, which is consumed."""
     width = max(map(len, rows))
     tokens = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
     counts = torch.tensor([[0 < t < len(row) for t in range(width)] for row in rows])
@@ -224,7 +224,7 @@ def _continuation_nll(
 def score_by_generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]
 ) -> list[ProbeScore]:
-    """Share of the answers that stand in the greedy output, of as many tokens as the budget of their family.
+    """Fraction of the answers found in the greedy output, whose length is the budget of their family.
 
     Raises:
         ValueError: if a token is not in the model's vocabulary, or the model has too few positions.
@@ -242,12 +242,12 @@ def score_by_generation(
 
 
 def share_found(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in a text, in whatever case."""
+    """Fraction of the answers found in a text, ignoring case."""
     return sum(answer.casefold() in text.casefold() for answer in answers) / len(answers)
 
 
 def _generated(model: PreTrainedModel, tokens: list[int], budget: int) -> list[int]:
-    # What is not said here comes from the model's own settings, which may punish repetition, as an answer is.
+    # Other settings come from the model's own config, which may penalize repetition, and an answer is one.
     plain = GenerationConfig(
         max_new_tokens=budget,
         do_sample=False,
@@ -268,10 +268,10 @@ def _check(model: PreTrainedModel, rows: list[list[int]], budget: int) -> None:
 
 
 def probe_measures(grid: Sequence[ProbeRecord], plan: EvalPlan) -> list[Measure]:
-    """Accuracy, margin and loss of the answer of each family, of each family and length, and, where probes lie at
-    distances, of each family and distance.
+    """Accuracy, margin and loss of the answer by family, by family and length, and, for probes at distances, by family
+    and distance.
 
-    The unit is the fact asked for, which is the same at every depth and length: answers to it are alike.
+    The resampling unit is the fact asked for, the same at every depth and length: its answers are correlated.
     """
     measures: list[Measure] = []
     for family in plan.families:

@@ -1,13 +1,13 @@
 """Retrieval probes: a long text that hides facts, a question about them, its answers, and decoys. Text only, no model.
 
 The families are those of RULER (needles, variable tracking, word counts), threads, where each fact points to the next,
-and pairs of keys and values, asked for after examples. The wording is our own, and so are these rules; the numbers are
-not comparable with published ones:
+and pairs of keys and values, asked for after examples. The wording is our own, and so are these rules, so the numbers
+are not comparable with published ones:
 
-- Every answer has decoys of the same form. Except for "single" and the word counts, they are what the text says of
-  something else, so that copying any fact is not enough: for this, "multi_value" and "multi_query" hide 3 facts nobody
-  asks for, and "variable_tracking" hides a second chain.
-- Keys and listed words are made of syllables, not taken from a list of English words; those of threads are no UUIDs.
+- Every answer has decoys of the same form. Except for "single" and the word counts, they are what the text says about
+  something else, so that copying any fact is not enough: for this, "multi_value" and "multi_query" hide 3 facts that
+  are not asked for, and "variable_tracking" hides a second chain.
+- Keys and listed words are made of syllables, not taken from a list of English words; keys of threads are not UUIDs.
 - Prompts are plain text, only "key_value" with examples, and end within a sentence that the answer completes, as base
   models can.
 - The words to count are not numbered, and RULER's most frequent "word" (dots to be ignored) is left out.
@@ -33,37 +33,37 @@ from transformers import PreTrainedTokenizerBase
 from tokenweight.data import special_tokens, text_tokens
 
 NUM_DECOYS = 3
-"""Decoys of every probe, so that chance is 1/4 in each family."""
+"""Decoys per probe, so that chance accuracy is 1/4 in each family."""
 _SYLLABLES = ["bdfghjklmnprstvwz", "aeiou"] * 3
-_INITIAL = "z"  # of the keys that a condition selects
-_NUM_PAIRS = 2048  # of keys and values; in longer lists they come again
+_INITIAL = "z"  # of the keys selected by a condition
+_NUM_PAIRS = 2048  # of keys and values; longer lists repeat them
 _NOISE = "Rain fell on the roofs. A dog slept by the gate. Somebody closed a window. The kettle sang. Nobody came."
 _STOP = re.compile(r"(?<=[.!?])\s|(?<=[.!?][\"'\u201d\u2019)])\s|(?<=[\u3002\uff01\uff1f])")
 
 
 class Family(NamedTuple):
-    """How the probes of one family are made; the default is one needle among others."""
+    """Recipe for the probes of one family; the default is one needle among others."""
 
     kind: Literal["needle", "pair", "variable", "thread", "word"] = "needle"
     num: int = 1
     """Keys that are asked for, copies of a variable, links of a thread, or words to find."""
     values: int = 1  # of each key
-    others: int = NUM_DECOYS  # needles nobody asks for
+    others: int = NUM_DECOYS  # needles that are not asked for
     by: Literal["name", "condition", "question"] = "name"
-    """How the question names keys: one by one; by what they have in common; or, of one key, with a question before the
-    sentence that the answer completes."""
+    """Naming of keys in the question: one by one; by what they have in common; or, for one key, by a question before
+    the sentence that the answer completes."""
     examples: int = 0  # questions that are answered before the one to answer
-    threads: int = 1  # that are asked for together
+    threads: int = 1  # asked for together
     direction: Literal["forward", "backward", "random"] = "forward"
-    """How links lie in the text: in the order in which they are followed, in the opposite one, or in none."""
-    zipf: bool = False  # frequencies of words follow Zipf's law, or there are but two of them
+    """Order of the links in the text: as they are followed, reversed, or random."""
+    zipf: bool = False  # frequencies of words follow Zipf's law, or take only two values
     budget: int = 32
     """Tokens that may be generated for all answers. RULER allows 128 for all needles: enough for a base model to list
     every fact of the text, asked for or not."""
 
     @property
     def has_depth(self) -> bool:
-        """Whether the facts lie at one place; words to count lie everywhere."""
+        """Whether the facts lie in one place; words to count lie everywhere."""
         return self.kind != "word"
 
 
@@ -90,22 +90,22 @@ class Probe(NamedTuple):
 
     prompt: str
     answers: tuple[str, ...]
-    """All are asked for."""
+    """All of them are asked for."""
     decoys: tuple[str, ...]
-    """Wrong in the place of any answer."""
+    """Wrong in place of any answer."""
     family: str
     length: int
-    """Tokens that it was made to fill, special tokens and answers included."""
+    """Target length in tokens, special tokens and answers included."""
     depth: float | None
     """Fraction of the text (in characters) before the fact asked for, or the middle of several; None for words."""
     distance: int | None = None
-    """Tokens between the fact and the question, in place of a depth."""
+    """Tokens between the fact and the question, instead of a depth."""
 
     def continuations(self) -> list[list[str]]:
-        """For each answer, what may follow the prompt: the earlier answers, and then the answer, or each decoy.
+        """For each answer, the continuations of the prompt: the earlier answers, then the answer or a decoy.
 
-        The first of a list is right. All of a list end in the same mark, which no candidate contains: they exclude each
-        other, and their probabilities can be compared whatever their numbers of tokens.
+        The first of a list is correct. All of a list end in the same mark, which no candidate contains: they exclude
+        each other, and their probabilities can be compared regardless of their numbers of tokens.
         """
         groups = []
         for number, answer in enumerate(self.answers, 1):
@@ -127,35 +127,35 @@ def make_probes(
     haystack: str | None = None,
     room: int = 0,
 ) -> list[Probe]:
-    """Make probes of one family, length and depth or distance: the same ones on every machine.
+    """Make probes of one family, length and depth or distance, the same ones on every machine.
 
     At each length and place, the probes of one family and seed ask for the same facts: compare them in pairs. A prompt
-    with its longest continuation, and with what the tokenizer puts before a text, has at most `length` tokens; one more
-    sentence of the haystack (or one more of the rarest words) would be too much.
+    with its longest continuation, and with the tokenizer's prefix, has at most `length` tokens; one more sentence of
+    the haystack (or one more of the rarest words) would be too much.
 
     Args:
         family: one of `FAMILIES`.
         tokenizer: of the model that will read them.
         length: tokens.
-        depth: where the fact asked for lies, 0 (beginning) to 1 (end), at a border of sentences; several lie evenly
-            around it. Other facts lie anywhere: copying the last one does well at depth 1 only. None for no depth.
-        distance: in place of a depth, the most tokens of text between the facts asked for, which then stand together,
-            and the question: as many whole sentences as that allows. All other facts lie before. Of two lengths at one
-            distance, the longer text ends as the shorter one does: what is added stands before the facts.
-        num: how many.
+        depth: position of the fact asked for, 0 (beginning) to 1 (end), between two sentences; several are spread
+            evenly around it. Other facts lie anywhere: copying the last one works at depth 1 only. None for no depth.
+        distance: instead of a depth, the most tokens of text between the facts asked for, which are then together, and
+            the question, filled with as many full sentences as fit. All other facts come before. Of two lengths at one
+            distance, the longer text ends like the shorter one: text is added before the facts.
+        num: number of probes.
         seed: another seed gives other facts and another piece of the haystack.
         haystack: a text, read from any of its sentences on, and again from its start; by default sentences of noise.
-        room: tokens that a prompt leaves free, if its continuations need less.
+        room: tokens to reserve after the prompt, if its continuations need less.
 
     Raises:
-        ValueError: if a setting makes no sense, or `length` is too short, naming the least.
+        ValueError: if a setting is invalid, or `length` is too short, naming the shortest possible.
 
     Example:
         >>> (probe,) = make_probes("single", tokenizer, length=200, depth=0.5, num=1, seed=0)
         >>> probe.prompt[-26:], probe.answers
         ('A locker code of hidalu is', ('5760908',))
     """
-    before = len(special_tokens(tokenizer)[0])  # the same for all of the many texts that are tried
+    before = len(special_tokens(tokenizer)[0])  # the same for all of the many texts tried
     _check_place(family, depth, distance)
 
     def count(text: str) -> int:
@@ -168,7 +168,7 @@ def make_probes(
 
 
 def _filled(probes: list[Probe], drafts: "list[_Draft]", count: Callable[[str], int], room: int) -> list[Probe]:
-    """The probes, each with as much text as its length takes."""
+    """The probes, each with as much text as fits its length."""
     sizes = [_needed(draft, probe, count, room) for draft, probe in zip(drafts, probes)]
     least, length = max(size(draft.least) for size, draft in zip(sizes, drafts)), probes[0].length
     if least > length:
@@ -181,12 +181,12 @@ def _filled(probes: list[Probe], drafts: "list[_Draft]", count: Callable[[str], 
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A text after what the tokenizer, by its own rule, puts before it (BOS), but without what it puts after it."""
+    """Tokens of a text with the tokenizer's own prefix (BOS), but without its suffix."""
     return special_tokens(tokenizer)[0] + text_tokens(tokenizer, [text])[0]
 
 
 class _Draft(NamedTuple):
-    """A probe of any length: `body(n)` is its text with n units of filling (sentences, or words), at least `least`."""
+    """A probe of any length: `body(n)` is its text with n units of filler (sentences, or words), at least `least`."""
 
     opening: str
     closing: str
@@ -215,7 +215,7 @@ def _drafts(
     sentences = [sentence for sentence in _STOP.split(text) if sentence]
     if not sentences:
         raise ValueError("haystack: it is empty: expected a text, or None for sentences of noise")
-    # Python seeds by the SHA-512 of a string: the same on every machine.
+    # Python seeds by the SHA-512 of a string, which is the same on every machine.
     draws = [random.Random(f"tokenweight probe {number} of {name}, seed {seed}") for number in range(num)]
     if family.kind == "word":
         return [_count(family, rng, length) for rng in draws]
@@ -237,7 +237,7 @@ def _check_place(name: str, depth: float | None, distance: int | None) -> None:
 
 
 def _most_units(size: Callable[[int], int], least: int, length: int) -> int:
-    """The largest number of units, from `least` on (which fits), that needs at most `length` tokens."""
+    """The largest number of units, at least `least` (which fits), that needs at most `length` tokens."""
     beyond = 2 * least
     while size(beyond) <= length:
         beyond *= 2
@@ -245,7 +245,7 @@ def _most_units(size: Callable[[int], int], least: int, length: int) -> int:
 
 
 def _needed(draft: _Draft, probe: Probe, count: Callable[[str], int], room: int) -> Callable[[int], int]:
-    """Tokens that the draft needs, as a function of its units, where `count` says those of a text."""
+    """The number of tokens that the draft needs, as a function of its units; `count` counts those of a text."""
     longest = max(probe.continuations()[-1], key=lambda text: count(draft.closing + text))
 
     def size(num_units: int) -> int:
@@ -256,9 +256,9 @@ def _needed(draft: _Draft, probe: Probe, count: Callable[[str], int], room: int)
 
 
 def _distinct(rng: random.Random, pattern: Sequence[str], num: int, text: str = "") -> list[str]:
-    """Draw so many different words, none of them in `text`, made of one letter of each string of the pattern.
+    """Draw distinct words, none of them in `text`, made of one letter from each string of the pattern.
 
-    Being of one length, they do not contain each other: one that is found in an output is meant.
+    They have the same length, so none contains another: a match in an output is unambiguous.
     """
     found: dict[str, None] = {}
     while len(found) < num:
@@ -269,21 +269,21 @@ def _distinct(rng: random.Random, pattern: Sequence[str], num: int, text: str = 
 
 
 class _Haystack(NamedTuple):
-    """A text to hide facts in, the depth of those that are asked for, and the draws of one probe."""
+    """A text to hide facts in, the depth of those asked for, and the random state of one probe."""
 
     rng: random.Random
     depth: float
     text: str
     sentences: list[str]
     fits: Callable[[str], bool] | None
-    """Whether a text may lie between the facts and the question; None where they lie at a depth."""
+    """Whether a text may lie between the facts and the question; None if a depth is given."""
 
     def words(self, pattern: Sequence[str], num: int) -> list[str]:
         return _distinct(self.rng, pattern, num, self.text)
 
     def hide(self, asked: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[Callable[[int], str], int]:
-        """The text of n sentences with facts between them, and the least n: those asked for around the depth, in order;
-        others, each in a sequence that keeps its order, anywhere before the last of these sentences that `fits`."""
+        """The text of n sentences with facts between them, and the smallest n: facts asked for are around the depth, in
+        order; others, each in a sequence that keeps its order, anywhere before the last sentence that `fits`."""
         rng, depth, _, sentences, fits = self
         reach = min(depth, 1 - depth) if len(asked) > 1 else 0.0
         places = [depth + reach * (2 * i / max(1, len(asked) - 1) - 1) for i in range(len(asked))]
@@ -295,7 +295,7 @@ class _Haystack(NamedTuple):
             return [sentences[(start + i) % len(sentences)] for i in range(first, stop)]
 
         def body(num_sentences: int) -> str:
-            # At a distance, a longer text begins earlier; at a depth, it ends later.
+            # With a distance, a longer text begins earlier; with a depth, it ends later.
             chosen = piece(0, num_sentences) if fits is None else piece(-num_sentences, 0)
             borders = [0, *accumulate(len(sentence) + 1 for sentence in chosen)]
             before: list[list[str]] = [[] for _ in borders]
@@ -311,7 +311,7 @@ class _Haystack(NamedTuple):
 
 
 def _most_that_fit(fits: Callable[[int], bool]) -> int:
-    """The largest number, from 0 on (which fits), that fits."""
+    """The largest number that fits; 0 does."""
     beyond = 1
     while fits(beyond):
         beyond *= 2
@@ -330,7 +330,7 @@ def _needles(family: Family, haystack: _Haystack) -> _Draft:
     decoys = codes[-NUM_DECOYS:]
     others = [[f"A locker code of {key} is {code}."] for key, code in zip(keys[num:], decoys[: family.others])]
     hidden = haystack.hide(facts, others)
-    # The order of the question is not that of the text, unless it names no key.
+    # The question has another order than the text, unless it names no key.
     order = range(num) if family.by == "condition" else haystack.rng.sample(range(num), num)
     answers = [codes[i * values + j] for i in order for j in range(values)]
     closing = f"A locker code of {keys[0]} is"
@@ -343,7 +343,7 @@ def _needles(family: Family, haystack: _Haystack) -> _Draft:
 
 
 def _pairs(family: Family, haystack: _Haystack) -> _Draft:
-    """One of many pairs of a key and a value is asked for; decoys are other values, but not those of the examples."""
+    """A question for one of many pairs of keys and values; decoys are other values, except those of the examples."""
     num = 1 + family.examples + NUM_DECOYS
     keys, values = (_distinct(haystack.rng, pattern, _NUM_PAIRS) for pattern in (_SYLLABLES, [digits] * 7))
     pairs = [f'"{key}": {value},' for key, value in zip(keys, values)]
@@ -368,7 +368,7 @@ def _variables(family: Family, haystack: _Haystack) -> _Draft:
 
 
 def _threads(family: Family, haystack: _Haystack) -> _Draft:
-    """Decoys are where the first link leads, for one who stops there, and the ends of two other threads."""
+    """Threads; decoys are where the first link leads (stopping too early), and the ends of two other threads."""
     num = family.threads + NUM_DECOYS - 1
     words = haystack.words(_SYLLABLES, num * (family.num + 1))
     threads = [words[i::num] for i in range(num)]
@@ -377,7 +377,7 @@ def _threads(family: Family, haystack: _Haystack) -> _Draft:
         haystack.rng.shuffle(order)
     links = [[f"From {key} the path leads to {value}." for key, value in pairwise(thread)] for thread in threads]
     asked, others = threads[: family.threads], links[family.threads :]
-    # Several threads that are asked for take turns.
+    # If several threads are asked for, they alternate.
     hidden = haystack.hide(
         [own[i] for i in order for own in links[: family.threads]], [[own[i] for i in order] for own in others]
     )
@@ -391,17 +391,17 @@ def _threads(family: Family, haystack: _Haystack) -> _Draft:
 
 
 def _count(family: Family, rng: random.Random, length: int) -> _Draft:
-    """Shuffled words, of which the first ones occur more often than any other; the next ones are decoys."""
+    """Shuffled words, of which the first ones occur most often; the next ones are decoys."""
     source, pattern = f"{rng.random()}", [ascii_lowercase] * 6 if family.zipf else _SYLLABLES
     often, seldom = (30, 3) if length >= 4096 else (6, 1)
 
     def body(num_units: int) -> str:
-        """Units are the rare words, or the scale of Zipf's law."""
+        """The text, whose units are the rare words, or the scale of Zipf's law."""
         times = [often] * family.num + [seldom] * num_units
         if family.zipf:
             times = [num_units // rank**2 for rank in range(2, math.isqrt(num_units) + 1)]
         again = random.Random(source)
-        words = _distinct(again, pattern, len(times))  # begin alike whatever their number
+        words = _distinct(again, pattern, len(times))  # the first ones are the same for any number
         listed = [word for word, n in zip(words, times) for _ in range(n)]
         return " ".join(again.sample(listed, len(listed)))
 

@@ -66,27 +66,27 @@ _WEIGHTS = "token_weights.npy"
 
 
 class _Task(NamedTuple):
-    """What is measured, on which data: opened, checked, and made once."""
+    """An evaluation, with its data opened and checked, and its probes made."""
 
     names: list[str]
     """The models to measure now."""
     loaded: list[str]
-    """The models that read all rows, the evaluator first; if there is an earlier evaluation, it need not run again."""
+    """The models that read all sequences, the evaluator first, which is not rerun if there is an earlier evaluation."""
     evaluator: str | None
-    """The one model that finds the key tokens for all; None where each model and the first do."""
+    """The single model that finds the key tokens for all; None if each model and the first do so together."""
     aligned: PreTrainedTokenizerBase | None
-    """The tokenizer of the evaluator, if it is another than that of the models."""
+    """The tokenizer of the evaluator, if it differs from that of the models."""
     plan: EvalPlan
     rows: Rows
     tokenizer: PreTrainedTokenizerBase | None
     probes: list[list[Probe]]
     """The probes of each family, length and depth, which are the same for all models."""
     samples: list[HeadSample]
-    """The texts by which heads are found, likewise."""
+    """The texts on which retrieval heads are found, likewise."""
     comparable: dict[str, Any]
-    """What an evaluation must have in common with its baseline."""
+    """Properties that an evaluation must share with its baseline."""
     earlier: dict[str, Any] | None
-    """The record of an earlier evaluation that is the baseline."""
+    """The record of an earlier evaluation, if that is the baseline."""
 
 
 def evaluate(
@@ -94,18 +94,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the model, and its baseline if that is not measured yet, and write the folder `settings.out`.
 
-    The folder appears when it is complete, with `eval.json`, `table.md`, `table.csv` and `token_weights.npy` (those of
-    LongPPL, so that no model need run again). Models are loaded one after another, the evaluator first.
+    The folder appears once it is complete, with `eval.json`, `table.md`, `table.csv` and `token_weights.npy` (those of
+    LongPPL, so that no model needs to be rerun). Models are loaded one after another, the evaluator first.
 
     Args:
-        progress: called after each batch of sequences with its number of tokens, and that of all sequences and models.
+        progress: called after each batch of sequences with its number of tokens, and the total over all models.
 
     Returns:
         The contents of `eval.json`, which docs/evaluate.md describes.
 
     Raises:
-        ValueError: in one line, before work starts, if settings, data, models, tokenizers or the earlier evaluation do
-            not fit each other.
+        ValueError: in one line, before work starts, if settings, data, models, tokenizers or the earlier evaluation are
+            incompatible.
 
     Example:
         >>> record = evaluate(EvalSettings("runs/dense", Path("validation"), Path("eval"), baseline="runs/uniform"))
@@ -126,12 +126,12 @@ def evaluate(
 
 
 def read_table(record: dict[str, Any]) -> list[list[Entry]]:
-    """The rows of the table of an `eval.json`, one for each model."""
+    """Read the rows of the table of an `eval.json`, one for each model."""
     return [[Entry(**entry) for entry in row] for row in record["comparison"]]
 
 
 def _open(settings: EvalSettings) -> _Task:
-    """Open and check everything that can be checked without a model's weights, and make the probes."""
+    """Open the data, check everything that does not need a model's weights, and make the probes."""
     if settings.out.exists():
         raise ValueError(f"out {settings.out}: exists already; name a new folder")
     data, contents = _open_data(settings)
@@ -189,7 +189,7 @@ def _earlier(settings: EvalSettings) -> dict[str, Any] | None:
 
 
 def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the evaluator, unless it is that of the model."""
+    """The tokenizer of the evaluator, if it differs from that of the model."""
     found, own = (find_tokenizer(str(name)) for name in (evaluator, settings.model))
     if found is None or own is None or tokenizer_fingerprint(found) == tokenizer_fingerprint(own):
         return None
@@ -197,7 +197,7 @@ def _other_tokenizer(evaluator: str | None, settings: EvalSettings) -> PreTraine
 
 
 def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of all models that have one; it must be the same, and that of the data."""
+    """The common tokenizer of all models that have one, which must also be that of the data."""
     provenance = read_provenance(settings.data)
     found = {name: tokenizer for name in names if (tokenizer := find_tokenizer(name)) is not None}
     for name, tokenizer in found.items():
@@ -210,12 +210,12 @@ def _common_tokenizer(names: list[str], settings: EvalSettings) -> PreTrainedTok
 
 
 def _warn_of_training_data(name: str, settings: EvalSettings, contents: Contents) -> None:
-    """Say so if a model was trained by `train` on the sequences that it is to be measured on."""
+    """Warn if `train` trained a model on the sequences that it is evaluated on."""
     record = read_json(Path(name) / "run.json") if (Path(name) / "run.json").is_file() else {}
     data = record.get("settings", {}).get("data", [])
     paths = [data] if isinstance(data, str) else [one["path"] for one in data]
     made = [record.get("data", {}), *(one["data"] for one in record.get("mixture", {}).values())]
-    paths += [str(one["rows"]) for one in made if "rows" in one]  # those that were scored
+    paths += [str(one["rows"]) for one in made if "rows" in one]  # the sequences that were scored
     here = any(Path(path).resolve() == settings.data.resolve() for path in paths)
     if here or contents.fingerprint in [one.get("rows_fingerprint") for one in made]:
         logger.warning(
@@ -273,7 +273,7 @@ def _make_probes(
 
 
 def _fingerprints(rows: Rows, contents: Contents, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What else must be equal: tokens, positions and labels of the rows, their documents, and the tokenizer."""
+    """Fingerprints that must also match: tokens, positions, labels and documents of the data, and the tokenizer."""
     return {
         "rows_fingerprint": contents.fingerprint,
         "documents_fingerprint": hashlib.sha256(json.dumps(rows.documents).encode()).hexdigest()[:16],
@@ -305,7 +305,7 @@ def _record(task: _Task, settings: EvalSettings, path: Path, progress: Callable[
 
 
 def _title(model: dict[str, Any]) -> str:
-    """The name of a model in tables: the same model may be compared with itself, attending in another way."""
+    """The name of a model in tables; a model may be compared with itself under another attention."""
     return model["model"] if model.get("attention") is None else f"{model['model']}, {model['attention']}"
 
 
@@ -314,7 +314,7 @@ def _measures(model: dict[str, Any]) -> list[Measure]:
 
 
 def _check_samples(models: list[dict[str, Any]]) -> None:
-    """Raise a ValueError if a suite gave the models different samples: the harness, or its data, have changed."""
+    """Raise a ValueError if a suite gave the models different samples, since the harness or its data have changed."""
     for model in models[1:]:
         if found := differences(models[0]["suites"], model["suites"]):
             raise ValueError(f"suites: {models[0]['model']} and {model['model']} saw different samples ({found})")
@@ -334,7 +334,7 @@ def _open_weights(task: _Task, settings: EvalSettings, path: Path) -> np.memmap:
 def _measured(
     task: _Task, weights: np.memmap, progress: Callable[[int], object]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of the models; and who the evaluator is, if there is one: then it comes first."""
+    """The records of the models; and the identity of the evaluator, if there is one, which then runs first."""
     records, judge = {}, task.earlier["evaluator"] if task.earlier else {"model": None}
     heads: dict[str, HeadScores] = {}
     for name in task.loaded:
@@ -354,7 +354,7 @@ def _measured(
             )
         if name in task.names:
             judging = _judging(task, weights, name, found["weights_fingerprint"], judge)
-            if task.samples:  # first, as suites
+            if task.samples:  # before sequences, like suites
                 heads[name] = retrieval_scores(model, task.samples)
             own = measure_model(name, model, task, judging, heads.get(name), progress=progress)
             records[name] = {**found, **own}
@@ -369,7 +369,7 @@ def _measured(
 
 
 def _finder(model: PreTrainedModel, task: _Task) -> PreTrainedModel | AlignedScorer:
-    """The evaluator; with another tokenizer, each token has the losses of the group that it is in."""
+    """The evaluator; if its tokenizer differs, each token has the losses of the group that it is in."""
     if task.aligned is None:
         return model
     assert task.tokenizer is not None
@@ -378,11 +378,11 @@ def _finder(model: PreTrainedModel, task: _Task) -> PreTrainedModel | AlignedSco
 
 
 def _judging(task: _Task, weights: np.memmap, name: str, fingerprint: str, judge: dict[str, Any]) -> Judging:
-    """Whose key tokens are counted when a model is measured: its own and the first model's, or the evaluator's."""
+    """The source of the key tokens when a model is measured: itself and the first model, or the evaluator."""
     if task.evaluator is None:
         number = len(weights) - len(task.names) + task.names.index(name)
         return Judging(weights[number], baseline=weights[0] if number else None)
-    # A copy of the evaluator judges as it does.
+    # A copy of the evaluator judges identically.
     judged_by: Judge = "self" if fingerprint == judge["weights_fingerprint"] else "third"
     return Judging(weights[0], judged_by, writes=not task.earlier and name == task.evaluator)
 
@@ -396,23 +396,23 @@ def measure_model(
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
-    """Run every measure of one model.
+    """Compute every metric of one model.
 
     Args:
-        judging: whose key tokens LongPPL counts.
+        judging: source of the key tokens of LongPPL.
         heads: retrieval scores of the model.
         progress: called with the number of tokens of each batch of sequences.
 
     Returns:
         `measures`; `probe_grid`, probes by family, length and depth; `suites`, fingerprints of their samples; `heads`
-        with what the probes say without some.
+        with the probes without some.
 
     Raises:
         ValueError: if a loss is not finite, or the model is not supported.
     """
     plan = task.plan
     masked = None if heads is None or plan.mask_heads is None else choose_heads(plan, heads)
-    asked, samples = suite_measures(model, task.tokenizer, plan)  # first: before it fails, no sequence need be read
+    asked, samples = suite_measures(model, task.tokenizer, plan)  # first, so that it fails before any sequence is read
     read = row_measures(model, plan, task.rows, judging, progress=progress)
     grid, without = [], {}
     if task.probes:

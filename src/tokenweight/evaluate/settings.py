@@ -1,6 +1,6 @@
-"""The settings of an evaluation, and the plan that they amount to for sequences of a given length.
+"""The settings of an evaluation, and the plan that follows from them for sequences of a given length.
 
-Nothing heavy is imported at once: the command line reads its options from here.
+Nothing heavy is imported at module level, since the command line reads its options from here.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from tokenweight.records import OptionalTokens, Tokens, token_count
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What to measure, on which data. Lists are written as on the command line: `256,512,1024`.
+    """Settings of an evaluation. Lists are written as on the command line: `256,512,1024`.
 
     Example:
         >>> settings = EvalSettings("runs/dense", Path("validation"), Path("runs/eval"), baseline="runs/uniform")
@@ -35,8 +35,8 @@ class EvalSettings:
     short: OptionalTokens = None
     """Tokens of the short range; by default 1024, or a quarter of sequences of less than 4096 tokens."""
     evaluator: str | None = None
-    """A third model that finds the key tokens of LongPPL for all, whose tokenizer may be another; by default each model
-    and its baseline do, alike."""
+    """A third model that finds the key tokens of LongPPL for all, possibly with another tokenizer; by default each
+    model and its baseline do so together."""
     long_size: OptionalTokens = None
     """Window of LongPPL; by default that of its authors (5120) for longer sequences, else a quarter of a sequence."""
     long_stride: OptionalTokens = None
@@ -44,9 +44,9 @@ class EvalSettings:
     probes: str = "single,multi_key,variable_tracking"
     """Families of retrieval probes, or none."""
     probe_lengths: str | None = None
-    """Tokens of the probes; by default a quarter, a half, and the whole of a sequence."""
+    """Tokens of the probes; by default a quarter, a half, and all of a sequence."""
     depths: str = "0.1,0.5,0.9"
-    """Where the facts lie: 0 (beginning) to 1 (end)."""
+    """Positions of the facts, from 0 (beginning) to 1 (end)."""
     distances: str | None = None
     """Instead of depths: tokens between the facts and the question, as in 128,512,2k, in all texts that are longer."""
     num_probes: int = 8
@@ -56,7 +56,7 @@ class EvalSettings:
     haystack: Path | None = None
     """Text file that probes hide their facts in; by default sentences of noise."""
     heads: bool = False
-    """Find the attention heads that copy facts: their retrieval score, by one forward pass of each text."""
+    """Find the attention heads that copy facts, by their retrieval score, with one forward pass per text."""
     mask_heads: str | None = None
     """Ask the probes again without some heads, and without as many others: top:10 for the model's own ten best, or
     3.5,4.1 (layer, head)."""
@@ -82,7 +82,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The settings for sequences of one length, with every default filled in."""
+    """The settings for sequences of one length, with all defaults filled in."""
 
     length: int
     """Tokens of the longest sequence."""
@@ -94,7 +94,7 @@ class EvalPlan:
     long_context: list[int]
     """Size and stride of the windows of LongPPL."""
     long_context_is: str
-    """Who chose them."""
+    """Origin of these windows, in words."""
     families: list[str]
     probe_lengths: list[int]
     depths: list[float]
@@ -105,7 +105,7 @@ class EvalPlan:
     """The text that probes hide their facts in; None for noise, and without probes."""
     heads: bool
     mask_heads: list[list[int]] | int | None
-    """Layer and head of each, or the number of heads with the best scores."""
+    """Layer and head of each, or the number of best-scoring heads."""
     suites: list[str]
     suite_lengths: list[int]
     suite_limit: int | None
@@ -114,7 +114,7 @@ class EvalPlan:
     dtype: str
     attn_implementation: str | None
     attention: str | None
-    """How the models that are measured now attend; it may differ between those that are compared."""
+    """Attention of the models that are measured now; it may differ between compared models."""
 
     @property
     def half(self) -> int:
@@ -122,7 +122,7 @@ class EvalPlan:
         return self.length // 2
 
     def comparable(self) -> dict[str, Any]:
-        """What two evaluations must have in common to be compared: all but attention; of the haystack, a checksum."""
+        """Settings that comparable evaluations share: all except attention; the haystack as a checksum."""
         settings = asdict(self)
         del settings["attention"]
         text = settings.pop("haystack")
@@ -131,10 +131,10 @@ class EvalPlan:
 
 
 def make_plan(settings: EvalSettings, length: int) -> EvalPlan:
-    """Fill in what depends on the length of the sequences.
+    """Fill in the settings that depend on the length of the sequences.
 
     Raises:
-        ValueError: naming the parameter that makes no sense, or does not fit sequences of this length.
+        ValueError: naming the parameter that is invalid, or does not fit sequences of this length.
     """
     from tokenweight.evaluate.losses import position_edges
 
@@ -197,7 +197,7 @@ def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
 def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:
     _require("num_probes", settings.num_probes, settings.num_probes >= 1, "at least 1")
     families, haystack = _families(settings.probes), _haystack(settings)
-    lengths = [length // 4, length // 2, length // 2 * 2]  # of a piece of 2^k + 1 tokens, all that a model of 2^k reads
+    lengths = [length // 4, length // 2, length // 2 * 2]  # from 2^k + 1 tokens, what a model of 2^k reads
     if settings.probe_lengths is not None:
         lengths = _numbers("probe_lengths", settings.probe_lengths, token_count)
     depths = _numbers("depths", settings.depths, float)

@@ -14,14 +14,14 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 OFFLINE_RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
-"""The tasks of RULER that need no network: their samples are made of lists of words."""
+"""The tasks of RULER that need no network: their samples are made from lists of words."""
 RULER = (
     *OFFLINE_RULER,
     *("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue"),
     *("ruler_qa_squad", "ruler_qa_hotpot"),
 )
 SIZED = {"ruler": RULER, "babilong": tuple(f"babilong_qa{number}" for number in range(1, 6))}
-"""Suites whose samples have a length; of BABILong, the five questions that exist at every length."""
+"""Suites whose samples have a length; from BABILong, the five questions that exist at every length."""
 
 
 def load_sized(
@@ -29,11 +29,11 @@ def load_sized(
 ) -> list[tuple[int, dict[str, Any]]]:
     """Load the tasks at each length.
 
-    RULER loads the tokenizer that sizes its samples by name, and lets that run code of the Hub. It is given a folder in
-    which the tokenizer was saved, so that one in memory will do, and nothing is fetched.
+    RULER loads the tokenizer that sizes its samples by name, and lets it run code from the Hub. It gets a folder with
+    the saved tokenizer instead, so that a tokenizer in memory suffices, and nothing is fetched.
 
     Raises:
-        ValueError: one line, if a length does not suit a task, or something is missing or not reachable.
+        ValueError: one line, if a length does not suit a task, or something is missing or unreachable.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         tokenizer.save_pretrained(folder)
@@ -43,7 +43,7 @@ def load_sized(
 
 
 def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, folder: str, seed: int) -> Any:
-    """Load a task at one length. Its samples do not depend on what was made before it."""
+    """Load a task at one length. Its samples do not depend on those made before."""
     suite = "ruler" if name in RULER else "babilong"
     with one_line([name]):
         from lm_eval.tasks import TaskManager
@@ -55,8 +55,8 @@ def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, fold
         size = [length] if suite == "ruler" else f"{length // 1024}k"
         metadata = {"tokenizer": folder, "max_seq_lengths": size}
         manager = TaskManager(include_defaults=False, include_path=task_folder() / suite, metadata=metadata)
-        # Breaks when this module no longer has a generator of its own, at module level, or is named otherwise: samples
-        # of ruler_cwe would depend on those made before.
+        # Breaks when this module is renamed, or no longer has its own generator at module level: samples of ruler_cwe
+        # would then depend on those made before.
         sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
         random.seed(seed)
         numpy.random.seed(seed)
@@ -69,10 +69,10 @@ def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Reject lengths at which RULER would search forever for a sample that fits, deaf to interrupts."""
+    """Reject lengths at which RULER would search forever for a sample that fits, ignoring interrupts."""
     if name not in ("ruler_vt", "ruler_cwe", "ruler_fwe"):
         return
-    # Breaks when these modules, or what is called of them below, are renamed.
+    # Breaks when these modules, or their functions called below, are renamed.
     module = importlib.import_module(f"lm_eval.tasks.ruler.{name.removeprefix('ruler_')}_utils")
 
     def tokens(text: str) -> int:
@@ -81,7 +81,7 @@ def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -
     # The smallest samples that it tries differ by a few tokens: the longest of 32, and 8 tokens for a longer one.
     needed = 0
     if name == "ruler_fwe":
-        needed = max(200, tokens(module.TEMPLATE.format(context="", query="")))  # four words, one for each 50 tokens
+        needed = max(200, tokens(module.TEMPLATE.format(context="", query="")))  # four words, one per 50 tokens
     for _ in range(32):
         if name == "ruler_vt":
             example, variables = module.generate_input_output(5, 1, 4, is_icl=True)
@@ -98,7 +98,7 @@ def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -
 
 
 def task_folder() -> Path:
-    """The folder of the tasks that lm_eval brings."""
+    """The folder of the tasks included in lm_eval."""
     from lm_eval import tasks
 
     return Path(tasks.__file__).parent
@@ -106,7 +106,7 @@ def task_folder() -> Path:
 
 @contextlib.contextmanager
 def one_line(names: Sequence[Any]) -> Iterator[None]:
-    """Turn what a missing package or an unreachable data set raises into one line that names the tasks."""
+    """Turn the error of a missing package or unreachable data set into one line that names the tasks."""
     asked = ", ".join(name if isinstance(name, str) else str(name.get("task")) for name in names)
     try:
         yield

@@ -31,10 +31,10 @@ Tasks = dict[str, Any]
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What to evaluate a model on.
+    """Suites to evaluate a model on, and their settings.
 
-    The samples depend on the tokenizer, `lengths`, `limit` and `seed` only, not on the model nor on what else is asked
-    for, so that two models can be compared sample by sample.
+    The samples depend only on the tokenizer, `lengths`, `limit` and `seed`, not on the model or the other suites, so
+    that two models can be compared sample by sample.
     """
 
     suites: Sequence[str | dict[str, Any]]
@@ -70,7 +70,7 @@ class TaskResult(NamedTuple):
     task: str
     length: int | None
     metric: str
-    """As the harness names it, with the name of a filter after a comma. RULER's are named by their lengths."""
+    """The harness's name for it, with the name of a filter after a comma. RULER's are named by their lengths."""
     value: float
     stderr: float | None
     higher_is_better: bool
@@ -79,7 +79,7 @@ class TaskResult(NamedTuple):
     values: tuple[float, ...] | None
     """One for each sample, in their order; None if the metric is not their mean."""
     fingerprint: str
-    """16 hex digits that two results share if their samples, prompts and targets are the same."""
+    """16 hex digits, equal for two results if their samples, prompts and targets are."""
 
 
 def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> list[Fit]:
@@ -122,7 +122,7 @@ def run_suites(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optio
 
 @contextlib.contextmanager
 def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> Iterator[Any]:
-    """Wrap the model for the harness; model, tokenizer and random states are afterwards as before."""
+    """Wrap the model for the harness; afterwards, model, tokenizer and random states are restored."""
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit {options.limit}: expected at least 1 sample of each task")
     check_length(model.config, options.max_length, f"max_length={options.max_length}: requests")
@@ -145,7 +145,7 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> lis
     """Load the tasks: those with lengths once for each length, and all others together, without one.
 
     Raises:
-        ValueError: one line that says what is not known, missing or not reachable.
+        ValueError: one line that says what is unknown, missing or unreachable.
     """
     suites, lengths = list(options.suites), list(options.lengths)
     names = [name for suite in suites if isinstance(suite, str) for name in SIZED.get(suite, [suite])]
@@ -165,12 +165,12 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> lis
 
 
 def _manager(names: Sequence[str]) -> Any:
-    """Find the tasks in the folders of the suites that are named, or else among all tasks."""
+    """Find the tasks in the folders of the named suites, or else among all tasks."""
     named = [suite for suite in SUITES if any(name.startswith(suite) for name in names)]
     manager = _index(*(named or SUITES[:1]))  # for configurations alone, any index will do
     if set(names) <= set(manager.all_tasks):
         return manager
-    texts = [path.read_bytes() for path in task_folder().rglob("*.yaml")]  # what is in no file is no task: 1 s
+    texts = [path.read_bytes() for path in task_folder().rglob("*.yaml")]  # a name in no file is not a task: 1 s
     unknown = [name for name in names if not any(name.encode() in text for text in texts)]
     if not unknown:
         manager = _index()
@@ -192,7 +192,7 @@ def _index(*suites: str) -> Any:
 
 
 def _seed(seed: int, tasks: Tasks) -> None:
-    """Seed what requests are built with, so that both times they hold the same examples."""
+    """Seed the construction of requests, so that both times they contain the same examples."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -226,7 +226,7 @@ def _check_fit(fits: list[Fit], max_length: int) -> list[Fit]:
 
 
 def _needed(lm: Any, request: Any) -> tuple[int, int]:
-    """The tokens that may be generated for a request, and all that it needs, as the harness tokenizes it."""
+    """The tokens that may be generated for a request, and its total, as the harness tokenizes it."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if request.request_type == "generate_until":
@@ -243,7 +243,7 @@ def _needed(lm: Any, request: Any) -> tuple[int, int]:
 
 
 def _task_results(name: str, length: int | None, output: dict[str, Any]) -> Iterator[TaskResult]:
-    """Every metric of a task; of RULER's, which are named by lengths, that of the length of its samples."""
+    """All metrics of a task; for RULER, whose metrics are named by lengths, only that of the length of its samples."""
     scores = output["results"][name]
     for key, value in scores.items():
         metric, _, chosen = key.partition(",")
@@ -272,10 +272,10 @@ def _task_results(name: str, length: int | None, output: dict[str, Any]) -> Iter
 def suite_measures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: EvalPlan
 ) -> tuple[list[Measure], dict[str, str]]:
-    """Measure the first metric of each task of the suites, and of all samples of each suite; the unit is the sample.
+    """Compute the first metric of each task and suite; the resampling unit is the sample.
 
     Returns:
-        The measures; and a fingerprint of the samples of each task, with the version of the harness.
+        The metrics; and a fingerprint of the samples of each task, with the version of the harness.
 
     Raises:
         ValueError: in one line, before any sample is read, if a suite cannot be loaded or would be cut.

@@ -1,4 +1,4 @@
-"""The comparison of models as tables: for a terminal, in Markdown and CSV, and in the model card."""
+"""The comparison of models as tables: for the terminal, in Markdown and CSV, and in the model card."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ from tokenweight.evaluate.comparison import Entry, Judge, is_flattered, short_na
 from tokenweight.records import CARD_NAME, edit_card, section_marks, with_section
 
 _NAME, _COLUMN = 12, 11
-"""Characters of a line for the name of a model, and for a measure: its widest word or number."""
+"""Width in characters for the name of a model, and for a metric: that of its widest word or number."""
 
 
 def terminal_tables(table: Sequence[Sequence[Entry]], *, width: int = 100) -> list[Table]:
-    """Show the measures of the summary, a row per model: value, change, and the interval of the change below it.
+    """Show the metrics of the summary, a row per model: value, change, and the interval of the change below it.
 
     Args:
         table: what `compare` returns.
@@ -38,7 +38,7 @@ def _terminal_table(table: Sequence[Sequence[Entry]], columns: list[Entry]) -> T
     shown.columns[0].overflow = "fold"
     group = ""
     for entry, words in zip(columns, titles):
-        # One word per line, and the group above its first column, as high as the tallest title.
+        # One word per line, and the group above its first column, padded to the tallest title.
         lines = [entry.group.upper() if entry.group != group else "", *[""] * (height - len(words)), *words[:-2]]
         shown.add_column("\n".join([*lines, " ".join(words[-2:])]), justify="right")
         group = entry.group
@@ -60,7 +60,7 @@ def _terminal_cell(entry: Entry | None) -> Text:
 
 
 def notes(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> list[str]:
-    """What to know to read the tables, one line each.
+    """Notes for reading the tables, one line each.
 
     Args:
         unit: the resampling unit of losses, "document" or "row".
@@ -95,7 +95,7 @@ def _judge_notes(judges: set[Judge | None], is_flattered: bool) -> list[str]:
 
 
 def _benefit_notes(table: Sequence[Sequence[Entry]]) -> list[str]:
-    """Gains of context that say nothing good: the model has become worse with less of it."""
+    """Notes on context gains that are not improvements: the model became worse with less context."""
     lines = []
     for name, row in zip(short_names(table)[1:], table[1:]):
         rises = {entry.measure for entry in row if entry.clear and entry.change is not None and entry.change > 0}
@@ -107,7 +107,7 @@ def _benefit_notes(table: Sequence[Sequence[Entry]]) -> list[str]:
 
 
 def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str:
-    """The summary, with a row per model, and below it every measure, with a column per model; `unit` as in `notes`."""
+    """The summary, with a row per model, and below it every metric, with a column per model; `unit` as in `notes`."""
     columns = _columns([[entry for entry in row if entry.summary] for row in table])
     lines = [["model", *(f"{entry.group}: {_title(entry)}" for entry in columns.values())]]
     for row in table:
@@ -123,7 +123,7 @@ def markdown(table: Sequence[Sequence[Entry]], *, unit: str = "document") -> str
 
 
 def grid_markdown(models: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """Accuracy, margin and loss of probes by length and place, in a table for each family; empty without probes.
+    """Accuracy, margin and loss of probes by length and place, one table per family; empty without probes.
 
     Args:
         models: name and records of probes, with the fields of `GRID`.
@@ -182,7 +182,7 @@ def csv_text(table: Sequence[Sequence[Entry]]) -> str:
 
 
 def _columns(table: Sequence[Sequence[Entry]]) -> dict[str, Entry]:
-    """One entry of each measure, grouped."""
+    """One entry of each metric, by group."""
     entries = {entry.measure: entry for row in table for entry in row}
     groups = list(dict.fromkeys(["long", "short", "cost", *(entry.group for entry in entries.values())]))
     return dict(sorted(entries.items(), key=lambda item: groups.index(item[1].group)))
@@ -211,7 +211,7 @@ def _changed(entry: Entry, number: float | None) -> str:
 
 
 def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bool:
-    """Write the evaluation section of a card that `write_card` made, and its `model-index`, in place of earlier ones.
+    """Write the evaluation section and `model-index` of a card made by `write_card`, replacing earlier ones.
 
     Args:
         folder: folder of the model in the last row of the table.
@@ -240,7 +240,7 @@ def add_evaluation(folder: str | os.PathLike[str], record: dict[str, Any]) -> bo
 
 
 def _evaluation(record: dict[str, Any], table: list[list[Entry]]) -> str:
-    # The summary has a row per model and is too wide for a page. Notes speak of measures beyond it.
+    # The summary has a row per model and is too wide for a page. Notes mention metrics beyond it.
     measures = markdown(table).partition("\n\n## Every measure\n\n")[2]
     whole = [[Entry(**entry) for entry in row] for row in record["comparison"]]
     listed = "\n".join(f"- {line}" for line in notes(whole, unit=record["unit"]))

@@ -1,4 +1,4 @@
-"""What a run will cost: FLOPs, memory, hours."""
+"""Cost estimates of a run: FLOPs, memory, hours."""
 
 import lazy_loader
 

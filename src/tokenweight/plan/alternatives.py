@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit a GPU: settings that hold less and train the same way."""
+"""Changes to a recipe that does not fit a GPU: settings that need less memory and train the same way."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ MOST_GPUS = 64
 
 
 class Alternative(NamedTuple):
-    """Other settings for a recipe, which hold less on each GPU."""
+    """Other settings for a recipe, which need less memory on each GPU."""
 
     names: tuple[str, ...]
-    """What changes, in words."""
+    """The changes, in words."""
     trainer: dict[str, Any]
     """Fields of the trainer that change."""
     num_gpus: int
@@ -28,13 +28,13 @@ class Alternative(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """What holds for sequences of one length that do not fit."""
+    """Advice for sequences of one length that do not fit."""
 
     length: int
     needed: float
-    """Bytes on one GPU without a change."""
+    """Bytes on one GPU without changes."""
     change: Alternative | None
-    """The first that fits; None if none does."""
+    """The first change that fits; None if none does."""
     peak: Peak | None
     """Memory of one GPU with it."""
 
@@ -42,16 +42,16 @@ class Advice(NamedTuple):
 def alternatives(
     given: dict[str, Any], arguments: TrainingArguments, dtype: torch.dtype, num_gpus: int, *, bfloat16: bool
 ) -> tuple[list[Alternative], Iterator[Alternative]]:
-    """Changes for as many GPUs, the mildest first and all of them together last; and with FSDP over ever more GPUs.
+    """Changes for the same number of GPUs, the mildest first and all together last; then with FSDP over more and more.
 
-    A step keeps its sequences where the number of GPUs divides them.
+    The number of sequences per step is kept if the number of GPUs divides it.
 
     Args:
         given: fields of the trainer in the recipe.
         arguments: all of them.
         dtype: of the weights.
         num_gpus: of the recipe.
-        bfloat16: whether the GPU computes in bfloat16; otherwise float16 is named.
+        bfloat16: whether the GPU computes in bfloat16; otherwise float16 is suggested.
     """
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     changes: list[tuple[str, dict[str, Any]]] = []
@@ -83,7 +83,7 @@ def _sharded(given: dict[str, Any], arguments: TrainingArguments, all_of_them: A
     config = {"version": 2, **_own(given), **trainer.get("fsdp_config", {})}
     if arguments.gradient_checkpointing or trainer.get(
         "gradient_checkpointing"
-    ):  # FSDP's own gathers weights once less
+    ):  # FSDP's own all-gathers weights once less
         trainer["gradient_checkpointing"] = False
         config["activation_checkpointing"] = True
     num_gpus = max(2, all_of_them.num_gpus)
@@ -92,7 +92,7 @@ def _sharded(given: dict[str, Any], arguments: TrainingArguments, all_of_them: A
             fields = {**trainer, "gradient_accumulation_steps": max(1, sequences // num_gpus)}
             new = {name: value for name, value in fields.items() if getattr(arguments, name) != value}
             if arguments.fsdp:
-                new.pop("fsdp", None)  # is true there already, in whatever form
+                new.pop("fsdp", None)  # already true there, in whatever form
             if config != _own(given):
                 new["fsdp_config"] = config
             yield Alternative((*all_of_them.names, f"FSDP over {num_gpus} GPUs"), new, num_gpus)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: sequences, their scores, checkpoints and the trained model."""
+"""Disk space of a run: sequences, their scores, checkpoints and the trained model."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ class Disk(NamedTuple):
     """Bytes on disk; None where the number of tokens or checkpoints is not known."""
 
     sequences: float | None
-    """Of `prepare`: token ids."""
+    """Output of `prepare`: token ids."""
     scored: float | None
-    """Of `score`: token ids again, and scores; 0 if none are stored."""
+    """Output of `score`: token ids again, and scores; 0 if none are stored."""
     checkpoint: float
-    """One of them: what is trained, and optimizer states."""
+    """One checkpoint: the trained parameters, and optimizer states."""
     num_checkpoints: int | None
-    """At most, while the next one is written."""
+    """Largest number of checkpoints, while the next one is written."""
     model: float
     """The trained model, or adapter."""
 
@@ -45,7 +45,7 @@ def disk_bytes(
     num_columns: int,
     num_steps: int | None,
 ) -> Disk:
-    """What a run leaves on disk, as `prepare`, `score` and a `transformers.Trainer` with these arguments write it.
+    """Disk space of what `prepare`, `score` and a `transformers.Trainer` with these arguments write.
 
     Args:
         dtype: of the weights.
@@ -65,8 +65,8 @@ def disk_bytes(
 
 
 def _num_checkpoints(arguments: TrainingArguments, num_steps: int | None) -> int | None:
-    """Those that exist at most at a time: one more than `save_total_limit`, since the oldest is removed last, and the
-    best."""
+    """Largest number of checkpoints at a time: one more than `save_total_limit`, since the oldest is removed last, and
+    the best."""
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     made: int | None = None
     if strategy == "no":

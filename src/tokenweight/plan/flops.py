@@ -1,6 +1,6 @@
-"""FLOPs of a training step, counted from a config: matrix products of any decoder, attention by its pairs.
+"""FLOPs of a training step, counted from a config: matmuls of any decoder, attention by its query-key pairs.
 
-The model is built from its config alone, of fake tensors, which have a shape and no values. Its attention is replaced
+The model is built from its config alone, of fake tensors, which have shapes but no values. Its attention is replaced
 by one that computes nothing and keeps what a flash kernel keeps for the backward pass, its experts by one that reads as
 many tokens. A product of [m, k] and [k, n] counts 2 m k n.
 """
@@ -26,35 +26,35 @@ _NAME = "tokenweight_blank"
 
 
 class Attention(NamedTuple):
-    """One layer: `width` is heads x (dimensions of a key + those of a value); `window` keys are seen, or all."""
+    """Attention of one layer: `width` is heads x (dimensions of key + value); a query sees `window` keys, or all."""
 
     width: int
     window: int | None
 
 
 class Backward(NamedTuple):
-    """FLOPs of a backward pass through weights that are frozen, and an adapter that is not."""
+    """FLOPs of a backward pass through frozen weights and a trained adapter."""
 
     linear: float
-    """Of the decoder's matrix products, per token."""
+    """FLOPs of the decoder's matmuls, per token."""
     attention: tuple[Attention, ...]
-    """Layers with something to train in them or before them."""
+    """Layers with trained parameters in them or before them."""
     trains_head: bool
     num_trained: int
-    """Parameters that are trained."""
+    """Number of trained parameters."""
 
 
 class Forward(NamedTuple):
-    """FLOPs of a forward pass: of the decoder's matrix products, and of one product with the head, both per token."""
+    """FLOPs of a forward pass: of the decoder's matmuls, and of one product with the head, both per token."""
 
     linear: float
     head: float
     attention: tuple[Attention, ...]
     adapted: Backward | None = None
-    """The backward pass if an adapter is trained; if all weights are, it is twice the forward pass."""
+    """The backward pass if an adapter is trained; with all weights trained, it is twice the forward pass."""
 
     def attended(self, length: int, layers: tuple[Attention, ...] | None = None) -> float:
-        """FLOPs of attention over a sequence: 2 x width for each pair of a query and a key that it sees."""
+        """FLOPs of attention over a sequence: 2 x width for each query and visible key."""
         layers = self.attention if layers is None else layers
         return sum((2.0 * layer.width * _pairs(length, layer.window) for layer in layers), 0.0)
 
@@ -63,7 +63,7 @@ class Forward(NamedTuple):
         return self.linear * length + self.attended(length)
 
     def attended_backward(self, length: int) -> float:
-        """FLOPs of the backward pass of attention: twice the forward pass of the layers that have one."""
+        """FLOPs of the backward pass of attention: twice the forward pass, in layers that have one."""
         return 2 * self.attended(length, None if self.adapted is None else self.adapted.attention)
 
     def decoder_backward(self, length: int) -> float:
@@ -73,20 +73,20 @@ class Forward(NamedTuple):
 
 
 class Step(NamedTuple):
-    """FLOPs of one optimizer step, by what they are spent on."""
+    """FLOPs of one optimizer step, by component."""
 
     forward: float
     """The decoder over the sequences: the long context."""
     scoring: float
-    """Windows of the short context, with their losses."""
+    """Scoring: windows of the short context, with their losses."""
     backward: float
     """Backward pass of the decoder: twice its forward pass, or less if an adapter is trained."""
     head: float
     """The loss: products with the output head, forward and backward."""
     recompute: float
-    """The decoder's forward pass again, under activation checkpointing."""
+    """The decoder's second forward pass, under activation checkpointing."""
     attention: float
-    """How much of all that is attention."""
+    """The part of the above that is attention."""
 
     @property
     def total(self) -> float:
@@ -105,19 +105,19 @@ def step_flops(
     at_once: bool = False,
     num_sequences: int = 1,
 ) -> Step:
-    """FLOPs of forward and backward pass over sequences that are one document each.
+    """FLOPs of the forward and backward passes over sequences that are one document each.
 
     With B the decoder's forward pass, H one product of all predicted tokens with the head, S the windows:
-    3 B + h H + S, and one B more with checkpointing. h is 3 where a token's weight depends on its own losses only
+    3 B + h H + S, and one more B with checkpointing. h is 3 where a token's weight depends on its own losses only
     (uniform, LongCE); else the losses come first, then gradients for the fraction k of tokens with a weight: 1 + 3 k,
     or 3 if all logits fit at once and all tokens have a weight.
-    Where weights are known before the losses (contrast scorer, a divergence), tokens without one cost a product and the
-    others three: 1 + 2 k. With an adapter, h is one product less for each gradient of the head, and the backward pass
-    what torch counts. A divergence that the model scores itself takes a second product of the tokens of the windows.
+    Where weights are known before the losses (contrast scorer, a divergence), tokens without weight cost one product
+    and the others three: 1 + 2 k. With an adapter, h is one less for each gradient of the head, and the backward pass
+    is as torch counts it. A self-scored divergence takes a second product of the tokens of the windows.
 
     Args:
-        scored: what the model reads to score itself; empty where short losses are stored or not needed.
-        contrast: whose long losses weights are made of (`with_weighted_loss`).
+        scored: windows that the model reads to score itself; empty where short losses are stored or not needed.
+        contrast: source of the long losses in the weights (`with_weighted_loss`).
         at_once: whether all logits of a micro-batch fit the buffer (`fit_at_once`).
         num_sequences: of the step, on all GPUs.
     """
@@ -140,7 +140,7 @@ def step_flops(
 
 
 def window_flops(forward: Forward, scored: Sequence[Window]) -> float:
-    """FLOPs of reading windows, and of the losses of the tokens that they score."""
+    """FLOPs of reading windows and computing the losses of the tokens that they score."""
     read = sum(forward.decoder(window.stop - window.start) for window in scored)
     return read + forward.head * sum(window.stop - window.first for window in scored)
 
@@ -152,7 +152,7 @@ def count_forward(config: PreTrainedConfig, lora: dict[str, Any] | None = None) 
         lora: arguments of peft.LoraConfig, if an adapter is trained in place of the weights.
 
     Raises:
-        ValueError: if it has layers whose attention does not go through transformers' interface, or none.
+        ValueError: if it has no attention layers, or some that bypass the attention interface of transformers.
     """
     tokens = _COUNTED_TOKENS
     found: list[Attention] = []
@@ -179,7 +179,7 @@ def count_forward(config: PreTrainedConfig, lora: dict[str, Any] | None = None) 
 
 
 def parts_of(model: PreTrainedModel) -> CausalParts:
-    """Decoder and head of a model of fake tensors: without values they cannot be verified, and `train` will."""
+    """Decoder and head of a model of fake tensors; without values they cannot be verified, which `train` does."""
     decoder = model.base_model if model.base_model is not model else model.get_decoder()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return CausalParts(decoder, model.get_output_embeddings(), 1.0, softcap, 0.0)
@@ -194,26 +194,26 @@ def blank_model(
     seen: Callable[[Attention], None] = lambda layer: None,
     passed: Callable[[Attention], None] = lambda layer: None,
 ) -> Iterator[PreTrainedModel]:
-    """The model of a config, of fake tensors on a CPU, while the context lasts.
+    """Build the model of a config from fake tensors on a CPU, for the duration of the context.
 
     Args:
-        lora: arguments of peft.LoraConfig: an adapter is put into the model, and its weights are frozen.
-        seen: is called with each attention layer that runs.
-        passed: is called with each whose backward pass runs.
+        lora: arguments of peft.LoraConfig: an adapter is added to the model, and its weights are frozen.
+        seen: called with each attention layer that runs.
+        passed: called with each attention layer whose backward pass runs.
 
     Raises:
         ValueError: if transformers has no causal language model of that config.
     """
     config = type(config).from_dict(config.to_dict())
     _straighten(config)
-    # Under a name that transformers has no mask for: none is made, and a sliding window comes as an argument.
+    # Under a name without a mask function in transformers: no mask is made; a sliding window is an argument.
     AttentionInterface.register(_NAME, functools.partial(_attention, seen, passed))
     ExpertsInterface.register(_NAME, _experts)
     names = {"attn_implementation": _NAME}
     if hasattr(config, "_experts_implementation"):
         names["experts_implementation"] = _NAME
     mode = FakeTensorMode()
-    # PEFT converts what it adds, which tensors of the meta device allow, and fake ones do not.
+    # PEFT converts what it adds, which works on the meta device but not with fake tensors.
     with torch.device("meta") if lora else mode, explained(config):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **names)
     if lora:
@@ -226,7 +226,7 @@ def blank_model(
 
 
 def _replace_tensors(model: nn.Module) -> None:
-    """Put new tensors, of the mode that is active, in the place of those of the meta device; tied ones stay tied."""
+    """Replace tensors on the meta device by new ones of the active mode; tied ones stay tied."""
     known: dict[int, Tensor] = {}
 
     def new(tensor: Tensor) -> Any:
@@ -247,13 +247,13 @@ def explained(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error, DataDependentOutputException):  # which names an operation only
+        if isinstance(error, DataDependentOutputException):  # which names only an operation
             reason = "what it computes depends on the values of its inputs"
         raise ValueError(f"model: {config.model_type} cannot be counted from its config: {reason}") from error
 
 
 def _straighten(config: PreTrainedConfig) -> None:
-    """Take out rotary frequencies that depend on the input's length: they need values, and cost next to nothing."""
+    """Remove length-dependent rotary frequencies: they need values, and cost next to nothing."""
     found = getattr(config.get_text_config(), "rope_parameters", None) or {}
     for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -261,14 +261,14 @@ def _straighten(config: PreTrainedConfig) -> None:
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """Pairs of a token and a token that it sees: itself, and those before it, `window` in all."""
+    """Number of query-key pairs: each token sees itself and those before it, `window` in total."""
     if window is None or window >= length:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
 
 
 class _Flash(torch.autograd.Function):
-    """Computes nothing; keeps what a flash kernel keeps: queries, keys, values, result, a number per head and token."""
+    """Computes nothing; keeps what a flash kernel keeps: queries, keys, values, output, a number per head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, passed: Callable[[], None]) -> Tensor:
@@ -300,7 +300,7 @@ def _attention(
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """All tokens that the chosen experts read, multiplied with the first one: the products cost the same."""
+    """Experts that multiply all routed tokens with the first expert: the products cost the same."""
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         one = weight.to(rows.dtype)[0]

@@ -1,4 +1,4 @@
-"""What each GPU holds: weights, gradients, optimizer states, a step's peak memory."""
+"""Memory per GPU: weights, gradients, optimizer states, and the peak of a step."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from tokenweight.plan.memory import Held
 
 
 class Peak(NamedTuple):
-    """Bytes on one GPU in the phase of a step that holds most."""
+    """Bytes on one GPU in the phase of a step with the highest memory."""
 
     phase: str
     """forward, scoring, loss, backward, reduction or update."""
@@ -37,16 +37,16 @@ class Fixed(NamedTuple):
     before: float
     """Gradients that exist throughout a step."""
     after: float
-    """Gradients when the weights are updated."""
+    """Gradients during the update of the weights."""
     passing: float = 0.0
-    """Beside the activations of a backward pass: gradients on their way to the shards, and the buffer that takes them
-    there."""
+    """In addition to the activations of a backward pass: gradients being reduced to the shards, and the buffer of the
+    reduction."""
     last: float = 0.0
-    """The same when no activation is left, and what belongs to no block is reduced."""
+    """Like `passing`, at the end, without activations, when parameters outside of blocks are reduced."""
 
 
 def peak(fixed: Fixed, held: Held, *, scoring: bool) -> Peak:
-    """The phase of a step that holds most.
+    """The phase of a step with the highest memory.
 
     Args:
         scoring: whether the model scores itself.
@@ -72,20 +72,20 @@ def fixed_bytes(
     num_gpus: int,
     lora: dict[str, Any] | None = None,
 ) -> Fixed:
-    """Weights, optimizer states and gradients on each GPU, as a `transformers.Trainer` with these arguments has them.
+    """Weights, optimizer states and gradients on each GPU under a `transformers.Trainer` with these arguments.
 
-    - One GPU: all; gradients only from the backward pass on, unless they are accumulated.
+    - One GPU: everything; gradients only from the backward pass on, unless they are accumulated.
     - Several: the same, and the buckets in which DistributedDataParallel sums gradients, as large as these (torch
       documents that as the memory that `gradient_as_bucket_view=True` would save; the Trainer does not set it).
-    - FSDP2: a slice of each, and two things that are not sliced. All-gathered parameters, in the dtype of the
-      computation: embeddings, head and whatever else is in no block, and two blocks (one computes, the next is on its
-      way), or all if `reshard_after_forward` is false. And accumulated gradients, which wait for the last micro-step in
-      the dtype that they will be reduced in: float32 under autocast (`train.prepare_engine`), 4 bytes per parameter.
-      Where none wait, those of a block exist whole in the dtype of the computation, and so do, from the beginning of
-      the backward pass to its end, those of head and norm, and at last of the embeddings. What is reduced at once, a
-      block or all that is in none, exists once more in the dtype of the reduction.
+    - FSDP2: a shard of each, and two unsharded parts. All-gathered parameters, in the compute dtype: embeddings, head
+      and everything else outside of blocks, and two blocks (one computes, the next is prefetched), or all if
+      `reshard_after_forward` is false. And accumulated gradients, which are kept until the last micro-step in the
+      dtype of their reduction: float32 under autocast (`train.prepare_engine`), 4 bytes per parameter.
+      Without accumulation, gradients exist unsharded in the compute dtype: those of one block, those of head and norm
+      throughout the backward pass, and finally those of the embeddings. Each unit of reduction, a block or everything
+      outside of blocks, exists once more in the dtype of the reduction.
 
-    Gradients, their buckets and optimizer states are those of what is trained: an adapter's, if one is.
+    Gradients, their buckets and optimizer states are those of trained parameters only, such as an adapter's.
 
     Args:
         dtype: of the weights.
@@ -126,7 +126,7 @@ def _sharded(
     Args:
         states: bytes of the optimizer.
         untied: trained parameters of embeddings that are not the head.
-        dtypes: of the computation, and of the reduction of gradients.
+        dtypes: of computation, and of gradient reduction.
     """
     settings: Any = arguments.fsdp_config
     if settings.get("cpu_offload"):
@@ -143,7 +143,7 @@ def _sharded(
 
 
 class _Parameters(NamedTuple):
-    """Numbers of parameters: all, those of the largest block, those in no block; and the bytes of all."""
+    """Numbers of parameters: all, in the largest block, outside of blocks; and the bytes of all."""
 
     all: int
     block: int
@@ -161,18 +161,18 @@ class _Parameters(NamedTuple):
 
 
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
-    """What the decoder computes in, if not in the dtype of the weights."""
+    """The compute dtype of the decoder, if it is not that of the weights."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def optimizer_bytes(tensors: list[tuple[tuple[int, ...], torch.dtype]], arguments: TrainingArguments) -> float:
-    """Bytes of the states of an optimizer: one update on the meta device is made, and what it leaves is counted.
+    """Bytes of the states of an optimizer, counted after one update on the meta device.
 
     Args:
-        tensors: shape and dtype of all that is trained.
+        tensors: shape and dtype of each trained parameter.
 
     Raises:
-        ValueError: for an optimizer that has no such update.
+        ValueError: for an optimizer that cannot make such an update.
     """
     kind_name = getattr(arguments.optim, "value", arguments.optim)
     try:

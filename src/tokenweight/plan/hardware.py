@@ -1,4 +1,4 @@
-"""The GPUs of a run: their memory and speed, by name or as numbers, and what they cost."""
+"""The GPUs of a run: memory and speed, by name or as numbers, and price."""
 
 import dataclasses
 import difflib
@@ -18,14 +18,14 @@ class Gpu(NamedTuple):
     memory: float
     """GB, of 10^9 bytes."""
     tflops: float
-    """Peak TFLOP/s of dense matrix products in bfloat16, summed in float32. Where a data sheet gives the number with
-    sparsity only, half of that."""
+    """Peak TFLOP/s of dense bfloat16 matmuls with float32 accumulation; half of the figure with sparsity where a data
+    sheet gives only that."""
     source: str
-    """The document that has both; docs/plan.md says how far they were checked."""
+    """The document with both; docs/plan.md says how far they were checked."""
     bfloat16: bool = True
     """False if the GPU has no bfloat16: `tflops` are those of float16."""
     forms: str = ""
-    """Forms of it that differ in neither number."""
+    """Variants with the same numbers."""
 
 
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture, white paper, 2022"
@@ -58,19 +58,19 @@ GPUS = (
     Gpu("MI300X 192GB", 192, 1307.4, "AMD Instinct MI300X, data sheet, 2023"),
     Gpu("MI325X 256GB", 256, 1307.4, "AMD Instinct MI325X, data sheet, 2024"),
 )
-"""Of those that a name fits, the first is meant: "H100" is an H100 SXM."""
+"""Known GPUs; a name that matches several means the first: "H100" is an H100 SXM."""
 _NOISE = {"", "nvidia", "amd", "geforce", "instinct", "tesla", "rtx", "tensor", "core", "gpu", "gb"}
 _PARTS = re.compile(r"(?<![a-z])(nvidia|amd|geforce|instinct|tesla|rtx)|(sxm|pcie|nvl|oam|gcd|hbm)\d*e?|(\d+) ?gb")
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name, as a person writes it ("h100", "rtx-4090", "A100 40GB") or torch does ("NVIDIA H100 NVL").
+    """Find a GPU by name, as people write it ("h100", "rtx-4090", "A100 40GB") or torch does ("NVIDIA H100 NVL").
 
     Raises:
         ValueError: if it is none of `GPUS`.
     """
     wanted = _words(name)
-    if wanted[:1] == ["gh200"] and "480" in wanted:  # memory of its CPU, which is in its name
+    if wanted[:1] == ["gh200"] and "480" in wanted:  # the memory of its CPU, which is part of the name
         wanted.remove("480")
     found = [gpu for gpu in GPUS if wanted and set(wanted) <= set(_words(f"{gpu.name} {gpu.forms}"))]
     found = [gpu for gpu in found if _words(gpu.name)[0] in wanted]
@@ -83,23 +83,23 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _words(name: str) -> list[str]:
-    """What distinguishes a GPU: its model, then its variant and its GB if named."""
+    """Words that identify a GPU: its model, then its variant and GB if given."""
     spaced = _PARTS.sub(lambda part: f" {part[2] or part[3] or ''} ", name.lower().replace("_", " "))
     return [word for word in re.split(r"[^a-z0-9]+", spaced) if word not in _NOISE and word != "hbm"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """The GPUs that train: what each holds and computes, by name or as numbers.
+    """The GPUs that train: memory and speed of each, by name or as numbers.
 
     Raises:
-        ValueError: for an unknown name, numbers that are not above 0, and numbers that contradict or need others.
+        ValueError: for an unknown name, numbers that are not above 0, and conflicting or incomplete numbers.
     """
 
     gpu: str | None = None
     """Name of one of `GPUS`, in any case."""
     num_gpus: int = 1
-    """How many train."""
+    """Number of training GPUs."""
     gpu_memory: float | None = None
     """GB (10^9 bytes) of one, in place of the named one's."""
     gpu_tflops: float | None = None
@@ -126,7 +126,7 @@ class Hardware:
 
     @property
     def found(self) -> Gpu | None:
-        """The GPU of the name."""
+        """The GPU with that name."""
         return None if self.gpu is None else find_gpu(self.gpu)
 
     @property
@@ -145,11 +145,11 @@ class Hardware:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it computes in bfloat16; a GPU given as numbers is taken to do so."""
+        """Whether it computes in bfloat16, which is assumed of a GPU given as numbers."""
         return self.found is None or self.found.bfloat16
 
     def fits(self, needed: float) -> bool | None:
-        """Whether an estimate of so many bytes fits one GPU with a tenth to spare; None if its memory is not known."""
+        """Whether an estimate in bytes fits one GPU with a tenth to spare; None if its memory is not known."""
         return None if self.memory is None else needed * ALLOWANCE <= self.memory
 
     def flops_per_s(self, flops_per_token: float) -> float | None:
@@ -164,7 +164,7 @@ class Hardware:
 
     @property
     def speed(self) -> str:
-        """What hours are computed from."""
+        """The basis of the hours, in words."""
         if self.tokens_per_s is not None:
             return f"{self.tokens_per_s:,g} tokens/s measured in the uniform run"
         if self.peak_flops is None:

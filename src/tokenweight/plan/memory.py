@@ -1,4 +1,4 @@
-"""Memory of a training step: it runs on fake tensors, which have no values, and their bytes are counted."""
+"""Memory of a training step, measured by running it on fake tensors, which have no values, and counting bytes."""
 
 import contextlib
 import weakref
@@ -25,17 +25,17 @@ class Held(NamedTuple):
     kept: float
     """Activations that the forward pass keeps for the backward pass: held when the loss begins."""
     scoring: float
-    """Before the forward pass, by a model that scores itself."""
+    """Peak of self-scoring, before the forward pass."""
     loss: float
-    """Beyond `kept`."""
+    """Peak of the loss, beyond `kept`."""
     backward: float
-    """With the gradients of weights that exist at that moment."""
+    """Peak of the backward pass, including gradients of weights that exist at that moment."""
     gradients: float
     """Gradients of weights at the peak of the backward pass."""
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being while it is active, until they are gone."""
+    """Counts the bytes of all live tensors that were created while it is active."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -65,17 +65,17 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
     def restart(self) -> int:
-        """The peak since the last call; counting goes on from what is live now."""
+        """Return the peak since the last call, and restart it from what is live now."""
         before, self.peak = self.peak, self.live
         return before
 
 
 class _Loss(torch.autograd.Function):
-    """Computes nothing; holds what `loss.weighted_linear_cross_entropy` holds."""
+    """A loss that computes nothing, but holds what `loss.weighted_linear_cross_entropy` holds."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, num_rows: int, capped: bool) -> Tensor:
-        # Of a head that an adapter leaves frozen there is none.
+        # None for a head that an adapter leaves frozen.
         wanted = [tensor if needed else None for tensor, needed in zip((hidden, head, bias), ctx.needs_input_grad)]
         ctx.grads = [None if tensor is None else torch.zeros_like(tensor, dtype=torch.float32) for tensor in wanted]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in wanted]
@@ -90,7 +90,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, head: Tensor, num_rows: int, capped: bool) -> list[Tensor]:
-    """The chunk of logits that is held at a time, and its copy where a soft-cap is undone."""
+    """The chunk of logits held at a time, and its copy where a soft-cap is undone."""
     narrow = head.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
     most = rows_at_once(num_rows, len(head), 4, on_gpu=narrow)
     chunk = -(-num_rows // -(-num_rows // most))
@@ -109,7 +109,7 @@ def hold(
     context: ShortContext | None = None,
     new_gradients: bool = True,
 ) -> Held:
-    """Run one forward and backward pass on fake tensors, and count what it holds.
+    """Run one forward and backward pass on fake tensors, and count the memory held.
 
     Attention is a flash kernel: nothing of length x length is held. A sequence is one document.
 
@@ -121,8 +121,8 @@ def hold(
         checkpointing: arguments of gradient checkpointing; None keeps all activations.
         batch: sequences in one pass.
         context: the short context of a model that scores itself.
-        new_gradients: count the gradients that the pass leaves; not where they are added to those of an earlier pass,
-            or reduced as each is made.
+        new_gradients: count the gradients that the pass leaves; False where they are added to those of an earlier pass,
+            or reduced as soon as each is made.
 
     Raises:
         ValueError: for a model that does not run on fake tensors.
@@ -150,13 +150,13 @@ def hold(
 
 
 def _checkpoint(model: PreTrainedModel, given: dict[str, Any]) -> None:
-    # Before transformers 5.23 it has the older name only. Fake tensors have no random state to restore.
+    # Before transformers 5.23 only the older name exists. Fake tensors have no random state to restore.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({**given, "preserve_rng_state": False})
 
 
 def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[], int]:
-    """A function that says how many bytes of gradients this pass has made and kept so far."""
+    """Return a function for the bytes of gradients that this pass has made and kept so far."""
     total = 0
 
     def made(parameter: Tensor) -> None:
@@ -173,7 +173,7 @@ def _count_gradients(model: PreTrainedModel, new_gradients: bool) -> Callable[[]
 
 @torch.no_grad()
 def _score(model: PreTrainedModel, batch: int, length: int, context: ShortContext) -> None:
-    """Read the windows of a batch, as many as fit one pass, and hold the logits of a chunk of their scored tokens."""
+    """Read the windows of a batch, as many as fit one pass, and hold the logits of one chunk of their scored tokens."""
     scored = sliding_windows(length, context.size, context.stride) * batch
     num = min(len(scored), max(1, _SCORED_AT_ONCE // context.size))
     parts = parts_of(model)

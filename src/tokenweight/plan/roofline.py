@@ -1,4 +1,4 @@
-"""How long the loss takes on a GPU at the least: each of its kernels by its FLOPs or by the bytes that it moves."""
+"""Roofline of the loss: lower bound of its time on a GPU, each kernel by its FLOPs or the bytes that it moves."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,22 @@ from tokenweight.method import rows_at_once
 from tokenweight.plan.hardware import find_gpu
 
 BANDWIDTH = {"A100 80GB": 2.039e12, "H100 SXM 80GB": 3.35e12, "H200 SXM 141GB": 4.8e12}
-"""Bytes per second of the memory (HBM), by the documents that `GPUS` names; of an A100 that of the SXM form."""
+"""Memory bandwidth (HBM) in bytes per second, from the documents that `GPUS` names; for the A100, that of SXM."""
 
 
 class LossFloor(NamedTuple):
-    """Seconds of a loss of known weights, forward and backward, in 16 bits; no launch and no wait counts."""
+    """Seconds of a loss with known weights, forward and backward, in 16 bits, without launches or synchronization."""
 
     logits: float
-    """The product that makes them, into float32."""
+    """The matmul that computes the logits, into float32."""
     softmax: float
-    """From logits to losses, and to `exp(logits - max)`: 24 bytes for each."""
+    """From logits to losses, and to `exp(logits - max)`: 24 bytes per logit."""
     gradient: float
-    """By the logits, with a copy in 16 bits: 14 bytes for each."""
+    """The gradient of the logits, with a copy in 16 bits: 14 bytes per logit."""
     states: float
-    """The product that makes the gradient of the states."""
+    """The matmul for the gradient of the hidden states."""
     head: float
-    """The products that add up the gradient of the head, in float32."""
+    """The matmuls that accumulate the gradient of the head, in float32."""
 
     @property
     def total(self) -> float:
@@ -32,13 +32,13 @@ class LossFloor(NamedTuple):
 def loss_floor(
     gpu: str, num_rows: int, vocabulary: int, hidden_size: int, *, chunk_size: int | None = None, adds: bool = True
 ) -> LossFloor:
-    """The time of `weighted_linear_cross_entropy` on one GPU, if every kernel reaches the peak of what bounds it.
+    """Time of `weighted_linear_cross_entropy` on one GPU, if every kernel reaches the peak of what bounds it.
 
     Args:
         gpu: name of a GPU of `BANDWIDTH`.
-        num_rows: those with a target and a weight.
-        chunk_size: rows of a chunk; by default what the loss takes.
-        adds: whether torch adds products to a float32 matrix (2.9 makes another one of that size for each chunk).
+        num_rows: number of rows with a target and a weight.
+        chunk_size: rows of a chunk; by default that of the loss.
+        adds: whether torch adds products to a float32 matrix in place (2.9 allocates one per chunk).
 
     Raises:
         ValueError: for a GPU whose bandwidth is not known.

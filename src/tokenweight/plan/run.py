@@ -1,4 +1,4 @@
-"""What a recipe will cost: FLOPs, memory and hours, estimated from a config; no weights, no data, no GPU."""
+"""Cost of a recipe: FLOPs, memory and hours, estimated from a config; no weights, no data, no GPU."""
 
 import dataclasses
 import math
@@ -51,11 +51,11 @@ from tokenweight.train import (
 )
 
 MODES = ("uniform", "precomputed", "self-scored")
-"""Plain cross-entropy; the recipe's weighting with stored scores; and with the model that is trained as its scorer."""
+"""Plain cross-entropy; the recipe's weighting with stored scores; and with the trained model as its scorer."""
 
 
 class Cost(NamedTuple):
-    """A run on sequences of one length, in one mode."""
+    """Cost of a run on sequences of one length, in one mode."""
 
     length: int
     mode: str
@@ -64,7 +64,7 @@ class Cost(NamedTuple):
     peak: Peak
     """Memory of one GPU."""
     hours: float | None = None
-    """All steps and, with precomputed scores, scoring the data once; None if no speed or number of steps is known."""
+    """All steps and, with precomputed scores, scoring the data once; None if speed or number of steps is unknown."""
     fits: bool | None = None
     """Whether one GPU holds `peak`, with a tenth to spare; None if its memory is not known."""
     step_seconds: float | None = None
@@ -72,45 +72,45 @@ class Cost(NamedTuple):
     gpu_hours: float | None = None
     """`hours` times the number of GPUs."""
     dollars: float | None = None
-    """Of all `gpu_hours`; None if no price is known."""
+    """Price of all `gpu_hours`; None if no price is known."""
     dollars_per_million_tokens: float | None = None
-    """Of tokens trained on; with precomputed scores, scoring them included."""
+    """Price per million training tokens, including scoring if scores are precomputed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What `plan` found."""
+    """The result of `plan`."""
 
     model: str
     weighting: str
     mode: str
-    """That of the recipe, of `MODES`."""
+    """The mode of the recipe, one of `MODES`."""
     length: int
     length_from: str
-    """Where the length was read."""
+    """Source of the length, in words."""
     context: ShortContext
     sequences_per_step: int
-    """On all GPUs."""
+    """Sequences of a step on all GPUs."""
     num_steps: int | None
-    """Optimizer steps, if the recipe or the data says."""
+    """Optimizer steps, if the recipe or the data determines them."""
     hardware: Hardware
     run: list[Cost]
-    """At `length`, by mode."""
+    """Costs at `length`, by mode."""
     growth: list[Cost]
-    """At the other lengths."""
+    """Costs at the other lengths."""
     advice: list[Advice]
     """For each length at which the recipe's mode does not fit the GPU: the first change that does."""
     notes: list[str]
-    """What the numbers leave out, in this recipe."""
+    """Notes on what the numbers leave out for this recipe."""
     disk: Disk
-    """What the recipe's mode leaves on disk."""
+    """Disk space in the recipe's mode."""
     adapter: int | None = None
-    """Parameters of the adapter that is trained; None if all weights are."""
+    """Parameters of the trained adapter; None if all weights are trained."""
     shares: list[ContextShare] = dataclasses.field(default_factory=list)
-    """Of the data, if it exists: how many tokens of each source have more context than `context.size`."""
+    """If the data exists: how many tokens of each source have more context than `context.size`."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and dicts; FLOPs and bytes as numbers, with their totals."""
+        """Convert to plain lists and dicts, FLOPs and bytes with their totals."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -122,18 +122,18 @@ def plan(
     hardware: Hardware = UNKNOWN,
     progress: Callable[..., None] = lambda done, total=None: None,
 ) -> Budget:
-    """What training by a recipe costs, whether it fits, and how both change with the length of its sequences.
+    """Estimate what a recipe costs, whether it fits, and how both change with the sequence length.
 
     Args:
-        settings: the recipe; its `model` may be a folder with nothing but config.json. Of the models of the recipes,
-            no config is needed.
+        settings: the recipe; its `model` may be a folder with only a config.json. Models of the shipped recipes need
+            no config.
         length: tokens of a sequence; by default those of the data, else `extend.length`, else the model's context.
         lengths: further lengths, for the growth.
-        hardware: the GPUs that train; their memory says what fits, their speed gives hours.
-        progress: called for each length that is done, with the number of all.
+        hardware: the GPUs that train; their memory determines what fits, their speed the hours.
+        progress: called after each length, with the number of lengths.
 
     Raises:
-        ValueError: for settings that `train` would refuse, and where something needed is not known.
+        ValueError: for settings that `train` would reject, and if something needed is not known.
     """
     if wrong := [number for number in (length, *lengths) if number is not None and number < 2]:
         raise ValueError(f"length {wrong[0]}: expected at least 2")
@@ -168,30 +168,30 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """A recipe, and what its model computes."""
+    """A recipe, and the compute of its model."""
 
     settings: TrainSettings
     config: PreTrainedConfig
     kept: bool
-    """Whether it is a shape that was kept, since no config was found."""
+    """Whether the config is a shape stored in this package, since none was found."""
     lora: dict[str, Any]
     """Arguments of peft.LoraConfig; empty if all weights are trained."""
     weighting: Weighting
     arguments: TrainingArguments
     hardware: Hardware
     length: tuple[int | None, str]
-    """Tokens of a sequence, and where that was read."""
+    """Tokens of a sequence, and the source of that number."""
     num_sequences: int | None
     folders: list[str]
-    """Of the data, if it exists."""
+    """Folders of the data, if it exists."""
     own_contrast: bool
-    """Whether the data holds scores that are comparable with each other only."""
+    """Whether the data holds scores that are comparable only with each other."""
     counted: bool
     """Whether the data was scored by counts, which takes no GPU."""
     forward: Forward
     fixed: Fixed
     held: dict[tuple[Any, ...], Held]
-    """What was counted already, by what it depends on."""
+    """Cached results of `hold`, by what they depend on."""
 
     @classmethod
     def read(cls, settings: TrainSettings, hardware: Hardware) -> "_Recipe":
@@ -229,7 +229,7 @@ class _Recipe:
         return cls(settings, config, kept, lora, weighting, arguments, hardware, *data, forward, fixed, {})
 
     def choose_length(self, given: int | None) -> tuple[int, str]:
-        """Tokens of a sequence, and where they were read; a ValueError if nothing says so, or they are too many."""
+        """Tokens of a sequence, and the source of that number; a ValueError if it is unknown or too large."""
         length, source = (given, "length") if given else self.length
         if length is None:
             raise ValueError("length: neither data, extend.length nor the model says how long a sequence is: name it")
@@ -242,14 +242,14 @@ class _Recipe:
 
     @property
     def mode(self) -> str:
-        """What the recipe does, of `MODES`."""
+        """The mode of the recipe, one of `MODES`."""
         if isinstance(self.weighting, Uniform):
             return "uniform"
         return "self-scored" if self.settings.scorer in ("self", "base") and self.scored_columns else "precomputed"
 
     @property
     def contrast(self) -> str:
-        """Whose long losses weights are made of."""
+        """The source of the long losses in the weights."""
         if self.settings.contrast is not None or not self.weighting.uses_short:
             return self.settings.contrast or "trained"
         stored = self.settings.scorer == "stored"
@@ -258,12 +258,12 @@ class _Recipe:
 
     @property
     def scored_columns(self) -> frozenset[str]:
-        """What a scorer gives; nothing, if the weighting reads none of it."""
+        """Columns computed by a scorer; empty if the weighting reads none of them."""
         return score_columns(self.weighting, self.contrast)
 
     @property
     def scored_before(self) -> bool:
-        """Whether windows are read by a model before training, which the precomputed mode counts."""
+        """Whether a model reads windows before training, which the precomputed mode counts."""
         return self.settings.scorer == "stored" and bool(self.scored_columns - {"ref_nll"}) and not self.counted
 
     @property
@@ -293,7 +293,7 @@ class _Recipe:
         return ShortContext.of(length, self.settings.size, self.settings.stride)
 
     def scored(self, length: int, *, first: bool) -> list[Window]:
-        """The windows of a sequence; with the first one where its losses are not known from the long context."""
+        """The windows of a sequence, including the first if the long context does not yield its losses."""
         context = self.context(length)
         return [Window(0, 1, context.size)] * first + sliding_windows(length, context.size, context.stride)
 
@@ -308,22 +308,22 @@ class _Recipe:
         return step_flops(self.forward, length, weighting, scored, contrast=self.contrast, **counted)
 
     def flops_per_s(self, length: int) -> float | None:
-        """What all GPUs compute in a second; None if no speed is known."""
+        """FLOP/s of all GPUs; None if no speed is known."""
         return self.hardware.flops_per_s(self.step("uniform", length).total / (length * self.sequences_per_step))
 
     def scoring_flops(self, length: int) -> float:
-        """Scoring in advance, for one step: each sequence of the data once, or as many as are trained on."""
+        """FLOPs of scoring in advance, per step: each sequence of the data once, or as many as are trained on."""
         num: float = self.sequences_per_step
         if self.num_sequences is not None and self.num_steps is not None:
             num = self.num_sequences / self.num_steps
         return num * window_flops(self.forward, self.scored(length, first=True))
 
     def hold(self, length: int) -> Held:
-        """What a forward and backward pass holds on one GPU, counted once for each length."""
+        """Memory of a forward and backward pass on one GPU, counted once per length."""
         sharded, accumulating = bool(self.arguments.fsdp), self.arguments.gradient_accumulation_steps > 1
         dtype, autocast = getattr(torch, self.settings.dtype), autocast_dtype(self.arguments)
         asked = {
-            # FSDP gathers weights in the dtype of the computation: autocast holds no copies of them.
+            # FSDP all-gathers weights in the compute dtype: autocast holds no copies of them.
             "lora": self.lora,
             "dtype": (autocast or dtype) if sharded else dtype,
             "autocast": None if sharded else autocast,
@@ -341,12 +341,12 @@ class _Recipe:
         return peak(self.fixed, self.hold(length), scoring=mode == "self-scored")
 
     def disk(self, length: int) -> Disk:
-        """What the recipe's mode leaves on disk, of sequences of that length: those of the data, or of all steps."""
+        """Disk space in the recipe's mode, for sequences of that length: those of the data, or of all steps."""
         num, dtype = self.num_sequences, getattr(torch, self.settings.dtype)
         if num is None and self.num_steps is not None:
             num = self.num_steps * self.sequences_per_step
         num_columns = len(self.scored_columns) if self.settings.scorer == "stored" else 0
-        if self.settings.distill:  # of a stored teacher, ids and log-probabilities
+        if self.settings.distill:  # ids and log-probabilities of a stored teacher
             noted = (read_provenance(folder).get("teacher", {}).get("top_k", TOP_K) for folder in self.folders)
             num_columns += 2 * max(noted, default=TOP_K)
         numbers: dict[str, Any] = {
@@ -357,7 +357,7 @@ class _Recipe:
         return disk_bytes(self.config, self.arguments, dtype, self.lora, **numbers)
 
     def costs(self, length: int, flops_per_s: float | None) -> list[Cost]:
-        """A run of the recipe on sequences of that length, by mode."""
+        """Costs of the recipe on sequences of that length, by mode."""
         costs = []
         for mode in MODES:
             step, held = self.step(mode, length), self.peak(length, mode)
@@ -369,7 +369,7 @@ class _Recipe:
         return costs
 
     def priced(self, cost: Cost, seconds: float, before: float) -> Cost:
-        """Time and money of a cost, by the seconds of a step and of what is scored for it in advance."""
+        """Add time and price to a cost, from the seconds of a step and of scoring for it in advance."""
         gpu_hours, price = (seconds + before) * self.num_gpus / 3600, self.hardware.price
         cost = cost._replace(step_seconds=seconds)
         if price is not None:
@@ -383,10 +383,10 @@ class _Recipe:
         )
 
     def advise(self, length: int, needed: float) -> Advice:
-        """The first change with which sequences of that length fit."""
+        """Find the first change with which sequences of that length fit."""
         dtype, given = getattr(torch, self.settings.dtype), self.settings.trainer
         here, sharded = alternatives(given, self.arguments, dtype, self.num_gpus, bfloat16=self.hardware.has_bfloat16)
-        # The last one holds least: where it does not fit, none of the others does.
+        # The last one needs least: if it does not fit, no other does.
         tried = here if here and self._peak_with(here[-1], length)[0] else []
         for change in (*tried, *sharded):
             fits, held = self._peak_with(change, length)
@@ -404,7 +404,7 @@ class _Recipe:
         return bool(hardware.fits(held.total)), held
 
     def notes(self, longest: int, length: int, flops_per_s: float | None) -> list[str]:
-        """What holds for this recipe and is not in the numbers."""
+        """Notes on what the numbers leave out for this recipe."""
         notes = []
         if self.kept:
             notes.append(f"{self.settings.model}: no config was found, and the shape of this model is known")
@@ -436,8 +436,8 @@ class _Recipe:
 
 
 def _epoch(shares: dict[str, float], *, pieces: bool) -> tuple[int | None, int]:
-    """Tokens of the longest sequence, and sequences of an epoch: of a mixture, those that have as many tokens as all
-    folders; of pieces, whose last token is only predicted, as many of the longest as have the tokens of all."""
+    """Tokens of the longest sequence, and sequences of an epoch: for a mixture, as many as have the tokens of all
+    folders; for pieces, whose last token is only predicted, as many of the longest as have the tokens of all."""
     held = {folder: read_contents(folder) for folder in shares}
     total = sum(held.values(), Contents())
     if pieces and total.longest is not None and total.longest > 1:
@@ -447,7 +447,7 @@ def _epoch(shares: dict[str, float], *, pieces: bool) -> tuple[int | None, int]:
 
 
 def _arguments(settings: TrainSettings) -> TrainingArguments:
-    with tempfile.TemporaryDirectory() as folder:  # of its own, so that a recipe that has run can be planned again
+    with tempfile.TemporaryDirectory() as folder:  # a new one, so that a recipe that has run can be planned again
         return training_arguments(settings.trainer, folder, held_out=settings.eval_data is not None)
 
 

@@ -1,4 +1,4 @@
-"""Shapes of the models that the recipes name, for a plan of a gated model, or without a network."""
+"""Shapes of the models in the recipes, to plan for gated models, or without network access."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from tokenweight.models import load_config
 
 _SHAPES = Path(__file__).with_name("shapes.json")
-"""By hub id, what a published config.json says of the model's shape and positions."""
+"""Shape and positions from the published config.json of each model, by hub id."""
 
 
 def find_config(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, bool]:
-    """The config of a folder, a hub id or a `.gguf` file; and whether it is a shape kept here, as that was not found.
+    """Find the config of a folder, hub id or `.gguf` file; and whether it is a fallback to a shape stored here.
 
     Raises:
-        ValueError: one line that says what was not found or could not be read, if no shape is kept under this name.
+        ValueError: one line that says what was not found or could not be read, if no shape is stored by this name.
     """
     try:
         return load_config(name, revision=revision), False

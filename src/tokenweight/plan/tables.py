@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal."""
+"""Tables of a plan for the terminal."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ _PARTS = {
 
 
 def plan_tables(budget: Budget) -> list[Any]:
-    """What `tokenweight plan` prints: whether it fits, tables of FLOPs, memory, time, cost and growth, and notes."""
+    """Output of `tokenweight plan`: whether it fits, tables of FLOPs, memory, time, cost and growth, and notes."""
     size, stride, hardware = budget.context.size, budget.context.stride, budget.hardware
     steps = "number of steps unknown" if budget.num_steps is None else counted(budget.num_steps, "step")
     head = (
@@ -124,7 +124,7 @@ def _cost(cost: Cost, sequences: int) -> dict[str, str]:
 
 
 def _disk(disk: Disk) -> Table:
-    """A line for each thing that is written."""
+    """A line for each item written to disk."""
     num = "" if disk.num_checkpoints is None else f"{disk.num_checkpoints} x "
     lines = {
         "sequences, prepared": _giga(disk.sequences),
@@ -142,7 +142,7 @@ def _disk(disk: Disk) -> Table:
 
 
 def _growth(costs: Sequence[Cost]) -> Table:
-    """A line for each length and mode; no column for what is not known."""
+    """A line for each length and mode, with columns only for what is known."""
     columns: dict[str, Callable[[Cost], str]] = {
         "TFLOP/step": lambda cost: _tera(cost.flops.total),
         "attention": _attention,

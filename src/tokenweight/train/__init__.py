@@ -1,4 +1,4 @@
-"""A training run, from its settings to a model folder."""
+"""Training runs, from settings to a model folder."""
 
 import lazy_loader
 

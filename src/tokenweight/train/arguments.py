@@ -1,4 +1,4 @@
-"""Groups of options, `trainer`, `extend` and `lora`: known by name, and read from text by the types of their fields."""
+"""Option groups `trainer`, `extend` and `lora`: checked by name, and read from text by the types of their fields."""
 
 import contextlib
 import dataclasses
@@ -37,21 +37,21 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Fields with the name they have had since transformers 5.23; either name is taken, whichever version is installed."""
+"""Fields renamed in transformers 5.23, with their new names; either name is accepted with any version."""
 
 
 def training_arguments(
     given: dict[str, Any], out: str | os.PathLike[str], *, held_out: bool = False
 ) -> "TrainingArguments":
-    """`PAPER_ARGUMENTS` overridden by `given`, as the TrainingArguments of a run into the folder `out`.
+    """The TrainingArguments of a run into the folder `out`: `PAPER_ARGUMENTS` overridden by `given`.
 
-    A text is read by the type of its field: an option of a command line has no other type, and YAML takes 1e-5 for
-    text. Fields that are None keep the default of transformers.
+    Text is read by the type of its field: command-line options are always text, and YAML reads 1e-5 as text. Fields
+    that are None keep the default of transformers.
 
     Args:
         given: fields of TrainingArguments, by name.
-        out: the folder of the run, whose name is that of the run for its trackers.
-        held_out: whether there are held-out sequences: then they are evaluated, by default ten times.
+        out: the folder of the run, whose name is the run name for trackers.
+        held_out: whether there are held-out sequences, which are then evaluated, by default ten times.
 
     Raises:
         ValueError: for a field that TrainingArguments does not have, or a value it cannot have.
@@ -66,10 +66,10 @@ def training_arguments(
         raise ValueError("trainer.output_dir: this is the setting out: name the folder there")
     if "hub_token" in given:
         raise ValueError("trainer.hub_token would be written into run.json: expected the environment variable HF_TOKEN")
-    # The Trainer refuses bf16 without an accelerator, unless told that a CPU is meant; and to replace losses that are
-    # not finite, which are to stop a run, it would synchronize with the device in every batch.
+    # The Trainer rejects bf16 without an accelerator unless CPU use is explicit; and to replace non-finite losses,
+    # which should stop a run, it would synchronize with the device in every batch.
     defaults = {"use_cpu": not torch.accelerator.is_available(), "logging_nan_inf_filter": False, **PAPER_ARGUMENTS}
-    # The rows of `Display` stand in place of a bar; DDP would look for unused parameters, of which a decoder has none.
+    # The rows of `Display` replace a progress bar; DDP would look for unused parameters, and a decoder has none.
     defaults |= {"run_name": Path(out).resolve().name, "disable_tqdm": True, "ddp_find_unused_parameters": False}
     defaults |= held_out_arguments(given) if held_out else {}
     named = {installed[name]: value for name, value in {**defaults, **given}.items()}
@@ -83,7 +83,7 @@ def training_arguments(
         del values["resume_from_checkpoint"]
     try:
         arguments = TrainingArguments(output_dir=str(out), **values)
-    except Exception as error:  # its engines, trackers and checks raise what they like
+    except Exception as error:  # its engines, trackers and checks raise all kinds of errors
         raise ValueError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
     if values.get("fsdp_config") and not arguments.fsdp:
         raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
@@ -91,7 +91,7 @@ def training_arguments(
 
 
 def typed_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`PAPER_ARGUMENTS` overridden by `given`, each value in a type that its field has.
+    """`PAPER_ARGUMENTS` overridden by `given`, each value converted to a type of its field.
 
     Raises:
         ValueError: for a value that the field cannot have.
@@ -102,7 +102,7 @@ def typed_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hints() -> dict[str, Any]:
-    """The types of the fields of TrainingArguments, by every name by which a field can be set."""
+    """The types of the fields of TrainingArguments, by every accepted name of a field."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -110,7 +110,7 @@ def _hints() -> dict[str, Any]:
 
 
 def _fields() -> dict[str, str]:
-    """The names by which a field of TrainingArguments can be set, each with its name in the installed version."""
+    """The accepted names of the fields of TrainingArguments, each with its name in the installed version."""
     from transformers import TrainingArguments
 
     fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
@@ -126,18 +126,18 @@ _SHORTER = {
     "steps": "max_steps",
     "warmup": "warmup_steps",
 }
-"""What other programs call a field."""
+"""Names of fields in other programs."""
 
 
 def trainer_field(word: str, *, close: bool = True) -> str | None:
-    """The field of TrainingArguments that is meant by a word, if one is; with `close`, also one with a similar name."""
+    """The field of TrainingArguments that a word refers to, if any; with `close`, also by a similar name."""
     fields = list(_fields())
     found = [_SHORTER.get(word, word)] if _SHORTER.get(word, word) in fields else []
     return next(iter(found or (difflib.get_close_matches(word, fields, n=1, cutoff=0.8) if close else [])), None)
 
 
 def is_flag(field: str) -> bool:
-    """Whether an option `--trainer.FIELD` may stand without a value, and is then true.
+    """Whether an option `--trainer.FIELD` may be given without a value, and is then true.
 
     Raises:
         ValueError: for a field that TrainingArguments does not have.
@@ -161,16 +161,16 @@ _KINDS = {
 
 
 def _kinds(name: str, hint: Any) -> list[Any]:
-    """The types that a field of TrainingArguments can have."""
+    """The accepted types of a field of TrainingArguments."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
     kinds = [bool if kind is typing.Literal or name == "fsdp" else kind for kind in kinds]  # fsdp: no list of options
-    # A mapping as text is read here; other text names a file, of which these cannot be made.
+    # A mapping as text is read here; other text names a file, from which these cannot be made.
     return [kind for kind in kinds if kind is not str] if dict in kinds and name.endswith("_kwargs") else kinds
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value of a field of TrainingArguments in a type that the field has."""
+    """Convert the value of a field of TrainingArguments to a type of the field."""
     kinds = _kinds(name, hint)
     if name == "optim_args" and (isinstance(value, dict) or str(value).startswith("{")):  # a=1,b=2
         given = _as(dict, yaml.safe_load(value) if isinstance(value, str) else value, alone=True)
@@ -198,7 +198,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _as(kind: Any, value: Any, *, alone: bool) -> Any:
-    """The value as one of `_KINDS`; a ValueError or TypeError if it is none. `alone`: a text cannot stay a text."""
+    """Convert the value to one of `_KINDS`, or raise a ValueError or TypeError. `alone`: text must be converted."""
     flag = isinstance(value, bool)
     if kind is bool and value in (True, False):  # also 1 and 0
         return bool(value)
@@ -219,7 +219,7 @@ def _as(kind: Any, value: Any, *, alone: bool) -> Any:
 
 
 def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `extend_context`, whose numbers may be text: of a command line, or of YAML, as 15.3e6 is.
+    """Arguments of `extend_context`, whose numbers may be text, from a command line or from YAML, as in 15.3e6.
 
     Raises:
         ValueError: for an argument that it does not have, or without a length.
@@ -237,7 +237,7 @@ def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of peft.LoraConfig, whose values may be text of a command line; `lora_` before a name may be left out.
+    """Fields of peft.LoraConfig, whose values may be command-line text; the prefix `lora_` of a name is optional.
 
     Raises:
         ValueError: without PEFT, for a field that LoraConfig does not have, or a value of another type.
@@ -266,14 +266,14 @@ def lora_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def distillation_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a distillation, whose values may be text of a command line, with their defaults; nothing of nothing.
+    """Settings of a distillation with their defaults, whose values may be command-line text; empty if none are given.
 
     Returns:
         weight, of the divergence from the teacher in the loss; teacher, "stored" or the name of a model; top_k, the
-        tokens of each prediction of such a model; steps, after which the weighted loss is left alone, or None.
+        tokens of each prediction of such a model; steps, after which only the weighted loss remains, or None.
 
     Raises:
-        ValueError: for a setting that there is not, or a value that it cannot have.
+        ValueError: for an unknown setting, or an invalid value.
     """
     if not given:
         return {}
@@ -297,7 +297,7 @@ def distillation_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a value that YAML can hold is of a type of an annotation; of an enumeration, a text is."""
+    """Whether a YAML value matches a type annotation; text matches an enumeration."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_has_type(value, one) for one in typing.get_args(hint))
@@ -313,7 +313,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def as_numbers(value: Any) -> Any:
-    """A mapping or list whose text is a number wherever it can be read as one: 1e-5 and 15.3e6 are text in YAML."""
+    """Convert text in a mapping or list to numbers where possible: 1e-5 and 15.3e6 are text in YAML."""
     if isinstance(value, dict):
         return {key: as_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -336,7 +336,7 @@ def _meant(word: str, known: list[str]) -> str:
 
 
 def as_tokens(value: Any, what: str) -> int:
-    """A number of tokens as people type it; a ValueError begins with `what`."""
+    """Read a number of tokens as people type it; a ValueError begins with `what`."""
     try:
         return token_count(value)
     except ValueError:

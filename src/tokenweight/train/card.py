@@ -1,4 +1,4 @@
-"""The training section of the model card (README.md): what the records of the run say, and nothing else."""
+"""The training section of the model card (README.md), made only from the records of the run."""
 
 import logging
 import os
@@ -31,16 +31,16 @@ TRAINER_FIELDS = {
     "seed": "seed",
     "data_seed": "seed of the order of rows",
 }
-"""The fields of TrainingArguments that `run.json` keeps and the card shows, with what the card calls them."""
+"""Fields of TrainingArguments that `run.json` keeps and the card shows, with their names in the card."""
 
 _WEIGHTS = {"revision": "revision", "weights_fingerprint": "fingerprint of its weights"}
-"""What names the weights of a model, as in `tokenweight.models.identity`, with what the card calls it."""
+"""Fields that identify the weights of a model, as in `tokenweight.models.identity`, with their names in the card."""
 
 
 def write_card(folder: str | os.PathLike[str]) -> bool:
-    """Write the card of a trained folder, from `run.json` and `metrics.jsonl`; in a card that is there, our section.
+    """Write the card of a trained folder, from `run.json` and `metrics.jsonl`; in an existing card, only our section.
 
-    A failure is logged, not raised: the model beside it is trained.
+    A failure is logged, not raised, since the model is trained.
 
     Returns:
         Whether it was written.
@@ -49,7 +49,7 @@ def write_card(folder: str | os.PathLike[str]) -> bool:
     def edit(card: ModelCard) -> None:
         run = read_json(Path(folder) / "run.json")
         name = run["settings"]["model"]
-        if not Path(name).exists():  # then it came from the hub
+        if not Path(name).exists():  # then it is from the hub
             card.data.base_model = name
         card.data.library_name = "peft" if run["settings"].get("lora") else "transformers"
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
@@ -64,7 +64,7 @@ def write_card(folder: str | os.PathLike[str]) -> bool:
 
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
-    """The last value of everything that the Trainer logged; nothing if there is no such file."""
+    """The last value of each logged metric; empty if there is no such file."""
     found: dict[str, Any] = {}
     for line in read_metrics(folder):
         found |= line
@@ -117,7 +117,7 @@ def _base_model(run: dict[str, Any]) -> str:
 
 
 def _again(settings: dict[str, Any]) -> str:
-    own = any("." in name for name in weighting_names(settings["weighting"]))  # a function of the user
+    own = any("." in name for name in weighting_names(settings["weighting"]))  # a user's function
     options = " --allow_code" if own else ""
     return f"`tokenweight train --config run.json --out again{options}`, with the `run.json` of this folder"
 
@@ -128,7 +128,7 @@ def _context(rope: dict[str, str]) -> str | None:
 
 
 def _formula(weighting: str) -> str:
-    """Those of all weightings in a text that are ours; `long` and `short` are a token's losses with either context."""
+    """Formulas of all built-in weightings in a text; `long` and `short` are a token's losses with either context."""
     known = {kind.__name__.lower(): kind.formula for kind in WEIGHTINGS}
     names = list(dict.fromkeys(name.lower() for name in weighting_names(weighting)))
     formulas = [f"{name}: {known[name]}" if names[1:] else known[name] for name in names if name in known]
@@ -136,7 +136,7 @@ def _formula(weighting: str) -> str:
 
 
 def _teacher(run: dict[str, Any]) -> str | None:
-    """The teacher of a distillation, stored or live, and how much it counts; None if there is none."""
+    """The teacher of a distillation, stored or live, and its weight; None if there is none."""
     distill = run["settings"].get("distill") or {}
     if not distill:
         return None
@@ -150,13 +150,13 @@ def _teacher(run: dict[str, Any]) -> str | None:
 
 
 def _frozen(made: dict[str, Any]) -> str:
-    """A model whose losses or predictions are used; stored ones may be of an unknown one."""
+    """Describe a model whose losses or predictions are used; that of stored ones may be unknown."""
     given = [f"{label} {made[key]}" for key, label in _WEIGHTS.items() if made.get(key)]
     return ", ".join([f"`{made['model']}`, frozen" if made.get("model") else "stored", *given])
 
 
 def _scorer(run: dict[str, Any]) -> str | None:
-    """Who scored, with which windows, and whether weights compare losses of the scorer alone."""
+    """Describe the scorer, its windows, and whether weights compare losses of the scorer alone."""
     settings, data, scorer = run["settings"], run.get("data", {}), run.get("scorer", {})
     if settings["weighting"] == "uniform" or run.get("scores", "") is None:
         return None
@@ -195,7 +195,7 @@ def _rows(rows: dict[str, int], data: dict[str, Any]) -> str:
 
 
 def _part(name: str, part: dict[str, Any]) -> str:
-    """One folder of a mixture: its share of the tokens, and what it holds."""
+    """Describe one folder of a mixture: its share of the tokens, and its contents."""
     texts = _texts(part.get("texts", {}))
     return f"{part['share']:.1%} of the tokens from {name}: " + ", ".join(filter(None, [_held(part), texts]))
 

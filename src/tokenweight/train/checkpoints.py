@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or recognized as not whole, whatever ends the process that writes them."""
+"""Checkpoints that are complete, or recognized as partial, even if the process that writes them is killed."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from tokenweight.records import read_json, sync, sync_tree, write_json
 
 logger = logging.getLogger(__name__)
 MARK = "whole.json"
-"""Written into a checkpoint after everything else: size and checksum of each of its files."""
+"""File written into a checkpoint last, with size and checksum of all other files."""
 _PART = 1 << 24
 
 
@@ -30,7 +30,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _checksums(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """Of each file the sha256 of the sha256 of each of its parts of 16 MiB, so that several cores work on one file."""
+    """Hash each file as the sha256 of the sha256s of its 16 MiB parts, so that several cores work on one file."""
     parts = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), _PART)]
 
     def digest(part: tuple[str, int]) -> bytes:
@@ -46,8 +46,8 @@ def _checksums(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
 
 
 def mark_whole(folder: Path) -> None:
-    """Mark a checkpoint as whole, once all of it is on the disk; its own name is, when this returns."""
-    sync_tree(folder)  # or the mark could outlive some of it when the machine stops
+    """Mark a checkpoint as complete, once all of it is on disk; on return, its own name is, too."""
+    sync_tree(folder)  # or the mark could outlive some of it in a crash of the machine
     sizes = _sizes(folder)
     checksums = _checksums(folder, sizes)
     write_json(folder / MARK, {name: {"bytes": sizes[name], "sha256": checksums[name]} for name in sizes})
@@ -55,7 +55,7 @@ def mark_whole(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint has its mark, and every file the size that it had then."""
+    """Whether the checkpoint has its mark, and every file its recorded size."""
     try:
         mark = read_json(folder / MARK)
         return {name: noted["bytes"] for name, noted in mark.items()} == _sizes(folder)
@@ -64,10 +64,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def check_contents(checkpoint: Path, part: tuple[int, int] = (0, 1)) -> None:
-    """Raise a ValueError that names a file of a checkpoint which is not what was written.
+    """Raise a ValueError that names a file of a checkpoint that differs from what was written.
 
     Args:
-        checkpoint: that `is_whole`.
+        checkpoint: one that `is_whole`.
         part: (i, n): every n-th file from the i-th, as n processes share the reading.
     """
     mark = read_json(checkpoint / MARK)
@@ -81,7 +81,7 @@ def check_contents(checkpoint: Path, part: tuple[int, int] = (0, 1)) -> None:
 
 
 def _damage(checkpoint: Path, arguments: TrainingArguments) -> str:
-    """What is damaged in a checkpoint; empty, if nothing is. All processes of a run ask, and get one answer."""
+    """Describe the damage of a checkpoint; empty if there is none. Collective: all processes get the same answer."""
     found = ""
     try:
         check_contents(checkpoint, (arguments.process_index, arguments.world_size))
@@ -93,13 +93,13 @@ def _damage(checkpoint: Path, arguments: TrainingArguments) -> str:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """All checkpoints of a run, whole or not, the latest first."""
+    """All checkpoints of a run, complete or not, latest first."""
     folders = [folder for folder in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that its name tells."""
+    """The optimizer step in its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -109,20 +109,20 @@ def last_whole(out: Path) -> Path | None:
 
 
 def last_whole_named(out: Path) -> str:
-    """The end of a message about a run that stopped."""
+    """The end of a message about a stopped run, naming the last complete checkpoint."""
     found = last_whole(out)
     return "no checkpoint yet" if found is None else f"the last complete checkpoint is {found}"
 
 
 def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from: the folder `trainer.resume_from_checkpoint`, or the latest whole one for "true".
+    """Find the checkpoint to resume from: the folder `trainer.resume_from_checkpoint`, or the last complete for "true".
 
-    The folder may be named as it is within the run, `checkpoint-100`. Its files are compared with their checksums: the
-    processes of a run share the reading. Later checkpoints that are not whole, or damaged, are logged as warnings.
+    The folder may be given by its name within the run, `checkpoint-100`. Its files are compared with their checksums,
+    and the processes of a run share the reading. Later checkpoints that are partial or damaged are logged as warnings.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is not whole or is damaged, or the run would write into the
-            folder of another.
+        ValueError: if there is no such checkpoint, it is partial or damaged, or the run would write into the folder
+            of another.
     """
     if (url := remote_url(out)) is not None:
         raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
@@ -160,7 +160,7 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
 
 
 def _with_state(checkpoint: Path) -> Path:
-    """Refuse a checkpoint that the Trainer would go on from with a new optimizer, and say nothing."""
+    """Reject a checkpoint that the Trainer would silently resume from with a new optimizer."""
     if not any(checkpoint.glob("rng_state*.pth")):
         raise ValueError(
             f"trainer.resume_from_checkpoint: {checkpoint} holds a model without the state of its training "
@@ -170,7 +170,7 @@ def _with_state(checkpoint: Path) -> Path:
 
 
 def unmark_after(out: Path, step: int) -> None:
-    """Let nothing of an earlier attempt pass for a checkpoint of the run that goes on after `step`."""
+    """Unmark checkpoints of an earlier attempt that are later than `step`, from which the run resumes."""
     for folder in _checkpoints(out):
         if step_of(folder) > step:
             (folder / MARK).unlink(missing_ok=True)
@@ -187,13 +187,13 @@ def rotate(out: Path, limit: int | None, best: str | None = None) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path, out: Path) -> Iterator[None]:
-    """Say in one line what could not be written where, why, and what is left of the run.
+    """Turn errors of writing into one line: what could not be written where, why, and what is left of the run.
 
-    Safetensors, tokenizers and torch each raise an exception of their own when a disk is full, and torch's does not
-    even say so: hence any of them, and the room that is left.
+    Safetensors, tokenizers and torch each raise a different exception when a disk is full, and torch's does not even
+    say so: hence all are caught, and the free space is added.
 
     Raises:
-        OSError: in their place.
+        OSError: in place of any of these.
     """
     try:
         yield
@@ -208,9 +208,9 @@ def writing(what: str, folder: Path, out: Path) -> Iterator[None]:
 
 
 class WeightingState(TrainerCallback, ExportableState):
-    """Keeps the history of a weighting, as that of `EXACT` or `Warmup`, in the checkpoints of any Trainer.
+    """Saves the state of a stateful weighting, such as `EXACT` or `Warmup`, in the checkpoints of any Trainer.
 
-    A run that is resumed goes on with it. `WeightedTrainer` and `TokenWeightedSFTTrainer` have it where it is needed.
+    A resumed run continues with it. `WeightedTrainer` and `TokenWeightedSFTTrainer` add it where needed.
 
     Example:
         >>> model = with_weighted_loss(model, EXACT())  # doctest: +SKIP
@@ -220,13 +220,13 @@ class WeightingState(TrainerCallback, ExportableState):
     model: Any = None
 
     def state(self) -> dict[str, Any]:
-        """What a Trainer writes into the trainer_state.json of a checkpoint."""
+        """The state that a Trainer writes into the trainer_state.json of a checkpoint."""
         return {"args": {}, "attributes": {} if self.model is None else weighting_state(self.model)}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Take up the history of the checkpoint from which the run goes on.
+        """Load the state from the checkpoint that the run resumes from.
 
         Raises:
             ValueError: if the checkpoint has none, or that of another weighting.

@@ -1,4 +1,4 @@
-"""Checks of TrainingArguments: values that cannot be meant, and what a weighted loss does not go with."""
+"""Checks of TrainingArguments: invalid values, and settings that are incompatible with a weighted loss."""
 
 import math
 import os
@@ -39,11 +39,11 @@ _HELD_OUT: dict[str, tuple[Any, ...]] = {
     "save_strategy": ("best",),
 }
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-"""Parts of a `liger_kernel_config` that put another loss in place of a model's own; mostly the second is on."""
+"""Parts of a `liger_kernel_config` that replace a model's loss; the second is usually on."""
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse values of fields of TrainingArguments that it would take, and train otherwise than anyone can mean.
+    """Reject values that TrainingArguments would accept, but that cannot be intended.
 
     Raises:
         ValueError: naming the field, its value and what is expected.
@@ -76,24 +76,24 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 MEASURES = ("loss", "loss_beyond_half", "loss_short", "weighted_loss")
-"""What is logged of held-out sequences, each with `eval_` before it (`tokenweight.train.statistics.HeldOutLosses`)."""
+"""Metrics logged for held-out sequences, each prefixed by `eval_` (`tokenweight.train.statistics.HeldOutLosses`)."""
 
 
 def held_out_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the trainer where there are held-out sequences: ten evaluations a run, and the best is the lowest."""
+    """Defaults of the trainer with held-out sequences: ten evaluations per run, and lower is better."""
     every = {"eval_strategy": "steps", "eval_steps": 0.1}
     every |= {name: given[name] for name in every if given.get(name) is not None}
     found = {**every, "per_device_eval_batch_size": given.get("per_device_train_batch_size", 1)}
     best = str(given.get("load_best_model_at_end", False)).lower() in ("true", "yes", "on", "1")
-    if best and "save_strategy" not in given:  # a model can only be loaded again if it was saved
+    if best and "save_strategy" not in given:  # the best model can be loaded only if it was saved
         found |= {"save_strategy": every["eval_strategy"], "save_steps": given.get("save_steps", every["eval_steps"])}
     if best or given.get("metric_for_best_model") is not None:
-        found["greater_is_better"] = False  # the Trainer takes whatever does not end with "loss" for a score
+        found["greater_is_better"] = False  # the Trainer assumes True for names that do not end with "loss"
     return found
 
 
 def check_run(arguments: "TrainingArguments", eval_data: str | None = None) -> None:
-    """Refuse what cannot run here, before any work: trackers that are missing, several GPUs in one process.
+    """Reject what cannot run here, before any work: missing trackers, several GPUs in one process.
 
     Args:
         arguments: of the run.
@@ -104,7 +104,7 @@ def check_run(arguments: "TrainingArguments", eval_data: str | None = None) -> N
     """
     check_processes(arguments)
     started = os.environ.get("WORLD_SIZE", "1")
-    if started != "1" and arguments.world_size == 1:  # each process would be a run of its own, into the same folder
+    if started != "1" and arguments.world_size == 1:  # each process would be a separate run, into the same folder
         raise ValueError(
             f"WORLD_SIZE is {started}, but the processes do not know each other (no LOCAL_RANK): start them by torchrun"
         )
@@ -144,7 +144,7 @@ def _check_tracker(name: str) -> None:
 
 
 def check_processes(arguments: "TrainingArguments") -> None:
-    """Refuse several GPUs in one process, and a denominator of each process of several.
+    """Reject several GPUs in one process, and a loss denominator per process.
 
     Raises:
         ValueError: naming the field, or how to start a process for each GPU.
@@ -155,10 +155,10 @@ def check_processes(arguments: "TrainingArguments") -> None:
 
 
 def check_one_gpu(arguments: "TrainingArguments") -> None:
-    """Refuse several GPUs in one process: the Trainer would use nn.DataParallel, which a bound model cannot stand.
+    """Reject several GPUs in one process: the Trainer would use nn.DataParallel, which breaks a bound model.
 
     Raises:
-        ValueError: saying how to start a process for each GPU.
+        ValueError: explaining how to start a process for each GPU.
     """
     if arguments.n_gpu > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a run shows: what it is before its first step, a row of numbers as it goes, and what to do after it."""
+"""Terminal output of a run: a header before its first step, a row of numbers per logged line, and what to do next."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ _LOGGED = {
     "effective_share": ".1%",
     "tokens_per_second": ",.0f",
 }
-"""What stands in a row of numbers, between the step and the time that is left."""
+"""Columns of a row of numbers, between the step and the remaining time."""
 _HELD_OUT = {
     "loss": "held-out loss",
     "loss_beyond_half": "beyond half",
@@ -43,7 +43,7 @@ _EVERY = {"logging": "a row", "eval": "an evaluation", "save": "a checkpoint"}
 
 
 class Display(TrainerCallback):
-    """Prints the header, a row for each line that is logged, and the end of a run, in its main process.
+    """Prints the header, a row for each logged line, and the end of a run, in its main process.
 
     Args:
         record: of the run, as in `run.json`.
@@ -61,7 +61,7 @@ class Display(TrainerCallback):
         self.main, self.rows = arguments.process_index == 0, arguments.disable_tqdm
         self.out = Path(record["settings"]["out"])
         self.state: TrainerState | None = None
-        self.first = 0  # the step that the run began at
+        self.first = 0  # the step at which the run began
         self.last: dict[str, float] = {}  # what was logged last
         self._since = time.perf_counter()
 
@@ -85,7 +85,7 @@ class Display(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print a row of a table, or the losses of held-out sequences."""
+        """Print a row of the table, or the losses of held-out sequences."""
         logs = logs or {}
         losses = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if "loss" in logs:
@@ -101,7 +101,7 @@ class Display(TrainerCallback):
 
     @contextlib.contextmanager
     def ends(self) -> Iterator[None]:
-        """Say at the end of a run what it came to and what comes next, and after an error how to resume it."""
+        """Print the results and next steps at the end of a run, and after an error how to resume it."""
         try:
             yield
         except BaseException:
@@ -113,7 +113,7 @@ class Display(TrainerCallback):
             self._print("\n" + "\n".join(self._finished(self.state)))
 
     def _planned(self, args: TrainingArguments, state: TrainerState, loader: Any) -> Iterator[tuple[str, str]]:
-        """What is known only when the Trainer has made its plan."""
+        """Header lines that are known only after the Trainer has planned its steps."""
         held, rows, batch = self.record["rows"], loader.dataset, self.batch
         autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
         on = args.device.type
@@ -166,7 +166,7 @@ class Display(TrainerCallback):
         yield f"stopped after {_some(state.global_step, 'step')} of {state.max_steps:,}"
         words = [*_launcher(self.arguments), "train", "--config", str(self.out / "run.json")]
         names = weighting_names(self.record["settings"]["weighting"])
-        words += ["--allow_code"] * any("." in name for name in names)  # of the user
+        words += ["--allow_code"] * any("." in name for name in names)  # by the user
         if found is not None:
             command = shlex.join([*words, "--out", str(self.out), "--trainer.resume_from_checkpoint", found.name])
             yield f"to resume from {found.name}: {command}"
@@ -180,7 +180,7 @@ class Display(TrainerCallback):
 
 
 def _header(record: dict[str, Any], model: Any) -> list[tuple[str, str]]:
-    """What is known of a run before the Trainer makes its plan: labels and texts of lines."""
+    """Header lines that are known before the Trainer has planned its steps: labels and texts."""
     settings, mixture = record["settings"], record.get("mixture", {})
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(number for number, _ in numbers), sum(number for number, trains in numbers if trains)
@@ -214,7 +214,7 @@ def _held(part: dict[str, Any]) -> str:
 
 
 def _scorer(settings: dict[str, Any], data: dict[str, Any], scores: str | None) -> str:
-    """Where short losses come from, and with which windows."""
+    """Describe the source of the short losses, and its windows."""
     if scores is None:
         return "none: the weights need no short losses"
     own = {"self": "the model itself, as it is trained", "base": "the model itself, without the adapter"}
@@ -229,7 +229,7 @@ def _scorer(settings: dict[str, Any], data: dict[str, Any], scores: str | None) 
 
 
 def _launcher(arguments: TrainingArguments) -> list[str]:
-    """The words that start the processes that there are, up to the name of a command."""
+    """The words of the command line that start the current processes, up to the name of a command."""
     if arguments.world_size == 1:
         return ["tokenweight"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.world_size))
@@ -238,7 +238,7 @@ def _launcher(arguments: TrainingArguments) -> list[str]:
 
 
 def _every(strategy: Any, steps: int | float) -> str:
-    """How often something is done; empty if it is not."""
+    """Describe how often something is done; empty if never."""
     name = getattr(strategy, "value", strategy)
     if name == "steps":
         return "every step" if steps == 1 else f"every {steps:,g} steps"

@@ -1,4 +1,4 @@
-"""What a run writes about itself: `run.json`, `metrics.jsonl`, and what became of both when it was resumed."""
+"""The records of a run, `run.json` and `metrics.jsonl`, which are continued when it resumes."""
 
 import contextlib
 import dataclasses
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 
 class FinishedRun(Exception):
-    """No step is left to be made."""
+    """Raised when no steps are left."""
 
 
 class Records(TrainerCallback):
-    """What the run is, in `run.json`, once nothing can be refused any more; and what the Trainer logs, line by line."""
+    """Writes `run.json` once all checks have passed, and everything that the Trainer logs, line by line."""
 
     def __init__(
         self, run: dict[str, Any], checkpoint: Path | None = None, keep: Callable[[], None] = lambda: None
     ) -> None:
-        """`keep` is called after each step: there is something to keep."""
+        """`keep` is called after each step, when there is something to keep."""
         self.run, self.checkpoint, self.keep = run, checkpoint, keep
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write `run.json`; in a run that goes on, take back what was done after its checkpoint."""
+        """Write `run.json`; in a resumed run, discard what came after its checkpoint."""
         out = Path(args.output_dir)
         if state.is_world_process_zero:
             out.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,11 @@ class Records(TrainerCallback):
                     unmark_after(out, state.global_step)
                     _take_back(out / "metrics.jsonl", state)
         if 0 < state.max_steps <= state.global_step:
-            raise FinishedRun  # the Trainer would make one step more
+            raise FinishedRun  # the Trainer would make one more step
         _warn_of_schedule(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What is in the folder is worth keeping now."""
+        """Signal that the folder is now worth keeping."""
         self.keep()
 
     def on_log(
@@ -91,7 +91,7 @@ def _warn_of_schedule(args: TrainingArguments, state: TrainerState) -> None:
 
 
 def _take_back(path: Path, state: TrainerState) -> None:
-    """Begin the lines again: those that the checkpoint knows, and the summaries of attempts that ended before it."""
+    """Rewrite the lines: keep those up to the checkpoint, and the summaries of attempts that ended before it."""
     lines = [{"step": line["step"], **line} for line in state.log_history]
     for text in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the last one
@@ -109,17 +109,17 @@ def describe(
     before: PreTrainedConfig,
     config: PreTrainedConfig,
 ) -> dict[str, Any]:
-    """The content of `run.json`, of a run that begins.
+    """The content of `run.json` at the start of a run.
 
     Args:
         run: the resolved settings.
-        sequences: what it reads.
+        sequences: the data that it reads.
         context: the windows of the scorer, if there is one.
         before, config: of the model, before and after the extension of its context.
     """
     windows = {} if context is None else dataclasses.asdict(context)
     fields = {name: getattr(run.arguments, name) for name in TRAINER_FIELDS}
-    named = before.name_or_path == run.settings.model  # the base of an adapter has commits of its own
+    named = before.name_or_path == run.settings.model  # the base of an adapter has other commits
     revision = (getattr(before, "_commit_hash", None) if named else None) or run.settings.revision
     resolved = {"weighting": str(run.weighting), "contrast": sequences.contrast, "revision": revision, **windows}
     sources, held_out = sequences.sources, sequences.held_out
@@ -147,7 +147,7 @@ def describe(
 def identities(
     run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None, teaching: PreTrainedModel | None
 ) -> dict[str, Any]:
-    """What names the weights that a run begins from, and those of other models that score or teach."""
+    """Identities of the weights that a run begins from, and of other models that score or teach."""
     named = {
         "model": (model, run.settings.model),
         "scorer": (scoring, run.settings.scorer),
@@ -159,14 +159,14 @@ def identities(
 def _rope(config: PreTrainedConfig) -> str | None:
     try:
         return describe_rope(config)
-    except (ValueError, KeyError):  # a kind that it does not know, which trains nevertheless
+    except (ValueError, KeyError):  # an unknown type, which trains nevertheless
         return None
 
 
 def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """The record of a run: where it began, and with which settings it ended; under `resumed`, each time it went on.
+    """The record of a resumed run: its start, its final settings, and under `resumed` each resumption.
 
-    So `--config run.json` repeats the run as it was made, in one piece.
+    So `--config run.json` repeats the run in one piece.
     """
     if checkpoint is None or not (out / "run.json").is_file():
         return run
@@ -185,7 +185,7 @@ def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[st
 
 
 def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is the same in every part of a run, unless somebody changes it."""
+    """Settings that stay the same across resumptions, unless changed by the user."""
     trainer = {f"trainer.{name}": value for name, value in settings.get("trainer", {}).items()}
     return {
         name: value

@@ -47,12 +47,12 @@ from tokenweight.train.trainer import EndOfDistillation, WeightedTrainer
 def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), *, dry_run: bool = False) -> Any:
     """Run a recipe: `settings.out` becomes a model folder with `run.json`, `metrics.jsonl` and a model card.
 
-    Prints what the run is, a row for each line that it logs, and what comes next (`Display`).
+    Prints a summary of the run, a row for each logged line, and next steps (`Display`).
 
     Args:
         settings: what to train, on what, and how.
-        callbacks: more of them for the Trainer, such as `transformers.EarlyStoppingCallback(3)`.
-        dry_run: whether to end before the first step: everything is checked, and nothing is left.
+        callbacks: additional ones for the Trainer, such as `transformers.EarlyStoppingCallback(3)`.
+        dry_run: whether to end before the first step: everything is checked, and nothing is left behind.
 
     Returns:
         The trained model; with `settings.lora`, a `peft.PeftModel` around it.
@@ -64,7 +64,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), *,
     """
     run = resolve(settings)
     checkpoint = find_checkpoint(run.out, run.arguments)
-    if dry_run:  # no tracker begins a run, and no repository is made on the hub
+    if dry_run:  # no tracker starts a run, and no repository is created on the hub
         without = {**settings.trainer, "report_to": "none", "push_to_hub": False}
         run = resolve(dataclasses.replace(settings, trainer=without))
     with _folder(run.out, main=run.arguments.process_index == 0) as keep:
@@ -77,7 +77,7 @@ def _trained(
     sequences, arguments = open_sequences(run), run.arguments
     contents, held_out = sequences.contents, sequences.held_out
     context = run.short_context(contents.longest or 0)
-    # Or ZeRO-3 would load models in parts, which cannot be verified. The Trainer shards the model later.
+    # Otherwise ZeRO-3 would load sharded models, which cannot be verified. The Trainer shards the model later.
     unset_hf_deepspeed_config()
     before, tokenizer, model, scoring = _opened(run, sequences, context)
     rows = sequences.dataset(run)
@@ -88,7 +88,7 @@ def _trained(
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
         teacher = None if distillation is None or distillation.teacher is None else distillation.teacher.model
         record.update(identities(run, model, scoring, teacher))
-    set_seed(arguments.seed)  # which draws the first weights of an adapter
+    set_seed(arguments.seed)  # initializes the weights of an adapter
     trained = with_adapter(model, run.lora)
     scorer, counts = None, run.counts
     if context is not None and run.scored and counts is None:
@@ -112,7 +112,7 @@ def _trained(
     )
     batch = trainer.get_total_train_batch_size(arguments)
     display = Display(record, trained, arguments, batch=batch, dry=dry_run)
-    trainer.remove_callback(PrinterCallback)  # rows of the display stand in place of its dicts
+    trainer.remove_callback(PrinterCallback)  # rows of the display replace its dicts
     trainer.add_callback(display)
     with display.ends():
         trainer.fit(checkpoint, saves=not dry_run)
@@ -125,8 +125,8 @@ def _opened(
     """Load the models of a run, and check that they can read its sequences.
 
     Returns:
-        The config of the model that is trained, before its context is extended; its tokenizer, and itself; and the
-        model that scores, if it is another.
+        The config of the trained model before its context is extended, its tokenizer, the model itself, and the scoring
+        model, if it is another.
     """
     name, revision, kernel = run.settings.model, run.settings.revision, run.settings.attn_implementation
     if revision is not None and Path(name).exists():
@@ -139,10 +139,10 @@ def _opened(
     before, tokenizer = load_config(name, revision=revision), find_tokenizer(name, revision=revision)
     if tokenizer is None and is_config(name) and sequences.provenance.get("tokenizer") is not None:
         tokenizer = find_tokenizer(sequences.provenance["tokenizer"])  # a model from scratch has no other
-    set_seed(run.arguments.seed)  # which draws the weights of a config, before the Trainer would set it
+    set_seed(run.arguments.seed)  # initializes the weights of a config, before the Trainer would set it
     dtype, extension = run.settings.dtype, run.extension
     model = load_model(name, dtype=dtype, revision=revision, extend=extension, attn_implementation=kernel)
-    if run.extension and tokenizer is not None:  # or whoever truncates by the saved tokenizer cuts at the old length
+    if run.extension and tokenizer is not None:  # or users of the saved tokenizer would truncate at the old length
         tokenizer.model_max_length = max(tokenizer.model_max_length, run.extension["length"])
     scoring = theirs = None
     if run.scoring_model is not None:
@@ -164,7 +164,7 @@ def _opened(
 
 
 def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizerBase | None) -> Distillation | None:
-    """The distillation of a run, whose teacher is loaded here, if it is not stored."""
+    """The distillation of a run, whose teacher is loaded here unless its predictions are stored."""
     if not run.distill:
         return None
     weight, name = run.distill["weight"], run.distill["teacher"]
@@ -180,7 +180,7 @@ def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizer
 
 
 def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
-    """Tokens at the end of the longest rows that are only predicted, so that no loss depends on how they are read.
+    """Number of tokens at the end of the longest sequences that are only predicted: reading them affects no loss.
 
     Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first.
     """
@@ -188,10 +188,10 @@ def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
 
 
 def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
-    """The model, within a `PeftModel` if an adapter is to be trained in place of its weights.
+    """The model, wrapped in a `PeftModel` if an adapter is to be trained in place of its weights.
 
     Raises:
-        ValueError: for settings that no adapter of this model can have.
+        ValueError: for settings that are invalid for an adapter of this model.
     """
     if not lora:
         return model
@@ -207,14 +207,14 @@ def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _folder(out: Path, main: bool) -> Iterator[Callable[[], None]]:
-    """The folder of a run. What ends the run before its first step leaves nothing of it, so that it can be begun again.
+    """The folder of a run, which is removed if the run ends before its first step, so that it can be started again.
 
     Yields:
         A function to call once there is something to keep.
     """
     keep: list[bool] = []
     if not main or (out.is_dir() and any(out.iterdir())):
-        yield lambda: None  # another process minds it, or an earlier attempt made it
+        yield lambda: None  # another process handles it, or an earlier attempt made it
         return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:

@@ -1,4 +1,4 @@
-"""What is trained on: folders of sequences, mixtures of them, what is held out, and batches of all these."""
+"""The data of a run: folders of sequences, mixtures of them, held-out sequences, and their batches."""
 
 import logging
 import math
@@ -38,19 +38,19 @@ from tokenweight.train.settings import Run
 
 logger = logging.getLogger(__name__)
 LISTED = 1 << 20
-"""Sequences of which torch may make a list to shuffle them; of more, `Drawn` makes none."""
+"""Most sequences that torch may shuffle as a list; for more, `Drawn` avoids the list."""
 _COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of sequences that was opened."""
+    """An opened folder of sequences."""
 
     folder: str
     rows: datasets.Dataset
     contents: Contents
     provenance: dict[str, Any]
-    """What was written with it; of the scores that were chosen, the windows are `context`."""
+    """Metadata stored with it; `context` holds the windows of the selected scores."""
 
     @property
     def context(self) -> dict[str, Any]:
@@ -59,55 +59,55 @@ class Source:
 
     @property
     def texts(self) -> dict[str, Any]:
-        """What `prepare` noted of the texts: of scored data, in the folder that was scored."""
+        """Metadata of the texts from `prepare`; for scored data, from the folder that was scored."""
         prepared = read_prepared(self.provenance)
         if (prepared.get("rows"), prepared.get("tokens")) != (self.contents.rows, self.contents.tokens):
-            return {}  # the folder holds other sequences by now
+            return {}  # the folder has other sequences by now
         noted = ("texts", "hub", "subset", "split", "seed", "documents")
         return {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])}
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `run.json` says of it, where it is one of several."""
+        """Its entry in `run.json`, as one of several sources."""
         return {"path": self.folder, "rows": numbers(self.contents), "texts": self.texts, "data": self.provenance}
 
 
 def numbers(contents: Contents) -> dict[str, Any]:
-    """How many sequences there are, of how many tokens, as in `run.json`."""
+    """Numbers of sequences and tokens, as in `run.json`."""
     return {"num": contents.rows, **{name: getattr(contents, name) for name in ("tokens", "shortest", "longest")}}
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """All that a run reads: its folders, and what is held out."""
+    """All data that a run reads: its folders, and the held-out sequences."""
 
     sources: list[Source]
     shares: list[float]
-    """Of the tokens, one for each source."""
+    """Share of the tokens of each source."""
     held_out: Source | None
     contrast: str = "trained"
-    """Of whose losses weights are made: as it was set, or as the scores say."""
+    """Source of the long losses in the weights, from the settings or the scores."""
 
     @property
     def contents(self) -> Contents:
-        """What all sources hold together."""
+        """Combined contents of all sources."""
         return sum((source.contents for source in self.sources), Contents())
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was written with the data; of a mixture, what was written with each of its folders alike."""
+        """Metadata stored with the data; for a mixture, that common to all of its folders."""
         first, *others = (source.provenance for source in self.sources)
         return {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
 
     @property
     def names(self) -> list[str]:
-        """Short names of the sources: the names of their folders, unless two of them are alike."""
+        """Short names of the sources: their folder names, if these differ."""
         folders = [source.folder for source in self.sources]
         names = [Path(folder).resolve().name for folder in folders]
         return names if len(set(names)) == len(names) else folders
 
     def dataset(self, run: Run) -> "datasets.Dataset | Mixture | Pieces":
-        """The sequences that are trained on."""
+        """The training sequences."""
         arguments, rows = run.arguments, [source.rows for source in self.sources]
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         if run.curriculum is not None:
@@ -117,11 +117,11 @@ class Sequences:
 
 
 def open_sequences(run: Run) -> Sequences:
-    """Open the data of a run and what it holds out; contents are verified by one process of several.
+    """Open the training and held-out data of a run; only one process verifies the contents.
 
     Raises:
-        ValueError: if a folder is none, is damaged, or has no scores where they are needed; if the folders of a mixture
-            were scored with different short contexts.
+        ValueError: if a folder is not a data folder, is damaged, or lacks scores that are needed; if the folders of a
+            mixture were scored with different short contexts.
     """
     settings, sources, contrast = run.settings, [], _contrast(run)
     needed = run.columns(contrast)
@@ -141,16 +141,16 @@ def open_sequences(run: Run) -> Sequences:
             )
     if TEACHER[0] in needed:
         _check_teachers(sources)
-    of_weights = needed - {*TEACHER}  # an evaluation hears no teacher
+    of_weights = needed - {*TEACHER}  # evaluation ignores teachers
     held_out = None if settings.eval_data is None else _held_out(run, contrast, of_weights, first.context)
-    if run.arguments.process_index == 0:  # the others would read and compare the same files
+    if run.arguments.process_index == 0:  # the others would verify the same files
         for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
             verify(folder)
     return Sequences(sources, list(run.shares.values()), held_out, contrast)
 
 
 def _contrast(run: Run) -> str:
-    """The contrast of a run: that of the settings, else that which its scores say."""
+    """The contrast of a run, from the settings or else from its scores."""
     if run.settings.contrast is not None or not run.weighting.uses_short:  # the loss is that of the trained model
         return run.settings.contrast or "trained"
     stored = run.settings.scorer == "stored"
@@ -159,7 +159,7 @@ def _contrast(run: Run) -> str:
 
 
 def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], folder: str) -> None:
-    """Raise a ValueError if the scores of a folder are not comparable with what the weighting compares them with."""
+    """Raise a ValueError if the scores of a folder cannot be compared as the weighting requires."""
     check_divergence(weighting, scores, folder)
     if contrast == "scorer":
         check_contrast(weighting, scores, folder)
@@ -171,7 +171,7 @@ def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], f
 
 
 def _check_teachers(sources: Sequence[Source]) -> None:
-    """Raise a ValueError if folders hold different numbers of a teacher's tokens, which no batch could hold."""
+    """Raise a ValueError if folders store different numbers of teacher tokens, which cannot be batched together."""
     first, *others = ((source.folder, len(source.rows[0][TEACHER[0]][0])) for source in sources)
     for folder, top_k in others:
         if top_k != first[1]:
@@ -182,7 +182,7 @@ def _check_teachers(sources: Sequence[Source]) -> None:
 
 
 def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
-    """The rows without scores that no weight is made of."""
+    """The sequences without scores that no weight uses."""
     others = {*SCORES, *TEACHER} - needed
     return rows.remove_columns([name for name in rows.column_names if name in others])
 
@@ -192,7 +192,7 @@ def _windows(source: Source) -> str:
 
 
 def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]) -> Source:
-    """Held-out sequences, with scores of the same windows as those of the data, if they have them."""
+    """Held-out sequences, with their scores, if any, for the same windows as in the data."""
     folder = str(run.settings.eval_data)
     (rows, contents), scores = open_rows(folder), dict[str, Any]()
     if any(name.startswith((*needed,)) for name in rows.column_names):
@@ -212,14 +212,14 @@ def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]
 
 
 class Mixture(Dataset):
-    """Sequences of several folders in an order in which the shares of their tokens hold throughout.
+    """Sequences of several folders, interleaved so that the shares of their tokens hold throughout.
 
-    The next sequence is that of the folder that lags most behind its share. Within a folder none comes twice before all
-    have come once, each time in an order of its own. The sequences have no end: after the first `len(self)`, which hold
-    as many tokens as all folders together, those of the next epoch follow.
+    The next sequence is from the folder that lags most behind its share. Within a folder, no sequence repeats before
+    all have been read once, each time in a new order. The sequences are endless: after the first `len(self)`, which
+    contain as many tokens as all folders together, those of the next epoch follow.
 
     Args:
-        rows: of each folder.
+        rows: sequences of each folder.
         shares: of the tokens, one for each folder, which add up to 1.
         seed: of the order.
     """
@@ -230,7 +230,7 @@ class Mixture(Dataset):
         self.tokens = [int(lengths.sum()) for lengths in self._lengths]
         self._passes = [0] * len(rows)
         self._ends = [0] * len(rows)  # tokens of all passes so far
-        self._waiting = [(np.zeros(0), np.zeros(0, dtype=np.int64))] * len(rows)  # tokens per share before a row, row
+        self._waiting = [(np.zeros(0), np.zeros(0, dtype=np.int64))] * len(rows)  # (tokens per share before a row, row)
         self._places = array("q")  # row number * sources + source
         self._columns = [name for name in _COLUMNS if any(name in part.column_names for part in rows)]
         drawn, total = 0, sum(self.tokens)
@@ -241,11 +241,11 @@ class Mixture(Dataset):
         self._length += int(np.searchsorted(lengths, total)) + 1
 
     def __len__(self) -> int:
-        """Sequences of an epoch."""
+        """Number of sequences in an epoch."""
         return self._length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A sequence, and the number of its folder; columns that only other folders have are filled in."""
+        """A sequence, and the number of its folder; columns of other folders only are filled in."""
         source, row_number = self.place(number)
         row = self.rows[source][row_number]
         tokens = row["input_ids"]
@@ -253,22 +253,22 @@ class Mixture(Dataset):
         return {**{name: filled[name] for name in self._columns}, SOURCE: source}
 
     def place(self, number: int) -> tuple[int, int]:
-        """The folder of a sequence, and its row there."""
+        """Folder of a sequence, and its row there."""
         while len(self._places) <= number:
             self._draw()
         row, source = divmod(self._places[number], len(self.rows))
         return source, row
 
     def passes(self, num: int | float) -> list[float]:
-        """How often each folder is read in `num` epochs."""
+        """Number of passes over each folder in `num` epochs."""
         total = sum(self.tokens)
         return [num * total * share / tokens for share, tokens in zip(self.shares, self.tokens)]
 
     def _draw(self) -> np.ndarray:
-        """Append the rows up to the end of the pass that ends first; their tokens.
+        """Append the rows up to the end of the pass that ends first; return their tokens.
 
-        A row comes when the tokens of its folder before it, per share, are the fewest of all folders: so it is a merge
-        of sorted lists, in which the first folder wins a tie.
+        The next row is that with the fewest preceding tokens of its folder, per share: a merge of sorted lists, in
+        which the first folder wins ties.
         """
         for source, (_, rows) in enumerate(self._waiting):
             if not len(rows):
@@ -298,7 +298,7 @@ class Mixture(Dataset):
 
 
 class InOrder(Sampler[int]):
-    """The sequences of a mixture, or pieces, one after the other, in each epoch those that follow. `epoch` tells its
+    """Samples the sequences of a mixture, or pieces, in order, each epoch continuing after the last. `epoch` is its
     number."""
 
     def __init__(self, rows: Mixture | Pieces, epoch: Callable[[], int]) -> None:
@@ -313,7 +313,7 @@ class InOrder(Sampler[int]):
 
 
 class Drawn(Sampler[int]):
-    """Very many sequences in an order that is not kept: in each epoch one of its own. `epoch` tells its number."""
+    """Shuffles very many sequences without storing their order, anew in each epoch. `epoch` is its number."""
 
     def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
         self.length, self.seed, self.epoch = length, seed, epoch
@@ -326,9 +326,9 @@ class Drawn(Sampler[int]):
 
 
 class HeldOut(Dataset):
-    """Held-out sequences, filled up to a multiple of what all processes read at once by some in which nothing counts.
+    """Held-out sequences, padded with sequences without labels to a multiple of what all processes read at once.
 
-    Otherwise a distributed sampler would fill up with sequences that were counted before.
+    Otherwise a distributed sampler would pad with sequences that were already counted.
 
     Args:
         rows: the sequences.
@@ -354,7 +354,7 @@ class HeldOut(Dataset):
 
 
 def name_row(data: "datasets.Dataset | Mixture | Pieces", tokens: Tensor, labels: Tensor, position: int) -> str:
-    """Which row of the data holds these tokens of a batch, which may be padded, and what the row says of its text."""
+    """Name the row of the data with these tokens of a batch, which may be padded, and the text that it is from."""
     tokens, predicted = tokens.cpu(), (labels != -100).cpu()
 
     def same(row: dict[str, Any]) -> bool:
@@ -383,16 +383,16 @@ class DataCollatorWithScores:
     """Pads sequences on the right into a batch that carries scores (`short_nll`, `long_nll`, …) and packed documents.
 
     `labels` are the tokens (or the sequences' own labels), with -100 where nothing is predicted: padding, and the first
-    token of a sequence or document. So every Trainer counts the same tokens as the loss. Scores, whose float32 bits
-    travel as int32 (`tokenweight.models.pack_bits`), are padded with NaN, at which the loss raises wherever a token
-    counts. Padding of packed sequences is a document of its own: an attention mask would switch off the separation of
-    documents. Where no sequence is packed, padding stays at the last position: beside skipped positions, a new document
-    would raise.
+    token of a sequence or document. So every Trainer counts the same tokens as the loss. Scores, whose float32 bits are
+    sent as int32 (`tokenweight.models.pack_bits`), are padded with NaN, for which the loss raises wherever a token
+    counts. Padding of packed sequences is a separate document, since an attention mask would disable the separation of
+    documents. Where no sequence is packed, padding repeats the last position, since with skipped positions a new
+    document would raise.
 
     Args:
-        scorer: supplies both losses of each sequence, as they are read, so that none are stored: such as
-            `CountScorer()`, whose losses are those that `tokenweight score --model count` would store; or any function
-            that is called and answers as it does.
+        scorer: computes both losses of each sequence as it is read, so that none need be stored: `CountScorer()`, whose
+            losses are those that `tokenweight score --model count` would store, or any function with the same
+            signature.
         context: the short context of the scorer.
 
     Example:
@@ -414,9 +414,9 @@ class DataCollatorWithScores:
         """Make a batch.
 
         Args:
-            features: sequences with `input_ids` and, all or none of them, `labels`, `position_ids`, any of
-                `tokenweight.method.SCORES`, and the columns of a teacher; or lists of such, as `Pieces` give them.
-                Masks of other tools are heard as by `tokenweight.data.load_rows`.
+            features: sequences with `input_ids` and, in all or none of them, `labels`, `position_ids`, any of
+                `tokenweight.method.SCORES`, and the columns of a teacher; or lists of such, as from `Pieces`.
+                Masks of other tools are handled as by `tokenweight.data.load_rows`.
 
         Raises:
             ValueError: if some have a column that others lack, or columns of one sequence differ in length or
@@ -458,7 +458,7 @@ class DataCollatorWithScores:
         return {name: torch.stack(values) for name, values in batch.items()}
 
     def _scored(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A sequence with the columns that the scorer gives."""
+        """A sequence with the columns from the scorer."""
         assert self.scorer is not None
         assert self.context is not None
         if there := [name for name in Contrast._fields if name in row]:
@@ -471,8 +471,7 @@ class DataCollatorWithScores:
 
 
 def _tensor(values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Values of a row as a tensor. Those that are mapped into memory are copied: torch would warn that they cannot be
-    written."""
+    """Values of a row as a tensor. Memory-mapped ones are copied, as torch would warn that they are not writable."""
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()
     return torch.as_tensor(values, dtype=dtype)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """What to train, on what, and how: the settings of `tokenweight train` and of its recipes.
+    """Settings of a training run: those of `tokenweight train` and of its recipes.
 
     docs/train.md lists the fields of the trainer whose default differs from that of transformers.
 
@@ -53,7 +53,7 @@ class TrainSettings:
     """Folder, hub id or .gguf file of the model to train; or a config (.json), to train one from scratch
     (docs/train.md)."""
     data: str | list[dict[str, Any]]
-    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. Of a mixture,
+    """Folder of scored sequences; if the scorer is not "stored", a folder of sequences without scores. For a mixture,
     each folder with its share of the tokens: A:0.6 B:0.4, in YAML a list of {path, share}."""
     out: str
     """New folder for checkpoints, the trained model, run.json and metrics.jsonl."""
@@ -61,12 +61,12 @@ class TrainSettings:
     """A weighting of docs/weightings.md, with settings as in sparse:keep=0.1 or mix(dense, uniform, share=0.5); or
     package.module.function."""
     scorer: str = "stored"
-    """Where short losses come from: "stored" (the column short_nll), "self" (the model being trained), "base" (the same
+    """Source of the short losses: "stored" (the column short_nll), "self" (the model being trained), "base" (the same
     without the adapter of `lora`), a model, or "count", as in count:order=4, which needs none (docs/data.md)."""
     contrast: str | None = None
-    """Whose long losses weights compare with the short ones: "trained", the model's as it is trained (the paper), or
-    "scorer", the scorer's own; by default trained, unless the scorer is count or stored scores say scorer
-    (docs/weightings.md)."""
+    """Source of the long losses that weights compare with the short ones: "trained", the model being trained (the
+    paper), or "scorer", the scorer itself; by default trained, unless the scorer is count or stored scores say
+    scorer (docs/weightings.md)."""
     size: OptionalTokens = None
     """Tokens of the short context. Selects one of several stored; otherwise a quarter of the sequence (the paper)."""
     stride: OptionalTokens = None
@@ -95,24 +95,24 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Settings whose text is resolved to objects, without a look at any file. `resolve` makes it."""
+    """Settings whose text is resolved to objects by `resolve`, without reading any file."""
 
     settings: TrainSettings
     weighting: "Weighting"
     arguments: "TrainingArguments"
     extension: dict[str, Any]
-    """Arguments of `extend_context`, or nothing."""
+    """Arguments of `extend_context`; empty without extension."""
     lora: dict[str, Any]
-    """Fields of LoraConfig, or nothing."""
+    """Fields of LoraConfig; empty without adapter."""
     distill: dict[str, Any]
-    """Settings of the distillation, all of them, or nothing."""
+    """All settings of the distillation; empty without one."""
     shares: dict[str, float]
-    """The folders of the data, each with its share of the tokens that are trained on; the shares add up to 1."""
+    """The folders of the data, each with its share of the training tokens; the shares add up to 1."""
     curriculum: LengthCurriculum | None = None
 
     @property
     def sequences_per_step(self) -> int:
-        """Of an optimizer step, in all processes that do not share their sequences."""
+        """Sequences of an optimizer step, over all processes that read different sequences."""
         arguments, parallel = self.arguments, self.arguments.parallelism_config
         copies = math.prod(getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp"))
         return arguments.train_batch_size * arguments.gradient_accumulation_steps * (arguments.world_size // copies)
@@ -123,29 +123,29 @@ class Run:
         return Path(self.settings.out)
 
     def columns(self, contrast: str | None = None) -> frozenset[str]:
-        """The columns of the data that weights are made of, with that contrast in place of the one of the settings."""
+        """The columns of the data that the weights need, with that contrast in place of the one in the settings."""
         found = models.score_columns(self.weighting, contrast or self.settings.contrast or "trained")
         found = found if self.settings.scorer == "stored" else found & {"ref_nll"}
         return found | {*models.TEACHER} if self.distill.get("teacher") == "stored" else found
 
     @property
     def scored(self) -> bool:
-        """Whether weights need what a scorer finds."""
+        """Whether weights need the output of a scorer."""
         return models.score_columns(self.weighting, self.settings.contrast or "trained") - {"ref_nll"} != set()
 
     @property
     def counts(self) -> "CountScorer | None":
-        """What scores sequences as they are read, if that is done without a model."""
+        """The scorer of sequences as they are read, if it is one without a model."""
         return counts_of(self.settings.scorer, self.weighting, self.settings.contrast)
 
     @property
     def scoring_model(self) -> str | None:
-        """The name of the model that scores, if it is another than the one that is trained."""
+        """The name of the scoring model, if it is not the trained one."""
         scorer = self.settings.scorer
         return scorer if scorer not in ("stored", "self", "base") and self.scored and self.counts is None else None
 
     def check_scores(self, stored: bool, folder: str) -> None:
-        """Raise a ValueError if a folder has stored scores, `stored`, but the short losses are to come from a model."""
+        """Raise a ValueError if a folder has scores, `stored`, but the settings take short losses from a model."""
         if stored and self.settings.scorer != "stored":
             raise ValueError(
                 f"scorer {self.settings.scorer!r}: {folder} holds stored scores (short_nll), which would "
@@ -179,11 +179,11 @@ def extension_and_adapter(settings: TrainSettings) -> tuple[dict[str, Any], dict
 
 
 def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "CountScorer | None":
-    """The scorer of that name, if it is one without a model, which scores sequences as they are read, and is needed.
+    """The scorer of that name, if it scores sequences without a model as they are read, and is needed.
 
     Raises:
-        ValueError: for a setting that it does not have; if its losses were to be compared with those of the model that
-            is trained, or the weighting is made of another divergence than its own.
+        ValueError: for an unknown setting; if its losses would be compared with those of the trained model, or the
+            weighting needs another divergence than its own.
     """
     found = models.count_scorer(name)
     if found is None or not models.score_columns(weighting, contrast or "trained") - {"ref_nll"}:
@@ -200,7 +200,7 @@ def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "Count
 
 
 def resolve(settings: TrainSettings) -> Run:
-    """Resolve the text of settings to objects, and check what can be checked without a file.
+    """Resolve the text of settings to objects, and check what can be checked without reading a file.
 
     Raises:
         ValueError: for an unknown weighting, field of TrainingArguments or argument of `extend_context`, and for values
@@ -232,13 +232,13 @@ def resolve(settings: TrainSettings) -> Run:
 
 
 def as_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as `read_recipe` reads them, without what a command adds to them."""
+    """The settings as `read_recipe` reads them, without the additional ones of a command."""
     given = dataclasses.asdict(settings)
     return {field.name: given[field.name] for field in dataclasses.fields(TrainSettings)}
 
 
 def config_text(settings: TrainSettings) -> str:
-    """The settings as YAML that `read_recipe` reads back, with the defaults of ours: the same run, written out.
+    """The settings as YAML for `read_recipe`, with our defaults filled in: the same run, written out.
 
     Raises:
         ValueError: as `resolve` does.
@@ -291,11 +291,11 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
     Args:
         path: of the file.
         allow_code: whether its weighting may be code that is not installed. Such code runs as soon as the recipe is
-            used, and a file that somebody else wrote is to be read before.
+            used, so review files written by others first.
 
     Raises:
-        ValueError: if the file cannot be read, or has a key that no setting has, naming it; for a weighting that is
-            code, unless it is allowed or installed.
+        ValueError: if the file cannot be read, or has an unknown key, naming it; for a weighting that is code, unless
+            allowed or installed.
     """
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
@@ -337,7 +337,7 @@ def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> di
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML; of a key that is there twice, YAML itself would silently take the second."""
+    """Loads YAML and rejects duplicate keys, of which YAML would silently take the second."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -348,9 +348,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a name is that of a weighting of ours, or of a function of an installed package, without importing it.
+    """Whether a name is that of a built-in weighting, or of a function of an installed package, without importing it.
 
-    The working directory, from which Python imports as well, may hold whatever was downloaded with a recipe.
+    The working directory, from which Python imports too, may contain anything downloaded with a recipe.
     """
     name, dot, _ = name.partition(".")
     if not dot or name == "tokenweight":
@@ -358,7 +358,7 @@ def _is_installed(name: str) -> bool:
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(name)
         if spec is None:
-            return True  # nowhere: an error of its own
+            return True  # not found, which raises a separate error
         found = [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
         installed = [
             Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib", "platstdlib")

@@ -1,4 +1,4 @@
-"""What is collected on the device during training: sums for the log, of weights and losses, and what is not finite."""
+"""Statistics collected on the device during training: sums of weights and losses for the log, and non-finite values."""
 
 import contextlib
 import time
@@ -16,17 +16,17 @@ from tokenweight.models import sum_over_processes
 class WeightStatistics(TrainerCallback):
     """Sums over the weights of all tokens that a model is trained on, for a `Trainer` or a loop of your own.
 
-    A hook on the model adds to float64 sums on its device; nothing waits for the device, and no other process is asked,
-    before `flush`. What counts are forward passes with labels in training mode, not those of an evaluation.
+    A hook on the model adds to float64 sums on its device, without synchronizing with the device or other processes
+    before `flush`. Only forward passes with labels in training mode count, not those of an evaluation.
 
     Args:
         model: bound by `with_weighted_loss`; the model itself (or a `PeftModel` around it), not what DDP or FSDP wrap
             around it.
         size: tokens of the short context: the first `size` tokens of a document have the same context in both losses.
             By default that of the model's scorer; without either, `first_window_share` is left out.
-        copies: how many processes read the same rows: those over which the tokens of a row are split.
-        sources: names of the folders of a mixture. Before each forward pass, `source` is to say from which each
-            sequence of the batch comes.
+        copies: number of processes that read the same sequences, over which the tokens of a sequence are split.
+        sources: names of the folders of a mixture. Before each forward pass, set `source` to those that the
+            sequences of the batch come from.
     """
 
     def __init__(
@@ -36,28 +36,28 @@ class WeightStatistics(TrainerCallback):
         self.size, self.copies = scorer.context.size if size is None and scorer is not None else size, copies
         self.sources = list(sources)
         self.source: Tensor | None = None
-        """The number of the source of each sequence in the batch, `[batch]`."""
+        """Index of the source of each sequence in the batch, `[batch]`."""
         self._steps: list[Tensor] = []  # sums of the optimizer steps since the last flush
-        self._open: Tensor | None = None  # of the step that is not done
+        self._open: Tensor | None = None  # of the unfinished step
         self._since = time.perf_counter()
         self._hook = model.register_forward_hook(self._add)
 
     def step(self) -> None:
-        """End an optimizer step. A Trainer that has this object among its callbacks does so itself."""
+        """End an optimizer step. A Trainer with this object among its callbacks calls it."""
         if self._open is not None:
             self._steps.append(self._open)
             self._open = None
 
     def flush(self) -> dict[str, float]:
-        """The statistics since the last flush, over all processes; each has to call it. Empty if nothing was counted.
+        """The statistics since the last flush, over all processes; each has to call this. Empty if nothing was counted.
 
         Returns:
             `weight_mean`, `weight_std`, `unweighted_loss` (the mean long loss in nats) and `first_window_share` (of the
-            total weight) of all predicted tokens; `effective_tokens`, the number of tokens of equal weight that would
-            spread a total like that, (sum of w)² / (sum of w²) for each optimizer step, as a mean over steps;
-            `effective_share`, the same as a share of the predicted tokens; and `tokens_per_second`, predicted tokens by
-            the time since the last flush (or since this object was made), whatever it was spent on. Of a mixture,
-            `tokens/NAME` and `loss/NAME`: predicted tokens of each source, and their mean long loss.
+            total weight) of all predicted tokens; `effective_tokens`, the effective sample size of the weights,
+            (sum of w)² / (sum of w²) for each optimizer step, as a mean over steps; `effective_share`, the same as a
+            fraction of the predicted tokens; and `tokens_per_second`, predicted tokens by the time since the last flush
+            (or since this object was made), whatever it was spent on. For a mixture, also `tokens/NAME` and
+            `loss/NAME`: predicted tokens of each source, and their mean long loss.
         """
         self.step()
         if not self._steps:
@@ -87,13 +87,13 @@ class WeightStatistics(TrainerCallback):
         return found
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._hook.remove()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to measure time."""
+        """Start measuring time."""
         self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -105,7 +105,7 @@ class WeightStatistics(TrainerCallback):
         if not model.training or "mask" not in output:
             return
         mask, positions = output["mask"], output.get("position_ids")
-        # Float64, or the sums of a long interval would lose what single tokens add; Apple's GPUs have none.
+        # Float64, or sums over a long interval would lose single tokens; Apple's GPUs lack it.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64
         weights = output["weights"].to(dtype)  # 0 outside the mask, as the losses are
         early = document_positions(mask.long(), positions) < (self.size or 0)
@@ -121,10 +121,10 @@ class WeightStatistics(TrainerCallback):
 
 
 class _Checked(NamedTuple):
-    """What one check looked at, and where it found the first value that is not finite."""
+    """One check: the values it covers, and the position of the first non-finite one."""
 
     number: Tensor
-    """Of that value among all; how many there are, if all are finite."""
+    """Index of that value among all; their count if all are finite."""
     value: Tensor
     shape: torch.Size
     names: list[str]
@@ -132,20 +132,20 @@ class _Checked(NamedTuple):
 
 
 class LateChecks(TrainerCallback):
-    """Finds losses and weights that are not finite on the device, and raises a step later, when nobody has to wait.
+    """Finds non-finite losses and weights on the device, and raises a step later, when no synchronization is needed.
 
     Args:
-        error: from what was found, and the `where` of its batch, to what is raised.
+        error: function from what was found, and the `where` of its batch, to the exception to raise.
     """
 
     def __init__(self, error: Callable[[NonFinite, Any], Exception]) -> None:
         self._error = error
-        self._open: list[_Checked] = []  # of the step that is not done
-        self._sent: tuple[list[_Checked], Tensor, Tensor, Any] | None = None  # of the one before, on its way
+        self._open: list[_Checked] = []  # of the unfinished step
+        self._sent: tuple[list[_Checked], Tensor, Tensor, Any] | None = None  # of the previous step, in transfer
 
     @contextlib.contextmanager
     def collecting(self, where: Any) -> Iterator[None]:
-        """Collect what is checked of a batch, in place of the errors that a check would raise."""
+        """Collect the checks of a batch, instead of raising their errors at once."""
 
         def look(losses: Mapping[str, Tensor], bad: Tensor) -> None:
             num, flat = bad.numel(), bad.flatten()
@@ -160,7 +160,7 @@ class LateChecks(TrainerCallback):
             LATER.reset(token)
 
     def step(self) -> None:
-        """End an optimizer step: raise what was found in the one before, and send this one's findings to the host."""
+        """End an optimizer step: raise what the previous one found, and send this one's findings to the host."""
         self._read()
         if not self._open:
             return
@@ -174,7 +174,7 @@ class LateChecks(TrainerCallback):
         self._sent = checked, numbers, values, arrived
 
     def finish(self) -> None:
-        """Raise what was found so far; the host waits for it."""
+        """Raise what was found so far, synchronizing with the device."""
         self.step()
         self._read()
 
@@ -202,12 +202,12 @@ class LateChecks(TrainerCallback):
 
 
 class HeldOutLosses:
-    """Losses of all predicted tokens of held-out sequences, over all processes: sums divided by counts, once.
+    """Losses of all predicted tokens of held-out sequences, over all processes: total sums divided by total counts.
 
     Args:
         half: tokens before the second half of the longest sequence.
         short: tokens of the short range.
-        copies: how many processes read the same sequences: those over which the tokens of one are split.
+        copies: number of processes that read the same sequences, over which the tokens of a sequence are split.
     """
 
     def __init__(self, *, half: int, short: int, copies: int = 1) -> None:
@@ -224,7 +224,7 @@ class HeldOutLosses:
             hook.remove()
 
     def losses(self) -> dict[str, float]:
-        """The mean losses in nats; each process has to call it.
+        """The mean losses in nats; each process has to call this.
 
         Returns:
             `loss` of all predicted tokens, unweighted; `loss_beyond_half` and `loss_short` of those after `half` tokens

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` for long runs: it logs statistics of the weights, stops at what is not finite, and saves
+"""A `transformers.Trainer` for long runs: it logs statistics of the weights, stops at non-finite values, and saves
 complete checkpoints."""
 
 import contextlib
@@ -54,9 +54,9 @@ class WeightedTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ValueError: when it is made, for arguments that the Trainer cannot take or that weighted losses do not go with,
-            `compute_metrics` among them, and for a model whose parameters are all frozen; when a loss, a gradient norm
-            or a weight of the model is not finite, with the step, the row if one is to blame, and the last complete
+        ValueError: on construction, for arguments that are invalid or incompatible with weighted losses, such as
+            `compute_metrics`, and for a model whose parameters are all frozen; when a loss, a gradient norm or a
+            weight of the model is not finite, with the step, the row if one is the cause, and the last complete
             checkpoint.
         OSError: when a checkpoint or the trained model cannot be written.
 
@@ -73,7 +73,7 @@ class WeightedTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # its engines raise what they like
+        except Exception as error:  # its engines raise all kinds of errors
             kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
             raise ValueError(f"trainer: {' '.join(str(error).split())}{kind}") from error
         check_processes(self.args)
@@ -109,7 +109,7 @@ class WeightedTrainer(Trainer):
         self.add_callback(self.late)
         if bound.weighting.history:
             self.add_callback(WeightingState())
-        # The Trainer would make room as soon as the first process has written its part of the new checkpoint.
+        # The Trainer would delete old checkpoints as soon as the first process has written its part of the new one.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -117,7 +117,7 @@ class WeightedTrainer(Trainer):
 
         With float16, gradients overflow now and then and their step is skipped.
         """
-        self.late.finish()  # it names the row, and the mean that is logged is waited for anyway
+        self.late.finish()  # it names the row, and logging the mean synchronizes anyway
         losses = {key: key for key in logs if key.startswith("eval_")}
         for key, name in {"loss": "loss", "grad_norm": "gradient norm", **losses}.items():
             scaled = key == "grad_norm" and self.accelerator.scaler is not None
@@ -127,7 +127,7 @@ class WeightedTrainer(Trainer):
         super().log({**logs, **statistics}, start_time)
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; what the loss says of a row of the batch is said of a row of the data, a step later."""
+        """Forward and backward; errors about a row of the batch are raised a step later, about the row of the data."""
         self.statistics.source = inputs.pop(SOURCE, None)
         where: Any = (
             self.state.global_step + 1,
@@ -140,7 +140,7 @@ class WeightedTrainer(Trainer):
             raise self._named(error, where) from error
 
     def _named(self, error: NonFinite, where: tuple[int, dict[str, Tensor]]) -> ValueError:
-        """What is said of a value that is not finite, in a batch of a step."""
+        """The error about a non-finite value in a batch of a step."""
         step, inputs = where
         tokens, labels = (inputs[name][error.row] for name in ("input_ids", "labels"))
         named = name_row(self.train_dataset, tokens, labels, error.position)
@@ -148,20 +148,20 @@ class WeightedTrainer(Trainer):
         return self._stop(told, step)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the Trainer does; of `HeldOut`, losses over all tokens in place of means of the means of batches."""
+        """Evaluate as the Trainer does; for `HeldOut`, with losses over all tokens instead of means of batch means."""
         self.late.finish()
         rows = dataloader.dataset
         if not isinstance(rows, HeldOut):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         measured = HeldOutLosses(half=rows.half, short=rows.short, copies=self._copies)
-        # A loader draws a number when it begins: without a fork, dropout in the steps after would be another.
+        # A loader draws a random number when it starts: without a fork, later steps would have other dropout.
         with torch.random.fork_rng(devices=[]), measured.measuring(self.model):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in measured.losses().items()})
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer does; mixtures and pieces have their own order, and very many rows one without a list."""
+        """The Trainer's sampler, except for mixtures and pieces (their own order) and very many rows (no list)."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, Mixture | Pieces):
             return InOrder(rows, lambda: int(self.state.epoch or 0))
@@ -177,18 +177,18 @@ class WeightedTrainer(Trainer):
             self._signature_columns.append(SOURCE)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does; what it cannot make is named by its fields."""
+        """Create it as the Trainer does, with errors that name its fields."""
         with _named("optim", self.args.optim, "optim_args", self.args.optim_args):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does; what it cannot make is named by its fields."""
+        """Create it as the Trainer does, with errors that name its fields."""
         schedule = ("lr_scheduler_type", self.args.lr_scheduler_type)
         with _named(*schedule, "lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
             return super().create_scheduler(*args, **kwargs)
 
     def fit(self, checkpoint: Path | None = None, *, saves: bool = True) -> None:
-        """Train, from a checkpoint if one is given, and write the trained model into the folder of the run.
+        """Train, from a checkpoint if given, and write the trained model into the folder of the run.
 
         Args:
             checkpoint: to resume from.
@@ -206,42 +206,42 @@ class WeightedTrainer(Trainer):
             self.statistics.remove()
 
     def save_trained(self) -> None:
-        """Write the trained model, an ordinary one of transformers, into the folder of the run."""
+        """Write the trained model, an ordinary transformers model, into the folder of the run."""
         self._check_weights_finite()
         save_whole(self)
         with writing("the trained model", self.out, self.out):
-            self.save_model(_internal_call=True)  # without the upload, whose failure is another
+            self.save_model(_internal_call=True)  # without the upload, which fails separately
         self.create_model_card()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write ours, and what transformers 4 reads; `push_to_hub` calls this after it saved and before it uploads."""
+        """Write our card, and RoPE settings for transformers 4; `push_to_hub` calls this between save and upload."""
         if self.is_world_process_zero():
-            add_older_rope(self.out, self.model.config)  # not of checkpoints: Trainer could not resume from them
+            add_older_rope(self.out, self.model.config)  # not in checkpoints: the Trainer could not resume from them
             write_card(self.out)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer does; then mark it, and only then make room."""
+        """Save as the Trainer does; then mark the checkpoint, and only then delete old ones."""
         self.late.finish()
         self._check_weights_finite()
         folder = self.out / f"checkpoint-{self.state.global_step}"
         try:
             with writing("a checkpoint", folder, self.out):
                 super()._save_checkpoint(*args, **kwargs)
-                self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+                self.accelerator.wait_for_everyone()  # every process writes its random state
                 if self.args.should_save:
                     mark_whole(folder)
                     rotate(self.out, self._limit, self.state.best_model_checkpoint)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from it, and it takes the room there is
+            shutil.rmtree(folder, ignore_errors=True)  # unusable, and it fills the disk
             raise
 
     def _check_weights_finite(self) -> None:
-        # Under ZeRO-3 a parameter is empty between passes, and what this process holds of it is beside it.
+        # Under ZeRO-3 a parameter is empty between passes, and this process's shard is an attribute of it.
         parameters = ((name, getattr(one, "ds_tensor", one)) for name, one in self.model.named_parameters())
         name = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
-        # Each process may hold a part of them, and all have to stop: the others would wait for this one.
+        # Each process may hold a shard, and all have to stop, or the others would wait for this one.
         if self.args.world_size > 1 and any_process(name is not None, self.args.device):
             name = name or "a weight in another process"
         if name is not None:
@@ -254,22 +254,22 @@ class WeightedTrainer(Trainer):
 
 @contextlib.contextmanager
 def _named(field: str, value: Any, settings: str, given: Any) -> Iterator[None]:
-    """Make whatever goes wrong within a ValueError that names a field of TrainingArguments, and its settings."""
+    """Turn any error within into a ValueError that names a field of TrainingArguments, and its settings."""
     try:
         yield
-    except Exception as error:  # a missing package, a setting that it does not have, a text for a number
+    except Exception as error:  # a missing package, an unknown setting, text for a number
         named = f"trainer.{field} {getattr(value, 'value', value)}" + (f": {settings} {given}" if given else "")
         raise ValueError(f"{named}: {' '.join(str(error).split())}") from error
 
 
 def prepare_engine(trainer: Trainer) -> None:
-    """Keep in float32 what Accelerate's FSDP2 would round to 16 bits: the loss, and sums of gradients.
+    """Keep the loss and accumulated gradients in float32, which Accelerate's FSDP2 would round to 16 bits.
 
     Raises:
-        ValueError: for engines that do not train or save what they should, before any work starts.
+        ValueError: for backends that do not train or save what they should, before any work starts.
     """
     steps = trainer.accelerator.gradient_accumulation_steps
-    if steps > 1 and not trainer.is_deepspeed_enabled:  # the loss has divided them already (docs/log.md)
+    if steps > 1 and not trainer.is_deepspeed_enabled:  # the loss already divides by them (docs/log.md)
         raise ValueError(
             f"trainer: transformers {transformers.__version__} divides gradients by the {steps} accumulation steps a "
             "second time: expected transformers 5.8 or newer"
@@ -307,12 +307,12 @@ def prepare_engine(trainer: Trainer) -> None:
 
 
 def use_liger(trainer: Trainer) -> None:
-    """Where `use_liger_kernel` asks for them, put Liger's kernels into a bound model, and verify the loss with them.
+    """Patch Liger's kernels into a bound model if `use_liger_kernel` is set, and verify the loss with them.
 
-    The Trainer would put them in when training begins, which it still does: the same ones, which changes nothing.
+    The Trainer still patches in the same kernels when training begins, which changes nothing.
 
     Raises:
-        ValueError: if losses are among them, Liger is not installed, or the loss is no longer the model's own.
+        ValueError: if they include losses, Liger is not installed, or the loss is no longer the model's own.
     """
     arguments = trainer.args
     check_values({name: getattr(arguments, name) for name in ("use_liger_kernel", "liger_kernel_config")})
@@ -325,10 +325,10 @@ def use_liger(trainer: Trainer) -> None:
 
 
 def compile_decoder(trainer: Trainer) -> None:
-    """Where `torch_compile` asks for it, compile the decoder of a bound model, in place of all that Accelerate would.
+    """Compile the decoder of a bound model if `torch_compile` is set, instead of everything that Accelerate would.
 
-    The rest of a step asks the device for numbers and holds logits in chunks, at which a graph would break again and
-    again. The decoder is one graph where it trains, and one where it scores.
+    The rest of a step synchronizes with the device and holds logits in chunks, which would break the graph again and
+    again. The decoder is one graph for training, and one for scoring.
     """
     plugin = trainer.accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO:
@@ -338,7 +338,7 @@ def compile_decoder(trainer: Trainer) -> None:
 
 
 def _check_dimensions(trainer: Trainer) -> None:
-    """Raise a ValueError for ways to share a model among processes that a weighted loss does not know."""
+    """Raise a ValueError for kinds of model parallelism that a weighted loss does not support."""
     config = getattr(trainer.accelerator, "parallelism_config", None)
     for name, what in {"tp_size": "tensor", "sp_size": "sequence"}.items():
         if (size := getattr(config, name, None) or 1) > 1:
@@ -349,18 +349,18 @@ def _check_dimensions(trainer: Trainer) -> None:
 
 
 def save_whole(trainer: Trainer) -> None:
-    """Let the Trainer save the whole model from now on, even if its checkpoints hold a part per process."""
+    """Make the Trainer save the full model from now on, even if its checkpoints are sharded."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 class EndOfDistillation(TrainerCallback):
-    """Ends a distillation after so many steps, also where a run is resumed later."""
+    """Ends a distillation after a number of steps, also if the run resumes later than that."""
 
     def __init__(self, model: PreTrainedModel, steps: int) -> None:
         self.model, self.steps = model, steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the weighted loss alone, from the step after the last."""
+        """Drop the distillation term from the first step after the last."""
         if state.global_step >= self.steps:
             without_distillation(self.model)

@@ -33,14 +33,14 @@ from tokenweight.train.settings import counts_of
 from tokenweight.train.trainer import EndOfDistillation, compile_decoder, prepare_engine, use_liger
 
 _EXPECTED = {"loss_type": "nll", "max_length": None, "packing": False, "eval_packing": None, "padding_free": False}
-"""Settings of TRL under which sequences, scores and loss stay as they are; the defaults of `TokenWeightedSFTConfig`."""
+"""Settings of TRL that leave sequences, scores and loss unchanged; the defaults of `TokenWeightedSFTConfig`."""
 
 
 @dataclass
 class TokenWeightedSFTConfig(SFTConfig):
-    """Arguments of `TokenWeightedSFTTrainer`: those of TRL's `SFTConfig`, and where the weights come from.
+    """Arguments of `TokenWeightedSFTTrainer`: those of TRL's `SFTConfig`, and the source of the weights.
 
-    Sequences are not truncated (`max_length=None`): their scores would not be.
+    Sequences are not truncated (`max_length=None`), since their scores would not be.
 
     Raises:
         ValueError: for settings of TRL that would change sequences, scores or loss, and for settings of the short
@@ -113,23 +113,23 @@ class TokenWeightedSFTConfig(SFTConfig):
 
     @property
     def distillation(self) -> dict[str, Any]:
-        """Settings of the distillation, or nothing."""
+        """Settings of the distillation; empty without one."""
         given = {name: getattr(self, f"distill_{name}") for name in ("weight", "teacher", "top_k", "steps")}
         return distillation_arguments(given) if {*given.values()} - {None, "stored"} else {}
 
     @property
     def counts(self) -> CountScorer | None:
-        """What scores sequences as they are read, if that is done without a model."""
+        """The scorer of sequences as they are read, if it is one without a model."""
         return counts_of(self.scorer, parse_weighting(self.weighting), self.contrast)
 
 
 class TokenWeightedSFTTrainer(SFTTrainer):
     """An `SFTTrainer` whose loss weights the tokens.
 
-    SFTTrainer computes its own loss, past the model's forward, and drops all columns but tokens and labels. Here loss
-    and evaluation are those of `transformers.Trainer` with a bound model, and batches those of
+    SFTTrainer computes its own loss, bypassing the model's forward, and drops all columns except tokens and labels.
+    Here loss and evaluation are those of `transformers.Trainer` with a bound model, and batches those of
     `DataCollatorWithScores`; data, PEFT, checkpoints and callbacks are TRL's. TRL's metrics `entropy`,
-    `mean_token_accuracy` and `num_tokens` are not logged: they come from a pass that is not made.
+    `mean_token_accuracy` and `num_tokens` are not logged, as they need a pass that is not made.
 
     Example:
         >>> rows, _ = tokenweight.data.load_scores("scored")  # doctest: +SKIP
@@ -182,7 +182,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         collate = functools.partial(_collate, collator)
         super().__init__(model, args, train_dataset=train_dataset, **{**given, "data_collator": collate})
         self._check_engine()
-        base = _base(self.model)  # only now: TRL may have replaced its head, for a chat template or by PEFT
+        base = _base(self.model)  # only now, as TRL may have replaced its head, for a chat template or by PEFT
         weighting = parse_weighting(args.weighting)
         teaching: dict[str, Any] = {"contrast": args.contrast or "trained", "distillation": self._distillation(args)}
         with_weighted_loss(base, weighting, self._scorer(base, args), **teaching)
@@ -195,7 +195,7 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss divides by all tokens of a step, which the Trainer counts
 
     def _check_engine(self) -> None:
-        """Prepare what shares the model among processes; a ValueError for what would change the loss."""
+        """Prepare sharded backends, or raise a ValueError if they would change the loss."""
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef {self.router_aux_loss_coef}: the loss of the router is not added to the "
@@ -227,15 +227,15 @@ class TokenWeightedSFTTrainer(SFTTrainer):
         )
 
     def _other(self, name: str) -> PreTrainedModel:
-        """A model that scores or teaches, of the same tokenizer."""
+        """Load a model that scores or teaches, with the same tokenizer."""
         made = {"tokenizer": "args", "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer)}
         check_tokenizer(find_tokenizer(name), name, made, "train_dataset")
         return load_model(name).to(self.args.device)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # SFTTrainer would leave out all but tokens and labels; what is named here stays, what is not goes.
+        # SFTTrainer would drop all columns except tokens and labels; only those named here stay.
         columns = score_columns(parse_weighting(self.args.weighting), self.args.contrast or "trained")
-        # TRL leaves this mask beside the labels where all tokens are to be trained, and our collator would hear it.
+        # TRL keeps this mask beside the labels where all tokens are trained, and our collator would apply it.
         masks = [name for name in TRANSLATED if name != "completion_mask" or self.completion_only_loss]
         taught = TEACHER if self.args.distillation.get("teacher") == "stored" else ()
         self._signature_columns = ["input_ids", "labels", "position_ids", *sorted(columns), *taught, *masks]
@@ -247,7 +247,7 @@ def _data_sets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
 
 
 def _set_contrast(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Leave no contrast open: that which the scores say, else trained. ValueError if they cannot be compared so."""
+    """Set an open contrast to that of the scores, else to trained. ValueError if they cannot be compared so."""
     own = args.scorer == "stored" and parse_weighting(args.weighting).uses_short
     noted = [noted_contrast(rows) for rows in _data_sets(train_dataset, eval_dataset)] if own else []
     if args.contrast is None:
@@ -260,9 +260,9 @@ def _set_contrast(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset
 
 
 def _check_columns(args: TokenWeightedSFTConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Check that the columns are those that the scorer needs; let TRL leave tokens as they are, where they are given.
+    """Check that the columns are those that the scorer needs; make TRL keep tokens unchanged where they are given.
 
-    TRL makes labels of masks when it prepares a data set. Where it does not, all tokens would be trained.
+    TRL turns masks into labels when it prepares a data set. Where it does not, all tokens would be trained.
     """
     columns = [set(getattr(rows, "column_names", None) or ()) for rows in _data_sets(train_dataset, eval_dataset)]
     masked = [names & {"completion_mask", "assistant_masks"} for names in columns if "labels" not in names]
@@ -306,5 +306,5 @@ def _collate(collator: DataCollatorWithScores, features: Sequence[Mapping[str, A
 
 
 def _base(model: Any) -> Any:
-    """The model itself; of a PEFT model, the one that it wraps."""
+    """The model itself; for a PEFT model, the one that it wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Looking at weights: in the terminal, in figures and on an HTML page."""
+"""Views of the weights: in the terminal, in figures and on an HTML page."""
 
 import lazy_loader
 

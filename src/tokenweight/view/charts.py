@@ -42,13 +42,13 @@ class Chart(NamedTuple):
     zero: bool = False
     """Whether the vertical axis includes 0."""
     marks: Sequence[tuple[Number, str]] = ()
-    """Vertical lines: where they are, and what is written beside them."""
+    """Vertical lines: their positions and labels."""
     labels: Mapping[Number, str] = {}
     """Names of x values in the table, such as the bins around them."""
     labeled: bool = False
-    """Whether the horizontal axis has these names, too."""
+    """Whether the horizontal axis shows these names, too."""
     whole: bool = False
-    """Whether x values are whole numbers, such as steps: no other is written at the axis."""
+    """Whether x values are integers, such as steps, so that the axis shows no others."""
 
     def rows(self) -> list[list[str]]:
         """The rows of the table: the label of each x, and the values of all series there."""
@@ -59,7 +59,7 @@ class Chart(NamedTuple):
         ]
 
     def svg(self) -> str:
-        """The drawing as an SVG element, in which every text is escaped."""
+        """The drawing as an SVG element, with all text escaped."""
         names = ", ".join(series.name for series in self.series)
         label = f"{self.title}: {self.y} by {self.x}, {names}. The table below has the numbers."
         svg = Element("svg", {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": label})
@@ -108,13 +108,13 @@ class Chart(NamedTuple):
                 SubElement(svg, "circle", {"class": f"dot {color}", "cx": f"{x:g}", "cy": f"{y:g}", "r": "3"})
 
     def _spacing(self) -> Number:
-        """The distance of neighboring points, all of which are equally far apart."""
+        """The distance between neighboring points, which is equal for all."""
         first, second, *_ = self.series[0].points
         return second.x - first.x
 
 
 class _Scale(NamedTuple):
-    """A map from values, low to high, to places in the drawing."""
+    """A map from values, low to high, to coordinates in the drawing."""
 
     low: Number
     high: Number
@@ -134,17 +134,17 @@ def _scales(chart: Chart, points: Sequence[Point]) -> tuple[_Scale, _Scale]:
     ys = [value for point in points for value in point[1:] if value is not None] + [0.0] * chart.zero
     ys = [math.log10(y) for y in ys] if chart.log else ys
     low, high = min(ys), max(ys)
-    # The values of a constant, such as a mean weight of 1, differ by rounding: it is drawn flat.
+    # The values of a constant, such as a mean weight of 1, differ only by rounding: draw it flat.
     differs = high - low > 1e-6 * max(abs(low), abs(high))
     margin = 0.08 * ((high - low) if differs else abs(high) or 1)
     low -= 0 if chart.zero and low == 0 else margin
     to_x = _Scale(min(xs) - room, max(xs) + room, _LEFT, _WIDTH - _RIGHT)
-    top = _TOP + 4 * bool(chart.marks)  # below what is written beside a mark
+    top = _TOP + 4 * bool(chart.marks)  # below the label of a mark
     return to_x, _Scale(low, high + margin, _HEIGHT - _BOTTOM, top, chart.log)
 
 
 def ticks(low: Number, high: Number, num: int, *, whole: bool = False) -> list[Number]:
-    """About `num` round numbers from `low` to `high`; with `whole`, whole ones."""
+    """About `num` round numbers from `low` to `high`; with `whole`, integers."""
     least = (high - low) / num or 1
     power = 10 ** math.floor(math.log10(least))
     steps = [factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * least]
@@ -154,7 +154,7 @@ def ticks(low: Number, high: Number, num: int, *, whole: bool = False) -> list[N
 
 
 def short(number: Number | None) -> str:
-    """A number in four digits, or whole from a thousand to ten million; a dash for None."""
+    """A number in four digits, or as an integer from a thousand to ten million; a dash for None."""
     if number is None:
         return "\N{EN DASH}"
     return f"{number:,.0f}" if 1000 <= abs(number) < 1e7 else f"{number or 0:.4g}"

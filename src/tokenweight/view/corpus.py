@@ -1,6 +1,6 @@
-"""What a long context gives in a whole scored folder, from the numbers that `score --long` stores for each sequence.
+"""Context gain of a whole scored folder, from the statistics that `score --long` stores for each sequence.
 
-No token is read for it, so that a folder of a hundred thousand sequences takes seconds.
+No tokens are read, so that a folder of a hundred thousand sequences takes seconds.
 """
 
 import math
@@ -23,12 +23,12 @@ from tokenweight.view.summaries import Histogram
 from tokenweight.view.terminal import ESCAPES
 
 TOP_SHARE = 0.2
-"""Of the sequences: those with the largest gain, whose share of the whole gain is told."""
+"""Fraction of the sequences, those with the largest gain, whose share of the total gain is shown."""
 _BARS = 40  # characters of the longest bar
 
 
 class DocumentGain(NamedTuple):
-    """The mean gain of the sequences of a document; of a sequence, where the folder names no documents, or one only."""
+    """Mean gain of the sequences of a document; or of one sequence, if the folder names no documents, or only one."""
 
     name: str
     row: int
@@ -38,37 +38,37 @@ class DocumentGain(NamedTuple):
 
 
 class CorpusGain(NamedTuple):
-    """What a long context gives to the sequences of a folder, compared with one of the short contexts.
+    """Gain of the sequences of a folder from the long context over one of the short contexts.
 
-    Each sequence counts the same. The gain of a token is its short loss minus its long loss, in nats; tokens of first
+    Each sequence counts equally. The gain of a token is its short loss minus its long loss, in nats; tokens of first
     windows, whose short context is the long one, do not count.
     """
 
     source: str
-    """The folder; and the value of a column, if the sequences were told apart by it."""
+    """The folder; and the value of a column, if the sequences are split by it."""
     size: int
     """Tokens of the short context."""
     sequences: int
-    """Those with a token that counts."""
+    """Number of sequences with counted tokens."""
     all_sequences: int
     tokens: int
-    """Of all sequences."""
+    """Number of tokens of all sequences."""
     mean_gain: float
-    """The mean over the sequences of their mean gains; the quantiles are of these, too."""
+    """Mean over the sequences of their mean gains; the quantiles are of these, too."""
     quantiles: dict[str, float]
     better: float
-    """The fraction of tokens that the long context predicts better."""
+    """Fraction of tokens that are better predicted with the long context."""
     key_token_ratio: float
     """The fraction of key tokens of LongPPL (`key_tokens`)."""
     top_share: float | None
-    """The fraction of the gain that is in the fifth of the sequences with the largest; None unless the sum is positive.
-    More than 1 where others lose by the long context."""
+    """Fraction of the total gain in the fifth of the sequences with the largest; None unless the total is positive.
+    More than 1 if the other sequences lose."""
     histogram: Histogram
-    """Of the mean gains of the sequences."""
+    """Histogram of the mean gains of the sequences."""
     best: list[DocumentGain]
     """The documents with the largest mean gain, from the largest."""
     worst: list[DocumentGain]
-    """Those with the smallest, from the smallest; no document is in both lists."""
+    """The documents with the smallest mean gain, from the smallest; no document is in both lists."""
 
 
 def corpus_gains(
@@ -79,13 +79,13 @@ def corpus_gains(
     top: int = 5,
     name: str | None = None,
 ) -> list[CorpusGain]:
-    """Sum up a scored folder, once for each short context, from the largest, and for each value of a column.
+    """Summarize a scored folder for each short context, from the largest, and for each value of a column.
 
     Args:
         folder: scored with `--long`.
-        size: tokens of the only short context to sum up; by default all that are stored.
-        by: name of a column that tells sources apart.
-        top: number of the best, and of the worst documents.
+        size: tokens of the only short context to summarize; by default all that are stored.
+        by: name of a column that distinguishes sources.
+        top: number of best, and of worst documents.
         name: name of the folder in the result; by default its path.
 
     Raises:
@@ -121,11 +121,11 @@ def _summed(
     places: np.ndarray,
     top: int,
 ) -> CorpusGain:
-    """Sum up the sequences at these places; `gains` are means, fractions of better tokens, and of key tokens."""
+    """Summarize the sequences with these indices; `gains` are means, fractions of better tokens, and of key tokens."""
     own = places[~np.isnan(gains[0, places])]
     means, better, key = gains[:, own]
     documents = _documents(own, means, names)
-    if names is not None and len(documents) == 1:  # then they are no choice: its sequences are
+    if names is not None and len(documents) == 1:  # then list its sequences instead
         documents = _documents(own, means, [f"{name} (row {row})" for row, name in enumerate(names)])
     num = min(top, len(documents) // 2) if len(documents) > 1 else top
     ordered, total = np.sort(means)[::-1], means.sum()
@@ -151,7 +151,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _names(rows: datasets.Dataset) -> list[str] | None:
-    """The document of each sequence; of packed ones, the first of them and how many more there are."""
+    """The document of each sequence; for packed ones, the first and the number of others."""
     if "document" in rows.column_names:
         return rows.select_columns("document").with_format("arrow")[:].column("document").to_pylist()
     if "documents" not in rows.column_names:
@@ -171,7 +171,7 @@ def _groups(rows: datasets.Dataset, folder: str | os.PathLike[str], by: str) -> 
 
 
 def _documents(places: np.ndarray, means: np.ndarray, names: list[str] | None) -> list[DocumentGain]:
-    """The documents of the sequences at these places, from the largest mean gain."""
+    """The documents of the sequences with these indices, from the largest mean gain."""
     found: dict[str, tuple[int, int, float]] = {}
     for row, mean in zip(places.tolist(), means.tolist()):
         name = f"row {row}" if names is None else names[row]
@@ -182,7 +182,7 @@ def _documents(places: np.ndarray, means: np.ndarray, names: list[str] | None) -
 
 
 def _histogram(means: np.ndarray) -> Histogram:
-    """At most a dozen bins with round edges, for 98 % of the sequences or more; the outer two hold the others, too."""
+    """At most a dozen bins with round edges for at least 98 % of the sequences; the outer two include the others."""
     if not len(means):
         return Histogram([], [])
     low, high = np.quantile(means, [0.01, 0.99]).tolist()
@@ -195,7 +195,7 @@ def _histogram(means: np.ndarray) -> Histogram:
 
 
 def corpus_view(gains: Sequence[CorpusGain]) -> list[RenderableType]:
-    """Show the numbers of several folders or contexts as a table, and the sequences of each as bars of text."""
+    """Show the numbers of several folders or contexts as a table, and the gains of each as a text histogram."""
     look: dict[str, Any] = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
     table = Table(**look, caption=CORPUS_NOTE, caption_justify="left")
     for name in ("", *(gain.source for gain in gains)):
@@ -214,7 +214,7 @@ MIN_BARS = 5
 
 
 def corpus_lines(gains: Sequence[CorpusGain]) -> list[tuple[str, list[str]]]:
-    """The lines of the table: what a number is, and that of each folder and context."""
+    """Lines of the table: name of a number, and its value for each folder and context."""
     p10, p50, p90 = ([_shown(gain.quantiles[level], "+.4f") for gain in gains] for level in ("p10", "p50", "p90"))
     return [
         ("short context (tokens)", [f"{gain.size:,}" for gain in gains]),
@@ -234,11 +234,11 @@ def corpus_lines(gains: Sequence[CorpusGain]) -> list[tuple[str, list[str]]]:
 
 
 CORPUS_NOTE = "Beyond the first window; means, quantiles and percentages over sequences, each of which counts the same."
-"""What the numbers are of."""
+"""Scope of the numbers."""
 
 
 def _counted(gain: CorpusGain) -> str:
-    """How many sequences count, of how many."""
+    """Describe how many of the sequences count."""
     return f"{gain.sequences:,}" + f" of {gain.all_sequences:,}" * (gain.sequences < gain.all_sequences)
 
 
@@ -247,7 +247,7 @@ def _shown(value: float, form: str) -> str:
 
 
 def bin_labels(histogram: Histogram) -> list[str]:
-    """The names of the bins of mean gains; the outer two also hold what lies beyond."""
+    """Names of the bins of mean gains; the outer two include what lies beyond."""
     edges = [f"{edge:+.4g}" if edge else "0" for edge in histogram.edges]
     return [f"below {edges[1]}", *(f"{a} to {b}" for a, b in pairwise(edges[1:-1])), f"{edges[-2]} or more"]
 
@@ -287,7 +287,7 @@ def document_name(document: DocumentGain) -> str:
 
 
 def corpus_records(gains: Sequence[CorpusGain]) -> list[dict[str, Any]]:
-    """The same for JSON: numbers that do not exist are None."""
+    """Convert to JSON types, with None for undefined numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float):
@@ -302,6 +302,6 @@ def corpus_records(gains: Sequence[CorpusGain]) -> list[dict[str, Any]]:
 
 
 def name_folders(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The last parts of the paths, if all differ; else the whole paths."""
+    """The last parts of the paths, if all differ; else the full paths."""
     short = [Path(folder).absolute().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

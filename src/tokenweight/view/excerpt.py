@@ -18,7 +18,7 @@ LOOKS += [f"up l{n} far" for n in range(4, 9)]
 
 
 class Excerpt(NamedTuple):
-    """How much of scored folders is on the page, and which of their scores."""
+    """Amount of the scored folders shown on the page, and selection of their scores."""
 
     rows: int = 1
     """Number of sequences shown from each folder, from the first."""
@@ -27,13 +27,13 @@ class Excerpt(NamedTuple):
     size: int | None = None
     """Tokens of the short context, where scores of several are stored."""
     model: str | None = None
-    """Model that gives the long losses, in place of stored ones."""
+    """Model that computes the long losses, in place of stored ones."""
     smooth: bool = False
     """Whether weight by position is averaged over the tokens that each window scores."""
 
 
 class Scheme(NamedTuple):
-    """A kind of weighting on the page: one choice of the switch, with the stops of its slider."""
+    """A type of weighting on the page: one choice of the switch, with the stops of its slider."""
 
     label: str
     formula: str
@@ -65,17 +65,17 @@ def _schemes() -> tuple[list[Scheme], list[Weighting]]:
 
 
 SCHEMES, SETTINGS = _schemes()
-"""The choices of the switch; and every weighting at every stop of its slider, by whose number the page calls it."""
+"""The choices of the switch; and every weighting at every stop of its slider, which the page refers to by index."""
 START = SETTINGS.index(Dense())
-"""Number of the setting that the page opens with."""
+"""Index of the setting that the page opens with."""
 
 
 def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any]:
-    """Read the first sequences of a scored folder, and weigh them by every setting of the page; and sum up all, if
+    """Read the first sequences of a scored folder, and weight them by every setting of the page; and summarize all, if
     their gains are stored.
 
     Raises:
-        ValueError: if it is not known over what to smooth.
+        ValueError: if the windows to smooth over are not known.
     """
     data, provenance = load_scores(folder, size=excerpt.size)
     rows = read_rows(folder, 0, excerpt.rows, excerpt.model, size=excerpt.size)
@@ -88,7 +88,7 @@ def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any
     if excerpt.model is not None:
         settings["long losses of"] = excerpt.model
     kinds: list[list[KindShare]] = [[] for _ in SETTINGS]
-    if rows[0].tokenizer is not None:  # else the pieces are ids, which are of no kind
+    if rows[0].tokenizer is not None:  # else the pieces are ids, without kinds
         masks = [row_kinds(row, texts) for row, texts in zip(rows, pieces)]
         kinds = [by_kind(rows, own, masks) for own in weights]
     return {
@@ -109,14 +109,14 @@ def read_scored(folder: Path, excerpt: Excerpt, name: str = "") -> dict[str, Any
 
 
 def windows_of(row: ScoredRow, folder: Path) -> ShortContext:
-    """The short context of the scores of a row, over whose windows a curve by position is smoothed."""
+    """The short context of a row's scores, over whose windows a curve by position is smoothed."""
     if row.size is None or row.stride is None:
         raise ValueError(f"smooth: {folder} does not say which windows it was scored with")
     return ShortContext(row.size, row.stride)
 
 
 def about_windows(row: ScoredRow, *, smooth: bool) -> str:
-    """What in a curve by position comes from the windows of the scores, and not from the text."""
+    """Note on features of a curve by position that come from the windows of the scores, not from the text."""
     if row.size is None or row.stride is None:
         return ""
     if smooth:
@@ -129,7 +129,7 @@ def about_windows(row: ScoredRow, *, smooth: bool) -> str:
 
 
 def _beyond(row: ScoredRow, size: int | None) -> ScoredRow:
-    """Mask the first window of each document: there, the short context is the long one."""
+    """Mask the first window of each document, where the short context is the long one."""
     if size is None:
         return row
     return row._replace(mask=row.mask & (document_positions(row.tokens, row.position_ids) >= size))
@@ -166,7 +166,7 @@ def _row(
 
 
 def look(weight: float) -> int:
-    """Number of the look of a token of this weight, in `LOOKS`."""
+    """Index in `LOOKS` of the look of a token of this weight."""
     level = tint_level(weight)
     if level is None:
         return LOOKS.index("zero")
@@ -176,13 +176,13 @@ def look(weight: float) -> int:
 
 
 def split_piece(piece: str) -> tuple[str, str]:
-    """The spaces before a word, which stay untinted, and the rest, in which nothing is invisible."""
+    """Split into the spaces before a word, which stay untinted, and the rest, with invisible characters escaped."""
     rest = piece.lstrip(" ") or piece
     return piece.removesuffix(rest), rest.translate(ESCAPES)
 
 
 def _losses(nll: Float[Tensor, "1 seq"], mask: Tensor, shown: slice) -> list[float | int | None]:
-    """Losses in four decimals; None where no token is predicted."""
+    """Losses to four decimals; None where no token is predicted."""
     pairs = zip(nll[0, shown].tolist(), mask[0, shown].tolist())
     return [_rounded(loss, "%.4f") if counts else None for loss, counts in pairs]
 

@@ -31,7 +31,7 @@ def draw(
     smooth: bool = False,
     style: str = "paper",
 ) -> dict[str, Figure]:
-    """Draw every figure that the folders give: several for each folder of scores or evaluation, one for all trainings.
+    """Draw every figure possible from the folders: several per folder of scores or evaluation, one for all trainings.
 
     Args:
         folders: folders that `score`, `train` or `eval` has written, with different names.
@@ -43,11 +43,11 @@ def draw(
         style: one of `STYLES`.
 
     Returns:
-        The figures by the names of their files. The label of a figure of scores says how many sequences it is of, and
-        what in it is not of the text.
+        The figures by file name. The label of a figure of scores gives its number of sequences, and notes features that
+        do not come from the text.
 
     Raises:
-        ValueError: if a folder is not one of these, or holds nothing to draw.
+        ValueError: if a folder is not one of these, or has nothing to draw.
     """
     names = [folder.resolve().name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -113,7 +113,7 @@ def _passage(rows: Sequence[ScoredRow], weights: dict[str, Tensor], style: str) 
     """The tokens of the first row around the one whose losses differ most.
 
     Args:
-        rows: whose masks leave out the first window.
+        rows: sequences whose masks exclude the first window.
         weights: of the first row.
     """
     row = rows[0]
@@ -138,11 +138,11 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
         table, edges, sizes = read_table(record), record["settings"]["edges"], record["settings"]["sizes"]
         known = {entry.measure for row in table for entry in row if entry.value is not None}
         figures = {"loss-by-position": plots.loss_figure(table, edges, style=style)}
-        if f"benefit_{sizes[0]}" in known:  # all of them are of the same tokens, which short documents do not have
+        if f"benefit_{sizes[0]}" in known:  # all use the same tokens, which short documents lack
             figures["benefit-by-context"] = plots.benefit_figure(table, sizes, style=style)
         for name, model in zip(short_names(table), record.get("models", [])):
             if "heads" in model:
-                of = re.sub(r"[^-.\w]+", "-", name)  # a path, where last names are the same
+                of = re.sub(r"[^-.\w]+", "-", name)  # a path, if the last parts are equal
                 figures[f"heads-{of}"] = head_figure(model["heads"], style=style)
         return figures
     except (KeyError, TypeError) as error:
@@ -150,7 +150,7 @@ def evaluation_figures(folder: Path, *, style: str = "paper") -> dict[str, Figur
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines with a loss, by step; of two lines of a step, as an interruption leaves them, the later counts."""
+    """Read the lines with a loss, by step; if an interruption left two lines of a step, the later counts."""
     steps = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
     if not steps:
         raise ValueError(f"{folder}/metrics.jsonl holds no loss: expected lines that the training logged")

@@ -1,4 +1,4 @@
-"""What the terminal shows as HTML: in a notebook, or as a page of its own. It loads nothing and runs no script."""
+"""Terminal views as HTML, in a notebook or as a standalone page, without external resources or scripts."""
 
 from dataclasses import dataclass
 from html import escape
@@ -17,11 +17,11 @@ _BEFORE, _AFTER = 30, 20  # characters around a token in the list
 
 @dataclass(frozen=True)
 class Html:
-    """What a notebook shows in place of the object."""
+    """HTML that a notebook shows in place of the object."""
 
     title: str
     fragment: str
-    """An element that brings its own style."""
+    """An element that includes its own style."""
 
     def _repr_html_(self) -> str:
         return self.fragment
@@ -41,7 +41,7 @@ def notebook(
 ) -> Html:
     """Show a scored sequence in a notebook: a passage tinted by weight as in the report, and the `top` tokens.
 
-    A token tells its weight and its losses under the pointer. Text is never read as markup.
+    Hovering over a token shows its weight and losses. Text is never interpreted as markup.
 
     Args:
         row: scored sequence, as of `read_row` or `score_text`.
@@ -62,7 +62,7 @@ def notebook(
 
 
 def to_html(shown: Shown, *, top: int = 12) -> Html:
-    """The same of a chosen passage."""
+    """Convert a chosen passage to HTML, as `notebook` does."""
     row = shown.row
     tokens = listed(shown.pieces, shown.weights, row.long_nll[0], row.short_nll[0], row.mask[0], top)
     key = " ".join(f'<span class="t {LOOKS[look(weight)]}">{label}</span>' for label, weight in _KEY.items())
@@ -76,7 +76,7 @@ def to_html(shown: Shown, *, top: int = 12) -> Html:
 
 
 def write_html(shown: Html, path: str | Path) -> None:
-    """Write a page that shows it. The file is complete or absent; an existing one is replaced."""
+    """Write a page with the passage. The file is complete or absent; an existing one is replaced."""
     page = (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
@@ -88,12 +88,12 @@ def write_html(shown: Html, path: str | Path) -> None:
 
 
 def style(name: str) -> str:
-    """A style sheet of the folder `page`."""
+    """Read a style sheet of the folder `page`."""
     return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
 
 
 def _passage(shown: Shown) -> str:
-    """The tokens of the passage, each in a span with its look, that tells its numbers under the pointer."""
+    """The tokens of the passage, each in a span with its look and, on hovering, its numbers."""
     row, span = shown.row, shown.span
     columns = (shown.weights, row.long_nll[0], row.short_nll[0], row.mask[0])
     spans = []

@@ -1,4 +1,4 @@
-"""What the terminal shows as a picture: SVG, or PNG."""
+"""Terminal views as pictures: SVG or PNG."""
 
 import html
 import io
@@ -18,26 +18,26 @@ from rich.terminal_theme import TerminalTheme
 from tokenweight.records import replaced
 
 logger = logging.getLogger(__name__)
-# A picture in a README may not load fonts, so those that machines have are named, and on white it needs a gray frame.
+# A picture in a README cannot load fonts, so common installed ones are named; on white it needs a gray frame.
 _SVG = (
     re.sub(r"@font-face {{.*?}}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     .replace("Fira Code,", 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono",')
     .replace("arial;", "arial, sans-serif;")
 )
 _WHITE, _INK = ColorTriplet(255, 255, 255), ColorTriplet(31, 35, 40)
-_FAINT = blend_rgb(_INK, _WHITE, 0.4)  # dim text, as rich has it
+_FAINT = blend_rgb(_INK, _WHITE, 0.4)  # dim text, as in rich
 _PAPER = TerminalTheme(_WHITE, _INK, [_INK] * 8)
-# For pages and systems that are dark. Tinted words keep their tint and its ink.
+# For dark pages and systems. Tinted words keep their tint and its ink.
 _FRAME = "#d0d7de"
 _DARK = {_WHITE.hex: "#0d1117", _INK.hex: "#e6edf3", _FAINT.hex: "#8b949e", _FRAME: "#3d444d"}
 _LETTERS = 26  # height of letters in a PNG, in pixels
 
 
 def write_svg(renderables: Sequence[RenderableType], path: str | Path, *, title: str, width: int = 100) -> None:
-    """Draw the renderables below one another, a blank line between them, as a picture that loads nothing.
+    """Draw the renderables below one another, separated by blank lines, as a self-contained picture.
 
     It is dark on white, or light on black where the system or the page is dark. The file is complete or absent, and in
-    full color whatever the terminal can do.
+    full color regardless of the terminal.
 
     Args:
         renderables: what `view` returns, or anything that rich can print; markup in a string is not interpreted.
@@ -48,15 +48,15 @@ def write_svg(renderables: Sequence[RenderableType], path: str | Path, *, title:
     console = _console(width)
     console.print(*renderables, sep="\n\n")
     svg = console.export_svg(title=title, theme=_PAPER, code_format=_SVG)
-    svg = re.sub(r'<g transform="translate\(26,22\)">.*?</g>', "", svg, flags=re.DOTALL)  # the buttons of a window
+    svg = re.sub(r'<g transform="translate\(26,22\)">.*?</g>', "", svg, flags=re.DOTALL)  # the window buttons
     with replaced(Path(path)) as part:
         part.write_text(_darkened(_widened(svg)), encoding="utf-8")
 
 
 def write_png(renderables: Sequence[RenderableType], path: str | Path, *, title: str, width: int = 100) -> None:
-    """Draw the same as `write_svg` as PNG, with the letters that come with matplotlib, on white.
+    """Draw the same as `write_svg` as PNG, with the font included in matplotlib, on white.
 
-    A character that these letters lack is drawn as a box, and warned of.
+    A character missing from this font is drawn as a box, with a warning.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -83,7 +83,7 @@ def write_png(renderables: Sequence[RenderableType], path: str | Path, *, title:
             if style.underline:
                 draw.line((x[0], top + down - 6, x[1], top + down - 6), ink, 2)
             place = start
-            for letter in segment.text:  # one by one, so that each stands in its column
+            for letter in segment.text:  # one by one, so that each is in its column
                 draw.text((margin + across * place, top + 2), letter, ink, bold if style.bold else plain)
                 place += cell_len(letter)
                 missing |= {letter} - known
@@ -95,7 +95,7 @@ def write_png(renderables: Sequence[RenderableType], path: str | Path, *, title:
 
 
 def _console(width: int) -> Console:
-    # Where TERM=dumb, rich ignores a width that comes without a height.
+    # With TERM=dumb, rich ignores a width given without a height.
     return Console(
         record=True, file=io.StringIO(), width=width, height=100, color_system="truecolor", no_color=False,
         force_terminal=True, force_jupyter=False, legacy_windows=False, markup=False, emoji=False, highlight=False,
@@ -103,13 +103,13 @@ def _console(width: int) -> Console:
 
 
 def _separated(renderables: Sequence[RenderableType]) -> list[RenderableType]:
-    """With a blank line between two of them; a table begins with one."""
+    """Insert a blank line between two renderables; a table already begins with one."""
     first, *rest = renderables
     return [first, *(part for one in rest for part in ([one] if isinstance(one, Table) else ["", one]))]
 
 
 def _darkened(svg: str) -> str:
-    """Give frame, title and letters, but not tints, the colors of a dark page where the page is dark."""
+    """Give frame, title and letters, but not tints, dark-mode colors where the page is dark."""
     svg = svg.replace('stroke="rgba(255,255,255,0.35)"', f'class="frame" stroke="{_FRAME}"')
     rules = [f".frame {{ fill: {_DARK[_WHITE.hex]}; stroke: {_DARK[_FRAME]} }}"]
     rules += [f"{name} {{ fill: {_DARK[color]} }}" for name, color in _letters(svg) if color in _DARK]
@@ -123,7 +123,7 @@ def _letters(svg: str) -> list[tuple[str, str]]:
 
 
 def _widened(svg: str) -> str:
-    """Give CJK and emoji the two columns that they take: rich places them so, but squeezes each into one column."""
+    """Widen CJK and emoji to two columns: rich reserves these, but squeezes each character into one."""
 
     def widened(found: re.Match[str]) -> str:
         text = html.unescape(found[3])

@@ -1,4 +1,4 @@
-"""Figures for papers and screens, drawn from numbers: nothing here reads a file or needs a display."""
+"""Figures for papers and screens, drawn from numbers; nothing here reads a file or needs a display."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from tokenweight.view.summaries import Histogram, KindShare, PositionWeights
 
 
 def difference_figure(histogram: Histogram, *, note: str = "", style: str = "screen") -> Figure:
-    """Draw how many tokens the long context helps how much; the outer bars also count what lies beyond them.
+    """Draw a histogram of token gains from the long context; the outer bars include what lies beyond them.
 
     Args:
         histogram: result of `difference_histogram`.
@@ -57,7 +57,7 @@ def position_figure(
     Args:
         bins: results of `by_position`, by the name of the weighting.
         window: tokens of the short context; that many tokens at the start have no longer context, and are shaded.
-        smooth: the bins are of whole windows, a few: their means are points, joined by lines.
+        smooth: the bins are full windows, of which there are few: their means are points, joined by lines.
         note: what else to say (`add_note`).
         style: one of `STYLES`.
     """
@@ -86,7 +86,7 @@ def position_figure(
 
 
 def kind_figure(shares: Mapping[str, Sequence[KindShare]], *, note: str = "", style: str = "screen") -> Figure:
-    """Draw the fraction of the tokens, and of the weight, that each kind of token has.
+    """Draw each kind of token's fraction of the tokens, and of the weight.
 
     Args:
         shares: results of `by_kind` for the same sequences, by the name of the weighting.
@@ -132,7 +132,7 @@ def passage_figure(
     names, rows = list(weights), list(zip(*weights.values()))
     with styled(style):
         figure, (axes,) = new_panels(style, [0.045 * len(pieces) + 0.3])
-        # Evenly by ratio: 8 times the mean is as far from white as an eighth of it.
+        # Log scale: 8 times the mean is as far from white as an eighth of it.
         shades = [[min(1, max(-1, math.log(max(weight, 1e-9)) / math.log(8))) for weight in row] for row in rows]
         colors = LinearSegmentedColormap.from_list("weights", [BLUE, "white", ORANGE])
         axes.pcolormesh(shades, cmap=colors, vmin=-1, vmax=1, edgecolors="white", linewidth=1)
@@ -160,8 +160,8 @@ def step_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, style: str =
     """Draw the weighted and the unweighted training loss by step, and the effective fraction of tokens.
 
     Args:
-        runs: lines of `metrics.jsonl` by the name of the run, with `step`, `loss`, and where they were logged
-            `unweighted_loss` and `effective_share`.
+        runs: lines of `metrics.jsonl` by the name of the run, with `step`, `loss`, and, if logged, `unweighted_loss`
+            and `effective_share`.
         style: one of `STYLES`.
     """
     has_share = any("effective_share" in line for lines in runs.values() for line in lines)
@@ -248,7 +248,7 @@ def cost_figure(costs: Sequence[Cost], *, style: str = "screen") -> Figure:
 def _compared(
     style: str, table: Sequence[Sequence[Entry]], names: Sequence[str], places: Sequence[float], unit: str, title: str
 ) -> tuple[Figure, list[Axes]]:
-    """A panel of values and, if there are models to compare with the first, one of changes."""
+    """Draw a panel of values and, if there are several models, one of changes from the first."""
     labels = short_names(table)
     figure, panels = new_panels(style, [0.5, 0.35] if len(table) > 1 else [0.62])
     for number, (row, label, look) in enumerate(zip(table, labels, line_looks(len(table)))):
@@ -256,7 +256,7 @@ def _compared(
         found = [entries[name] for name in names]
         panels[0].plot(places, _values(found, "value"), marker="o", markersize=3, label=label, **look)
         if number:
-            shift = 0.16 * (number - len(table) / 2)  # beside each other, so that every interval is seen
+            shift = 0.16 * (number - len(table) / 2)  # side by side, so that every interval is visible
             shifted = [place + shift for place in places]
             color = look["color"]
             panels[1].vlines(shifted, _values(found, "low"), _values(found, "high"), color=color, linewidth=1.3)
@@ -275,7 +275,7 @@ def _middles(bins: Sequence[PositionWeights]) -> list[float]:
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values, where there are any."""
+    """Steps and values of a column, where present."""
     found = [(int(line["step"]), float(line[key])) for line in lines if key in line]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -290,7 +290,7 @@ def _tokens(number: int) -> str:
 
 
 def _shown(piece: str) -> str:
-    """The text of a token on an axis: its spaces can be seen, and a dollar sign begins no formula."""
+    """The text of a token on an axis, with visible spaces, and dollar signs that start no formula."""
     text = "".join("·" if char == " " else char if char.isprintable() else "↵" for char in piece[:16])
     return text.replace("$", r"\$")
 

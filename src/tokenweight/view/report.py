@@ -1,4 +1,4 @@
-"""Runs as one HTML page that opens from disk and loads nothing: tinted texts, charts, tables, settings."""
+"""HTML report of runs, one self-contained page that opens from disk: tinted texts, charts, tables, settings."""
 
 import base64
 import hashlib
@@ -18,13 +18,13 @@ from tokenweight.view.heads import head_map, heads_line
 from tokenweight.view.summaries import PositionWeights
 
 MAX_BYTES = 5_000_000
-"""Largest size of a page: a browser opens it at once, and it can be sent by mail."""
-_MAX_POINTS = 1000  # of a curve: more would share their pixels
+"""Largest size of a page, which a browser opens at once, and which can be sent by mail."""
+_MAX_POINTS = 1000  # of a curve: more would share pixels
 _COST = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "num_input_tokens_seen")
 _NO_CURVES = ("step", "epoch", "total_flos", "train_loss", *_COST)
 _UNITS = {"train_runtime": "train runtime (s)"}
 _CHANGES = {"beyond_half": "beyond half of a sequence", "short_range": "at short range"}
-"""Measures of an evaluation whose changes stand at the top of the page."""
+"""Metrics of an evaluation whose changes are shown at the top of the page."""
 _CURVES = {
     "loss": ("Loss by step", "nats, weighted: not to be compared between weightings"),
     "unweighted_loss": ("Loss without weights", "nats"),
@@ -36,7 +36,7 @@ _CURVES = {
 def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
     """Write a page about folders that `score`, `train` or `eval` have written, side by side.
 
-    The page is one file that loads nothing. It is complete or absent; an existing one is replaced.
+    The page is one self-contained file. It is complete or absent; an existing one is replaced.
 
     Returns:
         Its size in bytes.
@@ -67,7 +67,7 @@ def write_report(folders: Sequence[Path], out: Path, excerpt: Excerpt) -> int:
 
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
-    """Write the page about runs, each of them as `read_scored`, `read_training` or `read_evaluation` gives it."""
+    """Render the page about runs, each as returned by `read_scored`, `read_training` or `read_evaluation`."""
     try:
         import jinja2
     except ImportError as error:
@@ -107,7 +107,7 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        # Pure ASCII in which no tag can begin, whatever it holds.
+        # Pure ASCII in which no tag can begin, whatever the data.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
 
@@ -117,7 +117,7 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """The hash by which a content security policy allows this inline script or style, and no other."""
+    """The hash by which a content security policy allows only this inline script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -130,7 +130,7 @@ def _read(folder: Path, kind: str, excerpt: Excerpt, name: str) -> dict[str, Any
 
 
 def _headline(run: dict[str, Any]) -> list[str]:
-    """What is found in a run, in a line or a few."""
+    """Headline results of a run, in one or a few lines."""
     if run["kind"] == "scored":
         return [
             f"mean gain {gain.mean_gain:+.4f} nats beyond {gain.size:,} tokens, {gain.key_token_ratio:.2%} key tokens, "
@@ -163,7 +163,7 @@ def _facts(run: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    """Names and values as text; the names in a nested dictionary follow its own and a dot, and None is left out."""
+    """Names and values as text; nested names are joined by dots, and None is left out."""
     pairs: list[list[str]] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -204,7 +204,7 @@ def _position_charts(scored: list[dict[str, Any]]) -> list[Chart]:
 
 
 def _counts(scored: list[dict[str, Any]]) -> str:
-    """How many sequences the page shows, of how many."""
+    """Describe how many of the sequences the page shows."""
     shown = [f"{run['cost']['rows on this page']:,} of {run['cost']['rows']:,}" for run in scored]
     if len(shown) > 1:
         shown = [f"{run['name']}: {count}" for run, count in zip(scored, shown)]
@@ -212,7 +212,7 @@ def _counts(scored: list[dict[str, Any]]) -> str:
 
 
 def _corpus_charts(scored: list[dict[str, Any]]) -> list[Chart]:
-    """Draw how many sequences of each folder gain how much, by the short context of the page."""
+    """Draw histograms of the gains of each folder's sequences, for the short context of the page."""
     charts = []
     for run in scored:
         for gain in run["gains"]:
@@ -239,7 +239,7 @@ def _series(run: dict[str, Any], points: list[Point]) -> Series:
 
 
 def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
-    """Draw how many tokens the long context helps how much."""
+    """Draw a histogram of token gains from the long context."""
     bins = list(pairwise(scored[0]["histogram"].edges))
     series = []
     for run in scored:
@@ -260,7 +260,7 @@ def _histogram_chart(scored: list[dict[str, Any]]) -> Chart:
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """Read a training folder: its curves by step, and what the training cost."""
+    """Read a training folder: its curves by step, and its cost."""
     run, lines = read_json(folder / "run.json"), read_metrics(folder)
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in _NO_CURVES]
     cost: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
@@ -273,7 +273,7 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 
 def _thinned(points: list[tuple[int, Number]]) -> list[Point]:
-    """Average neighbors so that at most `_MAX_POINTS` are left; what is not a number is a gap."""
+    """Average neighbors so that at most `_MAX_POINTS` are left; NaN is a gap."""
     num = max(1, math.ceil(len(points) / _MAX_POINTS))
     groups = [points[i : i + num] for i in range(0, len(points), num)]
     means = [[sum(column) / len(group) for column in zip(*group)] for group in groups]
@@ -281,7 +281,7 @@ def _thinned(points: list[tuple[int, Number]]) -> list[Point]:
 
 
 def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
-    """Draw all numbers that the runs have logged, by step."""
+    """Draw all metrics logged by the runs, by step."""
     known = [*_CURVES, *dict.fromkeys(name for run in trained for name in run["curves"] if name not in _CURVES)]
     charts = []
     for name in known:
@@ -292,7 +292,7 @@ def _curve_charts(trained: list[dict[str, Any]]) -> list[Chart]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """Read the folder of an evaluation: its table, and what was measured at which positions."""
+    """Read the folder of an evaluation: its table, and its metrics by position."""
     record = read_json(folder / "eval.json")
     if missing := {"comparison", "settings", "unit", "models"} - set(record):
         raise ValueError(f"{folder}/eval.json has no {', '.join(sorted(missing))}: expected one of `tokenweight eval`")
@@ -319,7 +319,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _chances(record: dict[str, Any]) -> dict[str, float]:
-    """The accuracy of guessing, by the name of the measure, where the evaluation has noted it."""
+    """Chance accuracy by the name of the metric, where the evaluation recorded it."""
     cells = [cell for cell in record["models"][0].get("probe_grid", []) if "chance" in cell]
     names = {f"probe_{cell['family']}": cell["chance"] for cell in cells}
     return names | {f"probe_{cell['family']}_{cell['length']}": cell["chance"] for cell in cells}

@@ -1,4 +1,4 @@
-"""A scored sequence as `show` has it: which passage of it, and the parts that are shown."""
+"""A scored sequence as shown by `show`: the choice of its passage, and the parts of the view."""
 
 from dataclasses import dataclass
 
@@ -19,17 +19,17 @@ class Shown:
     row: ScoredRow
     weighting: Weighting
     weights: Float[Tensor, " seq"]
-    """Of all tokens of the sequence."""
+    """Weights of all tokens of the sequence."""
     pieces: list[str]
-    """Their texts (`token_pieces`)."""
+    """Texts of the tokens (`token_pieces`)."""
     span: slice
     """The tokens of the passage."""
     title: str
-    """Which passage of which sequence it is, and why that one."""
+    """Name of sequence and passage, and reason for the choice."""
 
     @property
     def summary(self) -> Text:
-        """What the weighting does to the sequence, in one line."""
+        """Summary of the weights of the sequence, in one line."""
         return summary(self.weighting, self.weights, self.row.mask[0])
 
 
@@ -83,7 +83,7 @@ def view(
         start: number of the first token of the passage; by default the passage has the largest sum of weights.
         num: number of tokens in the passage.
         top: number of tokens in the list.
-        tinted: False where there is no color: weights are then shown by marks.
+        tinted: False without color: weights are then shown by marks.
         name: name of the text or folder, for the title.
 
     Raises:

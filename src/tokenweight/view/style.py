@@ -1,4 +1,4 @@
-"""The look of figures, and writing them to files without a display."""
+"""The style of figures, and writing them to files without a display."""
 
 import contextlib
 import io
@@ -15,21 +15,21 @@ from tokenweight.records import replaced
 
 
 class FigureStyle(NamedTuple):
-    """The size of a figure, and whether it has a title; in a paper the caption says what it shows."""
+    """Size of a figure, and whether it has a title; in a paper, the caption replaces it."""
 
     width: float
-    """Inches."""
+    """Width in inches."""
     font: float
-    """Points."""
+    """Font size in points."""
     dpi: int
     """Dots per inch of the PNG."""
     titled: bool
 
 
 STYLES = {"paper": FigureStyle(3.3, 8, 300, False), "screen": FigureStyle(7.0, 11, 150, True)}
-"""A column of a paper with two columns, and a page in a browser."""
-# The hues of `show`, orange and blue, are told apart with every common color blindness. Neighbors differ in lightness,
-# and in their lines, so that they also do in print without color.
+"""A column of a two-column paper, and a page in a browser."""
+# The hues of `show`, orange and blue, are distinguishable with every common color blindness. Neighbors differ in
+# lightness and line style, so that they also do in print without color.
 BLUE, ORANGE, BLACK, GRAY = "#1f5a92", "#f59132", "#333333", "#b8bec6"
 _SERIES = (
     (BLUE, "-"),
@@ -60,7 +60,7 @@ def write_figure(figure: Figure, path: str | Path, *, style: str = "screen") -> 
 
 @contextlib.contextmanager
 def styled(style: str) -> Iterator[None]:
-    """Draw with matplotlib's defaults and the settings here, whatever the user's own file says."""
+    """Draw with matplotlib's defaults and the settings here, ignoring the user's matplotlibrc."""
     settings = {
         "font.size": STYLES[style].font,
         "axes.labelsize": "medium",
@@ -76,7 +76,7 @@ def styled(style: str) -> Iterator[None]:
         "grid.linewidth": 0.6,
         "lines.linewidth": 1.3,
         "svg.fonttype": "path",
-        "svg.hashsalt": "tokenweight",  # or ids in the file would be random
+        "svg.hashsalt": "tokenweight",  # otherwise ids in the file would be random
     }
     with matplotlib.style.context(["default", settings]):
         yield
@@ -91,7 +91,7 @@ def new_panels(style: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]
 
 
 def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
-    """Write the title above all panels, and the names of what `axes` shows, as many in a line as fit."""
+    """Write the title above all panels, and the legend of `axes`, with as many entries per line as fit."""
     handles, names = axes.get_legend_handles_labels()
     shown = title if STYLES[style].titled else None
     if not names:
@@ -103,7 +103,7 @@ def add_head(figure: Figure, axes: Axes, style: str, title: str) -> None:
 
 
 def add_note(figure: Figure, style: str, note: str) -> None:
-    """Make a note the label of the figure, as of its caption; where figures have titles, write it below, too."""
+    """Set a note as the label of the figure, for its caption; where figures have titles, write it below, too."""
     figure.set_label(note)
     if note and STYLES[style].titled:
         letters = int(STYLES[style].width * 72 / (0.5 * STYLES[style].font))

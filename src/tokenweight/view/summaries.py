@@ -1,4 +1,4 @@
-"""Summary statistics of the weights: how the losses differ, and how weight is spread over positions and kinds."""
+"""Summary statistics: differences of the losses, and distribution of weight over positions and kinds of tokens."""
 
 import math
 import unicodedata
@@ -15,20 +15,20 @@ from tokenweight.method import ShortContext, check_finite, document_positions
 from tokenweight.models import numbered_from
 
 KINDS = ("name", "number", "punctuation", "word start", "word rest", "repeat")
-"""The kinds of tokens that `token_kinds` tells apart."""
+"""The kinds of tokens that `token_kinds` distinguishes."""
 _STOPS = frozenset(".!?…:")
 _QUOTATION_MARKS = frozenset('"“”„«»\u2018')
 
 
 class Histogram(NamedTuple):
-    """How many tokens have a value in [edges[i], edges[i + 1]); the first and last bin hold what lies beyond, too."""
+    """Numbers of tokens with a value in [edges[i], edges[i + 1]); the first and last bins include what lies beyond."""
 
     edges: list[float]
     counts: list[int]
 
 
 class PositionWeights(NamedTuple):
-    """The tokens at positions [first, stop) of their documents."""
+    """Statistics of the tokens at positions [first, stop) of their documents."""
 
     first: int
     stop: int
@@ -39,7 +39,7 @@ class PositionWeights(NamedTuple):
 
 
 class KindShare(NamedTuple):
-    """The tokens of one kind, among all that are predicted."""
+    """Fractions of one kind of token among all predicted tokens."""
 
     kind: str
     num_tokens: int
@@ -51,10 +51,10 @@ class KindShare(NamedTuple):
 
 
 def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_bins: int = 80) -> Histogram:
-    """Count the tokens under the masks by what the long context gives them: short - long, in nats.
+    """Histogram of the gain from the long context, short - long in nats, of the tokens under the masks.
 
-    Tokens of the first window have the same short and long context, and a difference of 0: narrow the masks to leave
-    them out.
+    Tokens of the first window have the same short and long context, and a difference of 0: narrow the masks to
+    exclude them.
 
     Args:
         rows: scored sequences.
@@ -66,7 +66,7 @@ def difference_histogram(rows: Sequence[ScoredRow], *, limit: float = 4.0, num_b
     """
     if not (limit > 0 and num_bins >= 1):
         raise ValueError(f"limit={limit}, num_bins={num_bins}: expected a positive number of nats, and at least 1 bin")
-    edges = limit * torch.arange(-num_bins, num_bins + 1, 2, dtype=torch.float64) / num_bins  # 0 is 0 exactly
+    edges = limit * torch.arange(-num_bins, num_bins + 1, 2, dtype=torch.float64) / num_bins  # 0 is exact
     counts = torch.zeros(num_bins, dtype=torch.long)
     for number, row in enumerate(rows):
         difference = _difference(row, number)[row.mask]
@@ -87,9 +87,9 @@ def by_position(
         rows: scored sequences.
         weights: weights of their tokens.
         num_bins: largest number of bins, all of the same width. Bins without a predicted token are left out.
-        windows: the short context of the scores, for a bin of the tokens that each window scores, the first being that
-            of the first window. Within a window the context grows from `size - stride` tokens, so that differences form
-            a saw-tooth by position, over which these bins average.
+        windows: the short context of the scores, to use one bin for the tokens that each window scores, from the first
+            window on. Within a window the context grows from `size - stride` tokens, so that differences form a
+            sawtooth by position, over which these bins average.
 
     Raises:
         ValueError: if a loss under a mask is not finite, or `num_bins` is not at least 1.
@@ -117,10 +117,10 @@ def by_position(
 def by_kind(
     rows: Sequence[ScoredRow], weights: Sequence[Float[Tensor, "1 _"]], kinds: Sequence[Bool[Tensor, "kinds _"]]
 ) -> list[KindShare]:
-    """Find out which kinds of tokens have the weight.
+    """Measure how weight is distributed over kinds of tokens.
 
-    A token may be of several kinds or none, so the shares do not add up to 1. Kinds without a token that is predicted
-    are left out.
+    A token may be of several kinds or none, so the fractions do not add up to 1. Kinds without predicted tokens are
+    left out.
 
     Args:
         rows: scored sequences.
@@ -141,7 +141,7 @@ def by_kind(
 
 
 def row_kinds(row: ScoredRow, pieces: list[str]) -> Bool[Tensor, "kinds seq"]:
-    """Find the kinds of the tokens, in the order of `KINDS`, with each packed document as a text of its own.
+    """Find the kinds of the tokens, in the order of `KINDS`, treating each packed document as a separate text.
 
     Args:
         row: a scored sequence, packed or not.
@@ -152,16 +152,16 @@ def row_kinds(row: ScoredRow, pieces: list[str]) -> Bool[Tensor, "kinds seq"]:
 
 
 def document_spans(row: ScoredRow) -> list[tuple[int, int]]:
-    """Where each document of a sequence begins and stops."""
+    """Start and end of each document of a sequence."""
     begins = (document_positions(row.tokens, row.position_ids)[0] == 0).nonzero()[:, 0].tolist()
     return list(pairwise([*begins, row.tokens.shape[1]]))
 
 
 def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:
-    """Find the kinds of tokens, by rules of thumb on the words of the text, not by any grammar.
+    """Classify tokens by rules of thumb on the words of the text, without any grammar.
 
-    A word is a run of letters, digits and marks, with apostrophes inside it; what is true of a word is true of each
-    token that holds some of it. A token may be of several kinds, or of none.
+    A word is a run of letters, digits and marks, possibly with apostrophes inside; its properties hold for each token
+    that contains part of it. A token may be of several kinds, or of none.
 
     ============  ====================================================================================================
     name          a word with a capital letter and one more letter, which does not begin a sentence
@@ -169,7 +169,7 @@ def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:
     punctuation   a token of punctuation or symbols, and spaces
     word start    a token with the first character of a word
     word rest     any other token of a word
-    repeat        a word of 3 letters or more that stood earlier in the text, in capitals or not: also "the" and "and"
+    repeat        a word of 3 letters or more that occurred earlier in the text, ignoring case: also "the" and "and"
     ============  ====================================================================================================
 
     A sentence begins with the text, after an empty line, a quotation mark, or a stop (. ! ? … :) and a space; a stop
@@ -178,8 +178,8 @@ def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:
     Thai) a word is a phrase.
 
     Args:
-        pieces: the text of each token of one document. Of a character in several tokens, all but the last are empty;
-            these are of the kinds of the last.
+        pieces: the text of each token of one document. If a character spans several tokens, all but the last are empty,
+            and have the kinds of the last.
     """
     text = "".join(pieces)
     shown = {kind: bytearray(len(text)) for kind in ("name", "number", "word start", "repeat", "word", "mark")}
@@ -206,7 +206,7 @@ def token_kinds(pieces: list[str]) -> dict[str, list[bool]]:
 
 
 def _words(text: str) -> Iterator[tuple[int, int]]:
-    """Where the words begin and stop: runs of letters, digits and marks; an apostrophe between two of them is one."""
+    """Start and end of the words: runs of letters, digits and marks, including apostrophes between two of them."""
     inside = [unicodedata.category(character)[0] in "LNM" for character in text]
     for place in range(1, len(text) - 1):
         if text[place] in "'\u2019" and inside[place - 1] and inside[place + 1]:
@@ -218,12 +218,12 @@ def _words(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_capitalized(word: str) -> bool:
-    """Parts count by themselves: Ahab's and O'Brien are, the English I and I'm are not."""
+    """Whether a word is capitalized, judged by its parts: Ahab's and O'Brien are, the English I and I'm are not."""
     return any(len(part) > 1 and part[0].isupper() for part in word.replace("\u2019", "'").split("'"))
 
 
 def _begins_sentence(before: str, between: str) -> bool:
-    """Whether a word does, with the word `before` it, if any, and what is `between` the two."""
+    """Whether a word begins a sentence, given the word `before` it, if any, and the text `between` the two."""
     if not before or not _QUOTATION_MARKS.isdisjoint(between) or between.count("\n") > 1:
         return True
     is_initial = len(before) == 1 and before.isalpha() and between[0] == "."
@@ -231,7 +231,7 @@ def _begins_sentence(before: str, between: str) -> bool:
 
 
 def _spans(pieces: list[str]) -> list[tuple[int, int]]:
-    """Where the text of each token begins and stops; an empty one has that of the next, whose character it begins."""
+    """Start and end of the text of each token; an empty one has those of the next, whose character it begins."""
     ends = list(accumulate(map(len, pieces)))
     spans = [(end - len(piece), end) for end, piece in zip(ends, pieces)]
     for place in reversed(range(len(pieces) - 1)):

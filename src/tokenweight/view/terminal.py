@@ -1,4 +1,4 @@
-"""A text tinted by the loss weight of each token, for the terminal. Nothing here prints."""
+"""Text tinted by the loss weight of each token, for the terminal. Nothing here prints."""
 
 import math
 from collections.abc import Iterator
@@ -20,24 +20,24 @@ from torch import Tensor
 
 from tokenweight.method import Weighting
 
-# Orange and blue are told apart with every common color blindness. Each ramp runs from a hint of the color to its full
-# tint; dark ink has a contrast of at least 6 on all of it, so the tints read the same on dark and light terminals.
+# Orange and blue are distinguishable with every common color blindness. Each ramp runs from a hint of the color to its
+# full tint; dark ink has a contrast of at least 6 on all of it, so the tints work on dark and light terminals.
 ORANGES = ColorTriplet(255, 240, 222), ColorTriplet(245, 145, 50)
 _BLUES = ColorTriplet(232, 242, 252), ColorTriplet(105, 168, 222)
 INK = Color.from_rgb(26, 26, 26)
-# Nothing in a text may act on the terminal, break the XML of a picture or be invisible: control characters, line
+# No text may act on the terminal, break the XML of a picture or be invisible: control characters, line
 # separators, bidirectional controls, invisible characters and non-characters are shown as escapes. Tabs and line breaks
 # stay, and joiners, which some scripts and emoji need.
 _CONTROLS = (range(9), range(11, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), (0xFFFE, 0xFFFF))
 _INVISIBLE = (0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x2060, 0x2065), 0xFEFF, *range(0xFFF9, 0xFFFC))
 ESCAPES = {code: ascii(chr(code))[1:-1] for codes in (*_CONTROLS, _INVISIBLE) for code in codes}
-"""For `str.translate`: what is shown in place of characters that could act on a page or a terminal."""
+"""For `str.translate`: escapes of characters that could act on a page or a terminal."""
 _ONE_LINE = ESCAPES | {ord("\n"): "⏎", ord("\t"): " "}
 _BEFORE, _AFTER = 30, 12  # characters of context around a token in the table, where there is room
 
 
 def tint_level(weight: float) -> int | None:
-    """How strongly a token is tinted: log2(weight) in quarters, from -8 to 8; None for weight 0.
+    """Strength of a token's tint: log2(weight) in quarters, from -8 to 8; None for weight 0.
 
     Raises:
         ValueError: if the weight is negative or not finite.
@@ -48,7 +48,7 @@ def tint_level(weight: float) -> int | None:
 
 
 def tint(weight: float) -> Style:
-    """How a token of this weight looks.
+    """Style of a token of this weight.
 
     Above 1 it is orange and bold, from 2 also underlined; below 1 blue. The color deepens with log2(weight), up to
     weights 4 and 1/4, in steps, so that a picture needs few styles. About 1 (0.92 to 1.09) a token is left as it is,
@@ -68,10 +68,10 @@ def tint(weight: float) -> Style:
 
 
 def passage(pieces: list[str], weights: Float[Tensor, " seq"], *, tinted: bool = True) -> Text:
-    """The text, each token tinted by its weight; or, where nothing can be tinted, between marks (`legend`).
+    """The text, each token tinted by its weight; or, without color, between marks (`legend`).
 
-    The space before a word stays untinted, so that a tint does not hang at the end of a line. Line breaks are kept; one
-    that is weighted above 1 is marked ⏎, since there is nothing else of it to see.
+    The space before a word stays untinted, so that no tint trails at the end of a line. Line breaks are kept; one with
+    a weight above 1 is marked ⏎, since it is otherwise invisible.
 
     Args:
         pieces: texts of the tokens (`token_pieces`).
@@ -107,7 +107,7 @@ def _marked(pieces: list[str], weights: list[float]) -> Text:
 
 
 def _marks(weight: float) -> tuple[str, str]:
-    """The marks around tokens of this weight where there is no color."""
+    """The marks around tokens of this weight, without color."""
     style = tint(weight)
     if style.dim:
         return "((", "))"
@@ -131,10 +131,10 @@ def legend(*, tinted: bool = True) -> Text:
 
 
 def summary(weighting: Weighting, weights: Float[Tensor, " seq"], mask: Bool[Tensor, " seq"]) -> Text:
-    """Say in one line what a weighting does to a sequence.
+    """Summarize the weights of a sequence in one line.
 
-    The effective number of tokens is (sum w)^2 / sum w^2: with equal weights all of them, with n equal weights and
-    zeros else n.
+    The effective number of tokens is (sum w)^2 / sum w^2: all of them with equal weights, n with n equal weights and
+    zeros elsewhere.
 
     Args:
         weighting: weighting that gave the weights.
@@ -193,9 +193,9 @@ def top_tokens(
 ) -> Table:
     """List the tokens with the largest weights, and where in the sequence each of them was seen before.
 
-    Of equal weights, the larger |long - short| comes first, then the earlier position. Tokens of weight 0 are left out.
-    The last columns are the nearest earlier position with the same piece, for pieces of at least two letters or digits,
-    and how many tokens ago that is; the text there stands below the token.
+    Ties are broken by larger |long - short|, then by earlier position. Tokens of weight 0 are left out. The last
+    columns are the nearest earlier position with the same piece, for pieces of at least two letters or digits, and its
+    distance in tokens; the text there is shown below the token.
 
     Args:
         pieces: texts of the tokens (`token_pieces`).
@@ -204,7 +204,7 @@ def top_tokens(
         short_nll: loss with the short context, in nats.
         mask: True where a token is predicted; nothing else is listed, and no loss outside is read.
         num: largest number of tokens in the table.
-        tinted: False for the marks of `passage` around each token, or |…| where its weight has none.
+        tinted: False for the marks of `passage` around each token, or |…| if its weight has none.
     """
     starts, text = [0, *accumulate(map(len, pieces))], "".join(pieces)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, caption="losses in nats", caption_justify="left")
@@ -225,7 +225,7 @@ def top_tokens(
 
 
 LOSSES = ("long", "short", "short - long", "weight", "seen before", "tokens ago")
-"""What `cells` are."""
+"""Names of the `cells`."""
 
 
 def cells(token: Listed) -> list[str]:
@@ -241,7 +241,7 @@ def cells(token: Listed) -> list[str]:
 
 
 def in_context(text: str, start: int, stop: int, before: int, after: int) -> tuple[str, str, str]:
-    """text[start:stop] without the space before it, between that many characters before and after it, on one line."""
+    """text[start:stop] without the space before it, with that many characters of context, on one line."""
     token = text[start:stop].lstrip(" ") or text[start:stop]
     left = text[: stop - len(token)][-before:] if before else ""
     shown = token.translate(_ONE_LINE) or "…"  # part of a character, which the next tokens complete
@@ -250,7 +250,7 @@ def in_context(text: str, start: int, stop: int, before: int, after: int) -> tup
 
 @dataclass(frozen=True)
 class _InContext:
-    """text[start:stop] among its neighbors, cut to one line of the room there is.
+    """text[start:stop] in context, cut to one line of the available width.
 
     It begins in the same column in every row of a table.
     """
@@ -275,7 +275,7 @@ class _InContext:
 
 
 def seen_before(pieces: list[str]) -> list[int | None]:
-    """The nearest earlier place of each piece, spaces aside. Punctuation and single letters recur anyway: None."""
+    """The nearest earlier position of each piece, ignoring spaces; None for punctuation and single letters."""
     last: dict[str, int] = {}
     places: list[int | None] = []
     for place, piece in enumerate(map(str.strip, pieces)):

@@ -1,4 +1,4 @@
-"""Attention watched, or changed, where every layer of transformers calls it: at its attention interface."""
+"""Hooks that record or change attention, at the attention interface that every layer of transformers calls."""
 
 import contextlib
 import functools
@@ -18,9 +18,9 @@ Attend = Callable[..., tuple[Tensor, Any]]
 def around_attention(around: Callable[..., tuple[Tensor, Any]]) -> Iterator[None]:
     """Call `around(attend, module, query, key, value, mask, **settings)` in place of every attention function `attend`.
 
-    Projections, rotary embeddings, norms, masks and kernels stay those of the model, for a layer asks for its function
-    after all of them, and its config does not change. Not for several threads: all models of the process are affected.
-    Breaks when layers stop to ask `AttentionInterface.get_interface`, as those of transformers 5.13 to 5.24 do.
+    Projections, rotary embeddings, norms, masks and kernels stay those of the model, since a layer looks up its
+    function after all of them, and its config does not change. Not thread-safe: all models of the process are affected.
+    Breaks when layers no longer call `AttentionInterface.get_interface`, as in transformers 5.13 to 5.24.
     """
     original = AttentionInterface.get_interface
 
@@ -48,7 +48,7 @@ def _call(
 
 
 def layer_number(module: nn.Module) -> int:
-    """The number of a layer's attention.
+    """Layer number of an attention module.
 
     Raises:
         ValueError: if it has none.
@@ -70,16 +70,16 @@ def attention_rows(
 
     Args:
         query: after rotary embedding and norms, as the attention function gets it.
-        key: likewise; each of its heads serves as many consecutive ones of the query.
+        key: likewise; each of its heads serves an equal number of consecutive query heads.
         mask: what the attention function gets: True or 0 where a key is seen, or None for causal attention.
         first: the first of the queries whose probabilities are needed.
         settings: further arguments of the attention function: `scaling`, `softcap`, `sliding_window`, `s_aux`.
 
     Returns:
-        A column for each key and, if the layer has sinks (`s_aux`), one more: what a head looks at instead of a key.
+        A column for each key and, if the layer has sinks (`s_aux`), one more for the sink of the head.
 
     Raises:
-        ValueError: if the mask is no tensor, as that of flex_attention.
+        ValueError: if the mask is not a tensor, as with flex_attention.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads, seq, dim = query.shape[1:]
@@ -110,14 +110,14 @@ def check_rows(
     output: Float[Tensor, "rows heads dim"],
     module: nn.Module,
 ) -> None:
-    """Raise a ValueError unless the probabilities, times the values, are what the layer's own function gave.
+    """Raise a ValueError unless the probabilities, times the values, match the output of the layer's own function.
 
-    What nobody thought of, such as a bias of positions, is found here rather than taken for attention.
+    This catches anything unexpected, such as a position bias, which the probabilities would miss.
     """
     grouped = rows[..., : value.shape[2]].reshape(value.shape[1], -1, rows.shape[1], value.shape[2])
     ours = (grouped @ value[0, :, None].to(rows.dtype)).reshape(*rows.shape[:2], -1).transpose(0, 1)
     error, largest = (ours - output).abs().max(), output.abs().max()
-    eps = max(torch.finfo(dtype).eps for dtype in (output.dtype, torch.float32))  # of float64, softmax may be float32
+    eps = max(torch.finfo(dtype).eps for dtype in (output.dtype, torch.float32))  # softmax of float64 may be float32
     if not error <= math.sqrt(eps) * largest:
         raise ValueError(
             f"heads: the attention of {type(module).__name__} is not the softmax of queries times keys (by {error:.2g})"
@@ -126,7 +126,7 @@ def check_rows(
 
 @contextlib.contextmanager
 def without_heads(heads: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Let the output of some heads be 0, before it is projected: they add nothing to the residual stream.
+    """Zero the output of some heads before the output projection: they add nothing to the residual stream.
 
     Args:
         heads: layer and head, both from 0.

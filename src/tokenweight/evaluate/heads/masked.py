@@ -1,4 +1,4 @@
-"""Recall without some heads: what the probes lose if the best retrieval heads, or as many others, add nothing."""
+"""Head ablation: recall of the probes without the best retrieval heads, and without as many others."""
 
 import random
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tokenweight.evaluate.probes import Probe
 from tokenweight.evaluate.settings import EvalPlan
 
 Heads = list[tuple[int, int]]
-"""Layer and head of each, from 0."""
+"""Layer and head of each, numbered from 0."""
 
 
 def masked_probes(
@@ -48,7 +48,7 @@ def masked_probes(
 
 
 def choose_heads(plan: EvalPlan, scores: HeadScores) -> tuple[Heads, Heads]:
-    """The heads of `plan.mask_heads`, and as many others, drawn at random, if possible of those that do not retrieve.
+    """The heads of `plan.mask_heads`, and as many others, drawn at random, if possible from those that do not retrieve.
 
     Raises:
         ValueError: if the model does not have these heads, or not as many others.

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of the heads of its models, and how their change is measured."""
+"""The record of an evaluation about the heads of its models, and the metric of their change."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,15 @@ from tokenweight.evaluate.comparison import Measure
 from tokenweight.evaluate.heads.scores import THRESHOLD, HeadScores
 
 CHOOSE, COMPARE = slice(0, None, 2), slice(1, None, 2)
-"""The samples by which the first model's heads are chosen, and those by which they are compared: on one and the same,
-its heads would be those that happened to do well there."""
+"""Samples on which the first model's heads are chosen, and samples on which they are compared: on the same samples, the
+choice would be biased towards heads that happened to do well there."""
 
 
 def add_heads(records: Sequence[dict[str, Any]], scores: Sequence[HeadScores], earlier: dict[str, Any] | None) -> None:
-    """Add to the records of models what is kept of their heads, and the measure `retrieval_heads`.
+    """Add the heads, and the metric `retrieval_heads`, to the records of models.
 
     Args:
-        scores: of each of these models, by the same samples.
+        scores: of each of these models, on the same samples.
         earlier: the record of the model whose heads are followed; by default that of the first of these models.
     """
     for record, own in zip(records, scores):
@@ -39,7 +39,7 @@ def add_heads(records: Sequence[dict[str, Any]], scores: Sequence[HeadScores], e
 
 
 def heads_markdown(models: Sequence[dict[str, Any]]) -> str:
-    """The retrieval heads of each model, a line each; empty without."""
+    """The retrieval heads, one line per model; empty if there are none."""
     lines = []
     for model in models:
         if "heads" in model:

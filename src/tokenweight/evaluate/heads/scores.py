@@ -24,48 +24,48 @@ _ANSWER = "Answer:"
 
 
 class HeadSample(NamedTuple):
-    """A text that holds a fact, and ends with a question and the fact as its answer."""
+    """A text that contains a fact, and ends with a question and the fact as its answer."""
 
     tokens: Sequence[int]
     needle: range
-    """Where the tokens of the fact are."""
+    """Positions of the tokens of the fact."""
     answer: int
-    """Where the answer begins."""
+    """Position of the first token of the answer."""
 
 
 class HeadScores(NamedTuple):
     """The retrieval score of each head in each sample."""
 
     layers: Sequence[int]
-    """The layers that have queries and keys."""
+    """Layers with queries and keys."""
     scores: Sequence[Float[Tensor, "samples heads"]]
-    """For each of them: the fraction of the fact's tokens that a head copies."""
+    """For each layer: the fraction of the fact's tokens that a head copies."""
 
     def means(self, samples: slice = slice(None)) -> list[list[float]]:
         """The mean score of each head of each layer over some samples, by default all."""
         return [own[samples].mean(dim=0).tolist() for own in self.scores]
 
     def ranked(self, samples: slice = slice(None)) -> list[tuple[int, int, float]]:
-        """Layer, head and mean score of all heads, the best first."""
+        """Layer, head and mean score of all heads, best first."""
         pairs = zip(self.layers, self.means(samples))
         found = [(layer, head, score) for layer, own in pairs for head, score in enumerate(own)]
         return sorted(found, key=lambda one: -one[2])
 
     def has(self, heads: Sequence[Sequence[int]]) -> bool:
-        """Whether there are all of these heads (layer, head)."""
+        """Whether all of these heads (layer, head) exist."""
         sizes = {layer: own.shape[1] for layer, own in zip(self.layers, self.scores)}
         return all(head < sizes.get(layer, 0) for layer, head in heads)
 
     def of(self, heads: Sequence[Sequence[int]], samples: slice = slice(None)) -> Float[Tensor, " samples"]:
-        """The mean score of some heads (layer, head) in each of some samples."""
+        """The mean score of the given heads (layer, head) in each of the samples."""
         return torch.stack([self.scores[self.layers.index(layer)][samples, head] for layer, head in heads]).mean(dim=0)
 
 
 def head_samples(tokenizer: PreTrainedTokenizerBase, plan: EvalPlan) -> list[HeadSample]:
-    """Samples at the lengths and depths (or distances) of the probes, each about a fact of its own.
+    """Samples at the lengths and depths (or distances) of the probes, each about a different fact.
 
     Raises:
-        ValueError: if a length is too short, naming the least.
+        ValueError: if a length is too short, naming the shortest possible.
     """
     options = {name: getattr(plan, name) for name in ("depths", "distances", "seed", "haystack")}
     grid = ProbeGrid(["question"], plan.probe_lengths, num=plan.num_probes, **options)
@@ -80,7 +80,7 @@ def _sample(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> HeadSample:
     tokens = prompt_tokens(tokenizer, text)
 
     def whole(place: int) -> int:
-        """How many tokens hold nothing from this character on."""
+        """Number of tokens that end before this character."""
         own = prompt_tokens(tokenizer, text[:place])
         return next((t for t, pair in enumerate(zip(own, tokens)) if pair[0] != pair[1]), len(own))
 
@@ -90,17 +90,17 @@ def _sample(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> HeadSample:
 def retrieval_scores(model: PreTrainedModel, samples: Sequence[HeadSample]) -> HeadScores:
     """The retrieval score |g ∩ k| / |k| of every head: k are the tokens of the fact, g those that the head copies.
 
-    A head copies a token of the answer if, of all keys, it looks most at one inside the fact that is this token, when
-    the model is about to produce it. Equal tokens count once. Each sample is read once; attention probabilities are
-    computed for the answer only, and verified by the output of the layer.
+    A head copies a token of the answer if, when the model is about to produce it, the most attended key is that token
+    inside the fact. Equal tokens count once. Each sample is read once; attention probabilities are computed for the
+    answer only, and verified against the output of the layer.
 
     Args:
         model: any decoder of transformers whose layers with queries and keys use its attention interface.
         samples: read one by one.
 
     Raises:
-        ValueError: if no layer has queries and keys, attention is something else than a softmax of their products, a
-            token is not in the model's vocabulary, or it has too few positions.
+        ValueError: if no layer has queries and keys, attention is not a softmax of their products, a token is not in
+            the model's vocabulary, or it has too few positions.
     """
     parts = causal_parts(model)
     check_length(model.config, max(len(sample.tokens) for sample in samples), "a sample")
@@ -123,7 +123,7 @@ def retrieval_scores(model: PreTrainedModel, samples: Sequence[HeadSample]) -> H
 
 
 def _watching(watched: dict[int, Tensor], first: int) -> Any:
-    """Note, for each layer, the key that each head looks at most, for each query from `first` on."""
+    """Record, for each layer, the key that each head attends to most, for each query from `first` on."""
 
     def around(
         attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
@@ -140,9 +140,9 @@ def _watching(watched: dict[int, Tensor], first: int) -> Any:
 def _shares(
     looked_at: Int[Tensor, "heads answer"], tokens: Int[Tensor, " seq"], sample: HeadSample
 ) -> Float[Tensor, " heads"]:
-    """The fraction of the different tokens of the fact that each head copies."""
+    """The fraction of the distinct tokens of the fact that each head copies."""
     answer = tokens[sample.answer :]
-    # A sink, which is beyond all keys, is no token.
+    # A sink, which is beyond all keys, is not a token.
     inside = (looked_at >= sample.needle.start) & (looked_at < sample.needle.stop)
     copies: Bool[Tensor, "heads answer"] = inside & (tokens[looked_at.clamp(max=len(tokens) - 1)] == answer)
     fact = tokens[sample.needle.start : sample.needle.stop].unique()

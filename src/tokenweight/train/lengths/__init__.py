@@ -1,4 +1,4 @@
-"""In which order pieces of different lengths are trained on."""
+"""The order in which pieces of different lengths are trained on."""
 
 import lazy_loader
 

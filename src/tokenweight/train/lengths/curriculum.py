@@ -1,4 +1,4 @@
-"""Which length each step of a run has: cycles that begin with short sequences and end with long ones."""
+"""Length curriculum: the length of each step of a run, in cycles from short to long sequences."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ _ODDS: dict[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True)
 class LengthCurriculum:
-    """Draws the length of each step: in every cycle, each length gets its part of the steps, and as long as all have
-    steps left, short ones are likelier than their part of the cycle.
+    """Draws the length of each step: in every cycle, each length gets its fraction of the steps, and while all have
+    steps left, short ones are likelier than their fraction of the cycle.
 
     Args:
-        odds: for lengths in ascending order. "pow2" is …, 4, 2, 1; "linear" …, 3, 2, 1; "uniform" 1 for each. Times
-            the steps of a length in the cycle they are the odds of that length, until its steps are used up.
-        cycles: of the whole run.
+        odds: for lengths in ascending order. "pow2" is …, 4, 2, 1; "linear" …, 3, 2, 1; "uniform" 1 for each. The odds
+            of a length are this factor times its steps in the cycle, until these are used up.
+        cycles: number of cycles in the run.
 
     Source: Pouransari et al. 2024, Dataset Decomposition, arXiv 2405.13226; `open_lm.patch` (RandomMix) and
     `scripts/get_dd_params.py` of its code, with pow2 and 8 cycles.
@@ -45,7 +45,7 @@ class LengthCurriculum:
         """Read "pow2" or "pow2:cycles=4".
 
         Raises:
-            ValueError: for other odds, or a setting that there is not.
+            ValueError: for other odds, or an unknown setting.
         """
         odds, _, setting = text.partition(":")
         if not setting:
@@ -59,13 +59,13 @@ class LengthCurriculum:
         return f"{self.odds}:cycles={self.cycles}"
 
     def cycle(self, number: int, parts: Sequence[float], *, steps: int, seed: int) -> list[int]:
-        """The length of each step of a cycle, by its place in `parts`.
+        """The length of each step of a cycle, as its index in `parts`.
 
-        At the end of each cycle, each length had its part of all steps so far, to within two of them.
+        At the end of each cycle, each length has had its fraction of all steps so far, to within two steps.
 
         Args:
-            number: of the cycle, from 0. Those after the last of the run go on in the same way.
-            parts: of all steps, one for each length in ascending order; they add up to 1.
+            number: of the cycle, from 0. Cycles beyond the last of the run continue in the same way.
+            parts: fraction of all steps for each length in ascending order; they add up to 1.
             steps: of the run.
             seed: of the draws.
         """
@@ -87,7 +87,7 @@ class LengthCurriculum:
         for cycle in range(1, number + 1):
             end, before = cycle * steps // self.cycles, had
             had = [max(have, int(end * part)) for have, part in zip(before, parts)]
-            while missing := end - sum(had):  # to the length that lags most, or from one that got too many
+            while missing := end - sum(had):  # to the length that lags most, or from one with too many
                 free = [place for place, have in enumerate(had) if missing > 0 or have > before[place]]
                 ahead = {place: had[place] - end * parts[place] for place in free}
                 place = (min if missing > 0 else max)(free, key=ahead.__getitem__)

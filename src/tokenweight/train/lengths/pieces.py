@@ -1,4 +1,4 @@
-"""Sequences of several lengths, in steps of one length and of equally many tokens."""
+"""Sequences of several lengths, in steps of one length and an equal number of tokens."""
 
 import math
 from array import array
@@ -12,25 +12,25 @@ from tokenweight.data import row_lengths
 from tokenweight.train.lengths.curriculum import LengthCurriculum
 
 SOURCE = "tokenweight_source"
-"""The column that says from which part of the data a sequence comes: a folder, a length. No model reads it."""
+"""Column with the part of the data that a sequence comes from: a folder, or a length. No model reads it."""
 
 
 class Pieces(Dataset):
     """Sequences of 2^k + 1 tokens, as `prepare --short decompose` makes them, in the order of a curriculum.
 
-    An item is not one sequence, but as many of one length as have, together, as many predicted tokens as the longest:
-    of 8,193 tokens one, of 257 tokens 32. All items of a step have one length. So every step predicts equally many
+    An item is a group of sequences of one length with as many predicted tokens in total as the longest sequence: one
+    of 8,193 tokens, or 32 of 257. All items of a step have one length. So every step predicts the same number of
     tokens, and all processes, and all passes of a step, read batches of one shape.
 
-    Within a length, no sequence comes twice before all have come once, each time in an order of its own. Items have no
-    end: after the first `len(self)`, which hold nearly all tokens once, those of the next epoch follow.
+    Within a length, no sequence repeats before all have been read once, each time in a new order. Items are endless:
+    after the first `len(self)`, which contain nearly all tokens once, those of the next epoch follow.
 
     Args:
         rows: sequences of 2^k + 1 tokens.
         curriculum: the order of lengths.
         batch: items of a step, over all passes and processes.
         seed: of all orders.
-        max_steps: of the run, over whose steps the cycles of the curriculum extend; if it is -1, those of `epochs`.
+        max_steps: of the run, over which the cycles of the curriculum extend; if -1, these extend over `epochs`.
         epochs: of the run.
 
     Raises:
@@ -60,22 +60,22 @@ class Pieces(Dataset):
         self._members = [np.flatnonzero(predicted == size) for size in self.sizes]
         tokens = [size * len(part) for size, part in zip(self.sizes, self._members)]
         self.parts = [number / sum(tokens) for number in tokens]
-        """Of all predicted tokens, those in sequences of each length."""
+        """Fraction of all predicted tokens that is in sequences of each length."""
         steps = max(1, sum(tokens) // (batch * self.sizes[-1]))
         self._length = steps * batch
         self.num_steps = max_steps if max_steps > 0 else math.ceil(epochs * steps)
         """Steps of the run."""
-        self._lengths = array("b")  # of each step, by its place in `sizes`
-        self._earlier = array("q")  # steps of that length before it
+        self._lengths = array("b")  # of each step, as an index into `sizes`
+        self._earlier = array("q")  # number of earlier steps of that length
         self._num_cycles = 0
-        self._orders: dict[tuple[int, int], np.ndarray] = {}  # of a length, in a pass over it
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # by length, and pass over it
 
     def __len__(self) -> int:
-        """Items of an epoch."""
+        """Number of items in an epoch."""
         return self._length
 
     def __getitem__(self, number: int) -> list[dict[str, Any]]:
-        """The sequences of an item, each with the place of its length in `sizes`."""
+        """The sequences of an item, each with the index of its length in `sizes`."""
         step, item = divmod(number, self.batch)
         while len(self._lengths) <= step:
             self._draw()
@@ -86,11 +86,11 @@ class Pieces(Dataset):
 
     @property
     def names(self) -> list[str]:
-        """Of the lengths, in predicted tokens."""
+        """Names of the lengths, in predicted tokens."""
         return [str(size) for size in self.sizes]
 
     def _row(self, place: int, number: int) -> int:
-        """The row of a sequence, by its number among all of its length, in the order in which they come."""
+        """The row of the n-th sequence of a length, in the order of training."""
         members = self._members[place]
         turn, number = divmod(number, len(members))
         if (place, turn) not in self._orders:

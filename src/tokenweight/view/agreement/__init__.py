@@ -1,4 +1,4 @@
-"""How far two scorers agree, by their scores of the same sequences."""
+"""Agreement of two scorers on the same sequences."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""Two scorers of the same sequences: rank correlation, and what of one's benefit is in the tokens that the other picks.
+"""Agreement of two scorers: rank correlation, and how much of one's benefit is in the tokens that the other picks.
 
-Each number is of tokens within a sequence, where weights are made, and is summed over the sequences, one in memory at a
-time. Beside a score, where a token is and what stands around it is kept for the few that are listed.
+Each number compares tokens within a sequence, as weights do, and is summed over the sequences, one in memory at a
+time. Besides scores, position and surrounding text are kept only for the few tokens that are listed.
 """
 
 import heapq
@@ -21,15 +21,15 @@ from tokenweight.view.corpus import name_folders
 from tokenweight.view.terminal import in_context
 
 SHARES = (0.05, 0.2)
-"""Of the tokens of a sequence: those that a scorer puts first."""
+"""Fractions of the tokens of a sequence that count as a scorer's picks."""
 RANKINGS = ("gain", "likely_gain", "divergence")
-"""By what a scorer puts tokens first: short - long; that times the probability with the long context; the divergence of
+"""Scores that rank a scorer's tokens: short - long; that times the probability with the long context; the divergence of
 its two distributions, which does not depend on the token."""
 _BEFORE, _AFTER = 40, 20  # characters of context around a listed token
 
 
 class Losses(NamedTuple):
-    """What a scorer says of the tokens of a sequence that count, in nats, float64."""
+    """Losses of a scorer on the counted tokens of a sequence, in nats, float64."""
 
     long_nll: np.ndarray
     short_nll: np.ndarray
@@ -37,72 +37,72 @@ class Losses(NamedTuple):
 
     @property
     def gain(self) -> np.ndarray:
-        """What the long context gives to each token."""
+        """The gain of each token from the long context."""
         return self.short_nll - self.long_nll
 
     @property
     def likely_gain(self) -> np.ndarray:
-        """That times the probability of the token with the long context."""
+        """The gain times the probability of the token with the long context."""
         return np.exp(-self.long_nll) * self.gain
 
 
 class Picks(NamedTuple):
-    """The tokens that two scorers put first by one ranking. Pairs are (of the first in the picks of the second, of the
-    second in those of the first); None where there is nothing to share, or a scorer has no such ranking."""
+    """Comparison of the top tokens of two scorers by one ranking. Pairs are (the first's in the picks of the second,
+    the second's in those of the first); None if there is nothing to divide, or a scorer has no such ranking."""
 
     ranking: str
     share: float
-    """Of the tokens of each sequence that are picked."""
+    """Fraction of the tokens of each sequence that is picked."""
     overlap: float | None
-    """Of the picks of one, the share that the other picks as well."""
+    """Fraction of the picks of one scorer that the other picks as well."""
     key_tokens: tuple[float | None, float | None]
-    """The share of the key tokens of LongPPL."""
+    """Fraction of the key tokens of LongPPL."""
     benefit: tuple[float | None, float | None]
-    """The share of the net benefit: the sum of short - long over all tokens that count."""
+    """Fraction of the net benefit: the sum of short - long over all counted tokens."""
     own_benefit: tuple[float | None, float | None]
-    """The share of each scorer's net benefit in its own picks."""
+    """Fraction of each scorer's net benefit in its own picks."""
 
 
 class Differing(NamedTuple):
-    """A token that the scorers differ about."""
+    """A token about which the scorers differ."""
 
     row: int
     position: int
-    """In the row, from 0."""
+    """Position in the row, from 0."""
     before: str
     token: str
     after: str
     long_nll: tuple[float, float]
-    """By the first scorer, and by the second."""
+    """Long losses of the first scorer, and of the second."""
     short_nll: tuple[float, float]
 
 
 class Agreement(NamedTuple):
-    """How far two scorers agree."""
+    """Agreement of two scorers."""
 
     names: tuple[str, str]
     sizes: tuple[int | None, int | None]
     """Tokens of the short context of each."""
     sequences: int
-    """Those with a token that counts."""
+    """Number of sequences with counted tokens."""
     tokens: int
-    """That count: predicted, and with more tokens before them than either short context holds."""
+    """Number of counted tokens: predicted, and with more tokens before them than either short context holds."""
     key_tokens: tuple[int, int]
     """Numbers of key tokens of LongPPL."""
     mean_gain: tuple[float, float]
     """Mean of short - long over the tokens, in nats."""
     rank_correlation: dict[str, float | None]
-    """Spearman's, of the tokens of a sequence by each ranking, averaged over sequences, by their number of tokens."""
+    """Spearman correlation of the tokens of a sequence by each ranking, averaged over sequences, weighted by tokens."""
     picks: list[Picks]
     more: list[Differing]
-    """The tokens whose probable gain is larger by the first scorer, by most."""
+    """The tokens with the largest excess of probable gain by the first scorer."""
     less: list[Differing]
-    """Those for which it is larger by the second."""
+    """The tokens with the largest excess by the second."""
     names_tokens: bool = True
-    """Whether a tokenizer was found; else tokens are listed by id."""
+    """Whether a tokenizer was found; otherwise tokens are listed by id."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Convert to JSON types."""
         found = {**self._asdict(), "picks": [one._asdict() for one in self.picks]}
         return found | {name: [one._asdict() for one in getattr(self, name)] for name in ("more", "less")}
 
@@ -110,8 +110,8 @@ class Agreement(NamedTuple):
 class Comparison:
     """Compares two scorers, sequence by sequence.
 
-    Of tokens with one value at the end of the picks each counts in part, so that a sequence of n tokens has
-    exactly share * n picks, whatever their order; by chance, a pick holds its share of anything.
+    Tokens tied at the end of the picks each count in part, so that a sequence of n tokens has exactly share * n
+    picks, in any order; by chance, picks contain their share of anything.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Comparison:
         self._known = dict.fromkeys(RANKINGS, (True, True))
 
     def add(self, first: Losses, second: Losses) -> None:
-        """Add the tokens of a sequence that count."""
+        """Add the counted tokens of a sequence."""
         both, num = (first, second), len(first.long_nll)
         self.tokens += num
         self.sequences += 1
@@ -145,7 +145,7 @@ class Comparison:
                 ]
 
     def result(self, names: tuple[str, str] = ("A", "B"), sizes: Sequence[int | None] = (None, None)) -> Agreement:
-        """The agreement over all sequences, without a list of tokens."""
+        """The agreement over all sequences, without lists of tokens."""
         return Agreement(
             names=names,
             sizes=(sizes[0], sizes[1]),
@@ -177,8 +177,8 @@ class Comparison:
 
 
 def picked(values: np.ndarray, num: float) -> np.ndarray:
-    """How much of each value is among the `num` largest, which need not be a whole number: 1, 0, or, for those that are
-    equal to the smallest of them, the part that is left for each."""
+    """The fraction of each value that is among the `num` largest, where `num` need not be an integer: 1, 0, or, for
+    those tied with the smallest of them, an equal part of the rest."""
     smallest = np.partition(values, len(values) - math.ceil(num))[len(values) - math.ceil(num)]
     above, equal = values > smallest, values == smallest
     return above + equal * ((num - above.sum()) / equal.sum())
@@ -240,7 +240,7 @@ def _opened(folder: str | os.PathLike[str], size: int | None) -> tuple[Any, int 
 def _counted(
     number: int, pair: tuple[dict[str, Any], dict[str, Any]], folders: tuple[str, str], least: int
 ) -> tuple[np.ndarray, tuple[Losses, Losses]]:
-    """Which tokens of a row count, and what both say of them."""
+    """Mask of the counted tokens of a row, and the losses of both scorers on them."""
     found = [row_tensors({name: [values] for name, values in row.items()}, torch.device("cpu")) for row in pair]
     (tokens, positions, mask), (others, other_positions, other_mask) = found
     ours, theirs = document_positions(tokens, positions), document_positions(others, other_positions)
@@ -263,7 +263,7 @@ def _keep(
     losses: tuple[Losses, Losses],
     top: int,
 ) -> None:
-    """Keep the `top` largest values that are above 0, of all rows so far, with where they are and what both say."""
+    """Keep the `top` largest values above 0 of all rows so far, with their positions and both scorers' losses."""
     for place in np.argsort(-values, kind="stable")[:top].tolist():
         if values[place] <= 0 or (len(found) == top and values[place] <= found[0][0]):
             return
@@ -289,11 +289,11 @@ def _listed(found: Sequence[tuple[float, int, int, np.ndarray]], rows: Any, toke
 
 
 def _tokenizer(folders: Sequence[str | os.PathLike[str]], sizes: Sequence[int | None]) -> Any:
-    """That of the rows, from whichever folder names one that is there."""
+    """The tokenizer of the rows, from the first folder whose tokenizer can be found."""
     for folder, size in zip(folders, sizes):
         try:
             tokenizer = read_row(folder, 0, size=size).tokenizer
-        except ValueError:  # it was moved, or is of another machine; which the list says
+        except ValueError:  # it was moved, or is on another machine, which the list notes
             continue
         if tokenizer is not None:
             return tokenizer
@@ -311,7 +311,7 @@ def _key_tokens(losses: Losses) -> np.ndarray:
 
 
 def _spearman(first: np.ndarray | None, second: np.ndarray | None) -> float | None:
-    """The correlation of ranks, equal values sharing theirs; None where all are equal, or a side is missing."""
+    """Rank correlation, with shared ranks for ties; None if all values are equal, or a side is missing."""
     if first is None or second is None:
         return None
     ranks = [_ranks(values) for values in (first, second)]
@@ -320,11 +320,11 @@ def _spearman(first: np.ndarray | None, second: np.ndarray | None) -> float | No
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks around their mean."""
+    """Ranks, centered."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[place] - (len(values) + 1) / 2
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    """A share of what there is; None where there is nothing."""
+    """Ratio, or None unless the total is positive."""
     return float(part / whole) if whole > 0 else None

@@ -17,11 +17,11 @@ HEADS = {
     "likely_gain": f"p(long) · (short {MINUS} long)",
     "divergence": "divergence",
 }
-"""What each ranking is called."""
+"""Name of each ranking."""
 
 
 def agreement_view(agreement: Agreement) -> list[RenderableType]:
-    """A table of all numbers, and the tokens that the scorers differ about most."""
+    """A table of all numbers, and the tokens about which the scorers differ most."""
     first, second = (name.translate(ESCAPES) for name in agreement.names)
     shown = " and ".join(
         f"{name} ({'short context not noted' if size is None else f'{size:,} tokens'})"
@@ -41,7 +41,7 @@ def agreement_view(agreement: Agreement) -> list[RenderableType]:
 
 
 def agreement_lines(agreement: Agreement) -> Iterator[tuple[str, list[str]]]:
-    """The lines of the table: what a number is, and that of each ranking."""
+    """Lines of the table: name of a number, and its value for each ranking."""
     (first, second), rankings = (name.translate(ESCAPES) for name in agreement.names), list(agreement.rank_correlation)
     correlations = [agreement.rank_correlation[name] for name in rankings]
     yield "rank correlation", ["-" if value is None else f"{value:+.3f}" for value in correlations]

@@ -15,7 +15,7 @@ def head_figure(heads: Mapping[str, Any], *, style: str = "screen") -> Figure:
     """Draw the retrieval score of every head, layers down and heads across.
 
     Args:
-        heads: what an evaluation keeps of the heads of a model.
+        heads: record of the heads of a model in an evaluation.
         style: one of `STYLES`.
     """
     layers, scores = heads["layers"], heads["scores"]

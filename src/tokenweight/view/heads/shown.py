@@ -19,7 +19,7 @@ class Cell(NamedTuple):
     text: str
     """Tenths of its score, rounded down; a dot below 0.1."""
     level: int
-    """How strongly it is tinted, 0 to 8."""
+    """Strength of its tint, 0 to 8."""
     title: str
 
 
@@ -27,7 +27,7 @@ def head_map(heads: Mapping[str, Any]) -> list[tuple[int, list[Cell]]]:
     """The cells of each layer, with its number.
 
     Args:
-        heads: what an evaluation keeps of the heads of a model.
+        heads: record of the heads of a model in an evaluation.
     """
     return [
         (layer, [_cell(layer, head, score) for head, score in enumerate(scores)])
@@ -41,7 +41,7 @@ def _cell(layer: int, head: int, score: float) -> Cell:
 
 
 def heads_line(heads: Mapping[str, Any]) -> str:
-    """How many heads retrieve, and which do best."""
+    """Number of retrieval heads, and the best ones."""
     found: Sequence[Sequence[Any]] = heads["retrieval_heads"]
     total = sum(map(len, heads["scores"]))
     line = f"{len(found)} of {total} heads ({len(found) / total:.1%}) have a retrieval score above 0.1"
@@ -50,7 +50,7 @@ def heads_line(heads: Mapping[str, Any]) -> str:
 
 
 def heads_view(name: str, heads: Mapping[str, Any]) -> list[RenderableType]:
-    """A map, layers down and heads across, each with the tenths of its score, and the best heads by name."""
+    """A map, layers down and heads across, with the tenths of each score, and a list of the best heads."""
     rows = head_map(heads)
     width = max(len(str(layer)) for layer, _ in rows)
     drawn = Text(f"{'layer':>{width + 5}}\n", "dim")
