@@ -189,7 +189,7 @@ def growth_figure(times: Lines, memory: Lines) -> Any:
 
 
 def length_figure(memory: Lines, planned: Lines) -> Any:
-    """Matplotlib figure of the memory of a step by sequence length, with the plan's estimates dashed."""
+    """Matplotlib figure of the memory of a step by sequence length, with the plan's estimates dotted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")

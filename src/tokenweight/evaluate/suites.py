@@ -272,7 +272,7 @@ def _task_results(name: str, length: int | None, output: dict[str, Any]) -> Iter
 def suite_measures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: EvalPlan
 ) -> tuple[list[Measure], dict[str, str]]:
-    """Compute the first metric of each task and suite; the resampling unit is the sample.
+    """Compute the first metric of each task, and of each suite whose tasks share it; samples are resampled.
 
     Returns:
         The metrics; and a fingerprint of the samples of each task, with the version of the harness.
