@@ -41,7 +41,7 @@ FAMILIES = {
 }
 """Name -> what the names of its arms begin with, followed by their strengths; and the look of its line."""
 SINGLE = ("sparse", "longce", "ppmi", "npmi", "keytokens", "rho1", "eslm", "exact", "random-.5", "oracle-.5")
-SINGLE += ("wide-uniform", "wide-dense-.5", "yarn-uniform")
+SINGLE += ("wide-uniform", "wide-dense-.5", "wide-expected-bounded-.5", "yarn-uniform", "original-dense-.5")
 """Arms that stand in the figure alone."""
 PAIRS = [(f"expected-{name}", name) for name in ("dense", "gain", "bounded", "count")]
 """What the names of arms of an expected form and of its plain form begin with."""
@@ -268,7 +268,7 @@ def frontier_figure(found: Extension) -> Figure:
     axes.set_xscale("symlog", linthresh=0.05)
     ticks = [-0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set(xlim=(-0.025, 1.4), ylim=(-0.42, 0.16))
+    axes.set(xlim=(-0.025, 1.4), ylim=(-0.62, 0.18))
     axes.set_xlabel("plain text: loss above uniform weights (nats; logarithmic beyond 0.05)")
     axes.set_ylabel("far answers: loss above uniform weights (nats)")
     axes.minorticks_off()
