@@ -80,7 +80,7 @@ def test_a_token_across_the_border_is_read_as_at_inference(prompt, completion):
 @pytest.mark.parametrize(
     ("record", "template", "message"),
     [
-        (TALK, REWRITES, "renders the first 2 messages otherwise"),
+        (TALK, REWRITES, "renders the first 2 messages differently"),
         (TALK, None, "chat_template|chat template"),
         (TALK, CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"), "leaves out .*'Be brief'"),
         (TALK, MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}"), "message 3 as an"),

@@ -269,12 +269,15 @@ def test_what_is_written_is_not_tokenized_again(documents, small_shards, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"documents": [Document("file:0", TEXT[:1999])]}, "the texts have changed since .*rows.unfinished was begun"),
+        (
+            {"documents": [Document("file:0", TEXT[:1999])]},
+            "the texts have changed since .*rows.unfinished was started",
+        ),
         ({"documents": [Document("other", TEXT[:2000])]}, "the texts have changed"),
         ({"documents": []}, "the texts have changed"),
         (
             {"length": 17},
-            "rows.unfinished was begun otherwise .length is 16 there, 17 now.; go on with that, or remove",
+            "rows.unfinished was started with other settings .length is 16 there, 17 now.; resume with those",
         ),
         ({"short": "pack"}, "short is 'drop' there, 'pack' now"),
         ({"provenance": {"tokenizer_fingerprint": "b"}}, "tokenizer_fingerprint is 'a' there, 'b' now"),

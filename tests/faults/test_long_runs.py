@@ -160,7 +160,7 @@ def test_a_resumed_run_is_recorded_and_a_file_that_may_not_grow_is_told(place):
     done = run(place, *RESUME, limit=60_000)
     warnings, changed, error = done.errors.splitlines(keepends=True)
     told(warnings, "out/checkpoint-4 ", "resuming from out/checkpoint-2")
-    told(changed, "out goes on with other settings", "trainer.max_steps is '2' there, '6' now")
+    told(changed, "out resumes with different settings", "trainer.max_steps is '2' there, '6' now")
     stopped(done._replace(errors=error), "cannot write ", " to out/checkpoint-4", "is out/checkpoint-2")
     assert not broken.exists()
     record = read_json(place / "out" / "run.json")

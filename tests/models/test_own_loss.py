@@ -192,7 +192,7 @@ def test_a_forward_put_over_the_bound_one_is_noticed_at_the_first_call():
         return kind.forward(self, *arguments, **{k: v for k, v in named.items() if k != "short_nll"})
 
     model.forward = types.MethodType(lce_forward, model)
-    with pytest.raises(ValueError, match=r"lce_forward stands in place of its forward"):
+    with pytest.raises(ValueError, match=r"lce_forward replaces its forward"):
         model(**inputs, short_nll=torch.zeros(2, 19))
     assert model(inputs["input_ids"]).logits.shape == (2, 19, models.VOCABULARY)
     del model.forward

@@ -67,7 +67,7 @@ def test_kernels_with_which_tokens_read_ahead_or_losses_differ_are_refused(kerne
 def test_a_loss_of_liger_is_refused_whoever_puts_it_in(kernels, tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args.use_liger_kernel = True  # after all checks
-    with pytest.raises(ValueError, match="a model with a weighted loss answered with a loss without weights"):
+    with pytest.raises(ValueError, match="a model with a weighted loss returned an unweighted one"):
         trainer.train()
 
 

@@ -237,7 +237,9 @@ def _unfinished(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
             if not _shards(folder):
                 write_json(note, settings)
             elif found := differences(read_json(note), settings, ignored=_OF_THE_CALL):
-                raise ValueError(f"out {out}: {folder} was begun otherwise ({found}); go on with that, or remove it")
+                raise ValueError(
+                    f"out {out}: {folder} was started with other settings ({found}); resume with those, or remove it"
+                )
             yield folder
             unlock(folder)
             rename_folder(folder, out)
@@ -316,7 +318,7 @@ class _Read:
             pass
         self.taken = self.state()
         if self.taken != state:
-            raise ValueError(f"the texts have changed since {folder} was begun: remove it to start again")
+            raise ValueError(f"the texts have changed since {folder} was started: remove it to start over")
 
 
 def _batches(source: _Read) -> Iterator[tuple[list[Document], dict[str, Any]]]:

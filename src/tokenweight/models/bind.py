@@ -339,8 +339,8 @@ def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
     if hasattr(function, "__code__"):  # rather than its names, which functools.wraps takes over from ours
         name = f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"
     raise ValueError(
-        f"a model with a weighted loss answered with a loss without weights: {name} stands in place of its forward, as "
-        "after use_liger_kernel, or in TRL's SFTTrainer: expected no loss of theirs, or "
+        f"a model with a weighted loss returned an unweighted one: {name} replaces its forward, as after "
+        "use_liger_kernel, or in TRL's SFTTrainer: expected neither loss, or "
         "tokenweight.train.trl.TokenWeightedSFTTrainer"
     )
 

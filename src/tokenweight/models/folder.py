@@ -234,7 +234,7 @@ def add_older_rope(folder: str | os.PathLike[str], config: PreTrainedConfig) -> 
         if again.rope_parameters == text.rope_parameters:
             write_json(path, saved)
             return
-    logger.warning("%s: transformers 4 cannot be told of its rotary settings; load it with transformers 5", folder)
+    logger.warning("%s: transformers 4 cannot express its rotary settings; load it with transformers 5", folder)
 
 
 def _older(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -104,8 +104,8 @@ def _training(run: dict[str, Any], metrics: dict[str, Any]) -> str:
     }
     table = "\n".join(f"| {name} | {table_cell(text)} |" for name, text in lines.items() if text)
     intro = (
-        "Trained with token weights by tokenweight: a token counts more or less in the loss by what a long context "
-        "tells of it that a short one does not ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
+        "Trained with token weights by tokenweight: a token counts more or less in the loss by how much a long context "
+        "changes its prediction compared with a short one ([Helm et al. 2025](https://arxiv.org/abs/2503.09202))."
     )
     return f"## Training\n\n{intro}\n\n| | |\n|---|---|\n{table}"
 

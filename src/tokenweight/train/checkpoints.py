@@ -147,7 +147,7 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         return _with_state(Path(given))
     broken: list[str] = []
     for folder in _checkpoints(out):
-        damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is not whole"
+        damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is incomplete"
         if not damage:
             for found in broken:
                 logger.warning("%s: resuming from %s", found, folder)

@@ -177,7 +177,7 @@ def _resumed(run: dict[str, Any], out: Path, checkpoint: Path | None) -> dict[st
     )
     changed = differences(there, now)
     if changed:
-        logger.warning("%s goes on with other settings: %s", out, changed)
+        logger.warning("%s resumes with different settings: %s", out, changed)
     part = {"checkpoint": str(checkpoint), "changed": changed, **run}
     trainer = {k: v for k, v in run["settings"]["trainer"].items() if k != "resume_from_checkpoint"}
     latest = {"settings": {**run["settings"], "trainer": trainer}, "arguments": run["arguments"]}

@@ -129,8 +129,8 @@ def _prefix(part: str, whole: str, number: int) -> int:
     """The length of a part that is rendered alone. ValueError if the whole does not begin with it."""
     if not whole.startswith(part):
         raise ValueError(
-            f"the chat template renders the first {number} messages otherwise where more follow, so that nothing tells "
-            "which tokens are answers: expected a template with {% generation %}, or one that only appends"
+            f"the chat template renders the first {number} messages differently when more follow, so that it is "
+            "unknown which tokens are answers: expected a template with {% generation %}, or one that only appends"
         )
     return len(part)
 
