@@ -42,7 +42,7 @@ FAMILIES = {
 """Name -> what the names of its arms begin with, followed by their strengths; and the look of its line."""
 SINGLE = ("sparse", "longce", "ppmi", "npmi", "keytokens", "rho1", "eslm", "exact", "random-.5", "oracle-.5")
 SINGLE += ("wide-uniform", "wide-dense-.5", "wide-expected-bounded-.5", "yarn-uniform", "original-dense-.5")
-"""Arms that stand in the figure alone."""
+"""Arms drawn as single points."""
 PAIRS = [(f"expected-{name}", name) for name in ("dense", "gain", "bounded", "count")]
 """What the names of arms of an expected form and of its plain form begin with."""
 BESIDE = [
@@ -52,9 +52,9 @@ BESIDE = [
     ("expected-bounded-.5", "dense-.75"),
     ("original-dense-.5", "dense-.5"),
 ]
-"""Arms that are compared with another than `uniform`."""
+"""Arms, each with another arm than `uniform` to compare it with."""
 DISTANCES = (4096, 8192, 12288, 16384)
-"""Distances of the digits of the real model, by which they are told apart."""
+"""Edges of the bins of distance for the digits of the real model."""
 KEYS = ("far", "far_right", "far_last_right", "far_only_right", "near", "short", "beyond")
 Runs = dict[str, dict[tuple[int, ...], dict[str, Any]]]
 
@@ -136,7 +136,7 @@ class Extension:
         self.units = list(self.of["uniform"])
 
     def changes(self, arm: str, key: str, other: str = "uniform") -> list[float]:
-        """A measure of an arm beside another, of each unit."""
+        """Difference of a measure between an arm and another, per unit."""
         return [self.of[arm][unit][key] - self.of[other][unit][key] for unit in self.units]
 
     def family(self, begins: str) -> list[str]:
@@ -327,7 +327,7 @@ def differences(values: Mapping[str, Sequence[float]], arm: str, other: str) -> 
 
 
 def spaced_tables(runs: Runs) -> str:
-    """What docs/evidence.md shows of the real model: values of uniform weights, and of other arms what they change."""
+    """Table of the real model for docs/evidence.md: values for uniform weights, changes from them for other arms."""
     measures = {f"digits to {high:,}": (low, high) for low, high in pairwise(DISTANCES)}
     of = {arm: spaced_sums(own.values()) for arm, own in runs.items()}
     rows = []
@@ -340,7 +340,7 @@ def spaced_tables(runs: Runs) -> str:
 
 
 def spaced_sums(records: Iterable[dict[str, Any]]) -> dict[str, Sums]:
-    """Of each held-out row, over all units: losses and right answers of digits by distance, losses of plain text."""
+    """Sums per held-out row over all units: losses and right answers of digits by distance, losses of plain text."""
     measured = [record["measured"] for record in records]
     num = len(measured[0]["short"])
     found = {}
@@ -356,7 +356,7 @@ def spaced_sums(records: Iterable[dict[str, Any]]) -> dict[str, Sums]:
 
 
 def change(found: Sums, other: Sums) -> str:
-    """By how much a mean is above another, and the interval of that; a star where it leaves out 0."""
+    """Difference of two means with its interval; a star if that excludes 0."""
     value, interval, _ = paired_difference(found, other)
     if interval is None:
         return f"{value:+.3f}"

@@ -37,7 +37,7 @@ from tokenweight.records import environment, write_json
 BEGUN = time.perf_counter()
 HELD_OUT_SEED = 1_000_003
 LOGITS = 2**26
-"""Logits that are held at once in measuring."""
+"""Most logits held at once when measuring."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Bench:
         return without_weighted_loss(model)
 
     def columns(self, arm: dict[str, Any], rows: Rows, unit: list[int]) -> dict[str, Tensor]:
-        """What a stored scorer says of the rows of a unit; that of counts is computed for the first arm that asks."""
+        """Stored scores for the rows of a unit; those of counts are computed for the first arm that needs them."""
         kind, name = arm.get("scorer"), str(unit)
         if kind == "oracle":
             return {"divergence": torch.as_tensor(rows.distance > 0).float()}
@@ -202,13 +202,13 @@ class Bench:
 
 
 def inputs(rows: Rows) -> dict[str, Tensor]:
-    """What a model is given of rows: tokens, labels, and where tokens were left out, the positions of the others. A
-    token that follows a gap is not predicted."""
+    """Model inputs for rows: tokens, labels and, if tokens were left out, positions. Tokens after a gap are not
+    predicted."""
     tokens, positions = torch.as_tensor(rows.tokens), torch.as_tensor(rows.positions)
     gaps = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
     if not gaps.any():
         return {"input_ids": tokens, "labels": tokens}
-    # Without a mask, transformers takes a gap for the border of two documents.
+    # Without a mask, transformers takes a gap for a document boundary.
     given = {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
     return {"input_ids": tokens, "labels": tokens.masked_fill(gaps, -100), **given}
 

@@ -214,7 +214,7 @@ class SpacedWorld:
         self._texts = {name: self._long(messages()[slice(*numbers)]) for name, numbers in parts.items()}
 
     def _long(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of texts that have a whole document's; no token has fewer letters than one."""
+        """Tokens of the texts that are long enough for a document; a token has at least one letter."""
         tokens = (np.array(self._tokenizer(text)["input_ids"]) for text in texts if len(text) > self.span)
         return [one for one in tokens if len(one) > self.span]
 
@@ -234,7 +234,7 @@ class SpacedWorld:
         return Rows(*(np.stack(values) for values in zip(*found)))
 
     def _row(self, text: np.ndarray, length: int, facts: Facts, draw: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """What `Rows` says of each token of a row."""
+        """The fields of `Rows` for one row."""
         num = length // self.part
         apart = int(np.exp(draw.uniform(np.log(facts.nearest), np.log(facts.farthest))))
         gaps = np.sort(draw.integers(apart - (num - 1) * self.part + 1, size=num - 2))
