@@ -332,8 +332,8 @@ def spaced_tables(runs: Runs) -> str:
     of = {arm: spaced_sums(own.values()) for arm, own in runs.items()}
     rows = []
     for arm, own in of.items():
-        uniform = arm == "uniform"
-        cells = (f"{sums.mean:.3f}" if uniform else change(sums, of["uniform"][key]) for key, sums in own.items())
+        other = "10-uniform" if arm.startswith("10-") else "uniform"
+        cells = (f"{sums.mean:.3f}" if arm == other else change(sums, of[other][key]) for key, sums in own.items())
         rows.append([arm, *cells])
     head = ["arm", *(f"{name}, {kind}" for name in measures for kind in ("loss", "right")), "first part", "later parts"]
     return f"{made(runs)} Units: {len(runs['uniform'])}.\n\n" + table(head, rows)
