@@ -110,7 +110,7 @@ tables: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
 
 # The two small experiments of docs/evidence.md, SEEDS units of each at most, then their tables and figures. With -j2,
-# Some 110 minutes of CPU time, on two cores; with SEEDS=1 some 20. Interrupted and made again, it goes on.
+# An estimated 110 minutes of CPU time, on two cores; with SEEDS=1 20. Interrupted and made again, it goes on.
 SEEDS ?= 3
 evidence-extension evidence-scratch: evidence-%: $(READY)
 	$(BIN)/python benchmarks/evidence/miniature.py recipes/evidence/$*.yaml --out runs/$* --units $(SEEDS)

@@ -332,7 +332,8 @@ def spaced_tables(runs: Runs) -> str:
     of = {arm: spaced_sums(own.values()) for arm, own in runs.items()}
     rows = []
     for arm, own in of.items():
-        other = "10-uniform" if arm.startswith("10-") else "uniform"
+        own_uniform = f"{arm.split('-')[0]}-uniform"  # of arms with as many steps
+        other = own_uniform if own_uniform in of else "uniform"
         cells = (f"{sums.mean:.3f}" if arm == other else change(sums, of[other][key]) for key, sums in own.items())
         rows.append([arm, *cells])
     head = ["arm", *(f"{name}, {kind}" for name in measures for kind in ("loss", "right")), "first part", "later parts"]
@@ -384,11 +385,8 @@ def main(folders: Sequence[str]) -> None:
     for folder in map(Path, folders):
         settings, runs = json.loads((folder / "settings.json").read_text()), read_runs(folder)
         if isinstance(settings["model"], str):
-            text = spaced_tables(runs)
-            (folder / "spaced.md").write_text(text, encoding="utf-8")
-            print(text)
-            continue
-        if settings["pretrain"] is None:
+            text, figure, name = spaced_tables(runs), None, "spaced"
+        elif settings["pretrain"] is None:
             text, figure, name = scratch_tables(runs), scratch_figure(runs), "scratch"
         else:
             from price import predicted_prices
@@ -397,7 +395,8 @@ def main(folders: Sequence[str]) -> None:
             text, figure = extension_tables(found, predicted_prices(folder, found.units)), frontier_figure(found)
             name = "frontier"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        write_figure(figure, folder / name)
+        if figure is not None:
+            write_figure(figure, folder / name)
         print(text)
 
 

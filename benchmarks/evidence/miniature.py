@@ -92,7 +92,7 @@ class Experiment:
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
     """Name -> `weighting`; `scorer`: self, original, count, oracle, or reference (what `uniform` became); `rate`: a
-    factor; `rope`: rotary parameters to change; `steps`, if fewer."""
+    factor; `rope`: rotary parameters, or arguments of `extend`, to change; `steps`, if fewer."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
@@ -150,7 +150,7 @@ class Bench:
     def begun(self, seed: int, rope: dict[str, Any] | None = None) -> Any:
         """The model that arms of a unit begin with: pretrained, with the rotary base of the extension, or `rope`."""
         if isinstance(self.experiment.model, str):
-            return load_model(packaged_model(), dtype="float32", extend=self.experiment.extend)
+            return load_model(packaged_model(), dtype="float32", extend={**self.experiment.extend, **(rope or {})})
         if self.experiment.pretrain is None:
             return self.new_model(seed)
         model, path = self.new_model(seed), self.out / f"pretrained-{self._fingerprint()}-{seed}.pt"

@@ -68,7 +68,7 @@ def run_demo(out: Path, weighting_text: str) -> None:
     say(_contrast(row.long_nll, row.short_nll))
     console.print(*view.view(row, weighting, num=200, top=10), sep="\n\n")
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    say(f"Training a step of one row with {weighting} weights, in {'bfloat16' if bf16 else 'float32'}")
+    say(f"Training one step per row with {weighting} weights, in {'bfloat16' if bf16 else 'float32'}")
     trainer = {"max_steps": NUM_TRAIN, "warmup_steps": 0, "save_strategy": "no", "bf16": bf16}
     settings = TrainSettings(model, str(out / "train"), str(out / "model"), weighting_text, trainer=trainer)
     trained = train.train(settings)

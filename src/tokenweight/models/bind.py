@@ -340,7 +340,7 @@ def _check_answered(model: Any, named: dict[str, Any], output: Any) -> None:
         name = f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"
     raise ValueError(
         f"a model with a weighted loss returned an unweighted one: {name} replaces its forward, as after "
-        "use_liger_kernel, or in TRL's SFTTrainer: expected neither loss, or "
+        "use_liger_kernel, or in TRL's SFTTrainer: expected the forward that was bound, or "
         "tokenweight.train.trl.TokenWeightedSFTTrainer"
     )
 
