@@ -332,12 +332,17 @@ def spaced_tables(runs: Runs) -> str:
     of = {arm: spaced_sums(own.values()) for arm, own in runs.items()}
     rows = []
     for arm, own in of.items():
-        own_uniform = f"{arm.split('-')[0]}-uniform"  # of arms with as many steps
-        other = own_uniform if own_uniform in of else "uniform"
+        other = uniform_of(arm, of)
         cells = (f"{sums.mean:.3f}" if arm == other else change(sums, of[other][key]) for key, sums in own.items())
         rows.append([arm, *cells])
     head = ["arm", *(f"{name}, {kind}" for name in measures for kind in ("loss", "right")), "first part", "later parts"]
     return f"{made(runs)} Units: {len(runs['uniform'])}.\n\n" + table(head, rows)
+
+
+def uniform_of(arm: str, arms: Iterable[str]) -> str:
+    """The arm of uniform weights that an arm is compared with: the one whose name begins in the same way."""
+    found = (name for name in arms if name.endswith("uniform") and arm.startswith(name.removesuffix("uniform")))
+    return max(found, key=len)
 
 
 def spaced_sums(records: Iterable[dict[str, Any]]) -> dict[str, Sums]:

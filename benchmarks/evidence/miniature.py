@@ -12,9 +12,11 @@ recipes/evidence/README.md.
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -91,13 +93,17 @@ class Experiment:
     units: list[list[int]]
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
-    """Name -> `weighting`; `scorer`: self, original, count, oracle, or reference (what `uniform` became); `rate`: a
-    factor; `rope`: rotary parameters, or arguments of `extend`, to change; `steps`, if fewer."""
+    """Name -> `weighting`; `scorer`: self, original, small, uniform (what `uniform` became), count, oracle, reference
+    (`uniform` again, for its losses alone) or vocabulary (`Recent`); `contrast`: `scorer` if its long losses are
+    compared; `rate`: a factor, or `norm_of`: an arm whose gradient norm it makes up for; `rope`: rotary parameters, or
+    arguments of `extend`, to change; `steps` and `facts`, where they differ."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
     extend: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of `load_model`'s `extend`, for a model from a package."""
+    small: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `model` that differ in the scorer of the arms `small`."""
     every: int = 0
     """Steps between measurements; 0: at the end only."""
 
@@ -108,13 +114,23 @@ class Experiment:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Read a file of settings; a ValueError says what is wrong."""
+    """Read a file of settings, in which those of the file that `like` names hold as well; a ValueError says what is
+    wrong."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "like" in given:
+            given = {**yaml.safe_load((path.parent / given.pop("like")).read_text(encoding="utf-8")), **given}
         stages = {name: Stage(**given[name]) for name in ("train", "pretrain") if name in given}
         return Experiment(**{**given, **stages})
     except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def experiment_of(folder: Path) -> Experiment:
+    """The experiment that a folder was begun with, without its units."""
+    given = json.loads((folder / "settings.json").read_text())
+    stages = {name: Stage(**given[name]) for name in ("train", "pretrain") if given[name] is not None}
+    return Experiment(**{**given, **stages, "units": []})
 
 
 class Bench:
@@ -126,7 +142,7 @@ class Bench:
             self.world: Any = SpacedWorld(packaged_model(), **experiment.world)
         else:
             self.world = (TextWorld if "parts" in experiment.world else NoiseWorld)(**experiment.world)
-        self._counted: tuple[str, dict[str, Tensor]] = ("", {})
+        self._counted: tuple[Any, dict[str, Tensor]] = (None, {})
 
     def run_path(self, arm: str, unit: list[int]) -> Path:
         """The record of an arm in a unit."""
@@ -142,35 +158,56 @@ class Bench:
         stage = dataclasses.replace(self.experiment.train, facts=given["facts"])
         return self.rows("held_out", stage, given["rows"], HELD_OUT_SEED)
 
-    def new_model(self, seed: int) -> LlamaForCausalLM:
+    def stage(self, arm: dict[str, Any]) -> Stage:
+        """How an arm is trained."""
+        stage = self.experiment.train
+        facts = [{**kind, **arm.get("facts", {})} for kind in stage.facts]
+        return dataclasses.replace(stage, steps=arm.get("steps", stage.steps), facts=facts)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - there is one bench
+    def train_rows(self, seed: int, steps: int, facts: str) -> Rows:
+        """The rows that arms of a unit are trained on, or begin to be; `facts` as JSON."""
+        stage = dataclasses.replace(self.experiment.train, facts=json.loads(facts))
+        return self.rows("train", stage, steps * stage.batch, 10_000 + seed)
+
+    def rows_of(self, arm: dict[str, Any], unit: list[int]) -> Rows:
+        """The rows that an arm is trained on: if steps are fewer, the first of those of others."""
+        stage = self.stage(arm)
+        return self.train_rows(unit[1], max(stage.steps, self.experiment.train.steps), json.dumps(stage.facts))
+
+    def new_model(self, seed: int, fields: dict[str, Any]) -> LlamaForCausalLM:
         """A model with random weights."""
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **self.experiment.model))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **fields))
 
     def begun(self, seed: int, rope: dict[str, Any] | None = None) -> Any:
         """The model that arms of a unit begin with: pretrained, with the rotary base of the extension, or `rope`."""
         if isinstance(self.experiment.model, str):
             return load_model(packaged_model(), dtype="float32", extend={**self.experiment.extend, **(rope or {})})
         if self.experiment.pretrain is None:
-            return self.new_model(seed)
-        model, path = self.new_model(seed), self.out / f"pretrained-{self._fingerprint()}-{seed}.pt"
-        if not path.is_file():
-            torch.save(self._pretrained(seed).state_dict(), path.with_suffix(".unfinished"))
-            path.with_suffix(".unfinished").rename(path)
-        model.load_state_dict(torch.load(path))
+            return self.new_model(seed, self.experiment.model)
+        model = self.pretrained(seed, self.experiment.model)
         parameters = {**model.config.rope_parameters, "rope_theta": self.experiment.base, **(rope or {})}
         config = LlamaConfig(**{**model.config.to_dict(), "rope_parameters": parameters})
         extended = LlamaForCausalLM(config)
         extended.load_state_dict(model.state_dict())
         return extended
 
-    def _fingerprint(self) -> str:
-        of = [dataclasses.asdict(self.experiment)[name] for name in ("world", "model", "pretrain")]
-        return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
+    def pretrained(self, seed: int, fields: dict[str, Any]) -> LlamaForCausalLM:
+        """A model after pretraining, from the folder if it is there."""
+        of = [self.experiment.world, fields, dataclasses.asdict(self.experiment.pretrain)]
+        fingerprint = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
+        model, path = self.new_model(seed, fields), self.out / f"pretrained-{fingerprint}-{seed}.pt"
+        if not path.is_file():
+            say(f"pretraining model {seed}, hidden size {fields['hidden_size']}")
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            torch.save(self._pretrain(self.new_model(seed, fields), seed).state_dict(), unfinished)
+            unfinished.rename(path)
+        model.load_state_dict(torch.load(path))
+        return model
 
-    def _pretrained(self, seed: int) -> LlamaForCausalLM:
-        say(f"pretraining model {seed}")
-        stage, model = self.experiment.pretrain, self.new_model(seed)
+    def _pretrain(self, model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+        stage = self.experiment.pretrain
         rows = self.rows("pretrain", stage, stage.steps * stage.batch, 100 + seed)
         with_weighted_loss(model, "expected(gain(interpolation=0.5))" if stage.recall_first else "uniform")
         columns = {"divergence": torch.as_tensor(rows.distance > 0).float()}
@@ -183,22 +220,65 @@ class Bench:
 
     def columns(self, arm: dict[str, Any], rows: Rows, unit: list[int]) -> dict[str, Tensor]:
         """Stored scores for the rows of a unit; those of counts are computed for the first arm that needs them."""
-        kind, name = arm.get("scorer"), str(unit)
+        kind = arm.get("scorer")
         if kind == "oracle":
             return {"divergence": torch.as_tensor(rows.distance > 0).float()}
         if kind == "reference":
-            reference = self.begun(unit[0])
-            reference.load_state_dict(torch.load(self.run_path("uniform", unit).with_suffix(".pt")))
+            reference = self.trained("uniform", unit)
             parts = torch.as_tensor(rows.tokens).split(16)
             return {"ref_nll": torch.cat([token_nll(reference, part) for part in parts])}
         if kind != "count":
             return {}
-        if self._counted[0] != name:
+        if self._counted[0] is not rows:
             scorer = CountScorer(order=3, vocab_size=self.world.vocab_size)
             found = [scorer(part, self.experiment.context) for part in torch.as_tensor(rows.tokens).split(512)]
             columns = ("long_nll", "short_nll", "divergence")
-            self._counted = name, {key: torch.cat([getattr(one, key) for one in found]) for key in columns}
+            self._counted = rows, {key: torch.cat([getattr(one, key) for one in found]) for key in columns}
         return self._counted[1]
+
+    def trained(self, arm: str, unit: list[int]) -> Any:
+        """The model that an arm became in a unit, where models are small enough to be kept."""
+        model = self.begun(unit[0], self.experiment.arms[arm].get("rope"))
+        model.load_state_dict(torch.load(self.run_path(arm, unit).with_suffix(".pt")))
+        return model.eval()
+
+    def bound(self, arm: dict[str, Any], unit: list[int]) -> Any:
+        """The model that an arm begins with, with the arm's weighted loss."""
+        model, kind, short = self.begun(unit[0], arm.get("rope")), arm.get("scorer"), None
+        if kind == "self":
+            short = model
+        elif kind == "original":
+            short = copy.deepcopy(model).eval()
+        elif kind == "small":
+            short = self.pretrained(unit[0], {**self.experiment.model, **self.experiment.small}).eval()
+        elif kind == "uniform":
+            short = self.trained("uniform", unit)
+        scorer = None if short is None else Scorer(short, self.experiment.context)
+        contrast = "scorer" if kind == "count" else arm.get("contrast", "trained")
+        return with_weighted_loss(model, arm["weighting"], scorer, contrast=contrast)
+
+    def rate(self, arm: dict[str, Any], unit: list[int]) -> float:
+        """The factor of an arm's learning rate."""
+        if "norm_of" not in arm:
+            return arm.get("rate", 1.0)
+        paths = (self.run_path(name, unit) for name in (arm["norm_of"], "uniform"))
+        own, uniform = (np.mean(json.loads(path.read_text())["norm"]) for path in paths)
+        return float(own / uniform)
+
+
+class Recent:
+    """Of each token of the vocabulary, the mean loss where it was the target, later steps counting more."""
+
+    def __init__(self, vocab_size: int, decay: float = 0.99) -> None:
+        self.losses, self.decay = torch.full((vocab_size,), math.log(vocab_size)), decay
+
+    def add(self, tokens: Tensor, losses: Tensor, mask: Tensor) -> None:
+        """Add the targets of a step."""
+        sums, counts = torch.zeros(2, len(self.losses))
+        sums.index_add_(0, tokens[mask], losses[mask].detach().float())
+        counts.index_add_(0, tokens[mask], torch.ones(int(mask.sum())))
+        found = self.decay * self.losses + (1 - self.decay) * sums / counts.clamp(min=1)
+        self.losses = torch.where(counts > 0, found, self.losses)
 
 
 def inputs(rows: Rows) -> dict[str, Tensor]:
@@ -214,9 +294,11 @@ def inputs(rows: Rows) -> dict[str, Tensor]:
 
 
 def steps(
-    model: Any, rows: Rows, columns: dict[str, Tensor], stage: Stage, factor: float
+    model: Any, rows: Rows, columns: dict[str, Tensor], stage: Stage, factor: float, recent: Recent | None = None
 ) -> Iterator[dict[str, float]]:
-    """Train a bound model on the rows, in order; after each step, its gradient norm and unweighted loss."""
+    """Train a bound model on the rows, in order; after each step, its gradient norm and unweighted loss.
+
+    With `recent`, the short loss of a token is its recent loss."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=stage.weight_decay)
     columns = {**inputs(rows), **columns}
     model.train()
@@ -224,8 +306,13 @@ def steps(
         own = slice(step * stage.batch, (step + 1) * stage.batch)
         for group in optimizer.param_groups:
             group["lr"] = stage.rate_at(step, factor)
-        output = model(**{name: column[own] for name, column in columns.items()})
+        given = {name: column[own] for name, column in columns.items()}
+        if recent is not None:
+            given["short_nll"] = recent.losses[given["input_ids"]]
+        output = model(**given)
         output.loss.backward()
+        if recent is not None:
+            recent.add(given["input_ids"], output.long_nll, output.mask)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -266,27 +353,24 @@ def measure(model: Any, rows: Rows, size: int) -> dict[str, Any]:
     return {key: [value for part in found for value in part[key]] for key in found[0]}
 
 
-def bound(bench: Bench, arm: dict[str, Any], begun: LlamaForCausalLM) -> Any:
-    """A copy of a model with the weighted loss of an arm."""
-    model, scorer, kind = copy.deepcopy(begun), None, arm.get("scorer")
-    if kind in ("self", "original"):
-        scorer = Scorer(model if kind == "self" else copy.deepcopy(begun).eval(), bench.experiment.context)
-    return with_weighted_loss(model, arm["weighting"], scorer, contrast="scorer" if kind == "count" else "trained")
-
-
-def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) -> None:
+def run(bench: Bench, name: str, unit: list[int], held_out: Rows) -> None:
     """Train and measure one arm of one unit, unless that is done."""
     experiment, arm = bench.experiment, bench.experiment.arms[name]
     path = bench.run_path(name, unit)
     label = path.stem
     if path.is_file():
         return
-    stage = dataclasses.replace(experiment.train, steps=arm.get("steps", experiment.train.steps))
-    model = bound(bench, arm, bench.begun(unit[0], arm.get("rope")))
+    rows, stage, model, factor = (
+        bench.rows_of(arm, unit),
+        bench.stage(arm),
+        bench.bound(arm, unit),
+        bench.rate(arm, unit),
+    )
     columns, begun = bench.columns(arm, rows, unit), time.process_time()
+    recent = Recent(bench.world.vocab_size) if arm.get("scorer") == "vocabulary" else None
     torch.manual_seed(unit[1])  # for weights that are drawn
     done, curve, spent = [], [], 0.0
-    for step, one in enumerate(steps(model, rows, columns, stage, arm.get("rate", 1.0)), start=1):
+    for step, one in enumerate(steps(model, rows, columns, stage, factor, recent), start=1):
         done.append(one)
         if experiment.every and step % experiment.every == 0:
             paused = time.process_time()
@@ -295,11 +379,12 @@ def run(bench: Bench, name: str, unit: list[int], rows: Rows, held_out: Rows) ->
             say(f"  {label}: step {step}, recall {np.mean(curve[-1]['right']):.3f}")
     seconds, model = time.process_time() - begun - spent, without_weighted_loss(model)
     found = measure(model, held_out, experiment.size)
-    record = {"arm": name, "unit": unit, "settings": arm, "seconds": round(seconds, 2), "measured": found}
+    record = {"arm": name, "unit": unit, "settings": arm, "rate": round(factor, 4), "seconds": round(seconds, 2)}
+    record["measured"] = found
     record |= {"norm": [round(one["norm"], 4) for one in done], "curve": curve, "environment": environment()}
     if isinstance(experiment.model, str):
         model.save_pretrained(path.with_suffix(""))
-    elif name == "uniform":
+    else:
         torch.save(model.state_dict(), path.with_suffix(".pt"))
     write_json(path, record)
     answers = np.array(found["right"])[np.array(found["distance"]) > experiment.size]
@@ -339,10 +424,8 @@ def main(settings: Annotated[Path, tyro.conf.Positional], /, *, out: Path, units
     bench = begin(experiment, out)
     held_out = bench.held_out()
     for unit in experiment.units[:units]:
-        stage = experiment.train
-        rows = bench.rows("train", stage, stage.steps * stage.batch, 10_000 + unit[1])
         for name in experiment.arms:
-            run(bench, name, unit, rows, held_out)
+            run(bench, name, unit, held_out)
     say("done")
 
 

@@ -10,7 +10,6 @@ was trained with uniform weights predicts with the long context, and w is made o
 short one; the statistic of a row (its mean score, or the score of the last token that is kept) is that of its targets.
 """
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from controls import Shuffled
-from miniature import Bench, Experiment, Stage
+from miniature import Bench, Experiment, experiment_of
 from torch import Tensor
 from worlds import Rows
 
@@ -79,20 +78,17 @@ def both_losses(model: torch.nn.Module, tokens: Tensor, experiment: Experiment) 
 
 def predicted_prices(folder: Path, units: Sequence[tuple[int, ...]]) -> dict[str, list[float]]:
     """For each arm that scores itself, of each unit, the price of its optimum at plain tokens beyond `size`."""
-    given = json.loads((folder / "settings.json").read_text())
-    stages = {name: Stage(**given[name]) for name in ("train", "pretrain") if given[name] is not None}
-    experiment = Experiment(**{**given, **stages, "units": []})
+    experiment = experiment_of(folder)
     bench = Bench(experiment, folder)
     rows = Rows(*(values[:ROWS] for values in bench.held_out()))
     arms = {name: arm for name, arm in experiment.arms.items() if arm.get("scorer") == "self" and "rope" not in arm}
     weightings = {name: parse_weighting(arm["weighting"]) for name, arm in arms.items()}
     found: dict[str, list[float]] = {name: [] for name in weightings}
     for unit in units:
-        model = bench.begun(unit[0])
-        model.load_state_dict(torch.load(folder / "runs" / f"uniform-model{unit[0]}-seed{unit[1]}.pt"))
+        model = bench.trained("uniform", list(unit))
         sums: dict[str, list[float]] = {name: [] for name in weightings}
         for tokens, plain in zip(torch.as_tensor(rows.tokens), rows.plain):
-            long, short = both_losses(model.eval(), tokens, experiment)
+            long, short = both_losses(model, tokens, experiment)
             chosen = torch.as_tensor(plain & (np.arange(len(plain)) >= experiment.size))[1:]
             for name, weighting in weightings.items():
                 if isinstance(weighting, ScoreWeighting) and not isinstance(weighting, Shuffled):

@@ -21,7 +21,9 @@ FACTS = {"threads": 3, "nearest": 6, "farthest": 40}
 @pytest.fixture(scope="module")
 def evidence():
     """The scripts that the tests read, by their names."""
-    return SimpleNamespace(**{name: load(f"evidence/{name}") for name in ("worlds", "miniature", "frontier", "price")})
+    return SimpleNamespace(
+        **{name: load(f"evidence/{name}") for name in ("worlds", "miniature", "frontier", "price", "controls")}
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -97,6 +99,27 @@ def test_sums_of_the_real_model_tell_distances_apart_and_add_up_units(evidence):
     assert evidence.frontier.change(found["beyond"], found["beyond"]) == "+0.000<br>[+0.000, +0.000]"
 
 
+def test_controls_change_what_their_names_say(evidence):
+    long, short = torch.rand(2, 1, 12)
+    short[0, :5] = long[0, :5]
+    mask = torch.arange(12)[None] > 0
+    filled, dense = evidence.controls.Filled(interpolation=0.5)(long, short, mask), Dense(0.5)(long, short, mask)
+    assert torch.equal(filled[:, 5:], dense[:, 5:])
+    assert filled[0, :5].tolist() == [0, 1, 1, 1, 1]
+    found = evidence.controls.OfShort(interpolation=0)(long, short, mask)
+    torch.testing.assert_close(found[0, 1:], short[0, 1:] / short[0, 1:].mean())
+
+
+def test_recent_losses_are_running_means_of_targets(evidence):
+    recent = evidence.miniature.Recent(3, decay=0.75)
+    tokens, mask = torch.tensor([[1, 1, 0], [1, 2, 2]]), torch.tensor([[False, True, True], [False, True, False]])
+    recent.add(tokens, torch.tensor([[9.0, 2.0, 4.0], [9.0, 6.0, 9.0]]), mask)
+    begun = math.log(3)
+    torch.testing.assert_close(recent.losses, torch.tensor([0.75 * begun + 1, 0.75 * begun + 0.5, 0.75 * begun + 1.5]))
+    recent.add(tokens, torch.full((2, 3), 8.0), torch.zeros(2, 3, dtype=torch.bool))
+    assert recent.losses[0].item() == pytest.approx(0.75 * begun + 1)
+
+
 def test_random_weights_are_those_of_dense_at_other_tokens():
     shuffled = load("evidence/controls").Shuffled(interpolation=0.5)
     long, short = torch.rand(2, 2, 12)
@@ -107,7 +130,7 @@ def test_random_weights_are_those_of_dense_at_other_tokens():
     assert not torch.equal(found, dense)
 
 
-@pytest.mark.parametrize("name", ["extension", "scratch", "spaced"])
+@pytest.mark.parametrize("name", ["extension", "scratch", "spaced", "conditions"])
 def test_arms_of_the_recipes_differ_and_can_be_read(evidence, name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
     experiment = evidence.miniature.read_experiment(RECIPES / f"{name}.yaml")
@@ -116,7 +139,7 @@ def test_arms_of_the_recipes_differ_and_can_be_read(evidence, name, monkeypatch)
     for arm in experiment.arms.values():
         weighting = parse_weighting(arm["weighting"])
         needs = weighting.uses_short or weighting.divergence_of is not None
-        assert needs == (arm.get("scorer") in ("self", "original", "count", "oracle"))
+        assert needs == (arm.get("scorer") not in (None, "reference"))
     assert len({tuple(unit) for unit in experiment.units}) == len(experiment.units) >= 2
 
 
@@ -178,6 +201,14 @@ def test_the_predicted_price_is_what_the_optimum_of_the_weighted_loss_costs(evid
     torch.testing.assert_close(evidence.price.price(weights, long), paid, rtol=1e-4, atol=1e-6)
 
 
+def test_dividing_by_the_weights_takes_the_bias_back(evidence, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
+    weights, logits = torch.rand(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    biased = -(logits.log_softmax(dim=1) + weights.log()).log_softmax(dim=1)
+    found = load("evidence/conditions").corrected(weights, biased)
+    torch.testing.assert_close(found, -logits.log_softmax(dim=1))
+
+
 def test_what_selects_tokens_has_no_finite_price(evidence):
     long, short = -torch.randn(2, 6, 5, dtype=torch.float64).log_softmax(dim=2)
     weights = evidence.price.weights_of_all(Sparse(0.2), long, short, torch.randint(5, (6,)))
@@ -200,8 +231,36 @@ def test_arms_resume_and_a_rerun_of_one_is_the_same(evidence, tmp_path, monkeypa
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     evidence.miniature.main(RECIPES / "scratch.yaml", out=out, units=2)
     assert json.loads(chosen.read_text())["measured"] == records[chosen.name]["measured"]
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    rerun = (chosen, chosen.with_suffix(".pt"))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path not in rerun)
     assert list(evidence.frontier.read_runs(out)["oracle-.5"]) == [(0, 0), (1, 1)]
     changed = dataclasses.replace(small, every=0)
     with pytest.raises(ValueError, match="other settings"):
         evidence.miniature.begin(changed, out)
+
+
+@pytest.mark.slow
+def test_conditions_make_the_arms_and_the_tables_that_they_name(evidence, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
+    whole, conditions = evidence.miniature.read_experiment(RECIPES / "conditions.yaml"), load("evidence/conditions")
+    stage = {"length": 256, "facts": [{"share": 1.0, "threads": 6, "statements": 2, "nearest": 16, "farthest": 250}]}
+    pretrain = dataclasses.replace(whole.pretrain, steps=2, batch=2, recall_first=1, **stage)
+    train = dataclasses.replace(whole.train, steps=2, batch=2, **stage)
+    arms = {
+        name: {**arm, **({"steps": arm["steps"] // 60} if "steps" in arm else {})} for name, arm in whole.arms.items()
+    }
+    held_out = {"rows": 12, "facts": train.facts}
+    changed = {"pretrain": pretrain, "train": train, "arms": arms, "held_out": held_out, "size": 16, "stride": 12}
+    small = dataclasses.replace(whole, **changed)
+    monkeypatch.setattr(evidence.miniature, "read_experiment", lambda path: small)
+    evidence.miniature.main(RECIPES / "conditions.yaml", out=tmp_path, units=2)
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+    assert len(records) == 2 * len(whole.arms)
+    assert len(list(tmp_path.glob("pretrained-*.pt"))) == 4
+    assert (len(records["480-uniform-model0-seed0"]["norm"]), len(records["60-uniform-model0-seed0"]["norm"])) == (8, 1)
+    norms = [np.mean(records[f"{arm}-model0-seed0"]["norm"]) for arm in ("dense-0", "uniform")]
+    assert records["uniform-as-dense-0-model0-seed0"]["rate"] == pytest.approx(norms[0] / norms[1], abs=1e-4)
+    conditions.main([str(tmp_path)])
+    tables = (tmp_path / "conditions.md").read_text()
+    assert all(f"| {name} |" in tables for name in (*conditions.CONDITIONS, *conditions.SINGLE, *conditions.SCORERS))
+    assert "nan" not in tables
