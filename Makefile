@@ -109,9 +109,9 @@ bench: $(READY)
 tables: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m bench.table
 
-# The two small experiments of docs/evidence.md, SEEDS units of each at most, then their tables and figures. With -j2,
-# An estimated 110 minutes of CPU time, on two cores; with SEEDS=1 20. Interrupted and made again, it goes on.
-SEEDS ?= 3
+# The two small experiments of docs/evidence.md, at most SEEDS units of each, then their tables and figures. With -j2 and
+# SEEDS=1 it took 12 minutes on two cores; all units take an estimated hour. Interrupted and made again, it goes on.
+SEEDS ?= 6
 evidence-extension evidence-scratch: evidence-%: $(READY)
 	$(BIN)/python benchmarks/evidence/miniature.py recipes/evidence/$*.yaml --out runs/$* --units $(SEEDS)
 

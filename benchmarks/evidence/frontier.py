@@ -165,8 +165,10 @@ class Extension:
 
 
 def cell(values: Sequence[float], form: str = "{:+.3f}") -> str:
-    """Mean and interval; a star where it leaves out 0."""
+    """Mean and, of several values, interval; a star where it leaves out 0."""
     mean, width = interval(values)
+    if math.isnan(width):
+        return form.format(mean)
     star = "\\*" if abs(mean) > width else ""
     return f"{form.format(mean)}{star} ± {form.format(width).lstrip('+')}"
 

@@ -1,7 +1,8 @@
 """LongPPL of trained models: their perplexity on key tokens, which a model that is not among them selects.
 
-    python benchmarks/evidence/judged.py runs/spaced
     python benchmarks/evidence/judged.py runs/conditions
+    python benchmarks/evidence/judged.py runs/spaced
+    python benchmarks/evidence/judged.py runs/spaced 10-        those arms alone whose names begin so
 
 writes judged.md into the folder. Key tokens (arXiv 2410.23771) are those whose loss falls by more than 2 nats from the
 short to the long context, to less than 2, by the judge. For the real model that is the same model at a wider rotary
@@ -69,10 +70,10 @@ def judge_of(bench: Bench, unit: list[int]) -> Any:
     return bench.trained(JUDGE, unit)
 
 
-def judged(folder: Path) -> str:
-    """The table of a folder."""
+def judged(folder: Path, begins: str = "") -> str:
+    """The table of a folder, or of those of its arms whose names begin in a certain way."""
     runs, bench = read_runs(folder), Bench(experiment_of(folder), folder)
-    compared = [arm for arm in runs if not arm.startswith(JUDGE.removesuffix("uniform"))]
+    compared = [arm for arm in runs if arm.startswith(begins) and not arm.startswith(JUDGE.removesuffix("uniform"))]
     rows, of = bench.held_out(), {arm: [] for arm in compared}
     shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for unit in next(iter(runs.values())):
@@ -108,7 +109,7 @@ def shown(own: Sequence[dict[str, Sums]], other: Sequence[dict[str, Sums]], kind
 def main(arguments: Sequence[str]) -> None:
     """Write the table of a folder of runs."""
     folder = Path(arguments[0])
-    text = judged(folder)
+    text = judged(folder, *arguments[1:])
     (folder / "judged.md").write_text(text, encoding="utf-8")
     print(text)
 

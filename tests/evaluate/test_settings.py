@@ -54,7 +54,7 @@ def test_what_is_asked_for_is_taken(tmp_path):
     found = plan(
         64, sizes="2,63", short=64, long_size=63, probes="single", probe_lengths="50,9", depths="0,1", num_probes=1
     )
-    assert (found.sizes, found.short, found.long_context, found.long_context_is) == ([2, 63], 64, [63, 47], "asked for")
+    assert (found.sizes, found.short, found.long_context, found.long_context_is) == ([2, 63], 64, [63, 47], "as given")
     assert (found.families, found.probe_lengths, found.depths, found.num_probes) == (["single"], [50, 9], [0, 1], 1)
     found = plan(64, probes="single", distances="8,32")
     assert (found.depths, found.distances) == ([], [8, 32])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from benchmark import BENCHMARKS, load
 
 from texts import trained_tokenizer
-from tokenweight.method import Dense, Gain, LongCE, Sparse, parse_weighting
+from tokenweight.method import Dense, Gain, KeyTokens, LongCE, Sparse, parse_weighting
 
 RECIPES = BENCHMARKS.parent / "recipes/evidence"
 FACTS = {"threads": 3, "nearest": 6, "farthest": 40}
@@ -118,6 +119,21 @@ def test_recent_losses_are_running_means_of_targets(evidence):
     torch.testing.assert_close(recent.losses, torch.tensor([0.75 * begun + 1, 0.75 * begun + 0.5, 0.75 * begun + 1.5]))
     recent.add(tokens, torch.full((2, 3), 8.0), torch.zeros(2, 3, dtype=torch.bool))
     assert recent.losses[0].item() == pytest.approx(0.75 * begun + 1)
+
+
+def test_longppl_is_compared_over_rows_of_one_unit_and_over_units_of_several(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
+    judged = load("evidence/judged")
+
+    def sums(*means):
+        values = torch.tensor(means, dtype=torch.float64)
+        return {"all": judged.Sums(4 * values, torch.full((len(means),), 4.0, dtype=torch.float64))}
+
+    assert judged.shown([sums(1.0, 3.0), sums(2.0, 2.0)], [], "all", is_base=True) == f"{math.exp(2):.3f}"
+    found = judged.shown([sums(1.0, 2.0)], [sums(1.5, 2.5)], "all", is_base=False)
+    assert found == "x 0.607\\*<br>[x 0.607, x 0.607]"
+    found = judged.shown([sums(1.0), sums(2.0)], [sums(1.0), sums(1.0)], "all", is_base=False)
+    assert found.startswith("x 1.649<br>[x 0.003")
 
 
 def test_random_weights_are_those_of_dense_at_other_tokens():
@@ -264,3 +280,10 @@ def test_conditions_make_the_arms_and_the_tables_that_they_name(evidence, tmp_pa
     tables = (tmp_path / "conditions.md").read_text()
     assert all(f"| {name} |" in tables for name in (*conditions.CONDITIONS, *conditions.SINGLE, *conditions.SCORERS))
     assert "nan" not in tables
+    judged = load("evidence/judged")
+    monkeypatch.setattr(judged, "KeyTokens", lambda: KeyTokens(alpha=0.0, beta=-20.0))  # some, of models so young
+    judged.main([str(tmp_path)])
+    lines = (tmp_path / "judged.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if "x 1." in line or "x 0." in line] == [
+        arm for arm in whole.arms if not arm.startswith("480-") and not re.fullmatch(r"(\w+-|x\.5-)?uniform", arm)
+    ]

@@ -191,7 +191,7 @@ def _long_context(settings: EvalSettings, length: int) -> tuple[list[int], str]:
     _require("long_size", size, 2 <= size < length, f"2 to {length - 1}, below the {length} tokens of a sequence")
     stride = ShortContext(size).stride if settings.long_stride is None else settings.long_stride
     _require("long_stride", stride, 1 <= stride < size, f"1 to {size - 1}, below long_size")
-    return [size, stride], "asked for"
+    return [size, stride], "as given"
 
 
 def _probe_plan(settings: EvalSettings, length: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def multiplied_in(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def rows_at_once(num_rows: int, vocabulary: int, itemsize: int, *, on_gpu: bool) -> int:
-    """Number of rows of logits to hold: as many as fit the buffer; on a GPU a sixtieth of all, if that is more."""
+    """Number of rows of logits to hold: as many as fit the buffer; on a GPU, if that is more, a sixtieth of all, up to
+    `MOST_ROWS`."""
     fitting = max(16, BUFFER_BYTES // (itemsize * vocabulary))
     return max(fitting, min(num_rows // 60, MOST_ROWS)) if on_gpu else fitting
 
