@@ -265,7 +265,7 @@ def test_conditions_make_the_arms_and_the_tables_that_they_name(evidence, tmp_pa
     arms = {
         name: {**arm, **({"steps": arm["steps"] // 60} if "steps" in arm else {})} for name, arm in whole.arms.items()
     }
-    held_out = {"rows": 12, "facts": train.facts}
+    held_out = {"rows": 8, "facts": train.facts}
     changed = {"pretrain": pretrain, "train": train, "arms": arms, "held_out": held_out, "size": 16, "stride": 12}
     small = dataclasses.replace(whole, **changed)
     monkeypatch.setattr(evidence.miniature, "read_experiment", lambda path: small)
