@@ -93,6 +93,8 @@ def judged(folder: Path, begins: str = "") -> str:
 
 def shown(own: Sequence[dict[str, Sums]], other: Sequence[dict[str, Sums]], kind: str, is_base: bool) -> str:
     """LongPPL of uniform weights; of others the ratio to it: over units, or with one unit over rows."""
+    if any(math.isnan(one[kind].mean) for one in own):  # no key token in some unit
+        return ""
     if is_base:
         return f"{math.exp(statistics.fmean(one[kind].mean for one in own)):.3f}"
     if len(own) == 1:

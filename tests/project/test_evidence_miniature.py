@@ -130,6 +130,8 @@ def test_longppl_is_compared_over_rows_of_one_unit_and_over_units_of_several(mon
         return {"all": judged.Sums(4 * values, torch.full((len(means),), 4.0, dtype=torch.float64))}
 
     assert judged.shown([sums(1.0, 3.0), sums(2.0, 2.0)], [], "all", is_base=True) == f"{math.exp(2):.3f}"
+    none = {"all": judged.Sums(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))}
+    assert judged.shown([sums(1.0), none], [sums(1.0), none], "all", is_base=False) == ""
     found = judged.shown([sums(1.0, 2.0)], [sums(1.5, 2.5)], "all", is_base=False)
     assert found == "x 0.607\\*<br>[x 0.607, x 0.607]"
     found = judged.shown([sums(1.0), sums(2.0)], [sums(1.0), sums(1.0)], "all", is_base=False)
