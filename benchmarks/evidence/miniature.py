@@ -1,6 +1,7 @@
 """What weights do, where recall is needed and rare: the paper in miniature, recall from scratch, and a real model.
 
     python benchmarks/evidence/miniature.py recipes/evidence/extension.yaml --out runs/extension
+    python benchmarks/evidence/miniature.py recipes/evidence/conditions.yaml --out runs/conditions
     python benchmarks/evidence/miniature.py recipes/evidence/scratch.yaml --out runs/scratch
     python benchmarks/evidence/miniature.py recipes/evidence/spaced.yaml --out runs/spaced        a real model
     python benchmarks/evidence/frontier.py runs/extension runs/scratch      tables and figures
