@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from frontier import REFERENCE, Extension, at_price, cell, hypervolume, made, table
+from frontier import Extension, at_price, cell, made, table
 from miniature import Bench, experiment_of
 from price import both_losses, weights_of_all
 from torch import Tensor
@@ -60,29 +60,29 @@ def values(found: Extension, arm: str, key: str) -> list[float]:
 
 def crossed(found: Extension) -> str:
     """What families reach over their strengths and rates together, beside uniform weights over their rates."""
-    areas = {name: reached(found, arms, 0.0)[0] for name, arms in FAMILIES.items()}
+    of = {name: [f"{rate}{arm}" for rate in RATES for arm in arms] for name, arms in FAMILIES.items()}
+    uniform = of.pop("uniform")
+    areas = {
+        name: [1000 * (a - b) for a, b in zip(found.volumes([*arms, *uniform]), found.volumes(uniform))]
+        for name, arms in of.items()
+    }
     rows = []
-    for name, arms in FAMILIES.items():
-        if name != "uniform":
-            more = [a - b for a, b in zip(areas[name], areas["dense"])]
-            gains = (cell(reached(found, arms, budget)[1]) for budget in BUDGETS)
-            rows.append([name, cell(areas[name], "{:+.2f}"), cell(more, "{:+.2f}") if any(more) else "", *gains])
+    for name, arms in of.items():
+        more = [a - b for a, b in zip(areas[name], areas["dense"])]
+        gains = (cell(gains_at(found, [*arms, *uniform], uniform, budget)) for budget in BUDGETS)
+        rows.append([name, cell(areas[name], "{:+.2f}"), cell(more, "{:+.2f}") if any(more) else "", *gains])
     budgets = [f"gain at +{budget:g}" if budget else "gain at no price" for budget in BUDGETS]
     return table(["family", "area beyond uniform's", "more than dense's", *budgets], rows)
 
 
-def reached(found: Extension, arms: Iterable[str], budget: float) -> tuple[list[float], list[float]]:
-    """In each unit, the area that arms at all rates dominate beyond that of uniform weights at all rates, in nats² /
-    1000; and by how much lower their far loss is at a plain loss of up to `budget` above that of `uniform`."""
-    area, gains = [], []
+def gains_at(found: Extension, arms: Sequence[str], others: Sequence[str], budget: float) -> list[float]:
+    """In each unit, by how much lower the far loss of arms is than that of others, at a plain loss of up to `budget`
+    above that of `uniform`."""
+    gains = []
     for unit in found.units:
-        ((price, loss),) = found.points(["uniform"], unit)
-        uniform = found.points([f"{rate}uniform" for rate in RATES], unit)
-        both = [*found.points([f"{rate}{arm}" for rate in RATES for arm in arms], unit), *uniform]
-        more, less = (hypervolume(points, price + REFERENCE, loss) for points in (both, uniform))
-        area.append(1000 * (more - less))
-        gains.append(at_price(uniform, price + budget) - at_price(both, price + budget))
-    return area, gains
+        price = found.of["uniform"][unit]["plain"] + budget
+        gains.append(at_price(found.points(others, unit), price) - at_price(found.points(arms, unit), price))
+    return gains
 
 
 def by_condition(found: Extension) -> str:
