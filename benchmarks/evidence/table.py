@@ -65,7 +65,10 @@ def averaged(runs: Sequence[Sequence[dict[str, Any]]]) -> list[Measure]:
 def judged(
     out: Path, measures: dict[str, list[list[dict[str, Any]]]], runs: dict[str, list[Path]], base: str
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """The measures of each arm and seed, where its model and that of `base` with the same seed judge LongPPL alike."""
+    """The measures of each arm and seed, where its model and that of `base` with the same seed judge LongPPL alike,
+    unless a third model does."""
+    if any(measure["judge"] == "third" for measure in measures["none"][0]):
+        return measures
     data = load_rows(out / "rows-held-out")
     rows = Rows(data, row_lengths(data))
     folders = {"none": [out / "none"], **runs}

