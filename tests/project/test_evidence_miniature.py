@@ -7,6 +7,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmark import BENCHMARKS, load
 
 from texts import trained_tokenizer
 from tokenweight.method import Dense, Gain, KeyTokens, LongCE, Sparse, parse_weighting
+from tokenweight.train import TrainSettings, train
 
 RECIPES = BENCHMARKS.parent / "recipes/evidence"
 FACTS = {"threads": 3, "nearest": 6, "farthest": 40}
@@ -267,6 +269,31 @@ def test_what_selects_tokens_has_no_finite_price(evidence):
     long, short = -torch.randn(2, 6, 5, dtype=torch.float64).log_softmax(dim=2)
     weights = evidence.price.weights_of_all(Sparse(0.2), long, short, torch.randint(5, (6,)))
     assert evidence.price.price(weights, long).isinf().any() or (weights > 0).all()
+
+
+@pytest.mark.parametrize("arm", ["dense-.5", "expected-bounded-.5", "count-.5"])
+def test_an_arm_becomes_the_same_model_by_train(evidence, arm, tmp_path):
+    spec = evidence.miniature.read_experiment(RECIPES / "extension.yaml").arms[arm]
+    facts = [{"share": 1.0, "statements": 1, **FACTS}]
+    stage = evidence.miniature.Stage(64, steps=3, batch=4, rate=1e-3, facts=facts, warmup=1, weight_decay=0.0)
+    whole = evidence.miniature.read_experiment(RECIPES / "scratch.yaml")
+    bench = evidence.miniature.Bench(dataclasses.replace(whole, train=stage, size=16, stride=12), tmp_path)
+    rows, model = bench.rows_of(spec, [0, 0]), bench.bound(spec, [0, 0])
+    model.save_pretrained(tmp_path / "begun")
+    steps = list(evidence.miniature.steps(model, rows, bench.columns(spec, rows, [0, 0]), stage, 1.0))
+
+    datasets.Dataset.from_dict({"input_ids": rows.tokens.tolist()}).save_to_disk(tmp_path / "rows")
+    scorer = f"count:order=3,vocab_size={bench.world.vocab_size}" if spec["scorer"] == "count" else spec["scorer"]
+    given = {"max_steps": 3, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    given |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "adam_beta2": 0.95, "weight_decay": 0.0}
+    given |= {"logging_steps": 1, "save_strategy": "no"}
+    folders = (str(tmp_path / name) for name in ("begun", "rows", "out"))
+    trained = train(TrainSettings(*folders, spec["weighting"], scorer, size=16, stride=12, trainer=given))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["unweighted_loss"] for line in logged if "unweighted_loss" in line]
+    assert losses == pytest.approx([one["loss"] for one in steps], rel=1e-5)
+    for name, values in trained.state_dict().items():
+        torch.testing.assert_close(values, model.state_dict()[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.slow
