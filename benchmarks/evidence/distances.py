@@ -38,7 +38,7 @@ def read(bench: Bench, arm: str, unit: list[int], rows: Rows) -> dict[str, Any]:
     model, size = bench.trained(arm, unit), bench.experiment.size
     model.set_attn_implementation("eager")
     scorer, symbols = Scorer(model, bench.experiment.context), bench.world.symbols
-    columns: dict[str, list[Tensor]] = {"loss": [], "right": [], "margin": [], "distance": [], "attended": []}
+    columns: dict[str, list[Tensor]] = {"loss": [], "margin": [], "distance": [], "attended": []}
     gains: dict[str, list[Tensor]] = {"gain of answers": [], "gain of plain text": []}
     for first in range(0, len(rows.tokens), AT_ONCE):
         tokens, plain, distance = (torch.as_tensor(of[first : first + AT_ONCE]) for of in rows[:3])
@@ -57,7 +57,6 @@ def read(bench: Bench, arm: str, unit: list[int], rows: Rows) -> dict[str, Any]:
         others = own.gather(1, begins[:, None] + torch.arange(symbols.values))
         others.scatter_(1, (answers - begins)[:, None], -torch.inf)
         columns["loss"].append(losses[row, place])
-        columns["right"].append((own.argmax(dim=1) == answers).float())
         columns["margin"].append(-losses[row, place] - others.max(dim=1).values)
         columns["distance"].append(distance[row, place])
         most = torch.stack([layer[row, :, place - 1].argmax(dim=2) for layer in output.attentions], dim=1)
@@ -66,7 +65,7 @@ def read(bench: Bench, arm: str, unit: list[int], rows: Rows) -> dict[str, Any]:
     found: dict[str, Any] = {name: torch.cat(parts).mean().item() for name, parts in gains.items()}
     for bin_name, (low, high) in BINS.items():
         chosen = (values["distance"] >= low) & (values["distance"] < high)
-        found |= {(bin_name, key): values[key][chosen].mean().item() for key in ("loss", "right", "margin")}
+        found |= {(bin_name, key): values[key][chosen].mean().item() for key in ("loss", "margin")}
     found["heads"] = values["attended"][values["distance"] >= size].mean(dim=0)
     return found
 
@@ -92,9 +91,9 @@ def tables(folder: Path) -> str:
         return cell(np.subtract(values, [one[key] for one in of["uniform"]]).tolist())
 
     parts = [f"{made(runs)} {len(units)} units, {ROWS} held-out rows.\n"]
-    for key, name in (("loss", "loss"), ("right", "accuracy"), ("margin", "margin")):
+    for key in ("loss", "margin"):
         lines = [[arm, *(shown(arm, (one, key)) for one in BINS)] for arm in ARMS]
-        parts.append(table([f"{name} of answers", *BINS], lines))
+        parts.append(table([f"{key} of answers", *BINS], lines))
     kinds = ("gain of answers", "gain of plain text")
     lines = [[arm, *(shown(arm, kind) for kind in kinds), *heads(of[arm])] for arm in ARMS]
     parts.append(table(["arm", *kinds, "retrieval heads", "score of the best"], lines))

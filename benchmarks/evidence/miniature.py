@@ -11,7 +11,6 @@ where it stopped: first all arms of the first unit, then those of the second. Th
 recipes/evidence/README.md.
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -101,7 +100,7 @@ class Experiment:
     `uniform` became), count, oracle, reference (`uniform` again, for its losses alone) or vocabulary (`Recent`);
     `contrast`: `scorer` if its long losses are compared, as those of count and foreign are; `rate`: a factor, or
     `norm_of`: an arm whose gradient norm it makes up for; `rope`: rotary parameters, or arguments of `extend`, to
-    change; `steps` and `facts`, where they differ."""
+    change, `scorer_rope` those of the original as scorer; `steps` and `facts`, where they differ."""
     pretrain: Stage | None = None
     base: float | None = None
     """Of the rotary positions, when training begins."""
@@ -269,7 +268,7 @@ class Bench:
         if kind == "self":
             short = model
         elif kind == "original":
-            short = copy.deepcopy(model).eval()
+            short = self.begun(unit[0], arm.get("scorer_rope", arm.get("rope"))).eval()
         elif kind == "small":
             short = self.pretrained(unit[0], {**self.experiment.model, **self.experiment.small}).eval()
         elif kind == "uniform":

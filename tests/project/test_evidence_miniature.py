@@ -14,7 +14,7 @@ import torch
 from benchmark import BENCHMARKS, load
 
 from texts import trained_tokenizer
-from tokenweight.method import Dense, Gain, KeyTokens, LongCE, Sparse, parse_weighting
+from tokenweight.method import Dense, Gain, KeyTokens, LongCE, Sparse, parse_weighting, sliding_windows
 from tokenweight.train import TrainSettings, train
 
 RECIPES = BENCHMARKS.parent / "recipes/evidence"
@@ -269,6 +269,41 @@ def test_what_selects_tokens_has_no_finite_price(evidence):
     long, short = -torch.randn(2, 6, 5, dtype=torch.float64).log_softmax(dim=2)
     weights = evidence.price.weights_of_all(Sparse(0.2), long, short, torch.randint(5, (6,)))
     assert evidence.price.price(weights, long).isinf().any() or (weights > 0).all()
+
+
+def test_answers_by_distance_are_those_read_one_by_one(evidence, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
+    distances = load("evidence/distances")
+    facts = [{"share": 1.0, "statements": 2, **FACTS}]
+    whole = evidence.miniature.read_experiment(RECIPES / "scratch.yaml")
+    train = dataclasses.replace(whole.train, length=64, facts=facts)
+    bench = evidence.miniature.Bench(dataclasses.replace(whole, train=train, size=16, stride=12), tmp_path)
+    model = bench.begun(3).eval()
+    monkeypatch.setattr(bench, "trained", lambda arm, unit: model)
+    monkeypatch.setattr(distances, "BINS", {"far": (16, 64)})
+    rows = bench.rows("held_out", train, 5, seed=0)
+    found = distances.read(bench, "uniform", [0, 0], rows)
+
+    losses, margins, gains, copied = [], [], [], []
+    symbols = bench.world.symbols
+    for tokens, distance in zip(torch.as_tensor(rows.tokens), rows.distance):
+        output = model(input_ids=tokens[None], output_attentions=True)
+        logs = output.logits[0].log_softmax(dim=1)
+        for place in np.nonzero(distance >= 16)[0].tolist():
+            losses.append(-logs[place - 1, tokens[place]].item())
+            attribute = tokens[place - 1].item() - symbols.first - 2
+            values = {symbols.value(attribute, number) for number in range(symbols.values)} - {tokens[place].item()}
+            margins.append(-losses[-1] - max(logs[place - 1, value].item() for value in values))
+            start = next(window[0] for window in sliding_windows(64, 16, 12) if window[1] <= place < window[2])
+            short = model(input_ids=tokens[None, start:place]).logits[0, -1].log_softmax(dim=0)[tokens[place]]
+            gains.append(-short.item() - losses[-1])
+            stated = place - int(distance[place])
+            copied.append([[(head[place - 1].argmax() == stated).item() for head in of[0]] for of in output.attentions])
+    assert len(losses) > 5
+    assert found["far", "loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["far", "margin"] == pytest.approx(np.mean(margins), rel=1e-4)
+    assert found["gain of answers"] == pytest.approx(np.mean(gains), rel=1e-3, abs=1e-5)
+    assert found["heads"].tolist() == pytest.approx(np.mean(copied, axis=0))
 
 
 @pytest.mark.parametrize("arm", ["dense-.5", "expected-bounded-.5", "count-.5"])
