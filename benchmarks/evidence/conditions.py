@@ -45,6 +45,7 @@ CONDITIONS = {
 }
 COMPARED = ("dense-.5", "expected-bounded-.5", "count-.5")
 SINGLE = ("sparse-.1", "sparse-.2", "sparse-.5", "uniform-as-dense-.5", "uniform-as-dense-0", "uniform-as-longce")
+SINGLE += ("foreign-dense-.5", "wide-both-expected-gain-.5")
 SCORERS = ("filled-dense-.5", "small-dense-.5", "foreign-dense-.5", "original-both-dense-.5", "wide-both-dense-.5")
 SCORERS += ("wide-both-expected-gain-.5", "uniform-both-dense-.5")
 """Arms to compare with `dense-.5`."""
