@@ -1,9 +1,8 @@
 from .columns import TRANSLATED as TRANSLATED
 from .columns import translated as translated
 from .contents import Contents as Contents
-from .dataset import check_contrast as check_contrast
-from .dataset import check_divergence as check_divergence
 from .dataset import check_predicted as check_predicted
+from .dataset import check_scores as check_scores
 from .dataset import choose_scores as choose_scores
 from .dataset import has_scores as has_scores
 from .dataset import holds_pieces as holds_pieces

@@ -19,8 +19,7 @@ from tokenweight.data import (
     TRANSLATED,
     Contents,
     Permutation,
-    check_contrast,
-    check_divergence,
+    check_scores,
     choose_scores,
     has_scores,
     open_rows,
@@ -30,7 +29,7 @@ from tokenweight.data import (
     translated,
     verify,
 )
-from tokenweight.method import SCORES, ShortContext, Weighting
+from tokenweight.method import SCORES, ShortContext
 from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
 from tokenweight.train.lengths import Pieces
 from tokenweight.train.lengths.pieces import SOURCE
@@ -130,7 +129,7 @@ def open_sequences(run: Run) -> Sequences:
         run.check_scores(has_scores(rows), folder)
         if needed:
             rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
-            _check_scores(run.weighting, contrast, scores, folder)
+            check_scores(run.weighting, scores, folder, contrast)
         sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
     first = sources[0]
     for source in sources[1:] if needed else ():
@@ -156,18 +155,6 @@ def _contrast(run: Run) -> str:
     stored = run.settings.scorer == "stored"
     own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
     return "scorer" if own or run.counts is not None else "trained"
-
-
-def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], folder: str) -> None:
-    """Raise a ValueError if the scores of a folder cannot be compared as the weighting requires."""
-    check_divergence(weighting, scores, folder)
-    if contrast == "scorer":
-        check_contrast(weighting, scores, folder)
-    elif scores.get("contrast") == "scorer" and weighting.uses_short:
-        raise ValueError(
-            f"contrast trained: {folder} was scored by {scores.get('model')}, whose losses cannot be compared with "
-            "those of the model that is trained: expected contrast scorer"
-        )
 
 
 def _check_teachers(sources: Sequence[Source]) -> None:
@@ -198,7 +185,7 @@ def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]
     if any(name.startswith((*needed,)) for name in rows.column_names):
         try:
             chosen, scores_there = choose_scores(rows, folder, **context, needed=needed)
-            _check_scores(run.weighting, contrast, scores_there, folder)
+            check_scores(run.weighting, scores_there, folder, contrast)
             rows, scores = chosen, scores_there
         except ValueError as error:
             logger.warning("eval_data: %s; its weighted loss is not measured", error)

@@ -193,9 +193,8 @@ def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "Count
             f"contrast trained: the losses of the scorer {name} cannot be compared with those of the model that is "
             "trained: expected scorer"
         )
-    data.check_divergence(weighting, found.provenance, f"scorer {name}")
-    if contrast == "scorer" or weighting.uses_short:
-        data.check_contrast(weighting, found.provenance, f"scorer {name}")
+    compared = "scorer" if contrast == "scorer" or weighting.uses_short else "trained"
+    data.check_scores(weighting, found.provenance, f"scorer {name}", compared)
     return dataclasses.replace(found, divergence="divergence" in weighting.uses)
 
 
