@@ -14,7 +14,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from tokenweight.data import remote_url
 from tokenweight.models import any_process, load_weighting_state, weighting_state
 from tokenweight.records import read_json, sync, sync_tree, write_json
 
@@ -124,8 +123,6 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         ValueError: if there is no such checkpoint, it is partial or damaged, or the run would write into the folder
             of another.
     """
-    if (url := remote_url(out)) is not None:
-        raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
     given = arguments.resume_from_checkpoint
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out}: is a file; name a new folder")
