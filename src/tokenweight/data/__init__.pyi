@@ -4,7 +4,6 @@ from .contents import Contents as Contents
 from .dataset import check_predicted as check_predicted
 from .dataset import check_scores as check_scores
 from .dataset import choose_scores as choose_scores
-from .dataset import has_scores as has_scores
 from .dataset import holds_pieces as holds_pieces
 from .dataset import load_rows as load_rows
 from .dataset import load_scores as load_scores
@@ -44,6 +43,9 @@ from .scored_row import score_text as score_text
 from .scored_row import score_texts as score_texts
 from .shards import checksum as checksum
 from .shards import verify as verify
+from .sources import Source as Source
+from .sources import open_held_out as open_held_out
+from .sources import open_sources as open_sources
 from .stores import Permutation as Permutation
 from .stores import folder_exists as folder_exists
 from .stores import local_folder as local_folder

@@ -22,7 +22,7 @@ from tokenweight.models import context_length, describe_rope, identity
 from tokenweight.records import append_line, differences, environment, read_json, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
-from tokenweight.train.sequences import Sequences, numbers
+from tokenweight.train.sequences import Sequences
 from tokenweight.train.settings import Run, as_settings
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def describe(
         "settings": {**as_settings(run.settings), **resolved},
         "data": sequences.provenance,
         **environment(),
-        "rows": numbers(sequences.contents),
+        "rows": sequences.contents.numbers,
         "texts": sources[0].texts if len(sources) == 1 else {},
         **({"mixture": mixture} if len(sources) > 1 else {}),
         **({} if held_out is None else {"held_out": held_out.record}),

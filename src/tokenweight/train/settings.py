@@ -140,14 +140,6 @@ class Run:
         scorer = self.settings.scorer
         return scorer if scorer not in ("stored", "self", "base") and self.scored and self.counts is None else None
 
-    def check_scores(self, stored: bool, folder: str) -> None:
-        """Raise a ValueError if a folder has scores, `stored`, but the settings take short losses from a model."""
-        if stored and self.settings.scorer != "stored":
-            raise ValueError(
-                f"scorer {self.settings.scorer!r}: {folder} holds stored scores (short_nll), which would "
-                "not be used: set scorer to stored, or data to the sequences before scoring"
-            )
-
     def short_context(self, length: int) -> "ShortContext | None":
         """The windows of a scorer for sequences of `length` tokens; None if scores are stored.
 
