@@ -52,8 +52,5 @@ from .stores import local_folder as local_folder
 from .stores import remote_url as remote_url
 from .stores import stream_rows as stream_rows
 from .stores import upload as upload
-from .tokenize import special_tokens as special_tokens
-from .tokenize import text_prefix as text_prefix
 from .tokenize import text_tokens as text_tokens
 from .tokenize import token_pieces as token_pieces
-from .tokenize import tokenizer_note as tokenizer_note

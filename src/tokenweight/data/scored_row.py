@@ -16,7 +16,7 @@ from tokenweight.data.columns import COLUMNS
 from tokenweight.data.dataset import check_scores, load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
-from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
+from tokenweight.data.tokenize import text_tokens, token_pieces
 from tokenweight.method import SCORES, ShortContext, Weighting, document_positions, prediction_mask
 from tokenweight.models import (
     SCORE_OPTIONS,
@@ -30,6 +30,7 @@ from tokenweight.models import (
     load_tokenizer,
     numbered_from,
     own_device,
+    special_tokens,
     token_nll,
 )
 

@@ -9,7 +9,6 @@ from .checkpoints import last_whole as last_whole
 from .lengths import LengthCurriculum as LengthCurriculum
 from .lengths import Pieces as Pieces
 from .run import train as train
-from .run import with_adapter as with_adapter
 from .sequences import DataCollatorWithScores as DataCollatorWithScores
 from .sequences import HeldOut as HeldOut
 from .sequences import Mixture as Mixture

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import text_prefix, tokenizer_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     Distillation,
@@ -33,6 +31,9 @@ from tokenweight.models import (
     load_config,
     load_model,
     predicts_one_more,
+    text_prefix,
+    tokenizer_note,
+    with_adapter,
     with_weighted_loss,
 )
 from tokenweight.train.checkpoints import find_checkpoint
@@ -185,24 +186,6 @@ def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
     Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first.
     """
     return int(run.curriculum is not None and predicts_one_more(config))
-
-
-def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
-    """The model, wrapped in a `PeftModel` if an adapter is to be trained in place of its weights.
-
-    Raises:
-        ValueError: for settings that are invalid for an adapter of this model.
-    """
-    if not lora:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            return get_peft_model(model, LoraConfig(**lora))
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"lora: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager
