@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import (
     PreTrainedConfig,
-    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from tokenweight.method import ShortContext
-from tokenweight.models import context_length, describe_rope, identity
+from tokenweight.models import context_length, describe_rope
 from tokenweight.records import append_line, differences, environment, read_json, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
@@ -142,18 +141,6 @@ def describe(
         "attn_implementation": config._attn_implementation,
         "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
     }
-
-
-def identities(
-    run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None, teaching: PreTrainedModel | None
-) -> dict[str, Any]:
-    """Identities of the weights that a run begins from, and of other models that score or teach."""
-    named = {
-        "model": (model, run.settings.model),
-        "scorer": (scoring, run.settings.scorer),
-        "teacher": (teaching, run.distill.get("teacher", "")),
-    }
-    return {role: identity(one, name) for role, (one, name) in named.items() if one is not None}
 
 
 def _rope(config: PreTrainedConfig) -> str | None:

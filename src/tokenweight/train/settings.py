@@ -135,6 +135,12 @@ class Run:
         return models.score_columns(self.weighting, self.settings.contrast or "trained") - {"ref_nll"} != set()
 
     @property
+    def teacher_model(self) -> str | None:
+        """The name of the teacher, if its predictions are not stored."""
+        teacher = self.distill.get("teacher")
+        return None if teacher == "stored" else teacher
+
+    @property
     def scoring_model(self) -> str | None:
         """The name of the scoring model, if it is not the trained one."""
         scorer = self.settings.scorer
