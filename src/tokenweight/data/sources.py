@@ -75,21 +75,36 @@ def open_sources(
         ValueError: if a folder is not a data folder, is cut off, lacks scores that are needed, or holds others than the
             weighting compares; if the folders of a mixture differ in their short contexts or teacher tokens.
     """
-    sources = []
-    for folder in folders:
-        rows, contents = open_rows(folder)
-        if scorer != "stored" and has_scores(rows):
-            raise ValueError(
-                f"scorer {scorer!r}: {folder} holds stored scores (short_nll), which would not be used: set scorer to "
-                "stored, or data to the sequences before scoring"
-            )
-        rows, provenance = _scored(rows, folder, weighting, needed, contrast, windows)
-        sources.append(Source(folder, rows, contents, provenance))
+    sources = [_opened(folder, weighting, needed, contrast, windows, scorer) for folder in folders]
     if needed:
         _check_windows(sources)
     if TEACHER[0] in needed:
         _check_teachers(sources)
     return sources
+
+
+def _opened(
+    folder: str,
+    weighting: Weighting,
+    needed: Set[str],
+    contrast: str,
+    windows: Mapping[str, int | None],
+    scorer: str,
+) -> Source:
+    """One folder of a training run."""
+    (rows, contents), provenance = open_rows(folder), read_provenance(folder)
+    if scorer != "stored" and has_scores(rows):
+        raise ValueError(
+            f"scorer {scorer!r}: {folder} holds stored scores (short_nll), which would not be used: set scorer to "
+            "stored, or data to the sequences before scoring"
+        )
+    if needed:
+        rows, scores = choose_scores(rows, folder, **windows, needed=needed)
+        check_scores(weighting, scores, folder, contrast)
+        provenance = {**provenance, **scores}
+    others = {*SCORES, *TEACHER} - needed
+    rows = rows.remove_columns([name for name in rows.column_names if name in others])
+    return Source(folder, rows, contents, provenance)
 
 
 def _check_windows(sources: Sequence[Source]) -> None:
@@ -125,30 +140,13 @@ def open_held_out(
     Raises:
         ValueError: if the folder is not a data folder, or is cut off.
     """
-    rows, contents = open_rows(folder)
-    needed = needed if any(name.startswith((*needed,)) for name in rows.column_names) else frozenset()
-    try:
-        found, provenance = _scored(rows, folder, weighting, needed, contrast, windows)
-    except ValueError as error:
-        logger.warning("eval_data: %s; its weighted loss is not measured", error)
-        found, provenance = _scored(rows, folder, weighting, frozenset(), contrast, {})
-    known = [name for name in (*COLUMNS, *SCORES, *TEACHER) if name in found.column_names]
-    return Source(folder, found.select_columns(known), contents, provenance)
-
-
-def _scored(
-    rows: datasets.Dataset,
-    folder: str,
-    weighting: Weighting,
-    needed: Set[str],
-    contrast: str,
-    windows: Mapping[str, int | None],
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows with the scores that are needed and no others, and their provenance."""
-    provenance = read_provenance(folder)
-    if needed:
-        rows, scores = choose_scores(rows, folder, **windows, needed=needed)
-        check_scores(weighting, scores, folder, contrast)
-        provenance |= scores
-    others = {*SCORES, *TEACHER} - needed
-    return rows.remove_columns([name for name in rows.column_names if name in others]), provenance
+    (rows, contents), provenance, columns = open_rows(folder), read_provenance(folder), {*COLUMNS}
+    if any(name.startswith((*needed,)) for name in rows.column_names):
+        try:
+            chosen, scores = choose_scores(rows, folder, **windows, needed=needed)
+            check_scores(weighting, scores, folder, contrast)
+            rows, provenance, columns = chosen, {**provenance, **scores}, {*COLUMNS, *needed}
+        except ValueError as error:
+            logger.warning("eval_data: %s; its weighted loss is not measured", error)
+    rows = rows.select_columns([name for name in rows.column_names if name in columns])
+    return Source(folder, rows, contents, provenance)

@@ -133,17 +133,21 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
             raise ValueError(f"out {out}: exists; name a new folder, or set trainer.resume_from_checkpoint to resume")
     if given is None:
         return None
-    latest, broken = given.lower() == "true", list[str]()
-    if not latest and not is_whole(Path(given)):
-        raise ValueError(f"trainer.resume_from_checkpoint {given}: not a complete checkpoint; {last_whole_named(out)}")
-    for folder in _checkpoints(out) if latest else [Path(given)]:
+    folders, broken = _checkpoints(out), list[str]()
+    if given.lower() != "true":
+        folders = [Path(given)]
+        if not is_whole(folders[0]):
+            raise ValueError(
+                f"trainer.resume_from_checkpoint {given}: not a complete checkpoint; {last_whole_named(out)}"
+            )
+    for folder in folders:
         damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is incomplete"
         if not damage:
             for found in broken:
                 logger.warning("%s: resuming from %s", found, folder)
             return _with_state(folder)
         broken.append(damage)
-    if not latest:
+    if given.lower() != "true":
         raise ValueError(f"trainer.resume_from_checkpoint {given}: {broken[0]}; expected another one, or true")
     raise ValueError(
         f"trainer.resume_from_checkpoint true: {out} holds no complete checkpoint"
