@@ -48,3 +48,13 @@ def test_moves_are_counted_between_files_and_between_packages_by_their_layers(tm
         "between packages: 5 stays, 4 moves, 1 climbs, 2 returns",
     ]
     assert len(walked(tmp_path, "")) == 1
+
+
+def test_the_settings_of_a_run_go_through_the_packages_once():
+    _, walk = follow.follow(ROOT / "src/tokenweight", "train.run:train:settings")
+    packages = [room.split(".")[1] for room, _ in walk.visits]
+    found = follow.Count.of(packages, follow.layers(ROOT / "src/tokenweight"))
+    assert (found.moves <= 15, found.climbs <= 6) == (True, True), found
+    # The walk is short, and not lost on the way.
+    steps = ["resolve", "parse_weighting", "open_sources", "open_held_out", "verify", "load_model", "check_fit"]
+    assert {*steps, "with_weighted_loss", "WeightedTrainer.__init__"} <= {name for _, name in walk.visits}
