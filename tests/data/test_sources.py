@@ -22,14 +22,14 @@ def folder(path, note=None, **scores):
 
 def test_a_source_has_the_scores_that_are_needed_and_no_others(tmp_path):
     data = folder(tmp_path / "data", {"length": 4}, short_nll_8=1.5, short_nll_16=2.5, ref_nll=3.5)
-    (source,) = open_sources([data], Dense(), NEEDED, "trained", {"size": 16, "stride": None})
+    (source,) = open_sources([data], Dense(), NEEDED, "trained", {"size": 16, "stride": None}, "stored")
     assert source.rows.column_names == ["input_ids", "number", "short_nll_8", "short_nll"]
     assert source.rows[0]["short_nll"].tolist() == [2.5] * 4
 
 
 def test_held_out_scores_of_unknown_origin_are_used_as_those_of_the_data_are(tmp_path):
     data = folder(tmp_path / "data", short_nll=1.5)
-    (source,) = open_sources([data], Dense(), NEEDED, "trained", {})
+    (source,) = open_sources([data], Dense(), NEEDED, "trained", {}, "stored")
     held_out = open_held_out(data, Dense(), NEEDED, "trained", source.context)
     assert held_out.rows.column_names == ["input_ids", "short_nll"]
 

@@ -21,6 +21,8 @@ from tokenweight.method import SCORES, Weighting
 from tokenweight.models import TEACHER
 
 logger = logging.getLogger(__name__)
+Windows = Mapping[str, int | None]
+"""Size and stride of a short context, as for `load_scores`; what is left out is not chosen by."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,7 @@ class Source:
 
 
 def open_sources(
-    folders: Sequence[str],
-    weighting: Weighting,
-    needed: Set[str],
-    contrast: str,
-    windows: Mapping[str, int | None],
-    scorer: str = "stored",
+    folders: Sequence[str], weighting: Weighting, needed: Set[str], contrast: str, windows: Windows, scorer: str
 ) -> list[Source]:
     """Open the folders of a training run; their contents are not verified.
 
@@ -68,7 +65,7 @@ def open_sources(
         weighting: the one that makes weights of the scores.
         needed: the columns that have to be there, of `SCORES` and `TEACHER`.
         contrast: the source of the long losses, as for `check_scores`.
-        windows: size and stride of the short context, as for `load_scores`.
+        windows: of the short context.
         scorer: the source of the short losses; if it is not "stored", a folder must not hold any.
 
     Raises:
@@ -84,12 +81,7 @@ def open_sources(
 
 
 def _opened(
-    folder: str,
-    weighting: Weighting,
-    needed: Set[str],
-    contrast: str,
-    windows: Mapping[str, int | None],
-    scorer: str,
+    folder: str, weighting: Weighting, needed: Set[str], contrast: str, windows: Windows, scorer: str
 ) -> Source:
     """One folder of a training run."""
     (rows, contents), provenance = open_rows(folder), read_provenance(folder)
@@ -130,9 +122,7 @@ def _check_teachers(sources: Sequence[Source]) -> None:
             )
 
 
-def open_held_out(
-    folder: str, weighting: Weighting, needed: Set[str], contrast: str, windows: Mapping[str, int | None]
-) -> Source:
+def open_held_out(folder: str, weighting: Weighting, needed: Set[str], contrast: str, windows: Windows) -> Source:
     """Open held-out sequences, with their scores, if any, for the same windows as in the data.
 
     Where their scores are not those that the weighting needs, a warning says so, and they are left out.

@@ -147,12 +147,13 @@ def _opened(
         scoring, its = load_model(run.scoring_model, attn_implementation=kernel), find_tokenizer(run.scoring_model)
     if run.teacher_model is not None:
         teaching, theirs = load_model(run.teacher_model, attn_implementation=kernel), find_tokenizer(run.teacher_model)
-    note, pieces = {} if tokenizer is None else tokenizer_note(tokenizer, name), run.curriculum is not None
+    note = {} if tokenizer is None else tokenizer_note(tokenizer, name)
+    pieces = run.curriculum is not None  # of 2^k + 1 tokens: a model of 2^k positions predicts all but the first
     for source in (*sequences.sources, *filter(None, [sequences.held_out])):
-        longest, largest = source.contents.longest or 0, source.contents.token_range[1]
+        longest, tokens = source.contents.longest or 0, source.contents.token_range
         if run.counts is not None:
-            run.counts.check_tokens(largest, source.folder)
-        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
+            run.counts.check_tokens(tokens[1], source.folder)
+        fits: dict[str, Any] = {"folder": source.folder, "token_range": tokens}
         read = longest - (pieces and predicts_one_more(model.config))
         check_fit(model.config, tokenizer, name, **fits, longest=read, provenance=source.provenance)
         fits["provenance"] = {**source.provenance, **note}
