@@ -31,8 +31,8 @@ from bench.models import tiny_llama
 from bench.report import Bench, Report
 from tokenweight import CountScorer, Scorer, ShortContext, load_model, load_tokenizer
 from tokenweight.cli.demo import packaged_model
-from tokenweight.data import special_tokens, text_tokens
-from tokenweight.models import AlignedScorer
+from tokenweight.data import text_tokens
+from tokenweight.models import AlignedScorer, special_tokens
 from tokenweight.view import Comparison, Losses
 
 ORDERS = range(9)

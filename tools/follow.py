@@ -17,11 +17,15 @@ and is not followed. Methods of objects are not followed either, except those of
     return   a stay in a room that was left before: stays - rooms
 
 A function that is called twice is visited twice, and a recursive one once.
+
+A second line counts the same between packages, which are then the rooms, with the layers of the import-linter contract
+in the nearest pyproject.toml as their floors. It is left out where no contract orders these packages.
 """
 
 import argparse
 import ast
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -243,30 +247,66 @@ def method(place: Place, name: str) -> Place | None:
     return next((Place(place.module, node, owner) for node in found), None)
 
 
+def layers(root: Path) -> dict[str, int]:
+    """The layer of each package of `root`, from below, by the import-linter contract of its project, if it has one."""
+    file = next((file for folder in root.resolve().parents if (file := folder / "pyproject.toml").is_file()), None)
+    settings = {} if file is None else tomllib.loads(file.read_text())
+    contracts = settings.get("tool", {}).get("importlinter", {}).get("contracts", [])
+    ordered: list[str] = next((one["layers"] for one in contracts if one.get("containers") == [root.name]), [])
+    return {name.strip(): number for number, layer in enumerate(ordered[::-1]) for name in layer.split("|")}
+
+
+def follow(root: Path, start: str) -> tuple[Package, Walk]:
+    """The walk from `module:function:parameter` through the package in a folder."""
+    module, function, parameter = start.split(":")
+    package, (kind, _, name) = Package(root), function.rpartition(".")
+    module = f"{root.name}.{module}"
+    place = package.find(module, kind or name)
+    begin = method(place, name) if kind and place is not None else place
+    assert begin is not None, f"{start}: expected module:function:parameter or module:Class.method:parameter"
+    walk = Walk(package)
+    walk.visit(begin, frozenset([parameter]))
+    return package, walk
+
+
+class Count(NamedTuple):
+    """How far a walk goes."""
+
+    stays: int
+    rooms: int
+    climbs: int
+
+    @classmethod
+    def of(cls, names: Iterable[str], floors: Mapping[str, int]) -> "Count":
+        """The count of visits to rooms with these names, in order."""
+        stays = [name for name, _ in groupby(names)]
+        return cls(len(stays), len({*stays}), sum(floors[after] > floors[before] for before, after in pairwise(stays)))
+
+    @property
+    def moves(self) -> int:
+        return self.stays - 1
+
+    def __str__(self) -> str:
+        return f"{self.moves} moves, {self.climbs} climbs, {self.stays - self.rooms} returns"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("start", help="module:function:parameter, the module within the package")
     parser.add_argument("--calls", action="store_true", help="also list the visits")
     args = parser.parse_args()
-    module, function, parameter = args.start.split(":")
-    package, (kind, _, name) = Package(args.package), function.rpartition(".")[::1]
-    module = f"{args.package.name}.{module}"
-    place = package.find(module, kind or name)
-    start = method(place, name) if kind and place is not None else place
-    assert start is not None, f"{args.start}: expected module:function:parameter or module:Class.method:parameter"
-    walk = Walk(package)
-    walk.visit(start, frozenset([parameter]))
+    package, walk = follow(args.package, args.start)
     if args.calls:
         for room, visits in groupby(walk.visits, key=lambda visit: visit[0]):
             print(f"{room}: {', '.join(name for _, name in visits)}")
-    rooms, floors = [room for room, _ in groupby(room for room, _ in walk.visits)], package.floors()
-    climbs = sum(floors[after] > floors[before] for before, after in pairwise(rooms))
-    num, packages = len(set(rooms)), {".".join(room.split(".")[:2]) for room in rooms}
-    print(
-        f"{args.start}: {len(rooms)} stays, {num} rooms in {len(packages)} packages, {len(rooms) - 1} moves, {climbs} "
-        f"climbs, {len(rooms) - num} returns"
-    )
+    rooms, ordered = [room for room, _ in walk.visits], layers(args.package)
+    packages = [room.split(".")[1] for room in rooms]
+    found = Count.of(rooms, package.floors())
+    print(f"{args.start}: {found.stays} stays, {found.rooms} rooms in {len({*packages})} packages, {found}")
+    if ordered.keys() >= {*packages}:
+        between = Count.of(packages, ordered)
+        print(f"between packages: {between.stays} stays, {between}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from scored import arrow_bytes
 import models
 from texts import TEXT, trained_tokenizer
 from tokenweight import ShortContext, cli, load_tokenizer
-from tokenweight.data import load_scores, read_row, score_folder, text_tokens, tokenizer_note
-from tokenweight.models import AlignedScorer, load_model
+from tokenweight.data import load_scores, read_row, score_folder, text_tokens
+from tokenweight.models import AlignedScorer, load_model, tokenizer_note
 from tokenweight.records import read_json
 
 CONTEXTS = [ShortContext(8, 5), ShortContext(12, 9)]

@@ -1,15 +1,12 @@
-"""No text becomes a control token, and what stands around a text is found whatever the alphabet."""
-
-import json
+"""No text becomes a control token."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE, Unigram, WordLevel
-from tokenizers.processors import TemplateProcessing
+from tokenizers.models import Unigram, WordLevel
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from texts import BOS, EOS, TEXT, trained_tokenizer
-from tokenweight.data import Document, load_rows, prepare_rows, special_tokens, text_prefix, text_tokens
+from tokenweight.data import Document, load_rows, prepare_rows, text_tokens
 
 PIECES = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "<s>/a")]
 
@@ -79,49 +76,3 @@ def test_rows_hold_control_tokens_around_texts_only(tmp_path):
     tokens = [token for row in rows["input_ids"] for token in row.tolist()]
     assert tokens.count(BOS) == sum((row == 0).sum() for row in rows["position_ids"])
     assert tokens.count(EOS) <= 1
-
-
-def test_special_tokens_are_found_by_the_rule_of_the_tokenizer(framed):
-    assert special_tokens(trained_tokenizer(framed=framed)) == (([BOS], [EOS]) if framed else ([], []))
-
-
-def alphabet(letters, template, *special):
-    """Letters that are tokens, and special ones before and after a text; other characters are dropped."""
-    vocabulary = {name: number for number, name in enumerate([*special, *letters])}
-    inner = Tokenizer(BPE(vocabulary, []))
-    names = [(name, vocabulary[name]) for name in special]
-    inner.post_processor = TemplateProcessing(single=template, special_tokens=names)
-    return PreTrainedTokenizerFast(tokenizer_object=inner)
-
-
-@pytest.mark.parametrize(
-    ("letters", "template", "special", "expected"),
-    [
-        ("abc", "[gMASK] <sop> $A", ["[gMASK]", "<sop>"], ([0, 1], [])),
-        ("ACGT", "<cls> $A <eos>", ["<cls>", "<eos>"], ([0], [1])),
-        ("ACGT", "$A <eos> <eos>", ["<eos>"], ([], [0, 0])),
-        ("ΩΨ", "<s> $A", ["<s>"], ([0], [])),
-        ("01", "$A", [], ([], [])),
-    ],
-)
-def test_special_tokens_are_found_in_any_alphabet(letters, template, special, expected, tmp_path):
-    tokenizer = alphabet(letters, template, *special)
-    assert special_tokens(tokenizer) == expected
-    prepare_rows([Document("a", letters * 20)], tokenizer, 10, tmp_path / "rows")
-    rows = load_rows(tmp_path / "rows")["input_ids"]
-    assert all(row[: len(expected[0])].tolist() == expected[0] for row in rows)
-    assert json.loads((tmp_path / "rows" / "rows.json").read_text())["prefix"] == expected[0]
-
-
-def test_a_tokenizer_that_makes_nothing_of_any_text_is_refused():
-    with pytest.raises(ValueError, match="cannot tell the special tokens"):
-        special_tokens(alphabet("", "<s> $A", "<s>"))
-
-
-def test_the_prefix_of_a_text_is_that_which_prepare_noted_else_that_of_the_tokenizer():
-    tokenizer = trained_tokenizer(framed=True)
-    assert text_prefix(tokenizer, {"prefix": [5, 6]}) == [5, 6]
-    assert text_prefix(tokenizer, {"prefix": []}) == []
-    assert text_prefix(tokenizer, {}) == [BOS]
-    assert text_prefix(trained_tokenizer(), {}) == [BOS]  # by no rule, but rows of others may begin with it
-    assert text_prefix(None, {}) == []

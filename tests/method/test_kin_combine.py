@@ -84,7 +84,8 @@ def test_a_combination_uses_what_its_parts_use():
     assert not Normalized(LongCE()).pointwise
     assert not Mix(EXACT(), Expected(Dense())).of_losses
     assert FirstWindow(Dense(), 8).uses == {"short_nll", "positions"}
-    assert Floor(Expected(Gain()), 0.5).divergence_of == Gain()
+    floored = Floor(Expected(Gain()), 0.5)
+    assert (floored.divergence_of, floored.divergence) == (Gain(), "kl")
 
 
 def test_parts_cannot_spoil_what_the_others_read():

@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import models
 from tokenweight.data import score_folder
 from tokenweight.method import ShortContext
+from tokenweight.models import with_adapter
 from tokenweight.plan.disk import Disk, disk_bytes
-from tokenweight.train import training_arguments, with_adapter
+from tokenweight.train import training_arguments
 
 CONFIG = AutoConfig.for_model(
     "llama", vocab_size=900, hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256

@@ -12,8 +12,8 @@ import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
 from tokenweight.method import SCORES, Window, sliding_windows
 from tokenweight.method.device import products
+from tokenweight.models import with_adapter
 from tokenweight.plan.flops import Attention, Forward, count_forward, step_flops
-from tokenweight.train import with_adapter
 
 LENGTH, CONTEXT = 64, ShortContext(size=16, stride=12)
 EAGER = {"attn_implementation": "eager"}  # torch counts its products; it has no count for the flash kernel of a CPU

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 from tokenweight import Scorer, ShortContext, parse_weighting, with_weighted_loss
+from tokenweight.models import with_adapter
 from tokenweight.plan.flops import count_forward
 from tokenweight.plan.gpus import Fixed, Peak, fixed_bytes, peak
 from tokenweight.plan.memory import Held, hold
-from tokenweight.train import training_arguments, with_adapter
+from tokenweight.train import training_arguments
 
 LENGTH, CONTEXT = 768, ShortContext(size=192, stride=144)
 SIZES = {

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import models
 from texts import trained_tokenizer
 from tokenweight import ShortContext, cli, load_model
-from tokenweight.data import Contents, load_rows, read_contents, score_folder
+from tokenweight.data import Contents, Source, load_rows, read_contents, score_folder
 from tokenweight.evaluate import add_evaluation
 from tokenweight.method import WEIGHTINGS
 from tokenweight.models import weights_fingerprint
@@ -23,7 +23,7 @@ from tokenweight.records import read_json, write_json
 from tokenweight.train import TrainSettings, resolve, train
 from tokenweight.train.card import write_card
 from tokenweight.train.records import describe
-from tokenweight.train.sequences import Sequences, Source
+from tokenweight.train.sequences import Sequences
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from distributed import some_rows
 
 import models
 from texts import trained_tokenizer
-from tokenweight.train import TrainSettings, read_recipe, train, training_arguments
+from tokenweight.train import TrainSettings, read_recipe, resolve, train, training_arguments
 from tokenweight.train.arguments import PAPER_ARGUMENTS, extension_arguments
 
 SETTINGS = TrainSettings(
@@ -270,6 +270,11 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes
     assert "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
     assert sorted(folders.rglob("*")) == before
+
+
+def test_a_run_is_not_written_to_a_url():
+    with pytest.raises(ValueError, match=r"^out s3://bucket/run: expected a folder on this machine"):
+        resolve(TrainSettings("some/model", "rows", "s3://bucket/run"))
 
 
 def test_numbers_of_tokens_of_a_recipe_have_units(tmp_path):

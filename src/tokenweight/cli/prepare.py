@@ -80,7 +80,7 @@ class Prepare:
                 raise ValueError(f"{name} {value}: found no data set of the Hub among the texts: leave it out")
         complete = self.out.exists()
         tokenizer = models.load_tokenizer(self.tokenizer)
-        provenance = {**data.tokenizer_note(tokenizer, self.tokenizer), **self._provenance(sources, text_column)}
+        provenance = {**models.tokenizer_note(tokenizer, self.tokenizer), **self._provenance(sources, text_column)}
         with contextlib.closing(_counted(self._documents(sources, text_column))) as documents:
             summary = data.prepare_rows(
                 documents,

@@ -58,6 +58,11 @@ class Contents:
         """The smallest and the largest token id; (0, 0) without a token."""
         return self.smallest or 0, self.largest or 0
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Numbers of sequences and tokens, as in `run.json`."""
+        return {"num": self.rows, "tokens": self.tokens, "shortest": self.shortest, "longest": self.longest}
+
     def to_json(self) -> dict[str, Any]:
         """The form in which it is written to a note."""
         return {**vars(self), "digest": f"{self.digest:032x}"}

@@ -19,7 +19,7 @@ from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
 from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of
-from tokenweight.method import SCORES, Weighting, divergence_kind
+from tokenweight.method import SCORES, Weighting
 from tokenweight.models import SCORE_OPTIONS, TEACHER
 from tokenweight.records import make_folder, read_json, replaced, writing_to
 
@@ -303,22 +303,31 @@ def _with_all(
     return rows
 
 
-def check_divergence(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if a folder holds a divergence other than the one that a weighting uses."""
-    of, stored = weighting.divergence_of, provenance.get("divergence")
-    if of is not None and stored is not None and stored != (wanted := divergence_kind(of)):
+def check_scores(
+    weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str], contrast: str = "scorer"
+) -> None:
+    """Raise a ValueError if the scores of a folder, by their provenance, cannot be compared as a weighting requires.
+
+    Args:
+        contrast: the source of the long losses that it compares: "scorer", of the scores, or "trained", of a model.
+    """
+    stored, wanted = provenance.get("divergence"), weighting.divergence
+    if None not in (stored, wanted) and stored != wanted:
         raise ValueError(
             f"{folder} holds the divergence {stored!r}, but weighting {weighting} needs {wanted!r}: score its "
             f"sequences with `tokenweight score --divergence {wanted}`"
         )
-
-
-def check_contrast(weighting: Weighting, provenance: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if a weighting would compare a reference model with losses not comparable to a model's."""
-    if provenance.get("contrast") == "scorer" and weighting.of_losses and "ref_nll" in weighting.uses:
+    if provenance.get("contrast") != "scorer":  # losses of a model
+        return
+    if contrast == "scorer" and weighting.of_losses and "ref_nll" in weighting.uses:
         raise ValueError(
             f"weighting {weighting}: compares losses with those of a reference model, and those of "
             f"{provenance.get('model')} in {folder} are comparable with each other only: expected another weighting"
+        )
+    if contrast == "trained" and weighting.uses_short:
+        raise ValueError(
+            f"contrast trained: {folder} was scored by {provenance.get('model')}, whose losses cannot be compared with "
+            "those of the model that is trained: expected contrast scorer"
         )
 
 

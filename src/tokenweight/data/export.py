@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import check_contrast, check_divergence, choose_scores, load_rows, open_rows, row_lengths
+from tokenweight.data.dataset import check_scores, choose_scores, load_rows, open_rows, row_lengths
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
 from tokenweight.data.stores import local_folder
 from tokenweight.method import SCORES, Weighting, check_finite, document_positions, prediction_mask
@@ -106,8 +106,7 @@ def export_weights(
         raise ValueError(f"weighting {weighting}: keeps a history of training: expected one without")
     needed = score_columns(weighting, "scorer")
     rows, provenance = choose_scores(load_rows(folder), folder, size=size, needed=needed)
-    check_divergence(weighting, provenance, folder)
-    check_contrast(weighting, provenance, folder)
+    check_scores(weighting, provenance, folder)
     verify(folder)
     summary = ExportSummary()
     with new_folder(out) as part:

@@ -30,7 +30,8 @@ from tokenweight.data.shards import (
     strip_note,
     unlock,
 )
-from tokenweight.data.tokenize import Tokenize, special_tokens, tokenizing
+from tokenweight.data.tokenize import Tokenize, tokenizing
+from tokenweight.models import special_tokens
 from tokenweight.records import differences, make_folder, read_json, remove_abandoned, rename_folder, write_json
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import check_contrast, check_divergence, load_rows, load_scores, row_lengths
+from tokenweight.data.dataset import check_scores, load_rows, load_scores, row_lengths
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
-from tokenweight.data.tokenize import special_tokens, text_tokens, token_pieces
-from tokenweight.method import SCORES, ShortContext, Weighting, divergence_kind, document_positions, prediction_mask
+from tokenweight.data.tokenize import text_tokens, token_pieces
+from tokenweight.method import SCORES, ShortContext, Weighting, document_positions, prediction_mask
 from tokenweight.models import (
     SCORE_OPTIONS,
     Scorer,
@@ -30,6 +30,7 @@ from tokenweight.models import (
     load_tokenizer,
     numbered_from,
     own_device,
+    special_tokens,
     token_nll,
 )
 
@@ -73,13 +74,12 @@ class ScoredRow(NamedTuple):
             ValueError: for a score that is not finite, or that the weighting uses and the row does not have.
         """
         folder = self.provenance.get("folder", "the row")
-        check_divergence(weighting, self.provenance, folder)
-        check_contrast(weighting, self.provenance, folder)
+        check_scores(weighting, self.provenance, folder)
         stored = {"ref_nll": self.ref_nll, "divergence": self.divergence}
         if missing := [name for name, values in stored.items() if values is None and name in weighting.uses]:
-            of, option = weighting.divergence_of, SCORE_OPTIONS[missing[0]]
-            if missing[0] == "divergence" and of is not None:
-                option = f" --divergence {divergence_kind(of)}"
+            option = SCORE_OPTIONS[missing[0]]
+            if missing[0] == "divergence" and weighting.divergence is not None:
+                option = f" --divergence {weighting.divergence}"
             raise ValueError(
                 f"weighting {weighting}: {folder} has no column {missing[0]}: score it with `tokenweight score{option}`"
             )

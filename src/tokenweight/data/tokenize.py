@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -27,13 +27,6 @@ Tokenize = Callable[[Batches], Iterator[tuple[list[str], list[Any], Any]]]
 labels, or the error that says why there are none), and what belongs to it."""
 START_METHOD = "spawn"
 """For processes that tokenize: a fork of this one would have its locks, but not the threads that hold them."""
-
-
-def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
-    """The tokenizer of rows, for their provenance: the name it was loaded by, and its fingerprint."""
-    from tokenweight.models import tokenizer_fingerprint
-
-    return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -178,16 +171,6 @@ def _arrays(tokenizer: PreTrainedTokenizerBase, chat: bool, documents: Sequence[
         return found
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer itself puts before and after a text: ([BOS] or [], [EOS] or []), or more."""
-    for text in itertools.chain(["a"], _words(tokenizer)):
-        plain, special = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
-        starts = [t for t in range(len(special) - len(plain) + 1) if special[t : t + len(plain)] == plain]
-        if plain and len(starts) == 1:  # a text that has no token, or one like those around it, shows nothing
-            return special[: starts[0]], special[starts[0] + len(plain) :]
-    raise ValueError(f"{type(tokenizer).__name__}: cannot tell the special tokens around a text from its own tokens")
-
-
 def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """The text of each token; joined, they are the decoded text.
 
@@ -217,17 +200,6 @@ def token_pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase | None) -
         context, done = done, stop
         known = decode(context, done)
     return pieces
-
-
-def text_prefix(tokenizer: PreTrainedTokenizerBase | None, provenance: Mapping[str, Any]) -> list[int]:
-    """The tokens before a text, with which windows of it begin: what `prepare` noted; for rows of unknown origin, the
-    tokenizer's own rule, else its BOS."""
-    if "prefix" in provenance:
-        return list(provenance["prefix"])
-    if tokenizer is None:
-        return []
-    prefix, bos = special_tokens(tokenizer)[0], tokenizer.bos_token_id
-    return prefix or ([] if bos is None else [bos])
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -269,10 +241,3 @@ def _cut(text: str, names: Sequence[str]) -> list[str]:
     """The text, cut after the first character of each name in it."""
     places = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)]
     return [text[start:stop] for start, stop in itertools.pairwise([0, *places, len(text)])]
-
-
-def _words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Texts of one token, a thousand at most: an alphabet may be without "a"."""
-    special = {*tokenizer.all_special_ids}
-    words = (token for token in sorted(tokenizer.get_vocab().values()) if token not in special)
-    return map(tokenizer.decode, ([token] for token in itertools.islice(words, 1000)))

@@ -30,7 +30,8 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokenweight.data import special_tokens, text_tokens
+from tokenweight.data import text_tokens
+from tokenweight.models import special_tokens
 
 NUM_DECOYS = 3
 """Decoys per probe, so that chance accuracy is 1/4 in each family."""

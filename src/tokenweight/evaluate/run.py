@@ -21,7 +21,6 @@ from tokenweight.data import (
     read_provenance,
     row_lengths,
     scan_contents,
-    text_prefix,
     text_tokens,
     verify,
 )
@@ -56,6 +55,7 @@ from tokenweight.models import (
     own_device,
     parse_attention,
     predicts_one_more,
+    text_prefix,
     tokenizer_fingerprint,
     with_dual_chunk,
 )

@@ -37,7 +37,8 @@ class Weighting(ABC):
     of_losses: ClassVar[bool] = True
     """False if neither the long nor the short loss is read: then the weights are known before the long loss is."""
     divergence_of: "ClassVar[ScoreWeighting | None]" = None
-    """The weighting whose expected score is the divergence, where one is used."""
+    divergence: ClassVar[str | None] = None
+    """Where a divergence is used, the weighting whose expected score it is, and its identifier (`divergence_kind`)."""
     history: ClassVar[int] = 0
     """Length of the vector that sums up the training so far, a keyword of `weigh` where it is not 0."""
     remembers: ClassVar[bool] = True
@@ -263,8 +264,7 @@ def keep_top(
     scores: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], keep: float, seed: int
 ) -> Float[Tensor, "batch seq"]:
     """Keep the max(1, floor(keep * T)) largest scores of each row, with equal weights of mean 1."""
-    num_tokens = mask.sum(dim=1, keepdim=True)
-    num_kept = (num_tokens.double() * keep).floor().long().clamp(min=1)
+    num_kept = (mask.sum(dim=1, keepdim=True).double() * keep).floor().long().clamp(min=1)
     scores = scores.masked_fill(~mask, -math.inf)
     most = max(1, math.floor(keep * scores.shape[1]))  # static, which needs no synchronization
     threshold = scores.topk(most, dim=1).values.gather(1, num_kept - 1)

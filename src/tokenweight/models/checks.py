@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.method import NonFinite
 from tokenweight.models.rope import context_length
@@ -46,6 +46,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
+def tokenizer_note(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+    """The tokenizer of rows, for their provenance: the name it was loaded by, and its fingerprint."""
+    return {"tokenizer": name, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+
+
 def _rules(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> dict[str, Any]:
     """The rules of a tokenizer, as far as it exposes them, without the names of special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -68,6 +73,18 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, attention, rotary base."""
+    return {
+        "model": name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_fingerprint": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "rope_parameters": getattr(model.config.get_text_config(), "rope_parameters", None),
+    }
 
 
 def config_fingerprint(config: Any) -> str:

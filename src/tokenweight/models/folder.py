@@ -1,4 +1,4 @@
-"""Model folders: adapters, broken files, unexpected weights, and rotary settings that transformers 4 reads, too."""
+"""Model folders: broken files, unexpected weights, and rotary settings that transformers 4 reads, too."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import math
 import os
 import re
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,17 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import cached_file
 
 from tokenweight.models.rope import _layers
 from tokenweight.records import write_json
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (".safetensors", ".bin")
 _TOKENIZERS = ("token", "vocab", "merges", "spm", "bpe", "spiece", "tiktoken", "tekken", ".model")
 """Parts of the names of files that tokenizers are made from."""
 _OLD_BUFFERS = ("bias", "masked_bias", "causal_mask")
 """Masks that attention kept among its weights in earlier versions; a module that has a bias has a weight too."""
-
-
-def adapter_base(name: str, revision: str | None = None) -> str | None:
-    """The model that an adapter (a folder or hub id with adapter_config.json) was made for; None for a model.
-
-    Raises:
-        ValueError: if the base is not named, or if there is a model beside the adapter.
-    """
-    try:
-        found = find_adapter_config_file(name, revision=revision)
-    except Exception:  # not an adapter; whoever loads it says what else is wrong
-        return None
-    if found is None:
-        return None
-    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{found}: base_model_name_or_path is {base!r}: expected the model that the adapter is for")
-    weights = [path.name for path in _files(Path(name)) if path.suffix in _WEIGHTS and "adapter" not in path.name]
-    if any(one.startswith(("model", "pytorch_model")) for one in weights):
-        raise ValueError(f"{name} holds {weights[0]} beside adapter_config.json: expected a model or an adapter")
-    return base
-
-
-def merged(base: PreTrainedModel, name: str, revision: str | None = None) -> PreTrainedModel:
-    """The base with the adapter of a folder or hub id added to its weights, all of which can be trained."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(f"{name} is an adapter, which needs a package that is missing: pip install peft") from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        model: Any = PeftModel.from_pretrained(base, name, revision=revision)
-    if not hasattr(model, "merge_and_unload"):
-        raise ValueError(f"its adapter ({model.active_peft_config.peft_type}) cannot be merged into the weights")
-    return model.merge_and_unload().requires_grad_(True)
 
 
 def check_loaded(model: nn.Module, info: dict[str, Any], allow_mismatched: bool = False) -> None:
@@ -157,12 +120,12 @@ def _listed(keys: Any) -> str:
 
 def has_tokenizer_files(folder: Path) -> bool:
     """Whether a folder holds a file from which some tokenizer could be made."""
-    return any(part in path.name for path in _files(folder) for part in _TOKENIZERS if path.suffix != ".py")
+    return any(part in path.name for path in files_of(folder) for part in _TOKENIZERS if path.suffix != ".py")
 
 
 def broken_file(folder: Path) -> str | None:
     """The file that cannot be read in a folder that could not be loaded, and why; None if each can."""
-    for path in _files(folder):
+    for path in files_of(folder):
         if is_pointer(path):
             return f"{path.name} is a Git LFS pointer, not the file: run `git lfs pull`"
         try:
@@ -191,7 +154,7 @@ def _read(path: Path) -> None:
             Tokenizer.from_file(str(path))
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """The files of a folder, or the one file that was named."""
     return (
         sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else [folder][: folder.is_file()]

@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from tokenweight.models.causal import causal_parts
-from tokenweight.models.checks import weights_fingerprint
 from tokenweight.models.folder import (
-    adapter_base,
     broken_file,
     check_loaded,
+    files_of,
     has_tokenizer_files,
     is_pointer,
-    merged,
     one_line,
     warn_of_left_out_heads,
 )
@@ -38,6 +39,7 @@ from tokenweight.models.rope import extend_context
 from tokenweight.models.rope_check import verify_rope
 
 logger = logging.getLogger(__name__)
+_WEIGHTS = (".safetensors", ".bin")
 
 
 def token_nll(
@@ -89,7 +91,7 @@ def load_model(
             model = load_model(base, dtype=dtype, extend=extend, **kwargs, **trusted)
         except ValueError as error:
             raise ValueError(f"the base of the adapter {str(name)!r}: {error}") from error
-        return _reported("model", name, lambda path: merged(model, path, revision))
+        return _reported("model", name, lambda path: _merged(model, path, revision))
     if not extend:
         return _load(_Model, "model", name, dtype=dtype, revision=revision, **kwargs, **trusted)
     config = extend_context(_load(AutoConfig, "model", name, revision=revision, **trusted), **extend)
@@ -102,18 +104,6 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
     """Load the config of a folder, a hub id or a `.gguf` file, as `load_model` does."""
     base = adapter_base(str(name), revision)
     return _load(AutoConfig, "model", name, revision=revision) if base is None else load_config(base)
-
-
-def identity(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """The provenance of a loaded model: name, revision, fingerprint of its weights, dtype, attention, rotary base."""
-    return {
-        "model": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_fingerprint": weights_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
-        "rope_parameters": getattr(model.config.get_text_config(), "rope_parameters", None),
-    }
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -146,6 +136,59 @@ def find_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None)
 def is_config(name: str | os.PathLike[str]) -> bool:
     """Whether the name of a model is that of a config alone, whose weights are drawn at random."""
     return Path(name).suffix == ".json"
+
+
+def adapter_base(name: str, revision: str | None = None) -> str | None:
+    """The model that an adapter (a folder or hub id with adapter_config.json) was made for; None for a model.
+
+    Raises:
+        ValueError: if the base is not named, or if there is a model beside the adapter.
+    """
+    try:
+        found = find_adapter_config_file(name, revision=revision)
+    except Exception:  # not an adapter; whoever loads it says what else is wrong
+        return None
+    if found is None:
+        return None
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{found}: base_model_name_or_path is {base!r}: expected the model that the adapter is for")
+    weights = [path.name for path in files_of(Path(name)) if path.suffix in _WEIGHTS and "adapter" not in path.name]
+    if any(one.startswith(("model", "pytorch_model")) for one in weights):
+        raise ValueError(f"{name} holds {weights[0]} beside adapter_config.json: expected a model or an adapter")
+    return base
+
+
+def _merged(base: PreTrainedModel, name: str, revision: str | None = None) -> PreTrainedModel:
+    """The base with the adapter of a folder or hub id added to its weights, all of which can be trained."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{name} is an adapter, which needs a package that is missing: pip install peft") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        model: Any = PeftModel.from_pretrained(base, name, revision=revision)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"its adapter ({model.active_peft_config.peft_type}) cannot be merged into the weights")
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
+    """The model, wrapped in a `PeftModel` if an adapter is to be trained in place of its weights.
+
+    Raises:
+        ValueError: for settings that are invalid for an adapter of this model.
+    """
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            return get_peft_model(model, LoraConfig(**lora))
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"lora: {' '.join(str(error).split())}") from error
 
 
 def is_emulated(dtype: torch.dtype) -> bool:

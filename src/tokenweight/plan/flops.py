@@ -18,8 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.moe import ExpertsInterface
 
 from tokenweight.method import Expected, Weighting, Window
-from tokenweight.models import CausalParts
-from tokenweight.train import with_adapter
+from tokenweight.models import CausalParts, with_adapter
 
 _COUNTED_TOKENS = 64
 _NAME = "tokenweight_blank"

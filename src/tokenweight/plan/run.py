@@ -212,10 +212,10 @@ class _Recipe:
             LengthCurriculum.parse(settings.curriculum)  # raises
         config, kept = find_config(settings.model, settings.revision)
         length = (context_length(config), "the model's context length")
-        extension, lora = extension_and_adapter(settings)
+        extension, lora = extension_and_adapter(settings.extend, settings.lora, settings.model)
         if extension:
             config, length = extend_context(config, **extension), (extension["length"], "extend.length")
-        mixed = shares_of(settings)
+        mixed = shares_of(settings.data)
         folders = list(mixed) if all(folder and folder_exists(folder) for folder in mixed) else []
         made = list(map(read_provenance, folders))
         if folders:

@@ -1,5 +1,7 @@
 from .arguments import check_known as check_known
+from .arguments import extension_and_adapter as extension_and_adapter
 from .arguments import is_flag as is_flag
+from .arguments import shares_of as shares_of
 from .arguments import trainer_field as trainer_field
 from .arguments import training_arguments as training_arguments
 from .checkpoints import WeightingState as WeightingState
@@ -7,17 +9,14 @@ from .checkpoints import last_whole as last_whole
 from .lengths import LengthCurriculum as LengthCurriculum
 from .lengths import Pieces as Pieces
 from .run import train as train
-from .run import with_adapter as with_adapter
 from .sequences import DataCollatorWithScores as DataCollatorWithScores
 from .sequences import HeldOut as HeldOut
 from .sequences import Mixture as Mixture
 from .settings import Run as Run
 from .settings import TrainSettings as TrainSettings
 from .settings import config_text as config_text
-from .settings import extension_and_adapter as extension_and_adapter
 from .settings import read_recipe as read_recipe
 from .settings import resolve as resolve
-from .settings import shares_of as shares_of
 from .statistics import WeightStatistics as WeightStatistics
 from .trainer import WeightedTrainer as WeightedTrainer
 from .trainer import prepare_engine as prepare_engine

@@ -1,10 +1,11 @@
-"""Option groups `trainer`, `extend` and `lora`: checked by name, and read from text by the types of their fields."""
+"""Option groups (data, trainer, extend, lora, distill): checked by name, and read from text by the types of fields."""
 
 import contextlib
 import dataclasses
 import difflib
 import enum
 import inspect
+import math
 import os
 import types
 import typing
@@ -16,7 +17,7 @@ import yaml
 
 from tokenweight import method, models
 from tokenweight.records import token_count
-from tokenweight.train.checks import check_values, held_out_arguments
+from tokenweight.train.checks import check_values
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -88,6 +89,19 @@ def training_arguments(
     if values.get("fsdp_config") and not arguments.fsdp:
         raise ValueError("trainer.fsdp_config does nothing by itself: expected trainer.fsdp true beside it")
     return arguments
+
+
+def held_out_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the trainer with held-out sequences: ten evaluations per run, and lower is better."""
+    every = {"eval_strategy": "steps", "eval_steps": 0.1}
+    every |= {name: given[name] for name in every if given.get(name) is not None}
+    found = {**every, "per_device_eval_batch_size": given.get("per_device_train_batch_size", 1)}
+    best = str(given.get("load_best_model_at_end", False)).lower() in ("true", "yes", "on", "1")
+    if best and "save_strategy" not in given:  # the best model can be loaded only if it was saved
+        found |= {"save_strategy": every["eval_strategy"], "save_steps": given.get("save_steps", every["eval_steps"])}
+    if best or given.get("metric_for_best_model") is not None:
+        found["greater_is_better"] = False  # the Trainer assumes True for names that do not end with "loss"
+    return found
 
 
 def typed_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +230,51 @@ def _as(kind: Any, value: Any, *, alone: bool) -> Any:
     if kind is str and isinstance(value, bool | int | float | str):
         return str(value).lower() if flag else str(value)
     raise ValueError(kind)
+
+
+def shares_of(data: str | list[dict[str, Any]]) -> dict[str, float]:
+    """The folders of the data, each with its share of the tokens; the shares add up to 1.
+
+    Raises:
+        ValueError: for data without a folder, a folder that is named twice, or a share that is not above 0.
+    """
+    if isinstance(data, str):
+        return {data: 1.0}
+    shares: dict[str, float] = {}
+    for part in data:
+        if not isinstance(part, dict) or part.keys() != {"path", "share"}:
+            found = part["path"] if isinstance(part, dict) and part.keys() == {"path"} else part
+            raise ValueError(
+                f"data {found!r}: has no share of the tokens: expected FOLDER:SHARE, in YAML {{path: …, share: …}}, "
+                "for each folder of a mixture"
+            )
+        path, share = str(part["path"]), as_numbers(part["share"])
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+            raise ValueError(f"data {path}: share {share!r}: expected a number above 0")
+        if path in shares:
+            raise ValueError(f"data {path}: named twice: expected each folder once, with its share")
+        shares[path] = share
+    if not shares:
+        raise ValueError("data []: expected at least one folder")
+    total = sum(shares.values())
+    return {path: share / total for path, share in shares.items()}
+
+
+def extension_and_adapter(
+    extend: dict[str, Any], lora: dict[str, Any], model: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `extend_context` and of peft.LoraConfig, read and checked; empty where there are none.
+
+    Raises:
+        ValueError: for one that does not exist or cannot have that value, or for both together, naming the model.
+    """
+    extension, adapter = extension_arguments(extend), lora_arguments(lora)
+    if extension and adapter:
+        raise ValueError(
+            "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
+            f"context: expected a base that is extended already, as load_model({model!r}, extend=…) saves it"
+        )
+    return extension, adapter
 
 
 def extension_arguments(given: dict[str, Any]) -> dict[str, Any]:

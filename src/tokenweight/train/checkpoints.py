@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from tokenweight.data import remote_url
-from tokenweight.models import any_process, load_weighting_state, weighting_state
+from tokenweight.models import load_weighting_state, weighting_state
 from tokenweight.records import read_json, sync, sync_tree, write_json
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,7 @@ def _damage(checkpoint: Path, arguments: TrainingArguments) -> str:
         check_contents(checkpoint, (arguments.process_index, arguments.world_size))
     except (ValueError, OSError) as error:
         found = str(error)
-    if arguments.world_size > 1 and any_process(bool(found), arguments.device):
-        found = found or f"{checkpoint} is damaged: another process says what"
-    return found
+    return found if arguments.world_size == 1 else next(filter(None, gather_object([found])), "")
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -124,8 +122,6 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
         ValueError: if there is no such checkpoint, it is partial or damaged, or the run would write into the folder
             of another.
     """
-    if (url := remote_url(out)) is not None:
-        raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
     given = arguments.resume_from_checkpoint
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out}: is a file; name a new folder")
@@ -137,22 +133,22 @@ def find_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
             raise ValueError(f"out {out}: exists; name a new folder, or set trainer.resume_from_checkpoint to resume")
     if given is None:
         return None
+    folders, broken = _checkpoints(out), list[str]()
     if given.lower() != "true":
-        if not is_whole(Path(given)):
+        folders = [Path(given)]
+        if not is_whole(folders[0]):
             raise ValueError(
                 f"trainer.resume_from_checkpoint {given}: not a complete checkpoint; {last_whole_named(out)}"
             )
-        if damage := _damage(Path(given), arguments):
-            raise ValueError(f"trainer.resume_from_checkpoint {given}: {damage}; expected another one, or true")
-        return _with_state(Path(given))
-    broken: list[str] = []
-    for folder in _checkpoints(out):
+    for folder in folders:
         damage = _damage(folder, arguments) if is_whole(folder) else f"{folder} is incomplete"
         if not damage:
             for found in broken:
                 logger.warning("%s: resuming from %s", found, folder)
             return _with_state(folder)
         broken.append(damage)
+    if given.lower() != "true":
+        raise ValueError(f"trainer.resume_from_checkpoint {given}: {broken[0]}; expected another one, or true")
     raise ValueError(
         f"trainer.resume_from_checkpoint true: {out} holds no complete checkpoint"
         f"{''.join(f', {found}' for found in broken[:1])}; train from the start, into a new folder"

@@ -79,19 +79,6 @@ MEASURES = ("loss", "loss_beyond_half", "loss_short", "weighted_loss")
 """Metrics logged for held-out sequences, each prefixed by `eval_` (`tokenweight.train.statistics.HeldOutLosses`)."""
 
 
-def held_out_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the trainer with held-out sequences: ten evaluations per run, and lower is better."""
-    every = {"eval_strategy": "steps", "eval_steps": 0.1}
-    every |= {name: given[name] for name in every if given.get(name) is not None}
-    found = {**every, "per_device_eval_batch_size": given.get("per_device_train_batch_size", 1)}
-    best = str(given.get("load_best_model_at_end", False)).lower() in ("true", "yes", "on", "1")
-    if best and "save_strategy" not in given:  # the best model can be loaded only if it was saved
-        found |= {"save_strategy": every["eval_strategy"], "save_steps": given.get("save_steps", every["eval_steps"])}
-    if best or given.get("metric_for_best_model") is not None:
-        found["greater_is_better"] = False  # the Trainer assumes True for names that do not end with "loss"
-    return found
-
-
 def check_run(arguments: "TrainingArguments", eval_data: str | None = None) -> None:
     """Reject what cannot run here, before any work: missing trackers, several GPUs in one process.
 

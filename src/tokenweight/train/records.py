@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import (
     PreTrainedConfig,
-    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,11 +17,11 @@ from transformers import (
 )
 
 from tokenweight.method import ShortContext
-from tokenweight.models import context_length, describe_rope, identity
+from tokenweight.models import context_length, describe_rope
 from tokenweight.records import append_line, differences, environment, read_json, replaced, write_json
 from tokenweight.train.card import TRAINER_FIELDS
 from tokenweight.train.checkpoints import unmark_after, writing
-from tokenweight.train.sequences import Sequences, numbers
+from tokenweight.train.sequences import Sequences
 from tokenweight.train.settings import Run, as_settings
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ def describe(
         "settings": {**as_settings(run.settings), **resolved},
         "data": sequences.provenance,
         **environment(),
-        "rows": numbers(sequences.contents),
+        "rows": sequences.contents.numbers,
         "texts": sources[0].texts if len(sources) == 1 else {},
         **({"mixture": mixture} if len(sources) > 1 else {}),
         **({} if held_out is None else {"held_out": held_out.record}),
@@ -142,18 +141,6 @@ def describe(
         "attn_implementation": config._attn_implementation,
         "arguments": {name: getattr(value, "value", value) for name, value in fields.items() if value is not None},
     }
-
-
-def identities(
-    run: Run, model: PreTrainedModel, scoring: PreTrainedModel | None, teaching: PreTrainedModel | None
-) -> dict[str, Any]:
-    """Identities of the weights that a run begins from, and of other models that score or teach."""
-    named = {
-        "model": (model, run.settings.model),
-        "scorer": (scoring, run.settings.scorer),
-        "teacher": (teaching, run.distill.get("teacher", "")),
-    }
-    return {role: identity(one, name) for role, (one, name) in named.items() if one is not None}
 
 
 def _rope(config: PreTrainedConfig) -> str | None:

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tokenweight.data import text_prefix, tokenizer_note
 from tokenweight.method import ShortContext
 from tokenweight.models import (
     Distillation,
@@ -29,16 +27,20 @@ from tokenweight.models import (
     adapter_base,
     check_fit,
     find_tokenizer,
+    identity,
     is_config,
     load_config,
     load_model,
     predicts_one_more,
+    text_prefix,
+    tokenizer_note,
+    with_adapter,
     with_weighted_loss,
 )
 from tokenweight.train.checkpoints import find_checkpoint
 from tokenweight.train.display import Display
 from tokenweight.train.lengths import Pieces
-from tokenweight.train.records import Records, describe, identities
+from tokenweight.train.records import Records, describe
 from tokenweight.train.sequences import DataCollatorWithScores, HeldOut, Sequences, open_sequences
 from tokenweight.train.settings import Run, TrainSettings, resolve
 from tokenweight.train.trainer import EndOfDistillation, WeightedTrainer
@@ -75,41 +77,35 @@ def _trained(
     run: Run, checkpoint: Path | None, callbacks: Sequence[TrainerCallback], keep: Callable[[], None], dry_run: bool
 ) -> Any:
     sequences, arguments = open_sequences(run), run.arguments
-    contents, held_out = sequences.contents, sequences.held_out
-    context = run.short_context(contents.longest or 0)
+    context = run.short_context(sequences.contents.longest or 0)
     # Otherwise ZeRO-3 would load sharded models, which cannot be verified. The Trainer shards the model later.
     unset_hf_deepspeed_config()
-    before, tokenizer, model, scoring = _opened(run, sequences, context)
+    before, tokenizer, model, scoring, teaching = _opened(run, sequences, context)
     rows = sequences.dataset(run)
-    record = describe(run, sequences, context, before, model.config)
-    if not isinstance(rows, Pieces):
-        record["rows"]["epoch"] = len(rows)
-    distillation = _distillation(run, sequences, tokenizer)
+    identities: dict[str, Any] = {}
     if arguments.process_index == 0 and not dry_run:  # hashing takes a while, and one process writes the record
-        teacher = None if distillation is None or distillation.teacher is None else distillation.teacher.model
-        record.update(identities(run, model, scoring, teacher))
+        named = {"model": (model, run.settings.model), "scorer": (scoring, run.settings.scorer)}
+        named["teacher"] = teaching, run.distill.get("teacher", "")
+        identities = {role: identity(one, name) for role, (one, name) in named.items() if one is not None}
     set_seed(arguments.seed)  # initializes the weights of an adapter
     trained = with_adapter(model, run.lora)
-    scorer, counts = None, run.counts
-    if context is not None and run.scored and counts is None:
+    scorer = distillation = None
+    if context is not None and run.scored and run.counts is None:
         prefix = text_prefix(tokenizer, sequences.provenance)
         adapters = run.settings.scorer != "base"
         scorer = Scorer(model if scoring is None else scoring, context, prefix=prefix, adapters=adapters)
+    if run.distill:
+        teacher = None if teaching is None else Teacher(teaching, run.distill["top_k"])
+        distillation = Distillation(run.distill["weight"], teacher)
     with_weighted_loss(model, run.weighting, scorer, contrast=sequences.contrast, distillation=distillation)
+    record = describe(run, sequences, context, before, model.config)
+    record.update(identities)
+    if not isinstance(rows, Pieces):
+        record["rows"]["epoch"] = len(rows)
     if run.distill.get("steps") is not None:
         callbacks = [*callbacks, EndOfDistillation(model, run.distill["steps"])]
-    at_once = arguments.world_size * arguments.eval_batch_size
-    trainer = WeightedTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=None if held_out is None else HeldOut(held_out.rows, held_out.contents.longest or 0, at_once),
-        data_collator=DataCollatorWithScores() if counts is None else DataCollatorWithScores(counts, context),
-        processing_class=tokenizer,
-        callbacks=[] if dry_run else [Records(record, checkpoint, keep), *callbacks],
-        size=context.size if counts is not None and context is not None else sequences.sources[0].context.get("size"),
-        sources=rows.names if isinstance(rows, Pieces) else sequences.names if len(sequences.sources) > 1 else (),
-    )
+    callbacks = [] if dry_run else [Records(record, checkpoint, keep), *callbacks]
+    trainer = _trainer(run, sequences, rows, context, trained, tokenizer, callbacks)
     batch = trainer.get_total_train_batch_size(arguments)
     display = Display(record, trained, arguments, batch=batch, dry=dry_run)
     trainer.remove_callback(PrinterCallback)  # rows of the display replace its dicts
@@ -121,12 +117,14 @@ def _trained(
 
 def _opened(
     run: Run, sequences: Sequences, context: ShortContext | None
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, PreTrainedModel, PreTrainedModel | None]:
+) -> tuple[
+    PreTrainedConfig, PreTrainedTokenizerBase | None, PreTrainedModel, PreTrainedModel | None, PreTrainedModel | None
+]:
     """Load the models of a run, and check that they can read its sequences.
 
     Returns:
         The config of the trained model before its context is extended, its tokenizer, the model itself, and the scoring
-        model, if it is another.
+        model and the teacher, if these are others.
     """
     name, revision, kernel = run.settings.model, run.settings.revision, run.settings.attn_implementation
     if revision is not None and Path(name).exists():
@@ -144,65 +142,54 @@ def _opened(
     model = load_model(name, dtype=dtype, revision=revision, extend=extension, attn_implementation=kernel)
     if run.extension and tokenizer is not None:  # or users of the saved tokenizer would truncate at the old length
         tokenizer.model_max_length = max(tokenizer.model_max_length, run.extension["length"])
-    scoring = theirs = None
+    scoring = teaching = its = theirs = None
     if run.scoring_model is not None:
-        scoring, theirs = load_model(run.scoring_model, attn_implementation=kernel), find_tokenizer(run.scoring_model)
-    read = [*sequences.sources, *([] if sequences.held_out is None else [sequences.held_out])]
-    for source in read:
+        scoring, its = load_model(run.scoring_model, attn_implementation=kernel), find_tokenizer(run.scoring_model)
+    if run.teacher_model is not None:
+        teaching, theirs = load_model(run.teacher_model, attn_implementation=kernel), find_tokenizer(run.teacher_model)
+    note = {} if tokenizer is None else tokenizer_note(tokenizer, name)
+    pieces = run.curriculum is not None  # of 2^k + 1 tokens: a model of 2^k positions predicts all but the first
+    for source in (*sequences.sources, *filter(None, [sequences.held_out])):
+        longest, tokens = source.contents.longest or 0, source.contents.token_range
         if run.counts is not None:
-            run.counts.check_tokens(source.contents.token_range[1], source.folder)
-        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
-        longest = (source.contents.longest or 0) - _predicted_alone(run, model.config)
-        check_fit(model.config, tokenizer, name, **fits, longest=longest, provenance=source.provenance)
+            run.counts.check_tokens(tokens[1], source.folder)
+        fits: dict[str, Any] = {"folder": source.folder, "token_range": tokens}
+        read = longest - (pieces and predicts_one_more(model.config))
+        check_fit(model.config, tokenizer, name, **fits, longest=read, provenance=source.provenance)
+        fits["provenance"] = {**source.provenance, **note}
         if scoring is not None and context is not None:
-            note = {} if tokenizer is None else tokenizer_note(tokenizer, model.name_or_path)
-            fits |= {"longest": context.size, "what": "size: windows", "provenance": note}
-            check_fit(scoring.config, theirs, run.settings.scorer, **fits)
-    if scoring is not None:
-        scoring.to(run.arguments.device)
-    return before, tokenizer, model, scoring
+            check_fit(scoring.config, its, run.settings.scorer, **fits, longest=context.size, what="size: windows")
+        if teaching is not None and source is not sequences.held_out:  # evaluation ignores teachers
+            read = longest - (pieces and predicts_one_more(teaching.config))
+            check_fit(teaching.config, theirs, run.distill["teacher"], **fits, longest=read)
+    for other in filter(None, (scoring, teaching)):
+        other.to(run.arguments.device)
+    return before, tokenizer, model, scoring, teaching
 
 
-def _distillation(run: Run, sequences: Sequences, tokenizer: PreTrainedTokenizerBase | None) -> Distillation | None:
-    """The distillation of a run, whose teacher is loaded here unless its predictions are stored."""
-    if not run.distill:
-        return None
-    weight, name = run.distill["weight"], run.distill["teacher"]
-    if name == "stored":
-        return Distillation(weight)
-    teacher, theirs = load_model(name, attn_implementation=run.settings.attn_implementation), find_tokenizer(name)
-    for source in sequences.sources:
-        note = source.provenance if tokenizer is None else tokenizer_note(tokenizer, run.settings.model)
-        fits: dict[str, Any] = {"folder": source.folder, "token_range": source.contents.token_range}
-        longest = (source.contents.longest or 0) - _predicted_alone(run, teacher.config)
-        check_fit(teacher.config, theirs, name, **fits, longest=longest, provenance=note)
-    return Distillation(weight, Teacher(teacher.to(run.arguments.device), run.distill["top_k"]))
-
-
-def _predicted_alone(run: Run, config: PreTrainedConfig) -> int:
-    """Number of tokens at the end of the longest sequences that are only predicted: reading them affects no loss.
-
-    Pieces have 2^k + 1 tokens, and a model of 2^k positions predicts all but the first.
-    """
-    return int(run.curriculum is not None and predicts_one_more(config))
-
-
-def with_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> Any:
-    """The model, wrapped in a `PeftModel` if an adapter is to be trained in place of its weights.
-
-    Raises:
-        ValueError: for settings that are invalid for an adapter of this model.
-    """
-    if not lora:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            return get_peft_model(model, LoraConfig(**lora))
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"lora: {' '.join(str(error).split())}") from error
+def _trainer(
+    run: Run,
+    sequences: Sequences,
+    rows: Any,
+    context: ShortContext | None,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Sequence[TrainerCallback],
+) -> WeightedTrainer:
+    """The Trainer of a bound model over the sequences of a run."""
+    arguments, counts, held_out = run.arguments, run.counts, sequences.held_out
+    at_once = arguments.world_size * arguments.eval_batch_size
+    return WeightedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=None if held_out is None else HeldOut(held_out.rows, held_out.contents.longest or 0, at_once),
+        data_collator=DataCollatorWithScores() if counts is None else DataCollatorWithScores(counts, context),
+        processing_class=tokenizer,
+        callbacks=[*callbacks],
+        size=context.size if counts is not None and context is not None else sequences.sources[0].context.get("size"),
+        sources=rows.names if isinstance(rows, Pieces) else sequences.names if len(sequences.sources) > 1 else (),
+    )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import logging
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ from tokenweight.data import (
     TRANSLATED,
     Contents,
     Permutation,
-    check_contrast,
-    check_divergence,
-    choose_scores,
-    has_scores,
-    open_rows,
-    read_prepared,
+    Source,
+    open_held_out,
+    open_sources,
     read_provenance,
     row_lengths,
     translated,
     verify,
 )
-from tokenweight.method import SCORES, ShortContext, Weighting
+from tokenweight.method import SCORES, ShortContext
 from tokenweight.models import TEACHER, Contrast, numbered_from, pack_bits
 from tokenweight.train.lengths import Pieces
 from tokenweight.train.lengths.pieces import SOURCE
@@ -40,41 +37,6 @@ logger = logging.getLogger(__name__)
 LISTED = 1 << 20
 """Most sequences that torch may shuffle as a list; for more, `Drawn` avoids the list."""
 _COLUMNS = ("input_ids", "labels", "position_ids", *SCORES, *TEACHER)
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened folder of sequences."""
-
-    folder: str
-    rows: datasets.Dataset
-    contents: Contents
-    provenance: dict[str, Any]
-    """Metadata stored with it; `context` holds the windows of the selected scores."""
-
-    @property
-    def context(self) -> dict[str, Any]:
-        """Size and stride of the stored short losses, as far as they are known."""
-        return self.provenance.get("context", {})
-
-    @property
-    def texts(self) -> dict[str, Any]:
-        """Metadata of the texts from `prepare`; for scored data, from the folder that was scored."""
-        prepared = read_prepared(self.provenance)
-        if (prepared.get("rows"), prepared.get("tokens")) != (self.contents.rows, self.contents.tokens):
-            return {}  # the folder has other sequences by now
-        noted = ("texts", "hub", "subset", "split", "seed", "documents")
-        return {key: prepared[key] for key in noted if prepared.get(key) not in (None, [])}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Its entry in `run.json`, as one of several sources."""
-        return {"path": self.folder, "rows": numbers(self.contents), "texts": self.texts, "data": self.provenance}
-
-
-def numbers(contents: Contents) -> dict[str, Any]:
-    """Numbers of sequences and tokens, as in `run.json`."""
-    return {"num": contents.rows, **{name: getattr(contents, name) for name in ("tokens", "shortest", "longest")}}
 
 
 @dataclass(frozen=True)
@@ -120,32 +82,17 @@ def open_sequences(run: Run) -> Sequences:
     """Open the training and held-out data of a run; only one process verifies the contents.
 
     Raises:
-        ValueError: if a folder is not a data folder, is damaged, or lacks scores that are needed; if the folders of a
-            mixture were scored with different short contexts.
+        ValueError: as `open_sources` and `open_held_out` do, or if a folder is damaged.
     """
-    settings, sources, contrast = run.settings, [], _contrast(run)
-    needed = run.columns(contrast)
-    for folder in run.shares:
-        (rows, contents), scores = open_rows(folder), dict[str, Any]()
-        run.check_scores(has_scores(rows), folder)
-        if needed:
-            rows, scores = choose_scores(rows, folder, size=settings.size, stride=settings.stride, needed=needed)
-            _check_scores(run.weighting, contrast, scores, folder)
-        sources.append(Source(folder, _without(rows, needed), contents, {**read_provenance(folder), **scores}))
-    first = sources[0]
-    for source in sources[1:] if needed else ():
-        if any(first.context.get(name) != value for name, value in source.context.items() if name in first.context):
-            raise ValueError(
-                f"data {source.folder}: scored with {_windows(source)}, but {first.folder} with {_windows(first)}: "
-                "expected one short context in all folders of a mixture"
-            )
-    if TEACHER[0] in needed:
-        _check_teachers(sources)
-    of_weights = needed - {*TEACHER}  # evaluation ignores teachers
-    held_out = None if settings.eval_data is None else _held_out(run, contrast, of_weights, first.context)
+    settings, contrast, held_out = run.settings, _contrast(run), None
+    needed, windows = run.columns(contrast), {"size": settings.size, "stride": settings.stride}
+    sources = open_sources([*run.shares], run.weighting, needed, contrast, windows, settings.scorer)
+    if settings.eval_data is not None:
+        of_weights = needed - {*TEACHER}  # evaluation ignores teachers
+        held_out = open_held_out(settings.eval_data, run.weighting, of_weights, contrast, sources[0].context)
     if run.arguments.process_index == 0:  # the others would verify the same files
-        for folder in (*run.shares, *([] if held_out is None else [held_out.folder])):
-            verify(folder)
+        for source in (*sources, *filter(None, [held_out])):
+            verify(source.folder)
     return Sequences(sources, list(run.shares.values()), held_out, contrast)
 
 
@@ -156,59 +103,6 @@ def _contrast(run: Run) -> str:
     stored = run.settings.scorer == "stored"
     own = stored and any(read_provenance(folder).get("contrast") == "scorer" for folder in run.shares)
     return "scorer" if own or run.counts is not None else "trained"
-
-
-def _check_scores(weighting: Weighting, contrast: str, scores: dict[str, Any], folder: str) -> None:
-    """Raise a ValueError if the scores of a folder cannot be compared as the weighting requires."""
-    check_divergence(weighting, scores, folder)
-    if contrast == "scorer":
-        check_contrast(weighting, scores, folder)
-    elif scores.get("contrast") == "scorer" and weighting.uses_short:
-        raise ValueError(
-            f"contrast trained: {folder} was scored by {scores.get('model')}, whose losses cannot be compared with "
-            "those of the model that is trained: expected contrast scorer"
-        )
-
-
-def _check_teachers(sources: Sequence[Source]) -> None:
-    """Raise a ValueError if folders store different numbers of teacher tokens, which cannot be batched together."""
-    first, *others = ((source.folder, len(source.rows[0][TEACHER[0]][0])) for source in sources)
-    for folder, top_k in others:
-        if top_k != first[1]:
-            raise ValueError(
-                f"data {folder}: scored with top_k {top_k} of a teacher, but {first[0]} with {first[1]}: expected one "
-                "top_k in all folders of a mixture"
-            )
-
-
-def _without(rows: datasets.Dataset, needed: Set[str]) -> datasets.Dataset:
-    """The sequences without scores that no weight uses."""
-    others = {*SCORES, *TEACHER} - needed
-    return rows.remove_columns([name for name in rows.column_names if name in others])
-
-
-def _windows(source: Source) -> str:
-    return ", ".join(f"{name} {value}" for name, value in source.context.items())
-
-
-def _held_out(run: Run, contrast: str, needed: Set[str], context: dict[str, Any]) -> Source:
-    """Held-out sequences, with their scores, if any, for the same windows as in the data."""
-    folder = str(run.settings.eval_data)
-    (rows, contents), scores = open_rows(folder), dict[str, Any]()
-    if any(name.startswith((*needed,)) for name in rows.column_names):
-        try:
-            chosen, scores_there = choose_scores(rows, folder, **context, needed=needed)
-            _check_scores(run.weighting, contrast, scores_there, folder)
-            rows, scores = chosen, scores_there
-        except ValueError as error:
-            logger.warning("eval_data: %s; its weighted loss is not measured", error)
-    rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
-    return Source(
-        folder,
-        _without(rows, needed if scores else set()),
-        contents,
-        {**read_provenance(folder), **scores},
-    )
 
 
 class Mixture(Dataset):

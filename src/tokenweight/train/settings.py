@@ -15,12 +15,11 @@ import yaml
 from tokenweight import data, method, models
 from tokenweight.records import OptionalTokens
 from tokenweight.train.arguments import (
-    as_numbers,
     as_tokens,
     check_known,
     distillation_arguments,
-    extension_arguments,
-    lora_arguments,
+    extension_and_adapter,
+    shares_of,
     trainer_field,
     training_arguments,
     typed_arguments,
@@ -99,6 +98,8 @@ class Run:
 
     settings: TrainSettings
     weighting: "Weighting"
+    counts: "CountScorer | None"
+    """The scorer of sequences as they are read, if it is one without a model."""
     arguments: "TrainingArguments"
     extension: dict[str, Any]
     """Arguments of `extend_context`; empty without extension."""
@@ -134,23 +135,16 @@ class Run:
         return models.score_columns(self.weighting, self.settings.contrast or "trained") - {"ref_nll"} != set()
 
     @property
-    def counts(self) -> "CountScorer | None":
-        """The scorer of sequences as they are read, if it is one without a model."""
-        return counts_of(self.settings.scorer, self.weighting, self.settings.contrast)
+    def teacher_model(self) -> str | None:
+        """The name of the teacher, if its predictions are not stored."""
+        teacher = self.distill.get("teacher")
+        return None if teacher == "stored" else teacher
 
     @property
     def scoring_model(self) -> str | None:
         """The name of the scoring model, if it is not the trained one."""
         scorer = self.settings.scorer
         return scorer if scorer not in ("stored", "self", "base") and self.scored and self.counts is None else None
-
-    def check_scores(self, stored: bool, folder: str) -> None:
-        """Raise a ValueError if a folder has scores, `stored`, but the settings take short losses from a model."""
-        if stored and self.settings.scorer != "stored":
-            raise ValueError(
-                f"scorer {self.settings.scorer!r}: {folder} holds stored scores (short_nll), which would "
-                "not be used: set scorer to stored, or data to the sequences before scoring"
-            )
 
     def short_context(self, length: int) -> "ShortContext | None":
         """The windows of a scorer for sequences of `length` tokens; None if scores are stored.
@@ -161,21 +155,6 @@ class Run:
         if self.settings.scorer == "stored":
             return None
         return method.ShortContext.of(length, self.settings.size, self.settings.stride)
-
-
-def extension_and_adapter(settings: TrainSettings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `extend_context` and of peft.LoraConfig, read and checked; empty where there are none.
-
-    Raises:
-        ValueError: for one that does not exist or cannot have that value, or for both together.
-    """
-    extension, lora = extension_arguments(settings.extend), lora_arguments(settings.lora)
-    if extension and lora:
-        raise ValueError(
-            "extend: an adapter is saved without the config of its base, so that whoever loads it reads the old "
-            f"context: expected a base that is extended already, as load_model({settings.model!r}, extend=…) saves it"
-        )
-    return extension, lora
 
 
 def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "CountScorer | None":
@@ -193,9 +172,8 @@ def counts_of(name: str, weighting: "Weighting", contrast: str | None) -> "Count
             f"contrast trained: the losses of the scorer {name} cannot be compared with those of the model that is "
             "trained: expected scorer"
         )
-    data.check_divergence(weighting, found.provenance, f"scorer {name}")
-    if contrast == "scorer" or weighting.uses_short:
-        data.check_contrast(weighting, found.provenance, f"scorer {name}")
+    compared = "scorer" if contrast == "scorer" or weighting.uses_short else "trained"
+    data.check_scores(weighting, found.provenance, f"scorer {name}", compared)
     return dataclasses.replace(found, divergence="divergence" in weighting.uses)
 
 
@@ -203,12 +181,13 @@ def resolve(settings: TrainSettings) -> Run:
     """Resolve the text of settings to objects, and check what can be checked without reading a file.
 
     Raises:
-        ValueError: for an unknown weighting, field of TrainingArguments or argument of `extend_context`, and for values
-            that they cannot have, here or on this machine.
+        ValueError: for an unknown weighting, field of TrainingArguments or argument of `extend_context`, for values
+            that they cannot have, here or on this machine, and for a folder `out` that is not on this machine.
     """
+    extension, lora = extension_and_adapter(settings.extend, settings.lora, settings.model)
+    shares, distill = shares_of(settings.data), distillation_arguments(settings.distill)
     arguments = training_arguments(settings.trainer, settings.out, held_out=settings.eval_data is not None)
     check_run(arguments, settings.eval_data)
-    (extension, lora), shares = extension_and_adapter(settings), shares_of(settings)
     if settings.scorer == "base" and (not lora or lora.get("bias", "none") != "none"):
         found = f"lora.bias {lora['bias']} trains biases of the base" if lora else "there is no adapter"
         raise ValueError(f"scorer base: {found}: expected lora, whose base stays as it is, or another scorer")
@@ -224,10 +203,12 @@ def resolve(settings: TrainSettings) -> Run:
             f"trainer.train_sampling_strategy {arguments.train_sampling_strategy}: {own} has an order of its own: "
             "leave it out"
         )
-    weighting, distill = method.parse_weighting(settings.weighting), distillation_arguments(settings.distill)
-    run = Run(settings, weighting, arguments, extension, lora, distill, shares, curriculum)
+    weighting = method.parse_weighting(settings.weighting)
+    counts = counts_of(settings.scorer, weighting, settings.contrast)
+    if (url := data.remote_url(settings.out)) is not None:
+        raise ValueError(f"out {url}: expected a folder on this machine, to copy elsewhere when the run has ended")
+    run = Run(settings, weighting, counts, arguments, extension, lora, distill, shares, curriculum)
     run.columns()  # raises for an unknown contrast
-    counts_of(settings.scorer, run.weighting, settings.contrast)  # raises, too
     return run
 
 
@@ -255,34 +236,6 @@ def config_text(settings: TrainSettings) -> str:
     }
     found = {name: value for name, value in found.items() if value not in (None, {})}
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=math.inf)
-
-
-def shares_of(settings: TrainSettings) -> dict[str, float]:
-    """The folders of the data, each with its share of the tokens; the shares add up to 1.
-
-    Raises:
-        ValueError: for data without a folder, a folder that is named twice, or a share that is not above 0.
-    """
-    if isinstance(settings.data, str):
-        return {settings.data: 1.0}
-    shares: dict[str, float] = {}
-    for part in settings.data:
-        if not isinstance(part, dict) or part.keys() != {"path", "share"}:
-            found = part["path"] if isinstance(part, dict) and part.keys() == {"path"} else part
-            raise ValueError(
-                f"data {found!r}: has no share of the tokens: expected FOLDER:SHARE, in YAML {{path: …, share: …}}, "
-                "for each folder of a mixture"
-            )
-        path, share = str(part["path"]), as_numbers(part["share"])
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
-            raise ValueError(f"data {path}: share {share!r}: expected a number above 0")
-        if path in shares:
-            raise ValueError(f"data {path}: named twice: expected each folder once, with its share")
-        shares[path] = share
-    if not shares:
-        raise ValueError("data []: expected at least one folder")
-    total = sum(shares.values())
-    return {path: share / total for path, share in shares.items()}
 
 
 def read_recipe(path: str | os.PathLike[str], *, allow_code: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from tokenweight.data import TRANSLATED, noted_contrast, text_prefix
+from tokenweight.data import TRANSLATED, noted_contrast
 from tokenweight.method import SCORES, ShortContext, parse_weighting
 from tokenweight.models import (
     TEACHER,
@@ -22,6 +22,7 @@ from tokenweight.models import (
     find_tokenizer,
     load_model,
     score_columns,
+    text_prefix,
     tokenizer_fingerprint,
     with_weighted_loss,
 )

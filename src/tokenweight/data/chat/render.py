@@ -11,7 +11,8 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tokenweight.data.tokenize import control_tokens, special_tokens, text_tokens
+from tokenweight.data.tokenize import control_tokens, text_tokens
+from tokenweight.models import special_tokens
 
 # Processes that tokenize import this file, too.
 

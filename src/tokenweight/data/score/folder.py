@@ -14,7 +14,7 @@ from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.score.write import ScoreSummary, score_rows
 from tokenweight.data.shards import Verifier
 from tokenweight.data.stores import remote_url
-from tokenweight.data.tokenize import text_prefix, text_tokens
+from tokenweight.data.tokenize import text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (
     AlignedScorer,
@@ -30,6 +30,7 @@ from tokenweight.models import (
     load_tokenizer,
     own_device,
     predicts_one_more,
+    text_prefix,
 )
 from tokenweight.records import environment
 

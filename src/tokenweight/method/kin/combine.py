@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenweight.method.kin.expected import divergence_kind
 from tokenweight.method.weightings import Weighting, normalize, require
 
 
@@ -33,17 +32,17 @@ class Combination(Weighting):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.type is Weighting:
                 require(self, field.name, isinstance(getattr(self, field.name), Weighting), "a weighting")
-        of = [part.divergence_of for part in self.parts if part.divergence_of is not None]
-        kinds = [divergence_kind(one) for one in of]  # all parts read one column
-        if any(kind != kinds[0] for kind in kinds):
-            found = " and ".join(map(str, of))
+        using = [part for part in self.parts if part.divergence is not None]
+        if len({part.divergence for part in using}) > 1:  # all parts read one column
+            found = " and ".join(str(part.divergence_of) for part in using)
             raise ValueError(f"{type(self).__name__}: found the divergences of {found}: expected one and the same")
         vars(self).update(
             uses=frozenset().union(*(part.uses for part in self.parts)),
             pointwise=type(self).pointwise and all(part.pointwise for part in self.parts),
             of_losses=any(part.of_losses for part in self.parts),
             history=self.own_history + sum(part.history for part in self.parts),
-            divergence_of=of[0] if of else None,
+            divergence_of=using[0].divergence_of if using else None,
+            divergence=using[0].divergence if using else None,
         )
 
     def weights_of_parts(self, long: Tensor, short: Tensor, mask: Tensor, **used: Tensor) -> Iterator[Tensor]:

@@ -52,7 +52,8 @@ class Expected(Weighting):
         holds = isinstance(self.weighting, ScoreWeighting)
         require(self, "weighting", holds, "one whose weights follow from a score of the two losses")
         of = self.weighting
-        vars(self).update(pointwise=of.pointwise, selects=of.selects, divergence_of=of)
+        vars(self).update(pointwise=of.pointwise, selects=of.selects)
+        vars(self).update(divergence_of=of, divergence=divergence_kind(of))
 
     def weigh(self, long: Tensor, short: Tensor, mask: Tensor, *, divergence: Tensor) -> Tensor:
         """The weights of the weighting, with the divergence as the score."""

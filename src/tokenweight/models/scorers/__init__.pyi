@@ -3,5 +3,7 @@ from .contrast import Contrast as Contrast
 from .contrast import ContrastScorer as ContrastScorer
 from .count import CountScorer as CountScorer
 from .count import count_scorer as count_scorer
+from .prefix import special_tokens as special_tokens
+from .prefix import text_prefix as text_prefix
 from .teacher import Distillation as Distillation
 from .teacher import Teacher as Teacher
