@@ -186,7 +186,7 @@ def test_random_weights_are_those_of_dense_at_other_tokens():
     assert not torch.equal(found, dense)
 
 
-@pytest.mark.parametrize("name", ["extension", "scratch", "spaced", "conditions"])
+@pytest.mark.parametrize("name", ["extension", "scratch", "spaced", "conditions", "links"])
 def test_arms_of_the_recipes_differ_and_can_be_read(evidence, name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
     experiment = evidence.miniature.read_experiment(RECIPES / f"{name}.yaml")
