@@ -22,7 +22,7 @@ from tokenweight.evaluate import EvalSettings, Measure, open_weights, paired_dif
 from tokenweight.evaluate.intervals import Sums
 from tokenweight.evaluate.settings import make_plan
 from tokenweight.method import parse_weighting
-from tokenweight.models import load_model, token_nll
+from tokenweight.models import load_model, load_tokenizer, token_nll
 from tokenweight.train import DataCollatorWithScores, training_arguments
 
 RECIPES = {size: BENCHMARKS.parent / f"recipes/evidence/{size}.yaml" for size in ("small", "full")}
@@ -284,6 +284,33 @@ def test_the_results_say_what_the_trained_models_say_of_the_held_out_rows(finish
     text = (out / "results.md").read_text()
     assert all(f"| {arm} |" in text for arm in experiment.arms)
     assert len(list(out.glob("*.svg"))) == len(list(out.glob("*.png"))) == 6  # fifteen others, five a figure
+
+
+@pytest.mark.slow
+def test_a_model_from_scratch_reads_an_own_tokenizer_and_is_judged_in_another(evidence, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(BENCHMARKS.parent)  # of the config
+    natural = evidence.read_experiment(BENCHMARKS.parent / "recipes/evidence/natural.yaml")
+    config = json.loads(Path(natural.model).read_text())
+    assert (config["vocab_size"], config["max_position_embeddings"]) == (natural.words, natural.length)
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = {"model": str(tmp_path / "config.json"), "words": 300, "texts": {str(place / "texts"): COUNTS}}
+    own |= {"length": 256, "size": 64, "stride": 48, "characters": {"least": 3000, "most": 4000}}
+    own |= {"trainer": {**natural.trainer, "max_steps": 2, "warmup_steps": 1}}
+    own |= {"eval": {**natural.eval, "evaluator": str(place / "model"), "sizes": "64", "short": 64, "long_size": 64}}
+    path, out = written(dataclasses.replace(natural, **own), tmp_path / "natural.yaml"), tmp_path / "out"
+    evidence.main(path, out=out)
+    tokenizer = load_tokenizer(out / "none")
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.eos_token_id == 0
+    assert not (out / "scored").exists()
+    text = tokenizer.decode(load_rows(out / "rows-held-out")[0]["input_ids"])
+    assert any(text in held.read_text(encoding="utf-8") for held in (place / "texts").iterdir())
+    results = json.loads((out / "results.json").read_text())
+    found = {row[0]["model"]: {e["measure"]: e for e in row} for row in results["compared_with_uniform"]}
+    assert found.keys() == {"uniform", "none", *natural.arms}
+    assert {row["longppl"]["judge"] for row in found.values()} == {"third"}
+    assert evidence.read_json(out / "evals" / "none" / "eval.json")["evaluator"]["model"] == str(place / "model")
 
 
 @pytest.mark.slow
