@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,7 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     """Write the small files that make shards in `folder` a data set: for `datasets.load_from_disk`, if they are of
     Arrow; Parquet files are one by themselves, and are listed beside the sum of their notes."""
     notes = [read_json(_note(folder / file)) for file in files]
-    fingerprint = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()[:16]
-    size = sum(note["bytes"] for note in notes)
+    fingerprint, size = _fingerprint(notes), sum(note["bytes"] for note in notes)
     total, info, state_file = (folder / name for name in (_CONTENTS, "dataset_info.json", "state.json"))
     if files[0].endswith(".parquet"):
         contents = sum(map(Contents.from_json, notes), Contents())
@@ -221,6 +220,10 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
             write_json(total, {"dataset": fingerprint, "bytes": size, **contents.to_json()})
         write_json(info, {"features": features.to_dict()})
         write_json(state_file, state)
+
+
+def _fingerprint(notes: Iterable[dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(str(note.get("sha256")) for note in notes).encode()).hexdigest()[:16]
 
 
 def noted_contents(folder: Path) -> Contents | None:
@@ -268,7 +271,8 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
         The number of shards that were compared.
 
     Raises:
-        ValueError: naming a shard that is not what was written, and the remedy.
+        ValueError: naming a shard that is not what was written, or the folder, if shards were replaced together with
+            their notes; and the remedy.
     """
     return Verifier(folder)(rows)
 
@@ -281,11 +285,16 @@ class Verifier:
         start, local = 0, local_folder(folder)
         if not local.is_dir():
             raise ValueError(f"{folder}: no such folder of rows")
-        for path, remedy in _own_shards(local):
+        shards, notes = _own_shards(local), []
+        for path, remedy in shards:
             with _named(remedy):
-                stop = start + read_json(_note(path))["rows"]
+                notes.append(read_json(_note(path)))
+            stop = start + notes[-1]["rows"]
             self._left.append((range(start, stop), path, remedy))
             start = stop
+        total = _total(local)
+        if total is not None and shards and total["dataset"] != _fingerprint(notes):
+            raise ValueError(f"{local}: shards and their notes were replaced since it was finished; {shards[0][1]}")
 
     def __call__(self, rows: range | None = None) -> int:
         """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written;
