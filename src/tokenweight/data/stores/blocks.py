@@ -109,7 +109,7 @@ def read_blocks(folder: Path, files: Sequence[str], dataset: str) -> tuple[pa.Ta
         if None in maps:
             return None
         rows = [rows for _, _, rows, _ in note["shards"]]
-        table = pa.ipc.open_stream(pa.PythonFile(_Parts(_stream(pa.py_buffer(rest), note, maps)), "r")).read_all()
+        table = pa.ipc.open_stream(pa.PythonFile(_Parts(_stream(memoryview(rest), note, maps)), "r")).read_all()
         if len(table) != sum(rows):
             raise ValueError(f"{len(table)} rows in the blocks, {sum(rows)} were written")
     except (zlib.error, OSError, ValueError, LookupError, TypeError) as error:
@@ -132,7 +132,7 @@ def _mapped(path: str, size: int, written: int) -> mmap.mmap | None:
         os.close(file)
 
 
-def _stream(kept: pa.Buffer, note: dict[str, Any], maps: Iterable[mmap.mmap]) -> Iterator[pa.Buffer]:
+def _stream(kept: memoryview, note: dict[str, Any], maps: Iterable[mmap.mmap]) -> Iterator[pa.Buffer | memoryview]:
     """One Arrow stream of the blocks of all shards: heads as they were kept, and bodies where they are mapped."""
     count = sum(blocks for *_, blocks in note["shards"])
     sizes = iter(np.frombuffer(kept, "<i8", 2 * count).reshape(-1, 2).tolist())
@@ -142,11 +142,12 @@ def _stream(kept: pa.Buffer, note: dict[str, Any], maps: Iterable[mmap.mmap]) ->
         pages, at = pa.py_buffer(mapped), note["schema"]
         for length, body in itertools.islice(sizes, blocks):
             yield kept[head : head + length]
-            yield pages[at + length : at + length + body]
+            if body:
+                yield pages[at + length : at + length + body]
             head, at = head + length, at + length + body
         if at + len(_END) != size:
             raise ValueError(f"{name} has {size} bytes, its blocks end at {at}")
-    yield pa.py_buffer(_END)
+    yield memoryview(_END)
 
 
 class _Parts:
@@ -154,18 +155,19 @@ class _Parts:
 
     closed = False
 
-    def __init__(self, parts: Iterator[pa.Buffer]) -> None:
-        self._parts, self._left = parts, pa.py_buffer(b"")
+    def __init__(self, parts: Iterator[pa.Buffer | memoryview]) -> None:
+        self._parts, self._part, self._at = parts, memoryview(b""), 0
 
-    def read_buffer(self, size: int) -> pa.Buffer:
+    def read_buffer(self, size: int) -> pa.Buffer | memoryview:
         """The next bytes: fewer, if the next buffer is smaller."""
-        while size and not self._left.size:
-            self._left = next(self._parts, pa.py_buffer(_END))
-        found, self._left = self._left[:size], self._left[size:]
+        if self._at == len(self._part):
+            self._part, self._at = next(self._parts, memoryview(_END)), 0
+        found = self._part[self._at : self._at + size]
+        self._at += len(found)
         return found
 
     def read(self, size: int) -> bytes:
-        return self.read_buffer(size).to_pybytes()
+        return bytes(self.read_buffer(size))
 
     def close(self) -> None:
         """As of any file; the maps stay."""
