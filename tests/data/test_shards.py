@@ -10,8 +10,9 @@ import time
 import pyarrow as pa
 import pytest
 
+from tokenweight.data import verify
 from tokenweight.data.shards import check_name, dataset_files, finish_dataset, locked, new_shard, read_note, unlock
-from tokenweight.records import files, read_json
+from tokenweight.records import files, read_json, write_json
 from tokenweight.records.files import LEASE
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32())})
@@ -133,6 +134,20 @@ def test_finished_files_are_a_data_set_whose_fingerprint_is_that_of_their_conten
         assert not list(folder.glob(".*"))
         states.append(read_json(folder / "state.json"))
     assert states[0] == states[1]
+
+
+def test_shards_that_were_replaced_with_their_notes_are_refused(tmp_path):
+    for name in ("rows-0.arrow", "rows-1.arrow"):
+        write(tmp_path / name)
+    write_json(tmp_path / "rows.json", {})
+    finish_dataset(tmp_path, ["rows-0.arrow", "rows-1.arrow"])
+    assert verify(tmp_path) == 2
+    with new_shard(tmp_path / "rows-1.arrow", SCHEMA) as (file, _):
+        file.write(TABLE.take([1, 0]))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: shards and their notes were replaced.*; remove {tmp_path}"):
+        verify(tmp_path, range(1))
+    finish_dataset(tmp_path, ["rows-0.arrow", "rows-1.arrow"])
+    assert verify(tmp_path) == 2
 
 
 def test_a_folder_whose_name_is_no_text_is_refused_by_it(tmp_path):

@@ -26,6 +26,7 @@ from tokenweight.data import (
     verify,
 )
 from tokenweight.data.stores import map_table, remote_url
+from tokenweight.data.stores.blocks import read_blocks
 from tokenweight.data.stores.remote import _copied
 from tokenweight.records import read_json
 from tokenweight.train import sequences
@@ -111,7 +112,10 @@ def test_a_folder_elsewhere_is_opened_streamed_and_verified_as_the_one_that_was_
     assert verify(elsewhere) == 4
     stored = datasets.load_from_disk(str(scored)).to_list()
     assert list(stream_rows(elsewhere)) == list(stream_rows(scored)) == stored
-    assert upload(scored, elsewhere) == len(list(scored.glob("*.json")))  # shards are there
+    assert upload(scored, elsewhere) == len(list(scored.glob("*.json"))) + 1  # shards are there
+    copy, state = local_folder(elsewhere), read_json(scored / "state.json")
+    files = [file["filename"] for file in state["_data_files"]]
+    assert read_blocks(copy, files, state["_fingerprint"])[0].equals(datasets.load_from_disk(str(scored)).data.table)
 
 
 def test_what_cannot_be_reached_is_not_taken_for_missing(monkeypatch):
@@ -161,7 +165,7 @@ def test_other_scores_of_as_many_bytes_replace_those_that_were_sent(elsewhere, s
         upload(other, elsewhere)
     assert not files.exists(f"{root}/state.json")  # neither the old folder nor the new one is a finished one
     monkeypatch.setattr(type(files), "put_file", put)
-    assert upload(other, elsewhere) == len(list(other.glob("*.json"))) + 2
+    assert upload(other, elsewhere) == len(list(other.glob("*.json"))) + 3  # two shards, and the heads of their blocks
     rows, provenance = load_scores(elsewhere)
     assert provenance["model"] == "other"
     assert rows.with_format(None)[:] == load_scores(other)[0].with_format(None)[:]

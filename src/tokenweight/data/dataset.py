@@ -18,7 +18,7 @@ from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_t
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
 from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
-from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of
+from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of, read_sparsely
 from tokenweight.method import SCORES, Weighting
 from tokenweight.models import SCORE_OPTIONS, TEACHER
 from tokenweight.records import make_folder, read_json, replaced, writing_to
@@ -163,7 +163,8 @@ def _plain(column: pa.Array) -> pa.Array:
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """The number of tokens in each row. No token is read for it."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
-    lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
+    with read_sparsely(rows):
+        lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.data.stores import local_folder, remote_url
+from tokenweight.data.stores import BLOCKS, in_threads, local_folder, remote_url, write_blocks
 from tokenweight.records import (
     Held,
     Lease,
@@ -32,8 +32,7 @@ from tokenweight.records import (
 FORMATS = ("arrow", "parquet")
 """Formats of shards, and suffixes of their names: Arrow is mapped into memory, Parquet is what others read."""
 _GROUP_TOKENS = 1 << 20
-"""Tokens of an Arrow batch or a Parquet row group, about: as many are held in memory until they are written. Opening
-an Arrow file reads the head of each batch."""
+"""Tokens of an Arrow batch or a Parquet row group, about: as many are held in memory until they are written."""
 _CONTENTS = "contents.json"
 """The sum of the notes of all shards, so that opening a data set reads one of them, however many shards there are."""
 _REMEDIES = {
@@ -196,8 +195,7 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     """Write the small files that make shards in `folder` a data set: for `datasets.load_from_disk`, if they are of
     Arrow; Parquet files are one by themselves, and are listed beside the sum of their notes."""
     notes = [read_json(_note(folder / file)) for file in files]
-    fingerprint = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()[:16]
-    size = sum(note["bytes"] for note in notes)
+    fingerprint, size = _fingerprint(notes), sum(note["bytes"] for note in notes)
     total, info, state_file = (folder / name for name in (_CONTENTS, "dataset_info.json", "state.json"))
     if files[0].endswith(".parquet"):
         contents = sum(map(Contents.from_json, notes), Contents())
@@ -214,13 +212,18 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
         "_split": None,
     }
     features = datasets.Dataset.from_file(str(folder / files[0])).features
-    locks = [locked(path, wait=True) for path in (total, info, state_file)]
-    with locks[0], locks[1], locks[2]:  # the last processes may come here together
+    locks = [locked(path, wait=True) for path in (total, info, state_file, folder / BLOCKS)]
+    with locks[0], locks[1], locks[2], locks[3]:  # the last processes may come here together
         if "input_ids" in features:
+            write_blocks(folder, [(file, note["rows"]) for file, note in zip(files, notes)], fingerprint)
             contents = sum(map(Contents.from_json, notes), Contents())
             write_json(total, {"dataset": fingerprint, "bytes": size, **contents.to_json()})
         write_json(info, {"features": features.to_dict()})
         write_json(state_file, state)
+
+
+def _fingerprint(notes: Iterable[dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(str(note.get("sha256")) for note in notes).encode()).hexdigest()[:16]
 
 
 def noted_contents(folder: Path) -> Contents | None:
@@ -241,16 +244,21 @@ def check_sizes(folder: Path) -> None:
     shards = _own_shards(folder)
     if total is None:
         return
-    with ThreadPoolExecutor(16) as threads:  # which wait for a server together
-        sizes = threads.map(lambda shard: shard[0].stat().st_size if shard[0].is_file() else 0, shards)
-        if sum(sizes) == total["bytes"]:
-            return
+    if sum(in_threads(_size, [path for path, _ in shards])) == total["bytes"]:
+        return
     for path, remedy in shards:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
         expected, found = read_json(_note(path)).get("bytes"), path.stat().st_size
         if expected != found:
             raise ValueError(f"{path} is damaged: it has {found} bytes, {expected} were written; {remedy}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it is missing
+        return 0
 
 
 def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
@@ -268,7 +276,8 @@ def verify(folder: str | os.PathLike[str], rows: range | None = None) -> int:
         The number of shards that were compared.
 
     Raises:
-        ValueError: naming a shard that is not what was written, and the remedy.
+        ValueError: naming a shard that is not what was written, or the folder, if shards were replaced together with
+            their notes; and the remedy.
     """
     return Verifier(folder)(rows)
 
@@ -281,11 +290,16 @@ class Verifier:
         start, local = 0, local_folder(folder)
         if not local.is_dir():
             raise ValueError(f"{folder}: no such folder of rows")
-        for path, remedy in _own_shards(local):
+        shards, notes = _own_shards(local), []
+        for path, remedy in shards:
             with _named(remedy):
-                stop = start + read_json(_note(path))["rows"]
+                notes.append(read_json(_note(path)))
+            stop = start + notes[-1]["rows"]
             self._left.append((range(start, stop), path, remedy))
             start = stop
+        total = _total(local)
+        if total is not None and shards and total["dataset"] != _fingerprint(notes):
+            raise ValueError(f"{local}: shards and their notes were replaced since it was finished; {shards[0][1]}")
 
     def __call__(self, rows: range | None = None) -> int:
         """Raise a ValueError that names a shard of these rows (by default, of all) that is not what was written;
