@@ -39,7 +39,9 @@ def live(host, out, log, dies_at, off):
     socket.gethostname = lambda: host
     time.time = lambda: now() + off
     # `Path.touch` gives two arguments, and asks for the time of the file system.
-    os.utime = lambda path, *times: utime(path, *times) if times else utime(path, (time.time(), time.time()))
+    os.utime = lambda path, *times, **given: utime(
+        path, *times or [None if given else (time.time(), time.time())], **given
+    )
     leases.RENEWAL, leases.EXPIRY = 0.05, 4.0  # on a busy machine a live process may do nothing for long
 
     def reached(point, path):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenweight.records import replaced
+from tokenweight.records import replaced, writing_to
 
 BLOCKS = "blocks.bin"
 """Compressed by zlib, whose checksum finds damage: a line of JSON, the bytes of head and body of each block, the
@@ -70,7 +70,7 @@ def write_blocks(folder: Path, shards: Sequence[tuple[str, int]], dataset: str) 
     line = json.dumps({"dataset": dataset, "schema": len(schema), "shards": counted})
     kept = [head for _, heads, _, _ in found for head in heads]
     sizes = np.array([[*map(len, kept)], [body for _, _, bodies, _ in found for body in bodies]], "<i8").T
-    with replaced(folder / BLOCKS) as part:
+    with replaced(folder / BLOCKS) as part, writing_to(folder):
         part.write_bytes(zlib.compress(b"".join([line.encode(), b"\n", sizes.tobytes(), schema, *kept]), 9))
         newest = max(file.st_mtime_ns for *_, file in found)  # perhaps by the clock of another host
         os.utime(part, ns=(newest, newest))
