@@ -22,14 +22,13 @@ from torch import Tensor
 from worlds import Rows
 
 from tokenweight import Scorer
+from tokenweight.evaluate.heads.scores import THRESHOLD
 
 ARMS = ("uniform", "dense-.5", "dense-0", "expected-bounded-.5", "longce", "count-.5")
 BINS = {"within the old context": (1, 128), "1 to 2 times": (128, 256), "2 to 4 times": (256, 512)}
 """Name -> distances of answers, in tokens."""
 ROWS, AT_ONCE = 64, 8
 """Held-out rows that are read, and how many at once."""
-LEAST = 0.1
-"""Retrieval score of a retrieval head."""
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def read(bench: Bench, arm: str, unit: list[int], rows: Rows) -> dict[str, Any]:
 def heads(own: Sequence[dict[str, Any]]) -> list[str]:
     """Cells on retrieval heads: how many there are, and the score of the best, over units."""
     scores = [one["heads"] for one in own]
-    number = statistics.fmean(int((of >= LEAST).sum()) for of in scores)
+    number = statistics.fmean(int((of > THRESHOLD).sum()) for of in scores)
     return [f"{number:.1f} of {scores[0].numel()}", f"{statistics.fmean(of.max().item() for of in scores):.2f}"]
 
 
