@@ -93,7 +93,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "named"), DAMAGES)
 def test_a_damaged_shard_of_scores_is_refused_by_name_and_scored_again_alone(damage, named, scored):
-    others = {file: file.stat().st_mtime_ns for file in scored.glob("*.arrow") if file.name != SHARD}
+    others = {file: file.stat().st_ino for file in scored.glob("*.arrow") if file.name != SHARD}
     damage(scored / SHARD)
     for command in (SHOW, TRAIN):
         refused(run(scored.parent, *command), *named, "`tokenweight score` with the same options makes it again")
@@ -105,7 +105,7 @@ def test_a_damaged_shard_of_scores_is_refused_by_name_and_scored_again_alone(dam
         told(done.errors, f"out/{named[0]}", "scoring it again")
     assert "tokens, 1,024 of them scored now" in done.printed
     assert contents(scored) == whole("ladder")
-    assert {file: file.stat().st_mtime_ns for file in others} == others
+    assert {file: file.stat().st_ino for file in others} == others
 
 
 def test_rows_of_other_shards_are_shown_beside_a_damaged_one(scored):
@@ -220,9 +220,9 @@ def test_a_broken_line_of_a_corpus_is_named_and_once_it_is_mended_prepare_goes_o
     lines = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*lines[:18], '{"text": ', *lines[19:]]))
     refused(run(place, *COMMANDS["drop"]), "corpus.jsonl, line 19: not JSON")
-    kept = {file: file.stat().st_mtime_ns for file in (place / "out.unfinished").glob("*.arrow")}
+    kept = {file: file.stat().st_ino for file in (place / "out.unfinished").glob("*.arrow")}
     assert len(kept) > 0
     corpus.write_text("\n".join(lines) + "\n")
     assert run(place, *COMMANDS["drop"]).status == 0
-    assert {file: (place / "out" / file.name).stat().st_mtime_ns for file in kept} == kept
+    assert {file: (place / "out" / file.name).stat().st_ino for file in kept} == kept
     assert contents(place / "out") == whole("drop")

@@ -12,7 +12,6 @@ from .dataset import open_rows as open_rows
 from .dataset import read_contents as read_contents
 from .dataset import read_prepared as read_prepared
 from .dataset import read_provenance as read_provenance
-from .dataset import row_lengths as row_lengths
 from .dataset import scan_contents as scan_contents
 from .documents import Document as Document
 from .documents import find_sources as find_sources
@@ -50,6 +49,7 @@ from .stores import Permutation as Permutation
 from .stores import folder_exists as folder_exists
 from .stores import local_folder as local_folder
 from .stores import remote_url as remote_url
+from .stores import row_lengths as row_lengths
 from .stores import stream_rows as stream_rows
 from .stores import upload as upload
 from .tokenize import text_tokens as text_tokens

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenweight.data.columns import COLUMNS, TRANSLATED, check_lengths, check_types, translate
 from tokenweight.data.contents import Contents, contents_of
 from tokenweight.data.documents import naming
-from tokenweight.data.shards import check_name, check_sizes, dataset_files, locked, noted_contents
-from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of, read_sparsely
+from tokenweight.data.shards import check_name, dataset_files, locked, noted_contents
+from tokenweight.data.stores import local_folder, map_rows, map_table, read_note_of
 from tokenweight.method import SCORES, Weighting
 from tokenweight.models import SCORE_OPTIONS, TEACHER
 from tokenweight.records import make_folder, read_json, replaced, writing_to
@@ -75,9 +73,8 @@ def _opened(folder: Path) -> tuple[datasets.Dataset, Contents | None]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of rows; make one with `tokenweight prepare`")
     check_name(folder)
-    check_sizes(folder)
     files = [] if (folder / "state.json").is_file() else dataset_files(folder)
-    noted = noted_contents(folder)
+    noted = noted_contents(folder, check=True)
     rows = _of_parquet(folder, files) if files else _of_arrow(folder, own=noted is not None)
     if "input_ids" not in rows.column_names:
         raise ValueError(f"{folder} has no column input_ids: found {', '.join(rows.column_names)}")
@@ -158,14 +155,6 @@ def _plain(column: pa.Array) -> pa.Array:
     if pa.types.is_struct(column.type) and {field.name for field in column.type} == {"data", "shape"}:
         return column.field("data")
     return column
-
-
-def row_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """The number of tokens in each row. No token is read for it."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_READ)
-    with read_sparsely(rows):
-        lengths = [np.asarray(pc.list_value_length(batch.column("input_ids"))) for batch in batches]
-    return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def read_contents(folder: str | os.PathLike[str]) -> Contents:

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 
 from tokenweight.data.columns import COLUMNS
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import check_scores, choose_scores, load_rows, open_rows, row_lengths
+from tokenweight.data.dataset import check_scores, choose_scores, load_rows, open_rows
 from tokenweight.data.shards import check_name, finish_dataset, new_shard, unlock, verify
-from tokenweight.data.stores import local_folder
+from tokenweight.data.stores import local_folder, row_lengths
 from tokenweight.method import SCORES, Weighting, check_finite, document_positions, prediction_mask
 from tokenweight.models import numbered_from, score_columns
 from tokenweight.records import environment, new_folder, read_json, write_json, writing_to

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenweight.data.columns import COLUMNS
-from tokenweight.data.dataset import check_scores, load_rows, load_scores, row_lengths
+from tokenweight.data.dataset import check_scores, load_rows, load_scores
 from tokenweight.data.documents import find_sources, read_documents
 from tokenweight.data.shards import verify
+from tokenweight.data.stores import row_lengths
 from tokenweight.data.tokenize import text_tokens, token_pieces
 from tokenweight.method import SCORES, ShortContext, Weighting, document_positions, prediction_mask
 from tokenweight.models import (

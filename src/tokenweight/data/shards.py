@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenweight.data.contents import Contents, contents_of
-from tokenweight.data.stores import BLOCKS, in_threads, local_folder, remote_url, write_blocks
+from tokenweight.data.stores import BLOCKS, fingerprint, in_threads, local_folder, remote_url, write_blocks
 from tokenweight.records import (
     Held,
     Lease,
@@ -195,16 +195,16 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     """Write the small files that make shards in `folder` a data set: for `datasets.load_from_disk`, if they are of
     Arrow; Parquet files are one by themselves, and are listed beside the sum of their notes."""
     notes = [read_json(_note(folder / file)) for file in files]
-    fingerprint, size = _fingerprint(notes), sum(note["bytes"] for note in notes)
+    dataset, size = fingerprint(notes), sum(note["bytes"] for note in notes)
     total, info, state_file = (folder / name for name in (_CONTENTS, "dataset_info.json", "state.json"))
     if files[0].endswith(".parquet"):
         contents = sum(map(Contents.from_json, notes), Contents())
         with locked(total, wait=True):
-            write_json(total, {"dataset": fingerprint, "files": [*files], "bytes": size, **contents.to_json()})
+            write_json(total, {"dataset": dataset, "files": [*files], "bytes": size, **contents.to_json()})
         return
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
-        "_fingerprint": fingerprint,
+        "_fingerprint": dataset,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -215,38 +215,34 @@ def finish_dataset(folder: Path, files: Sequence[str]) -> None:
     locks = [locked(path, wait=True) for path in (total, info, state_file, folder / BLOCKS)]
     with locks[0], locks[1], locks[2], locks[3]:  # the last processes may come here together
         if "input_ids" in features:
-            write_blocks(folder, [(file, note["rows"]) for file, note in zip(files, notes)], fingerprint)
+            write_blocks(folder, files, dataset)
             contents = sum(map(Contents.from_json, notes), Contents())
-            write_json(total, {"dataset": fingerprint, "bytes": size, **contents.to_json()})
+            write_json(total, {"dataset": dataset, "bytes": size, **contents.to_json()})
         write_json(info, {"features": features.to_dict()})
         write_json(state_file, state)
 
 
-def _fingerprint(notes: Iterable[dict[str, Any]]) -> str:
-    return hashlib.sha256("".join(str(note.get("sha256")) for note in notes).encode()).hexdigest()[:16]
+def noted_contents(folder: Path, *, check: bool = False) -> Contents | None:
+    """The contents of a finished folder, by its notes; None without any, or if it was saved anew since.
 
-
-def noted_contents(folder: Path) -> Contents | None:
-    """The contents of a finished folder, by its notes; None without any, or if it was saved anew since."""
+    Args:
+        check: also compare the sizes of shards, and raise a ValueError that names one that is missing or was cut off,
+            and the remedy. Nothing is read of the shards, and their own notes only if sizes are wrong: `verify`
+            compares the contents.
+    """
     total = _total(folder)
+    if total is None:
+        return None
+    if check and sum(in_threads(_size, [f"{folder}/{file}" for file in total["files"]])) != total["bytes"]:
+        _find_damage(folder)
     try:
-        return None if total is None else Contents.from_json(total)
+        return Contents.from_json(total)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / _CONTENTS} cannot be read: {error}") from None
 
 
-def check_sizes(folder: Path) -> None:
-    """Raise a ValueError that names a shard of a finished folder that is missing or was cut off, and the remedy.
-
-    Nothing is read of the shards, and their notes only if sizes are wrong: `verify` compares the contents.
-    """
-    total = _total(folder)
-    shards = _own_shards(folder)
-    if total is None:
-        return
-    if sum(in_threads(_size, [path for path, _ in shards])) == total["bytes"]:
-        return
-    for path, remedy in shards:
+def _find_damage(folder: Path) -> None:
+    for path, remedy in _own_shards(folder):
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
         expected, found = read_json(_note(path)).get("bytes"), path.stat().st_size
@@ -254,9 +250,9 @@ def check_sizes(folder: Path) -> None:
             raise ValueError(f"{path} is damaged: it has {found} bytes, {expected} were written; {remedy}")
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:  # it is missing
         return 0
 
@@ -298,7 +294,7 @@ class Verifier:
             self._left.append((range(start, stop), path, remedy))
             start = stop
         total = _total(local)
-        if total is not None and shards and total["dataset"] != _fingerprint(notes):
+        if total is not None and shards and total["dataset"] != fingerprint(notes):
             raise ValueError(f"{local}: shards and their notes were replaced since it was finished; {shards[0][1]}")
 
     def __call__(self, rows: range | None = None) -> int:
@@ -343,13 +339,15 @@ def _own_shards(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _total(folder: Path) -> dict[str, Any] | None:
-    """The sum of the notes, unless `datasets` has saved another data set in the folder since it was written."""
+    """The sum of the notes, and the `files`, unless `datasets` has saved another data set since they were written."""
     if not (folder / "state.json").is_file():
         return _parquet_total(folder)
     if not (folder / _CONTENTS).is_file():
         return None
-    total = read_json(folder / _CONTENTS)
-    return total if total.get("dataset") == read_json(folder / "state.json").get("_fingerprint") else None
+    total, state = read_json(folder / _CONTENTS), read_json(folder / "state.json")
+    if total.get("dataset") != state.get("_fingerprint"):
+        return None
+    return {**total, "files": [file["filename"] for file in state["_data_files"]]}
 
 
 def _parquet_total(folder: Path) -> dict[str, Any] | None:

@@ -9,11 +9,11 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from tokenweight.data.contents import Contents
-from tokenweight.data.dataset import holds_pieces, open_rows, read_provenance, row_lengths
+from tokenweight.data.dataset import holds_pieces, open_rows, read_provenance
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.score.write import ScoreSummary, score_rows
 from tokenweight.data.shards import Verifier
-from tokenweight.data.stores import remote_url
+from tokenweight.data.stores import remote_url, row_lengths
 from tokenweight.data.tokenize import text_tokens
 from tokenweight.method import ScoreWeighting, ShortContext, divergence_kind
 from tokenweight.models import (

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokenweight.data.columns import BESIDE, COLUMNS, TRANSLATED, is_score
-from tokenweight.data.dataset import row_lengths
 from tokenweight.data.row_scorer import RowScorer
 from tokenweight.data.shards import (
     check_format,
@@ -26,6 +25,7 @@ from tokenweight.data.shards import (
     shard_lease,
     unlock,
 )
+from tokenweight.data.stores import row_lengths
 from tokenweight.models import numbered_from
 from tokenweight.records import Lease, LeaseLost, differences, make_folder, pauses, read_json, write_json
 

@@ -1,9 +1,10 @@
 from .blocks import BLOCKS as BLOCKS
+from .blocks import fingerprint as fingerprint
 from .blocks import in_threads as in_threads
 from .blocks import write_blocks as write_blocks
 from .mapped import map_rows as map_rows
 from .mapped import map_table as map_table
-from .mapped import read_sparsely as read_sparsely
+from .mapped import row_lengths as row_lengths
 from .permutation import Permutation as Permutation
 from .remote import folder_exists as folder_exists
 from .remote import local_folder as local_folder

@@ -16,6 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenweight.data.stores.blocks import BLOCKS, fingerprint, mark_shards
 from tokenweight.records import leased, make_folder, read_json, replaced
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,12 @@ def _copied(url: str, cached: Path) -> Path:
         for path in copy.iterdir():  # left by an earlier version
             if path.name not in names:
                 path.unlink()
+        if {BLOCKS, "state.json"} <= {*remote}:
+            state = read_json(copy / "state.json")
+            files = [file["filename"] for file in state["_data_files"]]
+            notes = [read_json((copy / file).with_suffix(".json")) for file in files]
+            if fingerprint(notes) == state["_fingerprint"]:
+                mark_shards(copy, files)
     return copy
 
 
