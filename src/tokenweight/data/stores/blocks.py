@@ -148,9 +148,8 @@ class Blocks:
         ends: how many there are up to the end of each.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], kept: mmap.mmap) -> None:
-        self._folder, self._files, self._kept = folder, files, kept
-        self._mark = (folder / BLOCKS).stat().st_mtime_ns
+    def __init__(self, folder: Path, files: Sequence[str], mark: int, kept: mmap.mmap) -> None:
+        self._folder, self._files, self._mark, self._kept = folder, files, mark, kept
         start = _SIZE.itemsize + int(np.frombuffer(kept[: _SIZE.itemsize], _SIZE)[0])
         line, _, rest = zlib.decompress(kept[_SIZE.itemsize : start]).partition(b"\n")
         self.dataset, count = itemgetter("dataset", "shards")(json.loads(line))
@@ -171,7 +170,8 @@ class Blocks:
         if not path.is_file():
             return None
         try:
-            found = cls(folder, [file["filename"] for file in state["_data_files"]], _pages(path))
+            files, mark = [file["filename"] for file in state["_data_files"]], path.stat().st_mtime_ns
+            found = cls(folder, files, mark, _pages(path))  # read after the time: what is replaced now marks no shard
             return found if found.dataset == state["_fingerprint"] else None
         except (zlib.error, ValueError, LookupError, TypeError) as error:
             _warn(path, error)

@@ -65,12 +65,16 @@ def _copied(url: str, cached: Path) -> Path:
             if path.name not in names:
                 path.unlink()
         if {BLOCKS, "state.json"} <= {*remote}:
-            state = read_json(copy / "state.json")
-            files = [file["filename"] for file in state["_data_files"]]
-            notes = [read_json((copy / file).with_suffix(".json")) for file in files]
-            if fingerprint(notes) == state["_fingerprint"]:
-                mark_shards(copy, files)
+            _mark(copy)
     return copy
+
+
+def _mark(copy: Path) -> None:
+    """Have shards opened by the heads of their blocks, unless they were replaced since those were kept."""
+    state = read_json(copy / "state.json")
+    shards = [file["filename"] for file in state["_data_files"]]
+    if fingerprint(read_json((copy / shard).with_suffix(".json")) for shard in shards) == state["_fingerprint"]:
+        mark_shards(copy, shards)
 
 
 def _copy_shard(files: Any, source: str, path: Path, written: str | None, url: str) -> None:
