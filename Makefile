@@ -90,7 +90,7 @@ check-latest:
 # Changes of meaning in the core, one at a time, each of which a fast test has to notice: minutes on two cores. It goes
 # on where it was interrupted, and tries again only what has changed.
 mutations: $(READY)
-	$(BIN)/python tools/mutations.py --least 57
+	$(BIN)/python tools/mutations.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py
