@@ -66,6 +66,25 @@ def test_a_data_set_that_cannot_be_reached_is_named_in_one_line(suite, task, dat
     assert "LocalEntryNotFoundError" in str(caught.value)
 
 
+@pytest.mark.parametrize("number", [2, 162])  # where a sample is tried out, and where samples are made
+def test_a_name_that_the_harness_draws_twice_is_no_error_or_one_line(number, monkeypatch, tokenizer):
+    names, choices = [], random.choices
+
+    def drawn(letters, *, k):
+        """Letters; of the names of three letters, five to an example, one is that before it."""
+        if k != 3:
+            return choices(letters, k=k)
+        names.append(choices(letters, k=k) if len(names) + 1 != number else names[-1])
+        return names[-1]
+
+    monkeypatch.setattr(random, "choices", drawn)
+    if number == 2:
+        assert check(tokenizer, "ruler_vt")
+    else:
+        with pytest.raises(ValueError, match=r"^ruler_vt cannot draw its example by seed 0: expected another seed$"):
+            check(tokenizer, "ruler_vt")
+
+
 def test_packages_that_are_missing_are_named(monkeypatch, offline, tokenizer):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "jieba", None)

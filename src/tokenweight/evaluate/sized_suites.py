@@ -60,7 +60,10 @@ def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, fold
         sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
         random.seed(seed)
         numpy.random.seed(seed)
-        task = manager.load([name])["tasks"][name]
+        try:
+            task = manager.load([name])["tasks"][name]
+        except IndexError as error:  # as in `_example`, where samples may not depend on how often one tries
+            raise ValueError(f"{name} cannot draw its example by seed {seed}: expected another seed") from error
     if suite == "ruler" and not name.startswith("ruler_qa"):
         for number, sample in enumerate(task.eval_docs):
             if not sample["outputs"] or not all(answer in sample["input"] for answer in sample["outputs"]):
@@ -84,7 +87,7 @@ def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -
         needed = max(200, tokens(module.TEMPLATE.format(context="", query="")))  # four words, one per 50 tokens
     for _ in range(32):
         if name == "ruler_vt":
-            example, variables = module.generate_input_output(5, 1, 4, is_icl=True)
+            example, variables = _example(module)
             if tokens(f"{example} {variables}") + 38 > 500:
                 raise ValueError(f"{name} needs a tokenizer that makes its example of at most 500 tokens")
             text, variables = module.generate_input_output(10, 1, 4)
@@ -95,6 +98,13 @@ def _check_endless(name: str, length: int, tokenizer: PreTrainedTokenizerBase) -
             needed = max(needed, tokens(f"{example}\n{text} {numbered}") + 128)
     if length < needed:
         raise ValueError(f"length {length} is too short for {name}: it needs {needed} tokens with this tokenizer")
+
+
+def _example(module: Any) -> tuple[str, Any]:
+    """An example of ruler_vt. Its generator fails where two of five names of three letters are the same."""
+    while True:
+        with contextlib.suppress(IndexError):
+            return module.generate_input_output(5, 1, 4, is_icl=True)
 
 
 def task_folder() -> Path:
