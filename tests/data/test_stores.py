@@ -144,6 +144,13 @@ def test_what_was_sent_in_part_or_changed_is_not_opened_and_a_copy_is_completed(
     assert len(load_rows(elsewhere)) == models.NUM_ROWS
 
 
+def test_a_folder_elsewhere_whose_note_of_a_shard_was_lost_is_opened_all_the_same(elsewhere, scored):
+    upload(scored, elsewhere)
+    files, root = fsspec.url_to_fs(elsewhere)
+    files.rm(f"{root}/{sorted(path.stem for path in scored.glob('*.arrow'))[1]}.json")
+    assert load_rows(elsewhere).with_format(None)[:] == load_rows(scored).with_format(None)[:]
+
+
 def test_other_scores_of_as_many_bytes_replace_those_that_were_sent(elsewhere, scored, monkeypatch):
     other = scored.with_name("other")
     scorer = RowScorer(models.tiny(seed=1, dtype=torch.float32), [CONTEXT])

@@ -62,7 +62,9 @@ def _sized_task(name: str, length: int, tokenizer: PreTrainedTokenizerBase, fold
         numpy.random.seed(seed)
         try:
             task = manager.load([name])["tasks"][name]
-        except IndexError as error:  # as in `_example`, where samples may not depend on how often one tries
+        except IndexError as error:  # as in `_example`; but samples may not depend on how often one tries
+            if name != "ruler_vt":
+                raise
             raise ValueError(f"{name} cannot draw its example by seed {seed}: expected another seed") from error
     if suite == "ruler" and not name.startswith("ruler_qa"):
         for number, sample in enumerate(task.eval_docs):

@@ -70,10 +70,11 @@ def _copied(url: str, cached: Path) -> Path:
 
 
 def _mark(copy: Path) -> None:
-    """Have shards opened by the heads of their blocks, unless they were replaced since those were kept."""
+    """Have shards opened by the heads of their blocks, unless they were replaced since, or lack their notes."""
     state = read_json(copy / "state.json")
     shards = [file["filename"] for file in state["_data_files"]]
-    if fingerprint(read_json((copy / shard).with_suffix(".json")) for shard in shards) == state["_fingerprint"]:
+    notes = [(copy / shard).with_suffix(".json") for shard in shards]
+    if fingerprint(read_json(note) if note.is_file() else {} for note in notes) == state["_fingerprint"]:
         mark_shards(copy, shards)
 
 
